@@ -1,0 +1,18 @@
+"""The tensor operations of MIMIR pre-training, one folder per operation.
+
+Every folder holds `op.py` (contract and argument checks) and `reference.py` (the specification in plain PyTorch).
+The import name is `mimir_fast.kernels`: the bare name `kernels` belongs to another distribution.
+"""
+
+if __name__ != "mimir_fast.kernels":
+    raise ImportError(
+        "this folder is the package mimir_fast.kernels: install the project (pip install -e .) and import it by that name"
+    )
+
+from mimir_fast.kernels.mask_indices.op import mask_indices
+from mimir_fast.kernels.masked_patch_loss.op import masked_patch_loss
+from mimir_fast.kernels.nhsic.op import nhsic
+from mimir_fast.kernels.patch_gather.op import patch_gather
+from mimir_fast.kernels.token_restore.op import token_restore
+
+__all__ = ["mask_indices", "masked_patch_loss", "nhsic", "patch_gather", "token_restore"]

@@ -1,0 +1,33 @@
+"""The reconstruction loss.  Shapes: B batch, C channels, H W sides, L patches, P = C*p*p numbers per patch."""
+
+from torch import Tensor
+
+from mimir_fast.kernels.masked_patch_loss import reference
+from mimir_fast.kernels.patch_gather.op import check_image_grid
+
+
+def masked_patch_loss(
+    pred_BLP: Tensor, images_BCHW: Tensor, mask_BL: Tensor, patch_size: int, norm_pix_loss: bool
+) -> Tensor:
+    """Mean squared error between predicted patches and the image's, over removed patches only.
+
+    formula      t = patch of the image in (row, column, channel) order; with norm_pix_loss t = (t - mean) / sqrt(var + 1e-6),
+                 var unbiased; loss = sum_bl mask * mean_P (pred - t)^2 / sum_bl mask
+    shapes       pred [B,L,P], images [B,C,H,W], mask [B,L] (1 = removed) -> scalar
+    dtypes       any float storage, at least fp32 accumulation; differentiable in pred and in images (through the target)
+    bytes        pred and images read once, the mask read once
+    determinism  sums in a fixed order
+    source       He et al., Masked Autoencoders Are Scalable Vision Learners, 2022, section 3, "Reconstruction target"
+
+    Raises ValueError if shapes disagree, or if norm_pix_loss is asked of patches of a single number.
+    """
+    L = check_image_grid(images_BCHW, patch_size)
+    B, C = images_BCHW.shape[:2]
+    expected = (B, L, C * patch_size**2)
+    if pred_BLP.shape != expected:
+        raise ValueError(f"pred: expected {list(expected)}, got {tuple(pred_BLP.shape)}")
+    if mask_BL.shape != (B, L):
+        raise ValueError(f"mask: expected {[B, L]}, got {tuple(mask_BL.shape)}")
+    if norm_pix_loss and expected[2] < 2:
+        raise ValueError("norm_pix_loss: a patch of one number has no variance; use a larger patch_size")
+    return reference.masked_patch_loss(pred_BLP, images_BCHW, mask_BL, patch_size, norm_pix_loss)

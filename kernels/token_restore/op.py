@@ -1,0 +1,29 @@
+"""The decoder's input.  Shapes: B batch, L patches, K kept patches, E decoder width."""
+
+from torch import Tensor
+
+from mimir_fast.kernels.token_restore import reference
+
+
+def token_restore(tokens_BKE: Tensor, mask_token_E: Tensor, pos_embed_LE: Tensor, ids_restore_BL: Tensor) -> Tensor:
+    """Put every token back at its patch's position, the mask token elsewhere, and add the position table.
+
+    formula      out[b,0] = tokens[b,0] + pos[0]; out[b,1+l] = (tokens[b,1+r] if r < K else mask_token) + pos[1+l],
+                 r = ids_restore[b,l]
+    shapes       tokens [B,1+K,E] (class token first), mask_token [E], pos_embed [1+L,E], ids_restore [B,L] -> [B,1+L,E]
+    dtypes       output in the promoted dtype of tokens and position table; differentiable in tokens and mask token
+    bytes        tokens, position table and indices read once, the output written once
+    determinism  exact forward; the mask token's gradient is a sum over B*(L-K) rows in a fixed order
+    source       He et al., Masked Autoencoders Are Scalable Vision Learners, 2022, section 3
+
+    Raises ValueError if shapes disagree.
+    """
+    B, L = ids_restore_BL.shape
+    E = tokens_BKE.shape[-1]
+    if tokens_BKE.ndim != 3 or tokens_BKE.shape[0] != B or not 1 <= tokens_BKE.shape[1] <= L + 1:
+        raise ValueError(f"tokens: expected [{B},1+K,E] with K <= {L}, got {tuple(tokens_BKE.shape)}")
+    if mask_token_E.shape != (E,):
+        raise ValueError(f"mask_token: expected [{E}], got {tuple(mask_token_E.shape)}")
+    if pos_embed_LE.shape != (L + 1, E):
+        raise ValueError(f"pos_embed: expected [{L + 1},{E}], got {tuple(pos_embed_LE.shape)}")
+    return reference.token_restore(tokens_BKE, mask_token_E, pos_embed_LE, ids_restore_BL)

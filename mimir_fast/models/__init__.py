@@ -1,0 +1,28 @@
+"""Models by name: `create_model("mae_vit_small", img_size=224, patch_size=16, norm_pix_loss=True)`."""
+
+from mimir_fast.models.mae import MaskedAutoencoderViT
+
+__all__ = ["MODELS", "MaskedAutoencoderViT", "create_model"]
+
+MODELS = {
+    "mae_vit_ti": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "mae_vit_small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "mae_vit_small_ds": {"embed_dim": 768, "depth": 8, "num_heads": 8, "mlp_ratio": 3.0},
+    "mae_vit_base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "mae_vit_large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+}
+DECODER = {"decoder_embed_dim": 128, "decoder_depth": 2, "decoder_num_heads": 16}
+# the original's command line names this model by default without defining it
+ALIASES = {"mae_vit_ti_patch16": "mae_vit_ti"}
+
+
+def create_model(name: str, **options) -> MaskedAutoencoderViT:
+    """Build a pre-training model; `options` go to MaskedAutoencoderViT (img_size, patch_size, norm_pix_loss, ...).
+
+    Names also carry the decoder's suffix: mae_vit_base_dec128d2b is mae_vit_base.
+    Raises ValueError for an unknown name.
+    """
+    base = ALIASES.get(name, name).removesuffix("_dec128d2b")
+    if base not in MODELS:
+        raise ValueError(f"model: unknown name {name!r}; choose one of {', '.join(MODELS)}")
+    return MaskedAutoencoderViT(**{**MODELS[base], **DECODER, **options})

@@ -1,0 +1,67 @@
+"""Building blocks of the Vision Transformer.  Shapes: B batch, T tokens, D width, N heads."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over [B,T,D] with a packed qkv projection (rows ordered q, k, v, each head-major)."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"num_heads: {num_heads} does not divide the width {width}")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        B, T, D = x_BTD.shape
+        q, k, v = self.qkv(x_BTD).view(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        mixed_BNTd = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(mixed_BNTd.transpose(1, 2).reshape(B, T, D))
+
+
+class Block(nn.Module):
+    """Pre-norm Transformer block: x + attention(norm(x)), then x + mlp(norm(x)), exact GELU."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, num_heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, hidden_features=int(width * mlp_ratio), act_layer=nn.GELU)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_BTD = x_BTD + self.attn(self.norm1(x_BTD))
+        return x_BTD + self.mlp(self.norm2(x_BTD))
+
+
+class PatchEmbed(nn.Module):
+    """The patch projection; a convolution's parameters, applied to patches already cut out."""
+
+    def __init__(self, patch_size: int, channels: int, width: int):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, patches_BKP: Tensor) -> Tensor:
+        """[B,K,C*p*p] in (channel, row, column) order -> [B,K,D]."""
+        return F.linear(patches_BKP, self.proj.weight.flatten(1), self.proj.bias)
+
+
+def sincos_table(width: int, grid: int) -> Tensor:
+    """Fixed 2-D sine-cosine positions, [1 + grid*grid, width] fp32, the class token's row zero.
+
+    The first half of the width encodes the column, the second the row; each half is [sin, cos] at frequencies
+    10000^(-k/(width/4)).  Computed in float64.  Raises ValueError unless width is a multiple of 4.
+    """
+    if width % 4:
+        raise ValueError(f"embed_dim: the sine-cosine position table needs a multiple of 4, got {width}")
+    frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid, width/2]
+    columns, rows = axis.repeat(grid, 1), axis.repeat_interleave(grid, dim=0)
+    table = torch.cat([columns, rows], dim=1)
+    return torch.cat([torch.zeros(1, width, dtype=torch.float64), table]).float()

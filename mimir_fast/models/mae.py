@@ -1,0 +1,121 @@
+"""The masked autoencoder.
+
+Shapes: B batch, C channels, L patches, K kept patches, P = p*p*C numbers per patch, D encoder width, E decoder width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from mimir_fast.kernels import mask_indices, masked_patch_loss, patch_gather, token_restore
+from mimir_fast.models.layers import Block, PatchEmbed, sincos_table
+
+
+class MaskedAutoencoderViT(nn.Module):
+    """A ViT encoder over the visible patches and a light decoder that predicts the removed ones.
+
+    The state dict has the original MIMIR's keys, shapes and order.  Positional tables are fixed (requires_grad False).
+    Raises ValueError where sizes do not fit together.
+    Source: He et al., Masked Autoencoders Are Scalable Vision Learners, 2022; MIMIR, arXiv 2312.04960.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        decoder_embed_dim: int = 128,
+        decoder_depth: int = 2,
+        decoder_num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        norm_pix_loss: bool = False,
+    ):
+        super().__init__()
+        if patch_size < 1 or img_size % patch_size:
+            raise ValueError(f"patch_size: {patch_size} does not divide the image side {img_size}")
+        self.img_size, self.patch_size, self.norm_pix_loss = img_size, patch_size, norm_pix_loss
+        self.num_patches = (img_size // patch_size) ** 2
+        # declared first: the order of the state dict is part of the checkpoint format
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = self._positions(embed_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+        self.decoder_pos_embed = self._positions(decoder_embed_dim)
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.blocks = nn.ModuleList([Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth)])
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        self.decoder_blocks = nn.ModuleList(
+            [Block(decoder_embed_dim, decoder_num_heads, mlp_ratio) for _ in range(decoder_depth)]
+        )
+        self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * in_chans)
+        self.apply(_init_linear)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def _positions(self, width: int) -> nn.Parameter:
+        return nn.Parameter(sincos_table(width, self.img_size // self.patch_size)[None], requires_grad=False)
+
+    def forward(
+        self,
+        imgs: Tensor,
+        mask_ratio: float = 0.75,
+        adv_images: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Encode the visible patches of `adv_images` (default: of `imgs`) and reconstruct the patches of `imgs`.
+
+        imgs, adv_images [B,C,H,W]; mask_ratio the removed share of patches, K = int(L * (1 - mask_ratio));
+        noise [B,L] decides the mask (its K smallest entries stay) and is drawn uniformly when absent.
+        Returns loss (scalar), pred [B,L,P], mask [B,L] (1 = removed), latent [B,1+K,D] (class token first, then kept
+        patches in the order of the noise).  Raises ValueError naming the argument that does not fit.
+        """
+        self._check_images("imgs", imgs)
+        source = imgs
+        if adv_images is not None:
+            if adv_images.shape != imgs.shape:
+                raise ValueError(f"adv_images: expected {tuple(imgs.shape)} like imgs, got {tuple(adv_images.shape)}")
+            source = adv_images
+        latent, mask, ids_restore = self.encode(source, mask_ratio, noise)
+        pred = self.decode(latent, ids_restore)
+        return masked_patch_loss(pred, imgs, mask, self.patch_size, self.norm_pix_loss), pred, mask, latent
+
+    def encode(self, images: Tensor, mask_ratio: float, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """images [B,C,H,W] -> latent [B,1+K,D], mask [B,L], ids_restore [B,L]."""
+        if not 0 <= mask_ratio < 1:
+            raise ValueError(f"mask_ratio: expected 0 <= ratio < 1, got {mask_ratio}")
+        if noise is None:
+            noise = torch.rand(images.shape[0], self.num_patches, device=images.device)
+        elif noise.shape != (images.shape[0], self.num_patches):
+            raise ValueError(f"noise: expected {[images.shape[0], self.num_patches]}, got {tuple(noise.shape)}")
+        keep = int(self.num_patches * (1 - mask_ratio))
+        ids_keep, ids_restore, mask = mask_indices(noise, keep)
+        tokens = self.patch_embed(patch_gather(images, ids_keep, self.patch_size))
+        tokens = tokens + self.pos_embed[0, 1:][ids_keep]
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
+        tokens = torch.cat([cls_token, tokens], dim=1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens), mask, ids_restore
+
+    def decode(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
+        """latent [B,1+K,D], ids_restore [B,L] -> predicted patches [B,L,P]."""
+        tokens = self.decoder_embed(latent)
+        tokens = token_restore(tokens, self.mask_token[0, 0], self.decoder_pos_embed[0], ids_restore)
+        for block in self.decoder_blocks:
+            tokens = block(tokens)
+        return self.decoder_pred(self.decoder_norm(tokens))[:, 1:]
+
+    def _check_images(self, name: str, images: Tensor) -> None:
+        expected = (self.patch_embed.proj.in_channels, self.img_size, self.img_size)
+        if images.ndim != 4 or images.shape[1:] != expected:
+            raise ValueError(f"{name}: expected [B,{','.join(map(str, expected))}], got {tuple(images.shape)}")
+
+
+def _init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
