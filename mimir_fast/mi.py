@@ -34,23 +34,27 @@ def renyi_mi(
     Deterministic Information Bottleneck, 2021.  Raises ValueError if shapes disagree, alpha <= 0 or alpha = 1.
     """
     if x_md.ndim != 2 or z_me.ndim != 2 or x_md.shape[0] != z_me.shape[0]:
-        raise ValueError(f"z: expected two matrices with equally many rows, got {tuple(x_md.shape)}, {tuple(z_me.shape)}")
+        raise ValueError(
+            f"z: expected two matrices with equally many rows, got {tuple(x_md.shape)}, {tuple(z_me.shape)}"
+        )
     if not alpha > 0 or alpha == 1:
         raise ValueError(f"alpha: expected a positive Rényi order other than 1, got {alpha}")
     with torch.autocast(x_md.device.type, enabled=False):
         kx = _normalised_kernel(x_md, sigma_x)
         kz = _normalised_kernel(z_me, sigma_z)
         joint = kx * kz
-        entropies = (renyi_entropy(k, alpha) for k in (kx, kz, joint / joint.trace()))
-        hx, hz, hxz = entropies
+        hx, hz, hxz = (renyi_entropy(k, alpha) for k in (kx, kz, joint / joint.trace()))
         return (hx + hz - hxz).to(torch.promote_types(z_me.dtype, torch.float32))
 
 
 def renyi_entropy(k_mm: Tensor, alpha: float) -> Tensor:
-    """H = log2(sum_i |eigenvalue_i|^alpha) / (1 - alpha) of a symmetric matrix of trace 1, in bits."""
+    """H = log2(sum_i |eigenvalue_i|^alpha) / (1 - alpha) of a symmetric [m,m] of trace 1, in bits; NaN if an entry is."""
     if alpha == 2:
         return -torch.log2(k_mm.square().sum())
-    return torch.log2(torch.linalg.eigvalsh(k_mm).abs().pow(alpha).sum()) / (1 - alpha)
+    finite = k_mm.isfinite().all()  # the eigenvalue solver raises on NaN; decide on the device instead
+    eigenvalues = torch.linalg.eigvalsh(torch.where(finite, k_mm, 0))
+    entropy = torch.log2(eigenvalues.abs().pow(alpha).sum()) / (1 - alpha)
+    return torch.where(finite, entropy, torch.nan)
 
 
 def bandwidth(x_md: Tensor) -> Tensor:

@@ -1,0 +1,83 @@
+"""Parameter groups, learning-rate schedule, and the optimizer update that skips non-finite steps on the device."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+BETAS = (0.9, 0.95)
+ADAM_EPS = 1e-8
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups in the original's order: vectors and biases without decay, then everything else.
+
+    Tokens are 3-D and therefore decayed; frozen tables are in no group.  Inside a group, `named_parameters()` order.
+    """
+    plain, decayed = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (plain if parameter.ndim <= 1 or name.endswith(".bias") else decayed).append(parameter)
+    return [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
+
+
+def build_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`; the fused implementation, which can skip a step without asking the host."""
+    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, betas=BETAS, eps=ADAM_EPS, fused=True)
+
+
+def learning_rate(epoch: float, lr: float, min_lr: float, warmup_epochs: float, epochs: float) -> float:
+    """Linear warm-up from 0, then a half cosine down to min_lr; `epoch` is fractional (step / steps per epoch + epoch)."""
+    if epoch < warmup_epochs:
+        return lr * epoch / warmup_epochs
+    if epochs <= warmup_epochs:
+        return min_lr
+    progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group lr, times its own `lr_scale` where it has one."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+class Updater:
+    """Backward passes and optimizer updates of one model.
+
+    A non-finite loss makes every gradient NaN, on all ranks once gradients are averaged; a non-finite gradient norm then
+    skips the update on the device.  `counters` [3] int64 on the device: updates skipped in all, in a row now, in a row at
+    worst.  fp16 losses are scaled by torch's GradScaler; in bf16 and fp32 the scaler is disabled and its state empty.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device, fp16: bool):
+        self.optimizer = optimizer
+        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+        self.counters = torch.zeros(3, dtype=torch.int64, device=device)
+
+    def backward(self, loss: Tensor, accum_iter: int) -> None:
+        """Accumulate the gradients of one micro-batch's loss / accum_iter."""
+        loss = loss / accum_iter
+        poisoned = loss * torch.where(loss.isfinite(), 1.0, torch.nan)
+        self.scaler.scale(poisoned).backward()
+
+    def update(self) -> Tensor:
+        """Step the optimizer, clear the gradients; returns the gradients' global L2 norm (device scalar, unscaled)."""
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        bad = ~norm.isfinite()
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:  # the fused kernel's own switch, the one GradScaler throws
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, bad.float()
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._count(bad)
+        return norm
+
+    def _count(self, bad: Tensor) -> None:
+        total, in_a_row, worst = self.counters.unbind()
+        in_a_row = (in_a_row + 1) * bad
+        self.counters = torch.stack([total + bad, in_a_row, torch.maximum(worst, in_a_row)])
