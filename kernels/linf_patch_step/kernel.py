@@ -1,0 +1,95 @@
+"""linf_patch_step in Triton: one pass over the images, no gradient image."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mimir_fast.kernels.masked_patch_loss.reference import VARIANCE_FLOOR
+from mimir_fast.kernels.patch_tile import (
+    NUM_WARPS,
+    image_offsets,
+    normalise,
+    target_gradient,
+    tile_block,
+    tile_grid,
+    tile_rows,
+    tile_rows_of,
+    to_prediction_order,
+)
+
+FLOOR = tl.constexpr(VARIANCE_FLOOR)
+
+
+@triton.jit
+def _per_channel(values, number_1N, C: tl.constexpr, PATCH: tl.constexpr):
+    """The value of each number's channel, by C scalar loads and selects instead of a load per number."""
+    value_1N = tl.zeros(number_1N.shape, tl.float32)
+    for channel in tl.static_range(C):
+        value_1N = tl.where(number_1N // (PATCH * PATCH) == channel, tl.load(values + channel), value_1N)
+    return value_1N
+
+
+@triton.jit
+def _linf_patch_step_kernel(
+    images, adv, grad_visible, pred, ids_restore, bounds, stepped, stride_b, stride_l, L, K, grid_w,
+    C: tl.constexpr, PATCH: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """formula      stepped = clip(x + clip(adv + alpha * sign(g) - x, +-eps), lo, hi); r = ids_restore[b,l];
+                 g = grad_visible[b,r] if r < K, else the positive multiple of d loss / d adv that target_gradient gives
+    shapes       images, adv, stepped [B,C,H,W], grad_visible [B,K,P] contiguous, pred [B,L,P] with strides, bounds [4,C]
+    dtypes       any storage, fp32 arithmetic; stepped in the images' dtype
+    bytes        images, adv and stepped once, grad_visible once, pred of removed patches once, ids_restore once
+    determinism  exact: every pixel has one writer
+    source       MIMIR, arXiv 2312.04960, section 4; docs/fidelity.md for the gradient patch by patch
+    """
+    P: tl.constexpr = C * PATCH * PATCH
+    image, patch_R1 = tile_rows_of(L, tile_rows(P))
+    number_1N = tl.arange(0, tile_block(P))[None, :]
+    inside_1N = number_1N < P
+    exists_RN = (patch_R1 < L) & inside_1N
+    rank_R1 = tl.load(ids_restore + image * L + patch_R1, mask=patch_R1 < L, other=0)
+    visible_R1 = rank_R1 < K
+    offsets_RN = image_offsets(image, patch_R1, number_1N, L, grid_w, C, PATCH)
+    adv_RN = tl.load(adv + offsets_RN, mask=exists_RN, other=0).to(tl.float32)
+    clean_RN = tl.load(images + offsets_RN, mask=exists_RN, other=0).to(tl.float32)
+    seen_RN = grad_visible + (image * K + rank_R1) * P + number_1N
+    seen_RN = tl.load(seen_RN, mask=exists_RN & visible_R1, other=0).to(tl.float32)
+    pred_RN = pred + image * stride_b + patch_R1 * stride_l + to_prediction_order(number_1N, C, PATCH)
+    pred_RN = tl.load(pred_RN, mask=exists_RN & (rank_R1 >= K), other=0).to(tl.float32)
+    if NORM:
+        target_RN, _ = normalise(adv_RN, inside_1N, P, FLOOR)
+        hidden_RN = target_gradient(target_RN - pred_RN, target_RN, inside_1N, P)
+    else:
+        hidden_RN = adv_RN - pred_RN
+    grad_RN = tl.where(visible_R1, seen_RN, hidden_RN)
+    sign_RN = (grad_RN > 0).to(tl.float32) - (grad_RN < 0).to(tl.float32)
+    eps_1N = _per_channel(bounds, number_1N, C, PATCH)
+    alpha_1N = _per_channel(bounds + C, number_1N, C, PATCH)
+    lo_1N = _per_channel(bounds + 2 * C, number_1N, C, PATCH)
+    hi_1N = _per_channel(bounds + 3 * C, number_1N, C, PATCH)
+    delta_RN = tl.minimum(tl.maximum(adv_RN + alpha_1N * sign_RN - clean_RN, -eps_1N), eps_1N)
+    stepped_RN = tl.minimum(tl.maximum(clean_RN + delta_RN, lo_1N), hi_1N)
+    tl.store(stepped + offsets_RN, stepped_RN.to(stepped.dtype.element_ty), mask=exists_RN)
+
+
+def linf_patch_step_forward(
+    images_BCHW: Tensor,
+    adv_BCHW: Tensor,
+    grad_visible_BKP: Tensor,
+    pred_BLP: Tensor,
+    ids_restore_BL: Tensor,
+    bounds_4C: Tensor,
+    patch_size: int,
+    norm_pix_loss: bool,
+) -> Tensor:
+    """The next adversarial images [B,C,H,W], contiguous."""
+    images_BCHW, adv_BCHW = images_BCHW.contiguous(), adv_BCHW.contiguous()
+    pred_BLP = pred_BLP if pred_BLP.stride(2) == 1 else pred_BLP.contiguous()
+    stepped_BCHW = images_BCHW.new_empty(images_BCHW.shape)
+    C, width = images_BCHW.shape[1], images_BCHW.shape[3]
+    _linf_patch_step_kernel[tile_grid(*pred_BLP.shape)](
+        images_BCHW, adv_BCHW, grad_visible_BKP.contiguous(), pred_BLP, ids_restore_BL.contiguous(),
+        bounds_4C.contiguous(), stepped_BCHW, *pred_BLP.stride()[:2], pred_BLP.shape[1], grad_visible_BKP.shape[1],
+        width // patch_size, C, patch_size, NORM=norm_pix_loss, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    return stepped_BCHW

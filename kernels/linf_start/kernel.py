@@ -1,0 +1,45 @@
+"""linf_start in Triton: noise from a counter-based generator, added and clamped in one pass."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 256  # counters per program, four numbers each
+NUM_WARPS = 4
+
+
+@triton.jit
+def _linf_start_kernel(images, bounds, seed, start, n, plane, C: tl.constexpr, BLOCK: tl.constexpr):
+    """formula      start = clip(x + eps * (2u - 1), lo, hi); u of element n: word n % 4 of Philox block n // 4, as [0,1)
+    shapes       images, start [B,C,H,W] contiguous, n numbers, plane = H*W; bounds [4,C]; seed [] int64
+    dtypes       any float storage, fp32 arithmetic; start in the images' dtype
+    bytes        images and start once
+    determinism  exact: a function of seed and position
+    source       Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011
+    """
+    block_N = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    a, b, c, d = tl.rand4x(tl.load(seed), block_N)
+    uniform_N = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+    index_N = tl.program_id(0).to(tl.int64) * (4 * BLOCK) + tl.arange(0, 4 * BLOCK)
+    channel_N = (index_N // plane % C).to(tl.int32)
+    eps_N = tl.zeros([4 * BLOCK], tl.float32)
+    lo_N = tl.zeros([4 * BLOCK], tl.float32)
+    hi_N = tl.zeros([4 * BLOCK], tl.float32)
+    for channel in tl.static_range(C):
+        eps_N = tl.where(channel_N == channel, tl.load(bounds + channel), eps_N)
+        lo_N = tl.where(channel_N == channel, tl.load(bounds + 2 * C + channel), lo_N)
+        hi_N = tl.where(channel_N == channel, tl.load(bounds + 3 * C + channel), hi_N)
+    clean_N = tl.load(images + index_N, mask=index_N < n, other=0).to(tl.float32)
+    start_N = tl.minimum(tl.maximum(clean_N + eps_N * (2 * uniform_N - 1), lo_N), hi_N)
+    tl.store(start + index_N, start_N.to(start.dtype.element_ty), mask=index_N < n)
+
+
+def linf_start_forward(images_BCHW: Tensor, bounds_4C: Tensor, seed: Tensor) -> Tensor:
+    """The starting point [B,C,H,W], contiguous."""
+    images_BCHW = images_BCHW.contiguous()
+    start_BCHW = images_BCHW.new_empty(images_BCHW.shape)
+    n, (C, H, W) = images_BCHW.numel(), images_BCHW.shape[1:]
+    _linf_start_kernel[(triton.cdiv(n, 4 * BLOCK),)](
+        images_BCHW, bounds_4C.contiguous(), seed, start_BCHW, n, H * W, C, BLOCK, num_warps=NUM_WARPS
+    )
+    return start_BCHW
