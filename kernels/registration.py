@@ -1,0 +1,28 @@
+"""How an operation chooses its implementation, and how a launcher becomes a torch operator."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+IMPLS = ("auto", "triton", "reference")
+
+
+def choose(impl: str, tensor: Tensor) -> str:
+    """"triton" or "reference": auto takes triton for CUDA tensors.  Raises ValueError for any other word.
+
+    "triton" on a CPU tensor is for tests: it runs inside Triton's interpreter and fails outside of it.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl: expected one of {', '.join(IMPLS)}, got {impl!r}")
+    if impl == "auto":
+        return "triton" if tensor.is_cuda else "reference"
+    return impl
+
+
+def register(name: str, schema: str, launch: Callable, fake: Callable):
+    """The operator mimir_fast::name: `launch` on CUDA (on the CPU for the interpreter), `fake` for shapes when tracing."""
+    op = torch.library.custom_op(f"mimir_fast::{name}", launch, mutates_args=(), device_types="cuda", schema=schema)
+    op.register_kernel("cpu")(launch)
+    op.register_fake(fake)
+    return op
