@@ -9,10 +9,21 @@ if __name__ != "mimir_fast.kernels":
         "this folder is the package mimir_fast.kernels: install the project (pip install -e .) and import it by that name"
     )
 
+from mimir_fast.kernels.linf_patch_step.op import linf_bounds, linf_patch_step
+from mimir_fast.kernels.linf_start.op import linf_start
 from mimir_fast.kernels.mask_indices.op import mask_indices
 from mimir_fast.kernels.masked_patch_loss.op import masked_patch_loss
 from mimir_fast.kernels.nhsic.op import nhsic
 from mimir_fast.kernels.patch_gather.op import patch_gather
 from mimir_fast.kernels.token_restore.op import token_restore
 
-__all__ = ["mask_indices", "masked_patch_loss", "nhsic", "patch_gather", "token_restore"]
+__all__ = [
+    "linf_bounds",
+    "linf_patch_step",
+    "linf_start",
+    "mask_indices",
+    "masked_patch_loss",
+    "nhsic",
+    "patch_gather",
+    "token_restore",
+]

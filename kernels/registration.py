@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 IMPLS = ("auto", "triton", "reference")
+STORAGE = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 
 
 def choose(impl: str, tensor: Tensor) -> str:
@@ -18,6 +19,16 @@ def choose(impl: str, tensor: Tensor) -> str:
     if impl == "auto":
         return "triton" if tensor.is_cuda else "reference"
     return impl
+
+
+def check_storage(**tensors: Tensor) -> None:
+    """The kernels' element types are fp32, fp16, bf16 and uint8, all on one device; raises ValueError naming the tensor."""
+    device = next(iter(tensors.values())).device
+    for name, tensor in tensors.items():
+        if tensor.dtype not in STORAGE:
+            raise ValueError(f"{name}: the triton implementation takes fp32, fp16, bf16 or uint8, got {tensor.dtype}; impl=reference takes it")
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected on {device} like the first argument, got {tensor.device}")
 
 
 def register(name: str, schema: str, launch: Callable, fake: Callable):

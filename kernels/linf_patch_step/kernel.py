@@ -16,6 +16,7 @@ from mimir_fast.kernels.patch_tile import (
     tile_rows_of,
     to_prediction_order,
 )
+from mimir_fast.kernels.registration import register
 
 FLOOR = tl.constexpr(VARIANCE_FLOOR)
 
@@ -93,3 +94,12 @@ def linf_patch_step_forward(
         width // patch_size, C, patch_size, NORM=norm_pix_loss, num_warps=NUM_WARPS,
     )  # fmt: skip
     return stepped_BCHW
+
+
+linf_patch_step = register(
+    "linf_patch_step",
+    "(Tensor images, Tensor adv, Tensor grad_visible, Tensor pred, Tensor ids_restore, Tensor bounds, int patch_size, "
+    "bool norm_pix_loss) -> Tensor",
+    linf_patch_step_forward,
+    lambda images, *_: images.new_empty(images.shape),
+)

@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mimir_fast.kernels.registration import register
+
 BLOCK = 256  # counters per program, four numbers each
 NUM_WARPS = 4
 
@@ -43,3 +45,11 @@ def linf_start_forward(images_BCHW: Tensor, bounds_4C: Tensor, seed: Tensor) -> 
         images_BCHW, bounds_4C.contiguous(), seed, start_BCHW, n, H * W, C, BLOCK, num_warps=NUM_WARPS
     )
     return start_BCHW
+
+
+linf_start = register(
+    "linf_start",
+    "(Tensor images, Tensor bounds, Tensor seed) -> Tensor",
+    linf_start_forward,
+    lambda images, bounds, seed: images.new_empty(images.shape),
+)

@@ -21,6 +21,7 @@ from mimir_fast.kernels.patch_tile import (
     to_image_order,
     to_prediction_order,
 )
+from mimir_fast.kernels.registration import register
 
 FLOOR = tl.constexpr(VARIANCE_FLOOR)
 MEAN_BLOCK = 8192
@@ -186,3 +187,37 @@ def _geometry(pred_BLP: Tensor, images_BCHW: Tensor, patch_size: int) -> tuple[i
     """stride_b, stride_l, L, grid_w, C, PATCH."""
     C, width = images_BCHW.shape[1], images_BCHW.shape[3]
     return *pred_BLP.stride()[:2], pred_BLP.shape[1], width // patch_size, C, patch_size
+
+
+def _fake_forward(pred_BLP, images_BCHW, mask_BL, patch_size, norm_pix_loss):
+    return images_BCHW.new_empty((), dtype=torch.float32), images_BCHW.new_empty((), dtype=torch.float32)
+
+
+def _fake_grad_pred(grad, pred_BLP, images_BCHW, mask_BL, removed, patch_size, norm_pix_loss):
+    return pred_BLP.new_empty(pred_BLP.shape)
+
+
+def _fake_grad_images(grad, pred_BLP, images_BCHW, mask_BL, removed, patch_size, norm_pix_loss):
+    return images_BCHW.new_empty(images_BCHW.shape)
+
+
+_FORWARD = "(Tensor pred, Tensor images, Tensor mask, int patch_size, bool norm_pix_loss) -> (Tensor, Tensor)"
+_BACKWARD = "(Tensor grad, Tensor pred, Tensor images, Tensor mask, Tensor removed, int patch_size, bool norm) -> Tensor"
+masked_patch_loss = register("masked_patch_loss", _FORWARD, masked_patch_loss_forward, _fake_forward)
+grad_pred = register("masked_patch_loss_grad_pred", _BACKWARD, masked_patch_loss_grad_pred, _fake_grad_pred)
+grad_images = register("masked_patch_loss_grad_images", _BACKWARD, masked_patch_loss_grad_images, _fake_grad_images)
+
+
+def _save(ctx, inputs, output):
+    pred_BLP, images_BCHW, mask_BL, ctx.patch_size, ctx.norm_pix_loss = inputs
+    ctx.save_for_backward(pred_BLP, images_BCHW, mask_BL, output[1])
+
+
+def _backward(ctx, grad, _grad_removed):
+    arguments = (grad, *ctx.saved_tensors, ctx.patch_size, ctx.norm_pix_loss)
+    of_pred = grad_pred(*arguments) if ctx.needs_input_grad[0] else None
+    of_images = grad_images(*arguments) if ctx.needs_input_grad[1] else None
+    return of_pred, of_images, None, None, None
+
+
+masked_patch_loss.register_autograd(_backward, setup_context=_save)

@@ -4,24 +4,33 @@ import torch
 from torch import Tensor
 
 from mimir_fast.kernels.nhsic import reference
+from mimir_fast.kernels.registration import check_storage, choose
 
 KERNELS = ("gaussian", "linear")
 
 
-def nhsic(x_md: Tensor, y_me: Tensor, sigma: float = 5.0, kernel_y: str = "gaussian") -> Tensor:
+def nhsic(
+    x_md: Tensor, y_me: Tensor, sigma: float = 5.0, kernel_y: str = "gaussian", impl: str = "auto"
+) -> Tensor:
     """Normalised-CCA HSIC between two sets of paired samples; grows with their dependence, below m.
 
     formula      K = exp(-|x_i - x_j|^2 / (2 sigma^2 d)) (or y y^T for kernel_y="linear"), S = H K H, H = I - 11^T/m,
                  R = S (S + c I)^-1, c = 1e-5 m, value = tr(R_x R_y)
     shapes       x [m,dx], y [m,dy] -> scalar; differentiable once in both
-    dtypes       fp32 Gram product at least (fp64 for a linear kernel), m x m algebra in fp64; autocast is off inside
-    bytes        x and y read once forward; x (y) and its gradient once more backward
-    determinism  fixed order on the CPU and within one cuBLAS version
+    dtypes       any float storage, fp32 Gram product at least (triton: 3 x tf32, whatever allow_tf32 says); m x m algebra in
+                 fp64 (triton: fp32); the value in fp32 at least; autocast is off inside
+    bytes        x and y read twice (mean, then difference; the second time from cache), centred rows in fp32 written and read
+                 once from memory and once per tile pair from cache; backward: the centred rows that need a gradient read
+                 once from memory and once per row tile from cache, their gradient written once; [m,m] matrices besides
+    determinism  fixed order, on the CPU and within one cuBLAS and cuSOLVER version; parts of a sum depend on m and d only
     source       Fukumizu et al., Kernel Measures of Conditional Dependence, 2007 (NOCCO); Ma et al., The HSIC Bottleneck,
                  2020, equation 4; the symmetric form is derived in docs/fidelity.md
 
     A batch whose kernel matrix cannot be factorised gives NaN, on the device, without an exception.
-    Raises ValueError if x and y are not matrices with equally many rows, sigma <= 0, or kernel_y is unknown.
+    impl: "triton" (kernel_y="gaussian" in storage up to 32 bits), "reference", or "auto": triton for CUDA tensors under
+    kernel_y="gaussian".
+    Raises ValueError if x and y are not matrices with equally many rows, sigma <= 0, kernel_y or impl is unknown, or triton
+    is asked for what it does not offer.
     """
     for name, rows in (("x", x_md), ("y", y_me)):
         if rows.ndim != 2 or not rows.is_floating_point():
@@ -32,6 +41,13 @@ def nhsic(x_md: Tensor, y_me: Tensor, sigma: float = 5.0, kernel_y: str = "gauss
         raise ValueError(f"sigma: expected a positive kernel width, got {sigma}")
     if kernel_y not in KERNELS:
         raise ValueError(f"kernel_y: expected one of {', '.join(KERNELS)}, got {kernel_y!r}")
+    if choose(impl, x_md) == "triton" and (impl == "triton" or kernel_y == "gaussian"):
+        if kernel_y != "gaussian":
+            raise ValueError(f'kernel_y: impl="triton" computes gaussian only, got {kernel_y!r}')
+        from mimir_fast.kernels.nhsic import kernel
+
+        check_storage(x=x_md, y=y_me)
+        return kernel.nhsic(x_md, y_me, float(sigma))[0]
     with torch.autocast(x_md.device.type, enabled=False):
         return reference.NHSIC.apply(_at_least_fp32(x_md), _at_least_fp32(y_me), float(sigma), kernel_y)
 

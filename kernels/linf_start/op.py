@@ -1,0 +1,35 @@
+"""Where the attack starts.  Shapes: B batch, C channels, H W sides."""
+
+from torch import Tensor
+
+from mimir_fast.kernels.linf_start import reference
+from mimir_fast.kernels.registration import check_storage, choose
+
+
+def linf_start(images_BCHW: Tensor, bounds_4C: Tensor, seed: Tensor, impl: str = "auto") -> Tensor:
+    """Uniform noise in [-eps, eps) added to the images, clamped to [lo, hi]; no noise tensor is stored.
+
+    formula      clip(x + eps * (2u - 1), lo, hi); u of element n is word n % 4 of Philox-4x32-10 at counter n // 4, keyed by
+                 the seed, mapped to [0, 1)
+    shapes       images [B,C,H,W], bounds [4,C] (eps, alpha, lo, hi; from linf_bounds), seed [] int64 -> [B,C,H,W]
+    dtypes       any float storage, fp32 arithmetic; output in the images' dtype; not differentiable
+    bytes        images and output once
+    determinism  exact: a function of seed and position, the same on every device and in both implementations
+    source       Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011
+
+    The seed stays on the device: torch.randint(2**63 - 1, (), generator=g, device=g.device) draws one without a host read.
+    impl: "triton", "reference", or "auto": triton for CUDA tensors.  triton takes float storage up to 32 bits.
+    Raises ValueError if shapes or devices disagree, or an element type or impl is not on offer.
+    """
+    if images_BCHW.ndim != 4 or not images_BCHW.is_floating_point():
+        raise ValueError(f"images: expected a float tensor [B,C,H,W], got {images_BCHW.dtype} {tuple(images_BCHW.shape)}")
+    if bounds_4C.shape != (4, images_BCHW.shape[1]):
+        raise ValueError(f"bounds: expected {[4, images_BCHW.shape[1]]}, got {tuple(bounds_4C.shape)}")
+    if seed.numel() != 1 or seed.is_floating_point() or seed.element_size() != 8:
+        raise ValueError(f"seed: expected one int64 number, got {seed.dtype} {tuple(seed.shape)}")
+    if choose(impl, images_BCHW) == "triton":
+        from mimir_fast.kernels.linf_start import kernel
+
+        check_storage(images=images_BCHW, bounds=bounds_4C)
+        return kernel.linf_start(images_BCHW, bounds_4C, seed)
+    return reference.linf_start(images_BCHW, bounds_4C, seed)
