@@ -1,10 +1,15 @@
 """nhsic in Triton, for two Gaussian kernels.  Shapes: m samples, d numbers per sample, S parts of the reduction over d.
 
     rows --center--> centred --gram (split over d)--> S partial products --gaussian--> K - 1 --double_center--> H K H + cI
-    --Cholesky (torch.linalg, on the device)--> P; value from both P.  Backward: P, K --> weights [m,m] --one product--> d rows
-K - 1 stands in for K throughout: H 1 1^T H = 0, and near 1 it keeps the digits that K would lose.
-Products are `_matmul`, fp32 to the last bits (3 x tf32) whatever torch.backends.cuda.matmul.allow_tf32 says: the
-gradient is a difference of large terms.
+    --Cholesky (torch.linalg, on the device)--> P; value from both P.  Backward: P, K --> weights [m,m] --product--> d rows
+
+Three choices keep fp32 exact enough (value 1e-6, gradient 1e-4 relative):
+K - 1 stands in for K, since H 1 1^T H = 0 and near 1 it keeps the digits that K would lose;
+the constant vector, on which (H K H + cI)^-1 has the huge eigenvalue 1/c, is left out: with J = 1 1^T / m and the mean
+eigenvalue g = tr(H K H) / m, P = (H K H + cI + gJ)^-1 - J/(c+g), value = m - 1 - c tr P_x - c tr P_y + c^2 <P_x, P_y> and
+H (d value/d S) H = c P_x (I - c P_y) P_x;
+products are `_matmul`, three tf32 products whatever torch.backends.cuda.matmul.allow_tf32 says, for the gradient is a
+difference of large terms.
 """
 
 import torch
@@ -108,7 +113,7 @@ def _expm1(x):
 
 @triton.jit
 def _double_center_kernel(k, means, centred, m, ridge, BLOCK: tl.constexpr):
-    """formula      centred = H k H + ridge I, one row per program
+    """formula      centred = H k H + ridge I + g 1 1^T / m with g = -mean(k) = tr(H k H) / m, one row per program
     shapes       k [m,m] symmetric, means [m] of its rows -> centred [m,m]
     dtypes       fp32
     bytes        k once, means once per row (from cache), centred once
@@ -120,13 +125,13 @@ def _double_center_kernel(k, means, centred, m, ridge, BLOCK: tl.constexpr):
     mean_N = tl.load(means + column_N, mask=column_N < m, other=0)
     total = tl.sum(mean_N, axis=0) / m
     k_N = tl.load(k + row.to(tl.int64) * m + column_N, mask=column_N < m, other=0)
-    centred_N = k_N - mean_N - (tl.load(means + row) - total) + tl.where(column_N == row, ridge, 0.0)
+    centred_N = k_N - mean_N - (tl.load(means + row) - total) + (tl.where(column_N == row, ridge, 0.0) - total / m)
     tl.store(centred + row.to(tl.int64) * m + column_N, centred_N, mask=column_N < m)
 
 
 @triton.jit
 def _value_kernel(p_x, p_y, rows_value, m, c, BLOCK: tl.constexpr):
-    """formula      rows_value[i] = 1 - c Px_ii - c Py_ii + c^2 sum_j Px_ij Py_ij; their sum is the penalty
+    """formula      rows_value[i] = 1 - 1/m - c Px_ii - c Py_ii + c^2 sum_j Px_ij Py_ij; their sum is the penalty
     shapes       p_x, p_y [m,m] -> rows_value [m]
     dtypes       fp32
     bytes        p_x and p_y once, rows_value once
@@ -138,26 +143,23 @@ def _value_kernel(p_x, p_y, rows_value, m, c, BLOCK: tl.constexpr):
     x_N = c * tl.load(p_x + row.to(tl.int64) * m + column_N, mask=column_N < m, other=0)
     y_N = c * tl.load(p_y + row.to(tl.int64) * m + column_N, mask=column_N < m, other=0)
     value_N = x_N * y_N - tl.where(column_N == row, x_N + y_N, 0.0)
-    tl.store(rows_value + row, 1.0 + tl.sum(value_N, axis=0))
+    tl.store(rows_value + row, 1.0 - 1.0 / m + tl.sum(value_N, axis=0))
 
 
 @triton.jit
-def _weights_kernel(grad, a, means, k, weights, m, scale, BLOCK: tl.constexpr):
-    """formula      Omega = -(H a H) * (1 + k) * scale; weights = 4 grad (diag(sum_j Omega_ij) - Omega), one row per program
-    shapes       grad [], a, k [m,m] symmetric, means [m] of a's rows -> weights [m,m]
+def _weights_kernel(grad, a, k, weights, m, scale, BLOCK: tl.constexpr):
+    """formula      Omega = -a * (1 + k) * scale; weights = 4 grad (diag(sum_j Omega_ij) - Omega), one row per program
+    shapes       grad [], a = H (d value/d S) H / c and k [m,m] symmetric -> weights [m,m]
     dtypes       fp32
-    bytes        a and k once, means once per row (from cache), weights once
+    bytes        a and k once, weights once
     determinism  fixed order
     source       docs/fidelity.md: the penalty
     """
     row = tl.program_id(0)
     column_N = tl.arange(0, BLOCK)
-    mean_N = tl.load(means + column_N, mask=column_N < m, other=0)
-    total = tl.sum(mean_N, axis=0) / m
     a_N = tl.load(a + row.to(tl.int64) * m + column_N, mask=column_N < m, other=0)
     k_N = tl.load(k + row.to(tl.int64) * m + column_N, mask=column_N < m, other=0)
-    gamma_N = a_N - mean_N - (tl.load(means + row) - total)
-    omega_N = tl.where((column_N < m) & (column_N != row), -gamma_N * (1 + k_N) * scale, 0.0)  # the diagonal cancels
+    omega_N = tl.where((column_N < m) & (column_N != row), -a_N * (1 + k_N) * scale, 0.0)  # the diagonal cancels
     laplacian_N = tl.where(column_N == row, tl.sum(omega_N, axis=0), -omega_N)
     weights_N = 4 * tl.load(grad).to(tl.float32) * laplacian_N
     tl.store(weights + row.to(tl.int64) * m + column_N, weights_N, mask=column_N < m)
@@ -187,7 +189,7 @@ def _matmul_kernel(a, b, out, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 
 
 def nhsic_forward(x_md: Tensor, y_me: Tensor, sigma: float) -> tuple[Tensor, ...]:
-    """value [], and what the backward needs of each side: centred rows, K - 1, P = (H K H + cI)^-1."""
+    """value [], and what the backward needs of each side: centred rows, K - 1 and P."""
     m = x_md.shape[0]
     (x_md, kx, px), (y_me, ky, py) = _ridge_inverse(x_md, sigma), _ridge_inverse(y_me, sigma)
     rows_value = px.new_empty(m)
@@ -223,11 +225,13 @@ def _ridge_inverse(rows_md: Tensor, sigma: float) -> tuple[Tensor, Tensor, Tenso
     """Centred rows, K - 1 and P, which is NaN throughout where the factorisation fails."""
     centred_md, k_mm = gaussian_gram(rows_md, sigma)
     m = k_mm.shape[0]
-    ridged_mm = torch.empty_like(k_mm)
+    ridged_mm, means_m = torch.empty_like(k_mm), k_mm.mean(1)
     block = triton.next_power_of_2(m)
-    _double_center_kernel[(m,)](k_mm, k_mm.mean(1), ridged_mm, m, RIDGE * m, BLOCK=block, num_warps=4)
+    _double_center_kernel[(m,)](k_mm, means_m, ridged_mm, m, RIDGE * m, BLOCK=block, num_warps=4)
     factor_mm, info = torch.linalg.cholesky_ex(ridged_mm)
-    return centred_md, k_mm, torch.where(info == 0, torch.cholesky_inverse(factor_mm), torch.nan)
+    inverse_mm = torch.cholesky_inverse(factor_mm) - 1 / (m * (RIDGE * m - means_m.mean()))
+    p_mm = torch.where(info == 0, inverse_mm, torch.nan)
+    return centred_md, k_mm, p_mm.contiguous()
 
 
 def nhsic_backward(
@@ -240,7 +244,7 @@ def nhsic_backward(
     weights_mm = torch.empty_like(k_mm)
     scale = RIDGE * m / (2 * sigma**2 * d)
     block = triton.next_power_of_2(m)
-    _weights_kernel[(m,)](grad, a_mm, a_mm.mean(1), k_mm, weights_mm, m, scale, BLOCK=block, num_warps=4)
+    _weights_kernel[(m,)](grad, a_mm, k_mm, weights_mm, m, scale, BLOCK=block, num_warps=4)
     return _matmul(weights_mm, rows_md, dtype)
 
 
