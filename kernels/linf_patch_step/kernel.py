@@ -1,9 +1,11 @@
 """linf_patch_step in Triton: one pass over the images, no gradient image."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mimir_fast.kernels.launch import STORAGE, Launch, empty
 from mimir_fast.kernels.masked_patch_loss.reference import VARIANCE_FLOOR
 from mimir_fast.kernels.patch_tile import (
     NUM_WARPS,
@@ -19,6 +21,7 @@ from mimir_fast.kernels.patch_tile import (
 from mimir_fast.kernels.registration import register
 
 FLOOR = tl.constexpr(VARIANCE_FLOOR)
+NAN = tl.constexpr(tl.PropagateNan.ALL)  # a NaN pixel stays visible
 
 
 @triton.jit
@@ -68,8 +71,8 @@ def _linf_patch_step_kernel(
     alpha_1N = _per_channel(bounds + C, number_1N, C, PATCH)
     lo_1N = _per_channel(bounds + 2 * C, number_1N, C, PATCH)
     hi_1N = _per_channel(bounds + 3 * C, number_1N, C, PATCH)
-    delta_RN = tl.minimum(tl.maximum(adv_RN + alpha_1N * sign_RN - clean_RN, -eps_1N), eps_1N)
-    stepped_RN = tl.minimum(tl.maximum(clean_RN + delta_RN, lo_1N), hi_1N)
+    delta_RN = tl.clamp(adv_RN + alpha_1N * sign_RN - clean_RN, -eps_1N, eps_1N, NAN)
+    stepped_RN = tl.clamp(clean_RN + delta_RN, lo_1N, hi_1N, NAN)
     tl.store(stepped + offsets_RN, stepped_RN.to(stepped.dtype.element_ty), mask=exists_RN)
 
 
@@ -103,3 +106,22 @@ linf_patch_step = register(
     linf_patch_step_forward,
     lambda images, *_: images.new_empty(images.shape),
 )
+
+
+def launches() -> list[Launch]:
+    def call(p: int, norm: bool, dtype: torch.dtype):
+        P, image = 3 * p * p, (8, 3, 4 * p, 4 * p)
+        ids_restore, bounds = empty(8, 16, dtype=torch.int64), empty(4, 3)
+        grad_visible, pred = empty(8, 4, P, dtype=dtype), empty(8, 16, P, dtype=dtype)
+        linf_patch_step_forward(empty(*image), empty(*image), grad_visible, pred, ids_restore, bounds, p, norm)
+
+    return [
+        Launch(
+            f"p{p} {'norm' if norm else 'pix'}",
+            dtype,
+            lambda p=p, norm=norm, d=d: call(p, norm, d),
+            frozenset(["_linf_patch_step_kernel"] if p in (2, 14) else []),
+        )
+        for p, norm in [(16, True), (16, False), (14, True), (8, True), (4, True), (2, True)]
+        for dtype, d in STORAGE.items()
+    ]

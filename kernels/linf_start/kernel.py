@@ -1,13 +1,16 @@
 """linf_start in Triton: noise from a counter-based generator, added and clamped in one pass."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mimir_fast.kernels.launch import STORAGE, Launch, empty
 from mimir_fast.kernels.registration import register
 
 BLOCK = 256  # counters per program, four numbers each
 NUM_WARPS = 4
+NAN = tl.constexpr(tl.PropagateNan.ALL)  # a NaN pixel stays visible
 
 
 @triton.jit
@@ -32,7 +35,7 @@ def _linf_start_kernel(images, bounds, seed, start, n, plane, C: tl.constexpr, B
         lo_N = tl.where(channel_N == channel, tl.load(bounds + 2 * C + channel), lo_N)
         hi_N = tl.where(channel_N == channel, tl.load(bounds + 3 * C + channel), hi_N)
     clean_N = tl.load(images + index_N, mask=index_N < n, other=0).to(tl.float32)
-    start_N = tl.minimum(tl.maximum(clean_N + eps_N * (2 * uniform_N - 1), lo_N), hi_N)
+    start_N = tl.clamp(clean_N + eps_N * (2 * uniform_N - 1), lo_N, hi_N, NAN)
     tl.store(start + index_N, start_N.to(start.dtype.element_ty), mask=index_N < n)
 
 
@@ -53,3 +56,10 @@ linf_start = register(
     linf_start_forward,
     lambda images, bounds, seed: images.new_empty(images.shape),
 )
+
+
+def launches() -> list[Launch]:
+    def call(dtype: torch.dtype):
+        linf_start_forward(empty(8, 3, 64, 64, dtype=dtype), empty(4, 3), empty(dtype=torch.int64))
+
+    return [Launch("", dtype, lambda d=d: call(d)) for dtype, d in STORAGE.items()]

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mimir_fast.kernels.launch import STORAGE, Launch, empty
 from mimir_fast.kernels.masked_patch_loss.reference import VARIANCE_FLOOR
 from mimir_fast.kernels.patch_tile import (
     NUM_WARPS,
@@ -221,3 +222,26 @@ def _backward(ctx, grad, _grad_removed):
 
 
 masked_patch_loss.register_autograd(_backward, setup_context=_save)
+
+
+def launches() -> list[Launch]:
+    every = frozenset(["_patch_error_kernel", "_mean_kernel", "_grad_pred_kernel", "_grad_images_kernel"])
+    one_number = frozenset(["_patch_error_kernel", "_mean_kernel"])  # they write one number per patch, and two in all
+    configs = [(16, True), (16, False), (14, True), (8, True), (4, True), (2, True)]
+
+    def call(p: int, norm: bool, dtype: torch.dtype):
+        pred, images, mask = empty(8, 16, 3 * p * p, dtype=dtype), empty(8, 3, 4 * p, 4 * p), empty(8, 16)
+        loss, removed = masked_patch_loss_forward(pred, images, mask, p, norm)
+        masked_patch_loss_grad_pred(loss, pred, images, mask, removed, p, norm)
+        masked_patch_loss_grad_images(loss, pred, images, mask, removed, p, norm)
+
+    return [
+        Launch(
+            f"p{p} {'norm' if norm else 'pix'}",
+            dtype,
+            lambda p=p, norm=norm, d=d: call(p, norm, d),
+            every if p in (2, 14) else one_number,
+        )
+        for p, norm in configs
+        for dtype, d in STORAGE.items()
+    ]

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mimir_fast.kernels.launch import STORAGE, Launch, empty
 from mimir_fast.kernels.nhsic.reference import RIDGE
 from mimir_fast.kernels.registration import register
 
@@ -98,7 +99,7 @@ def _gaussian_kernel(partial, k, m, S, scale, BLOCK_M: tl.constexpr):
         column_norm_M += tl.load(partial + column_M * (m + 1), mask=column_M < m, other=0)
         partial += m * m
     distance_MM = row_norm_M[:, None] + column_norm_M[None, :] - 2 * gram_MM
-    k_MM = _expm1(-scale * tl.maximum(distance_MM, 0.0))
+    k_MM = _expm1(-scale * tl.where(distance_MM < 0, 0.0, distance_MM))  # keeps NaN, as tl.maximum would not
     tl.store(k + row_M[:, None] * m + column_M[None, :], k_MM, mask=exists_MM & (column_M[None, :] <= row_M[:, None]))
     tl.store(k + column_M[None, :] * m + row_M[:, None], k_MM, mask=exists_MM & (column_M[None, :] < row_M[:, None]))
 
@@ -292,3 +293,17 @@ def _backward(ctx, grad, *_):
 
 
 nhsic.register_autograd(_backward, setup_context=_save)
+
+
+def launches() -> list[Launch]:
+    narrow = frozenset(["_value_kernel", "_gaussian_kernel"])  # one number per row; a transposed store
+
+    def call(m: int, d: int, dtype: torch.dtype):
+        value, rows, k, p, _, _, p_other = nhsic_forward(empty(m, d, dtype=dtype), empty(m, d, dtype=dtype), 5.0)
+        nhsic_backward(value, rows, k, p, p_other, 5.0, dtype)
+
+    return [
+        Launch(f"m{m}", dtype, lambda m=m, d=d: call(m, 1024, d), narrow)
+        for m in (512, 2048)
+        for dtype, d in STORAGE.items()
+    ]
