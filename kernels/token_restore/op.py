@@ -2,22 +2,29 @@
 
 from torch import Tensor
 
+from mimir_fast.kernels.registration import check_storage, choose
 from mimir_fast.kernels.token_restore import reference
 
 
-def token_restore(tokens_BKE: Tensor, mask_token_E: Tensor, pos_embed_LE: Tensor, ids_restore_BL: Tensor) -> Tensor:
+def token_restore(
+    tokens_BKE: Tensor, mask_token_E: Tensor, pos_embed_LE: Tensor, ids_restore_BL: Tensor, impl: str = "auto"
+) -> Tensor:
     """Put every token back at its patch's position, the mask token elsewhere, and add the position table.
 
     formula      out[b,0] = tokens[b,0] + pos[0]; out[b,1+l] = (tokens[b,1+r] if r < K else mask_token) + pos[1+l],
                  r = ids_restore[b,l]
     shapes       tokens [B,1+K,E] (class token first), mask_token [E], pos_embed [1+L,E], ids_restore [B,L] -> [B,1+L,E]
     dtypes       output in the promoted dtype of tokens and position table; differentiable in tokens and mask token
-    bytes        tokens, position table and indices read once, the output written once
+    bytes        tokens and indices read once, the position table once per image (from cache), the output written once;
+                 backward: its gradient and the indices read once, the tokens' gradient written once
     determinism  exact forward; the mask token's gradient is a sum over B*(L-K) rows in a fixed order
     source       He et al., Masked Autoencoders Are Scalable Vision Learners, 2022, section 3
 
-    Raises ValueError if shapes disagree.
+    impl: "triton", "reference", or "auto": triton for CUDA tensors.  triton takes float storage up to 32 bits.
+    Raises ValueError if shapes or devices disagree, or an element type or impl is not on offer.
     """
+    if ids_restore_BL.ndim != 2:
+        raise ValueError(f"ids_restore: expected [B,L], got {tuple(ids_restore_BL.shape)}")
     B, L = ids_restore_BL.shape
     E = tokens_BKE.shape[-1]
     if tokens_BKE.ndim != 3 or tokens_BKE.shape[0] != B or not 1 <= tokens_BKE.shape[1] <= L + 1:
@@ -26,4 +33,9 @@ def token_restore(tokens_BKE: Tensor, mask_token_E: Tensor, pos_embed_LE: Tensor
         raise ValueError(f"mask_token: expected [{E}], got {tuple(mask_token_E.shape)}")
     if pos_embed_LE.shape != (L + 1, E):
         raise ValueError(f"pos_embed: expected [{L + 1},{E}], got {tuple(pos_embed_LE.shape)}")
+    if choose(impl, tokens_BKE) == "triton":
+        from mimir_fast.kernels.token_restore import kernel
+
+        check_storage(tokens=tokens_BKE, mask_token=mask_token_E, pos_embed=pos_embed_LE)
+        return kernel.token_restore(tokens_BKE, mask_token_E, pos_embed_LE, ids_restore_BL)
     return reference.token_restore(tokens_BKE, mask_token_E, pos_embed_LE, ids_restore_BL)

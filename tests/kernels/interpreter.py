@@ -16,7 +16,6 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-import triton
 import triton.language as tl
 from triton.runtime import interpreter as stock
 from triton.runtime.jit import JITFunction
@@ -154,7 +153,7 @@ class Builder(stock.InterpreterBuilder):
         if not (_is_bf16(lhs) and _is_bf16(rhs)) or op in (np.bitwise_and, np.bitwise_or, np.bitwise_xor):
             return super().binary_op(lhs, rhs, op)
         result = op(_widen(lhs), _widen(rhs))
-        return stock.TensorHandle(result, tl.bfloat16) if result.dtype == np.bool_ else _bf16(result)
+        return stock.TensorHandle(result, tl.int1) if result.dtype == np.bool_ else _bf16(result)
 
     def unary_op(self, arg, op):
         return _bf16(op(_widen(arg))) if _is_bf16(arg) else super().unary_op(arg, op)
@@ -238,7 +237,6 @@ def interpret(sanitizer: Sanitizer | None = None):
             patch.object(stock.ReduceScanOpInterface, "apply", _reduce),
             patch.object(stock, "interpreter_builder", builder),
             patch.object(stock.interpreter_semantic, "builder", builder),
-            patch.object(triton.knobs.runtime, "interpret", True),
             np.errstate(all="ignore"),  # lanes that are masked off compute with anything
         ):
             yield sanitizer

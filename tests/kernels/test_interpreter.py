@@ -114,3 +114,8 @@ def test_compilation_works_afterwards():
     )
     source = ASTSource(_copy, signature, {"SHIFT": 0, "STRIDE": 1, "BLOCK": 128})
     assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+
+
+def test_kernels_decorated_inside_stay_compilable():
+    with interpret():
+        assert isinstance(triton.jit(_copy.fn), triton.JITFunction)
