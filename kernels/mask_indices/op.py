@@ -1,9 +1,8 @@
 """Which patches a random mask keeps.  Shapes: B batch, L patches, K kept patches."""
 
-from torch import Tensor
-
 from mimir_fast.kernels.mask_indices import reference
 from mimir_fast.kernels.registration import check_storage, choose
+from torch import Tensor
 
 
 def mask_indices(noise_BL: Tensor, keep: int, impl: str = "auto") -> tuple[Tensor, Tensor, Tensor]:

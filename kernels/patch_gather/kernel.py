@@ -3,11 +3,10 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from mimir_fast.kernels.launch import STORAGE, Launch, empty
 from mimir_fast.kernels.patch_tile import NUM_WARPS, tile_block, tile_grid, tile_rows, tile_rows_of
 from mimir_fast.kernels.registration import register
+from torch import Tensor
 
 CHUNK = 64  # kept indices that the backward searches at a time
 

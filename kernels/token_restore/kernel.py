@@ -3,11 +3,10 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from mimir_fast.kernels.launch import STORAGE, Launch, empty
 from mimir_fast.kernels.patch_tile import NUM_WARPS, tile_block, tile_grid, tile_rows, tile_rows_of
 from mimir_fast.kernels.registration import register
+from torch import Tensor
 
 
 @triton.jit
@@ -142,6 +141,6 @@ def launches() -> list[Launch]:
 
     cases = [(f"E{E}", name, (E, dtype, dtype)) for E in (128, 512) for name, dtype in STORAGE.items()]
     cases += [
-        (f"E128 fp32 table", name, (128, dtype, torch.float32)) for name, dtype in STORAGE.items() if name != "fp32"
+        ("E128 fp32 table", name, (128, dtype, torch.float32)) for name, dtype in STORAGE.items() if name != "fp32"
     ]
     return [Launch(config, name, lambda a=arguments: call(*a)) for config, name, arguments in cases]

@@ -1,9 +1,8 @@
 """The decoder's input.  Shapes: B batch, L patches, K kept patches, E decoder width."""
 
-from torch import Tensor
-
 from mimir_fast.kernels.registration import check_storage, choose
 from mimir_fast.kernels.token_restore import reference
+from torch import Tensor
 
 
 def token_restore(

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from interpreter import Sanitizer, interpret
-
 from mimir_fast.kernels import mask_indices
 
 SHAPES = [(1, 1, 1), (3, 4, 1), (2, 7, 7), (5, 49, 12), (2, 196, 49), (1, 257, 64), (2, 300, 1)]  # B, L, K
