@@ -8,8 +8,8 @@ from mimir_fast.kernels.registration import register
 from torch import Tensor
 
 BLOCK = 256  # entries ranked by a program: a whole row up to 256 patches
-CHUNK = 32  # entries they are compared with at a time
-NUM_WARPS = 8  # 32 comparisons per thread and chunk
+CHUNK = 16  # entries they are compared with at a time
+NUM_WARPS = 8  # 16 comparisons per thread and chunk
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from mimir_fast.kernels.patch_tile import NUM_WARPS, tile_block, tile_grid, tile
 from mimir_fast.kernels.registration import register
 from torch import Tensor
 
-CHUNK = 64  # kept indices that the backward searches at a time
+CHUNK = 32  # kept indices that the backward searches at a time
 
 
 @triton.jit
@@ -142,14 +142,11 @@ def launches() -> list[Launch]:
         if storage != torch.uint8:
             patch_gather_backward(patches_BKP, ids_BK, [8, 3, side, side], patch, storage)
 
-    short = frozenset(["_gather_kernel", "_scatter_kernel"])  # runs of a patch's side are shorter than 16 bytes
-    cases = [
-        (f"p{p}", n, (p, d, d), short if p not in (8, 16) else frozenset())
-        for p in (2, 4, 8, 14, 16)
-        for n, d in STORAGE.items()
-    ]
-    cases += [
-        (f"p16 {n} to bf16", n, (16, d, torch.bfloat16), frozenset())
-        for n, d in (STORAGE | {"uint8": torch.uint8}).items()
-    ]
+    narrow = frozenset(
+        ["_gather_kernel", "_scatter_kernel"]
+    )  # a patch's rows are shorter than 16 bytes, or not multiples
+    cases = [(f"p{p}", name, (p, dtype, dtype), narrow) for p in (2, 4, 14) for name, dtype in STORAGE.items()]
+    cases += [(f"p{p}", name, (p, dtype, dtype), frozenset()) for p in (8, 16) for name, dtype in STORAGE.items()]
+    cases += [("p16 to bf16", "fp32", (16, torch.float32, torch.bfloat16), frozenset())]
+    cases += [("p16 to bf16", "uint8", (16, torch.uint8, torch.bfloat16), narrow)]  # 8 numbers per thread are 8 bytes
     return [Launch(config, name, lambda a=arguments: call(*a), narrow) for config, name, arguments, narrow in cases]

@@ -14,7 +14,7 @@ def _token_of(ids_restore, image, row_R1, L):
     """Row of `tokens` that belongs at row_R1 of the output: 0 (class token), 1 + rank of the patch, 1 + L past the end."""
     patch_R1 = row_R1 - 1
     rank_R1 = tl.load(ids_restore + image * L + patch_R1, mask=(patch_R1 >= 0) & (patch_R1 < L), other=-1)
-    return tl.where(row_R1 <= L, 1 + rank_R1, 1 + L)
+    return tl.where(row_R1 <= L, 1 + rank_R1, 1 + L).to(tl.int32)
 
 
 @triton.jit

@@ -1,0 +1,147 @@
+"""Compile every kernel that the operations can launch for A100 and H100, without either, and read the machine code.
+
+What is compiled is what is launched: the operations' `launches()` call the real launchers on tensors without data, each
+kernel call is recorded with the argument types, divisibilities and constants that Triton itself would see, and compiled.
+"""
+
+import importlib
+import json
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import triton
+from triton._C.libtriton import native_specialize_impl
+from triton.backends.compiler import BaseBackend, GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from bench.sass import SHARED_PER_BLOCK, read
+
+ARCHS = (80, 90)  # A100, H100
+OPS = sorted(path.parent.name for path in (Path(__file__).parents[1] / "kernels").glob("*/kernel.py"))
+RESULTS = Path(__file__).parent / "results" / "compile.jsonl"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel as one launch specialises it; everything in it can be pickled."""
+
+    op: str
+    kernel: str
+    config: str
+    dtype: str
+    wide: bool  # 16-byte global loads and stores are expected
+    module: str = field(repr=False)
+    signature: dict = field(repr=False)
+    constants: dict = field(repr=False)
+    attributes: dict = field(repr=False)
+    options: dict = field(repr=False)
+
+
+def variants(op: str) -> list[Variant]:
+    """Every distinct kernel variant that an operation's `launches()` launch."""
+    found: dict[str, Variant] = {}
+    for launch in importlib.import_module(f"mimir_fast.kernels.{op}.kernel").launches():
+        for kernel, arguments, options in _recorded(launch.call):
+            wide = kernel.__name__ not in launch.narrow
+            source = _source(kernel, arguments)
+            key = repr((kernel.__name__, *source, options))
+            label = (op, kernel.__name__, launch.config, launch.dtype, wide, kernel.__module__)
+            found.setdefault(key, Variant(*label, *source, options))
+    return list(found.values())
+
+
+def _recorded(call) -> list[tuple[JITFunction, dict, dict]]:
+    """(kernel, arguments by name, options such as num_warps) of every launch during `call`, none of which runs."""
+    calls = []
+
+    def record(kernel, *args, grid, warmup=False, **kwargs):
+        options = {name: kwargs.pop(name) for name in list(kwargs) if name not in kernel.arg_names}
+        calls.append((kernel, dict(zip(kernel.arg_names, args)) | kwargs, options))
+
+    with patch.object(JITFunction, "run", record):
+        call()
+    return calls
+
+
+def _source(kernel: JITFunction, arguments: dict) -> tuple[dict, dict, dict]:
+    """signature, constants and attributes as Triton derives them when it launches the kernel with these arguments."""
+    signature, constants, attributes = {}, {}, {}
+    for parameter in kernel.params:
+        value = arguments[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        kind, key = native_specialize_impl(BaseBackend, value, False, True, True)
+        signature[parameter.name] = kind
+        if kind == "constexpr":
+            constants[parameter.name] = key
+        elif key and "D" in key:
+            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def compiled(variant: Variant, arch: int) -> dict:
+    """The record of one variant on one architecture."""
+    kernel = getattr(importlib.import_module(variant.module), variant.kernel)
+    source = ASTSource(kernel, variant.signature, variant.constants, variant.attributes)
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=variant.options)
+    warps, shared = binary.metadata.num_warps, binary.metadata.shared
+    label = {name: getattr(variant, name) for name in ("op", "kernel", "config", "dtype", "wide")}
+    facts = read(binary.asm["cubin"], warps, arch, shared)
+    return {**label, "arch": arch, "warps": warps, "dot": "tt.dot" in binary.asm["ttir"], **facts}
+
+
+def complaints(record: dict) -> Iterator[str]:
+    """What is wrong with a compiled kernel; nothing, if it may be launched."""
+    for name in ("spills", "stack", "atomics"):
+        if record[name]:
+            yield f"{name}: {record[name]}"
+    if record["shared"] > SHARED_PER_BLOCK[record["arch"]]:
+        yield f"shared: {record['shared']} bytes, {SHARED_PER_BLOCK[record['arch']]} are allowed"
+    for name in ("loads", "stores"):
+        if record["wide"] and max(record[name], default=0) < 128:
+            yield f"{name}: expected 128 bits wide, got {record[name]}"
+    if record["dot"] and not record["matrix"]:
+        yield "matrix: a dot without matrix instructions"
+    if not record["occupancy"]:
+        yield f"occupancy: no block fits, by {record['limit']}"
+
+
+def compile_all(ops: list[str], processes: int = 2) -> list[dict]:
+    """Records of every variant of these operations on every architecture."""
+    jobs = [(variant, arch) for op in ops for variant in variants(op) for arch in ARCHS]
+    with ProcessPoolExecutor(processes) as pool:
+        return list(pool.map(compiled, *zip(*jobs), chunksize=4))
+
+
+def table(records: list[dict]) -> Iterator[str]:
+    """Lines of a table, one per record."""
+    columns = "{:18} {:24} {:22} {:5} {:>4} {:>4} {:>6} {:>6} {:>5} {:>16} {:>16} {:>10} {:>5} {}".format
+    head = "op kernel config dtype arch regs shared spills stack loads stores matrix occ limit"
+    yield columns(*head.split())
+    for r in records:
+        loads, stores = (
+            " ".join(f"{n}x{width}" for width, n in r[name].items()) or "-" for name in ("loads", "stores")
+        )
+        matrix = " ".join(sorted({name.split(".")[0] for name in r["matrix"]})) or "-"
+        numbers = (r["arch"], r["registers"], r["shared"], r["spills"], r["stack"])
+        labels = (r["op"], r["kernel"], r["config"], r["dtype"])
+        wrong = "  ".join(["", *complaints(r)])
+        yield columns(*labels, *numbers, loads, stores, matrix, f"{r['occupancy']:.0%}", r["limit"] + wrong)
+
+
+def main() -> int:
+    """Print the table, write bench/results/compile.jsonl; returns 1 if a kernel fails the gate."""
+    records = compile_all(OPS)
+    print(*table(records), sep="\n")
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text("".join(json.dumps(line) + "\n" for line in [versions, *records]))
+    failed = sum(bool(list(complaints(record))) for record in records)
+    print(f"{len(records)} kernels compiled, {failed} fail the gate; {RESULTS.name} written")
+    return min(failed, 1)
