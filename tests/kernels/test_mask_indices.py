@@ -63,7 +63,9 @@ def test_ranks_are_a_permutation_and_follow_the_batch():
 
 
 def test_traffic_is_the_contracts():
-    noise = torch.rand(8, 256)  # rows begin on a sector; 196 entries would not, and every chunk would touch one more (in L1)
+    noise = torch.rand(
+        8, 256
+    )  # rows begin on a sector; 196 entries would not, and every chunk would touch one more (in L1)
     with interpret(Sanitizer()) as s:
         outputs = mask_indices(noise, 64, impl="triton")
     assert s.st["load_bytes"] == 2 * noise.nbytes
