@@ -1,8 +1,7 @@
 """Which patches a random mask keeps.  Shapes: B batch, L patches, K kept patches."""
 
-from torch import Tensor
-
 from mimir_fast.kernels.mask_indices import reference
+from torch import Tensor
 
 
 def mask_indices(noise_BL: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:

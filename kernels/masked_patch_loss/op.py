@@ -1,9 +1,8 @@
 """The reconstruction loss.  Shapes: B batch, C channels, H W sides, L patches, P = C*p*p numbers per patch."""
 
-from torch import Tensor
-
 from mimir_fast.kernels.masked_patch_loss import reference
 from mimir_fast.kernels.patch_gather.op import check_image_grid
+from torch import Tensor
 
 
 def masked_patch_loss(

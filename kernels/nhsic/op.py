@@ -1,9 +1,8 @@
 """The mutual-information penalty.  Shapes: m samples (the batch), d numbers per sample."""
 
 import torch
-from torch import Tensor
-
 from mimir_fast.kernels.nhsic import reference
+from torch import Tensor
 
 KERNELS = ("gaussian", "linear")
 

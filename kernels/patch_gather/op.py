@@ -1,8 +1,7 @@
 """Visible patches of an image.  Shapes: B batch, C channels, H W sides, L patches, K kept, P = C*p*p numbers per patch."""
 
-from torch import Tensor
-
 from mimir_fast.kernels.patch_gather import reference
+from torch import Tensor
 
 
 def check_image_grid(images_BCHW: Tensor, patch_size: int) -> int:

@@ -1,8 +1,7 @@
 """The decoder's input.  Shapes: B batch, L patches, K kept patches, E decoder width."""
 
-from torch import Tensor
-
 from mimir_fast.kernels.token_restore import reference
+from torch import Tensor
 
 
 def token_restore(tokens_BKE: Tensor, mask_token_E: Tensor, pos_embed_LE: Tensor, ids_restore_BL: Tensor) -> Tensor:
