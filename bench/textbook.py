@@ -50,7 +50,9 @@ class TextbookMAE(nn.Module):
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_embed_dim, 3 * patch_size**2)
 
-    def forward(self, images: Tensor, mask_ratio: float = 0.75, adv_images: Tensor | None = None, noise: Tensor | None = None):
+    def forward(
+        self, images: Tensor, mask_ratio: float = 0.75, adv_images: Tensor | None = None, noise: Tensor | None = None
+    ):
         """images [B,3,H,W] -> loss, pred [B,L,P], mask [B,L], latent [B,1+K,D]."""
         x = self.patch_embed["proj"](images if adv_images is None else adv_images).flatten(2).transpose(1, 2)
         x = x + self.pos_embed[:, 1:]
@@ -69,7 +71,10 @@ class TextbookMAE(nn.Module):
         latent = self.norm(x)
         x = self.decoder_embed(latent)
         x_ = torch.cat([x[:, 1:], self.mask_token.repeat(B, L - keep, 1)], dim=1)
-        x = torch.cat([x[:, :1], x_.gather(1, restore[:, :, None].repeat(1, 1, x.shape[2]))], dim=1) + self.decoder_pos_embed
+        x = (
+            torch.cat([x[:, :1], x_.gather(1, restore[:, :, None].repeat(1, 1, x.shape[2]))], dim=1)
+            + self.decoder_pos_embed
+        )
         for block in self.decoder_blocks:
             x = block(x)
         pred = self.decoder_pred(self.decoder_norm(x))[:, 1:]
@@ -100,7 +105,9 @@ def textbook_hsic(x: Tensor, y: Tensor, sigma: float = 5.0) -> Tensor:
     return (normalised(x) * normalised(y).T).sum()
 
 
-def textbook_step(model: nn.Module, images: Tensor, eps: float, alpha: float, mask_ratio: float, weight: float) -> Tensor:
+def textbook_step(
+    model: nn.Module, images: Tensor, eps: float, alpha: float, mask_ratio: float, weight: float
+) -> Tensor:
     """Attack, forward, loss and penalty with the parameters' graph alive throughout; returns the loss to differentiate."""
     model.eval()
     adv = (images + (2 * torch.rand_like(images) - 1) * eps).clamp(0, 1).requires_grad_(True)

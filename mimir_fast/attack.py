@@ -72,8 +72,8 @@ def pgd_mae(
         for noise in mask_noise:
             adv.requires_grad_(True)
             with torch.enable_grad():
-                loss = loss_fn(model, adv, mask_ratio, noise)
-            (grad,) = torch.autograd.grad(loss * loss_scale, adv)
+                loss = loss_fn(model, adv, mask_ratio, noise) * loss_scale
+            (grad,) = torch.autograd.grad(loss, adv)
             adv = linf_step(images, adv.detach(), grad, eps, alpha, lo, hi)
     finally:
         model.train(was_training)

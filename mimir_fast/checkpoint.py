@@ -62,15 +62,18 @@ def load_checkpoint(source: str | Path) -> dict:
     except FileNotFoundError as error:
         raise CheckpointError(f"resume: no file {source}") from error
     except pickle.UnpicklingError as error:
-        detail = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"resume: {source} is refused: it is damaged, or holds more than tensors and plain values ({detail})"
+            f"resume: {source} is refused: it is damaged, or holds more than tensors and plain values ({_first_line(error)})"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"resume: {source} is damaged or no checkpoint ({str(error).splitlines()[0]})") from error
+        raise CheckpointError(f"resume: {source} is damaged or no checkpoint ({_first_line(error)})") from error
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise CheckpointError(f"resume: {source} holds no 'model' entry")
     return state
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def find_checkpoints(folder: Path) -> list[Path]:

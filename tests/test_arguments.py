@@ -98,7 +98,12 @@ def test_layers_defaults_recipe_file_flags(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("eps: 4\nlr: 1e-3\nbatch_size: 16\n")
     config, explicit = parse_pretrain_args(["--recipe", "cifar10_vit_s", "--config", str(file), "--batch_size", "8"])
-    assert (config.model.model, config.attack.eps, config.optim.lr, config.optim.batch_size) == ("mae_vit_small", 4.0, 1e-3, 8)
+    assert (config.model.model, config.attack.eps, config.optim.lr, config.optim.batch_size) == (
+        "mae_vit_small",
+        4.0,
+        1e-3,
+        8,
+    )
     assert {"model", "eps", "lr", "batch_size"} <= explicit
     assert "min_lr" not in explicit
 
@@ -120,7 +125,14 @@ def test_published_recipes():
         "use_normalize": False,
         "accum_iter": 1,
     }
-    cifar = {"dataset": "cifar10", "input_size": 32, "patch_size": 2, "batch_size": 128, "num_workers": 0, "use_edm": True}
+    cifar = {
+        "dataset": "cifar10",
+        "input_size": 32,
+        "patch_size": 2,
+        "batch_size": 128,
+        "num_workers": 0,
+        "use_edm": True,
+    }
     cifar |= {"unsup_fraction": 0.7, "edm_aug": "base"}
     imagenet = {"dataset": "imagenet", "input_size": 224, "patch_size": 16, "batch_size": 512, "num_workers": 10}
     for name, own in {"cifar10_vit_s": cifar, "imagenet_vit_s": imagenet | {"use_edm": False}}.items():

@@ -39,7 +39,12 @@ def test_initialisation_rules():
         elif p.ndim == 2:
             bound = (6 / sum(p.shape)) ** 0.5
             assert bound * 0.97 < p.abs().max() <= bound, name
-        elif p.ndim == 1 and name != "patch_embed.proj.bias" and not name.endswith("norm2.weight") and "norm.w" not in name:
+        elif (
+            p.ndim == 1
+            and name != "patch_embed.proj.bias"
+            and not name.endswith("norm2.weight")
+            and "norm.w" not in name
+        ):
             assert torch.all(p == 0), name
     weight, bias = model.patch_embed.proj.weight.detach(), model.patch_embed.proj.bias.detach()
     assert weight.abs().max() <= (6 / (192 + 48)) ** 0.5
@@ -51,7 +56,13 @@ def test_initialisation_rules():
 
 @pytest.mark.parametrize(
     ("size", "patch", "ratio", "batch", "norm"),
-    [(32, 4, 0.75, 3, True), (28, 14, 0.5, 1, False), (24, 8, 0.3, 2, True), (48, 16, 0.6, 5, False), (20, 2, 0.9, 2, True)],
+    [
+        (32, 4, 0.75, 3, True),
+        (28, 14, 0.5, 1, False),
+        (24, 8, 0.3, 2, True),
+        (48, 16, 0.6, 5, False),
+        (20, 2, 0.9, 2, True),
+    ],
 )
 def test_equals_the_textbook_model(size, patch, ratio, batch, norm):
     """Another implementation (all patches embedded, then gathered; timm's blocks; einsum patches) with the same weights."""
@@ -67,7 +78,10 @@ def test_equals_the_textbook_model(size, patch, ratio, batch, norm):
     for mine, theirs in zip(*results):
         assert (mine - theirs).abs().max() < 1e-5
     assert abs(results[0][0] - results[1][0]) < 1e-6
-    grads = [torch.autograd.grad(r[0], [p for p in m.parameters() if p.requires_grad]) for r, m in zip(results, (ours, plain))]
+    grads = [
+        torch.autograd.grad(r[0], [p for p in m.parameters() if p.requires_grad])
+        for r, m in zip(results, (ours, plain))
+    ]
     for (name, _), mine, theirs in zip([n for n in ours.named_parameters() if n[1].requires_grad], *grads):
         assert (mine - theirs).abs().max() < 1e-5 * max(1.0, theirs.abs().max()), name
 
