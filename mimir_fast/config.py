@@ -169,9 +169,11 @@ class PretrainConfig:
     def check(self) -> "PretrainConfig":
         """Return self if every value is possible; raises ValueError naming the flag, its value and what is allowed."""
         flat = self.flat()
-        for name in "batch_size accum_iter epochs input_size patch_size log_every max_bad_steps".split():
+        for name in ("batch_size", "accum_iter", "epochs", "input_size", "patch_size", "log_every", "max_bad_steps"):
             _require(flat[name] >= 1, name, flat[name], "1 or more")
-        for name in "steps eps alpha warmup_epochs start_epoch num_workers checkpoint_steps max_steps seed".split():
+        for name in ("steps", "eps", "alpha", "warmup_epochs", "start_epoch", "num_workers"):
+            _require(flat[name] >= 0, name, flat[name], "0 or more")
+        for name in ("checkpoint_steps", "max_steps", "seed"):
             _require(flat[name] >= 0, name, flat[name], "0 or more")
         for name in ("mask_ratio", "attack_mask_ratio"):
             _require(0 < flat[name] < 1, name, flat[name], "a share between 0 and 1 (exclusive)")

@@ -28,17 +28,18 @@ def save_samples(
     output: StepOutput,
     patch_size: int,
     norm_pix_loss: bool,
-    mean: Tensor | None,
-    std: Tensor | None,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
     position: dict,
 ) -> None:
     """Write up to eight images of a step as arrays in [0,1]: clean, adv, recon [n,3,H,W], mask [n,L] (1 = removed).
 
-    mean, std [3,1,1]: the normalisation to undo, if any; position: epoch, update, eps_255 to store beside.
+    mean, std per channel: the normalisation to undo, if any; position: epoch, update, eps_255 to store beside.
     """
     images, adv, pred = images[:SAMPLES], output.adv[:SAMPLES], output.pred[:SAMPLES].detach()
     arrays = {"clean": images, "adv": adv, "recon": reconstruct(pred, images, patch_size, norm_pix_loss)}
     if mean is not None:
+        mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (mean, std))
         arrays = {name: value * std + mean for name, value in arrays.items()}
     arrays = {name: value.float().clamp(0, 1).cpu().numpy() for name, value in arrays.items()}
     temporary = path.with_name(path.name + ".tmp")

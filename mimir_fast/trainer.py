@@ -68,7 +68,7 @@ class Trainer:
             unsup_fraction=d.unsup_fraction,
             aux_data_filename=d.aux_data_filename,
         )
-        self.mean, self.std = channel_constants(self.stream, world.device) if d.use_normalize else (None, None)
+        self.constants = (self.stream.mean, self.stream.std) if d.use_normalize else (None, None)
         self.updates_per_epoch = len(self.stream) // o.accum_iter
         if self.updates_per_epoch == 0:
             raise ValueError(f"accum_iter: {o.accum_iter} exceeds the {len(self.stream)} micro-batches of an epoch")
@@ -174,7 +174,7 @@ class Trainer:
 
     def _micro_step(self, images_u8: Tensor, step: int, updates: bool) -> tuple[Tensor, StepOutput]:
         c, device = self.config, self.world.device
-        images = to_float(images_u8.to(device, non_blocking=True), self.mean, self.std)
+        images = to_float(images_u8.to(device, non_blocking=True), *self.constants)
         self.generator.manual_seed(step_seed(c.run.seed, self.world.rank, self.position.epoch, step))
         noise = draw_noise(self.generator, images.shape, self.model.num_patches, self.attack)
         dtype = AUTOCAST[c.optim.precision]
@@ -296,7 +296,7 @@ class Trainer:
             ckpt.clean_folder(self.folder)
             where = {"epoch": self.position.epoch, "update": self.position.update, "eps_255": self.config.attack.eps}
             patches = (self.config.model.patch_size, self.config.model.norm_pix_loss)
-            save_samples(self.folder / "samples.npz", images, output, *patches, self.mean, self.std, where)
+            save_samples(self.folder / "samples.npz", images, output, *patches, *self.constants, where)
         self.world.barrier()
 
     def _save_failure(self, images_u8: Tensor, images: Tensor, output: StepOutput, sums: Tensor) -> None:

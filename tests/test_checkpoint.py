@@ -234,7 +234,7 @@ def test_another_model_is_named():
 
 
 def test_optimizer_of_another_model_is_named():
-    model, updater = trained()
+    _, updater = trained()
     state = updater.optimizer.state_dict()
     state["param_groups"][0]["params"] = state["param_groups"][0]["params"][:-1]
     with pytest.raises(CheckpointError, match="optimizer state"):

@@ -1,0 +1,143 @@
+"""Batches are a function of (seed, epoch, step, rank): workers, resuming and global random state do not matter."""
+
+import multiprocessing
+import os
+import random
+import signal
+
+import numpy as np
+import pytest
+import torch
+from test_data_layouts import write_cifar10, write_classes
+
+from mimir_fast.data import DataError, build_pretrain_data
+from mimir_fast.data.schedule import ShuffleSchedule
+
+
+@pytest.fixture(scope="module", params=["array", "folder", "mixed"])
+def build(request, tmp_path_factory):
+    """A function of keyword arguments that builds a stream of 20 images, batches of 4."""
+    root = tmp_path_factory.mktemp(request.param)
+    extra = {}
+    if request.param == "folder":
+        write_classes(root, 10, 48)
+        return lambda **flags: build_pretrain_data("imagefolder", root, 16, 4, **flags)
+    write_cifar10(root)
+    if request.param == "mixed":
+        generated = np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), np.uint8)
+        np.savez(root / "aux.npz", image=generated, label=np.arange(30) % 10)
+        extra = {"use_edm": True, "aux_data_filename": root / "aux.npz"}
+    return lambda **flags: build_pretrain_data("cifar10", root, 32, 4, **extra, **flags)
+
+
+def collect(stream, epoch=0, start_step=0):
+    """Images and labels of the rest of an epoch."""
+    batches = list(stream.epoch(epoch, start_step))
+    return torch.stack([images for images, _ in batches]), torch.stack([labels for _, labels in batches])
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other))
+
+
+def test_workers_and_resuming_do_not_change_a_bit(build):
+    alone, helped = build(), build(num_workers=2)
+    whole = [collect(alone, epoch) for epoch in range(2)]
+    assert len(whole[0][0]) == len(alone) == 5
+    try:
+        assert all(same(collect(helped, epoch), whole[epoch]) for epoch in range(2))
+        abandoned = helped.epoch(0)
+        next(abandoned)
+        for start in (4, 1, 0):  # the workers persist; what they had prepared for the abandoned epoch is dropped
+            rest = collect(helped, 1, start)
+            assert same(rest, [part[start:] for part in whole[1]])
+        assert list(abandoned) == []
+    finally:
+        helped.close()
+    for start in range(5):
+        assert same(collect(build(), 1, start), [part[start:] for part in whole[1]])
+    assert list(alone.epoch(1, 5)) == []
+
+
+def test_epochs_seeds_and_ranks_differ(build):
+    stream = build(world_size=2)
+    first = collect(stream)
+    for other in (collect(stream, 1), collect(build(world_size=2, seed=1)), collect(build(world_size=2, rank=1))):
+        assert not same(first, other)
+
+
+def test_global_random_state_is_untouched(build):
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    for workers in (0, 2):
+        stream = build(num_workers=workers)
+        collect(stream, 0, 3)
+        stream.close()
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.random.get_state()[1].tolist() == states[1]
+    assert random.getstate() == states[2]
+    torch.manual_seed(1)
+    np.random.seed(1)
+    random.seed(1)
+    reseeded = collect(build())
+    torch.manual_seed(2)
+    np.random.seed(2)
+    random.seed(2)
+    assert same(reseeded, collect(build()))
+
+
+@pytest.mark.parametrize(("num_images", "batch_size", "world_size"), [(20, 4, 1), (23, 4, 2), (24, 2, 3), (7, 7, 1)])
+def test_ranks_are_disjoint_and_cover(num_images, batch_size, world_size):
+    ranks = [ShuffleSchedule(num_images, batch_size, rank, world_size, seed=3) for rank in range(world_size)]
+    steps = num_images // (batch_size * world_size)
+    orders = []
+    for epoch in range(2):
+        seen = [list(schedule.batches(epoch)) for schedule in ranks]
+        assert all(len(batches) == len(schedule) == steps for batches, schedule in zip(seen, ranks))
+        assert all(len(batch) == batch_size for batches in seen for batch in batches)
+        orders.append(np.concatenate([batch for batches in seen for batch in batches]))
+        assert len(set(orders[-1].tolist())) == steps * batch_size * world_size
+        assert set(orders[-1].tolist()) <= set(range(num_images))
+    assert not np.array_equal(*orders)
+    whole = ShuffleSchedule(num_images, batch_size * world_size, seed=3)  # same images per step on any number of ranks
+    for step, batch in enumerate(whole.batches(1)):
+        assert set(batch.tolist()) == set(np.concatenate([seen[rank][step] for rank in range(world_size)]).tolist())
+
+
+def test_labels_belong_to_their_images(build):
+    if build(seed=0).name != "cifar10":
+        pytest.skip("needs whole images in memory")
+    stream = build(seed=5)
+    source = stream._loader.dataset.source
+    centre = {image[4:-4, 4:-4].tobytes(): label for image, label in zip(source.images, source.labels)}
+    matched = 0
+    for images, labels in stream.epoch(0):
+        for image, label in zip(images.permute(0, 2, 3, 1).numpy(), labels.tolist()):
+            crops = [image[y : y + 24, x : x + 24] for y in range(9) for x in range(9)]
+            found = [centre.get(view.tobytes()) for crop in crops for view in (crop, crop[:, ::-1])]
+            matched += label in found
+    assert matched == 20
+
+
+def test_workers_have_one_thread_ignore_interrupts_and_end_with_close(build):
+    before = set(multiprocessing.active_children())
+    stream = build(num_workers=2)
+    batches = stream.epoch(0)
+    next(batches)
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    for worker in workers:
+        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):  # as sent to a whole job, once each
+            os.kill(worker.pid, number)
+    assert len(list(batches)) == 4
+    assert len(collect(stream, 1)[0]) == 5
+    stream.close()
+    stream.close()
+    assert not workers & set(multiprocessing.active_children())
+    with pytest.raises(RuntimeError, match="closed"):
+        stream.epoch(0)
+
+
+def test_positions_outside_an_epoch_are_refused(build):
+    for epoch, start in ((0, 6), (0, -1), (-1, 0)):
+        with pytest.raises(DataError, match="start_step"):
+            build().epoch(epoch, start)
