@@ -59,7 +59,8 @@ def assert_same(source, images, labels):
 
 
 def test_cifar10_archive(tmp_path):
-    assert_same(read_images("cifar10", tmp_path if write_cifar10(tmp_path) else None), *write_cifar10(tmp_path))
+    expected = write_cifar10(tmp_path)
+    assert_same(read_images("cifar10", tmp_path), *expected)
     held_out = read_images("cifar10", tmp_path, "val")
     np.testing.assert_array_equal(held_out.take(np.array([2])).images[0], random_image(1002, 32))
 

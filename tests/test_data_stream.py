@@ -1,17 +1,20 @@
 """Batches are a function of (seed, epoch, step, rank): workers, resuming and global random state do not matter."""
 
 import multiprocessing
-import os
 import random
-import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from test_data_layouts import write_cifar10, write_classes
 
-from mimir_fast.data import DataError, build_pretrain_data
+from mimir_fast.data import BatchStream, DataError, build_pretrain_data
+from mimir_fast.data.datasets import dataset_info
 from mimir_fast.data.schedule import ShuffleSchedule
+from mimir_fast.data.sources import ArrayImages
+from mimir_fast.data.workers import BatchMaker
 
 
 @pytest.fixture(scope="module", params=["array", "folder", "mixed"])
@@ -103,38 +106,71 @@ def test_ranks_are_disjoint_and_cover(num_images, batch_size, world_size):
         assert set(batch.tolist()) == set(np.concatenate([seen[rank][step] for rank in range(world_size)]).tolist())
 
 
-def test_labels_belong_to_their_images(build):
-    if build(seed=0).name != "cifar10":
-        pytest.skip("needs whole images in memory")
-    stream = build(seed=5)
-    source = stream._loader.dataset.source
-    centre = {image[4:-4, 4:-4].tobytes(): label for image, label in zip(source.images, source.labels)}
-    matched = 0
-    for images, labels in stream.epoch(0):
-        for image, label in zip(images.permute(0, 2, 3, 1).numpy(), labels.tolist()):
-            crops = [image[y : y + 24, x : x + 24] for y in range(9) for x in range(9)]
-            found = [centre.get(view.tobytes()) for crop in crops for view in (crop, crop[:, ::-1])]
-            matched += label in found
-    assert matched == 20
+def test_labels_belong_to_their_images(tmp_path):
+    known = {image.tobytes(): label for image, label in zip(*write_cifar10(tmp_path))}
+    found, expected = [], []
+    for images, labels in build_pretrain_data("cifar10", tmp_path, 40, 4, seed=5).epoch(0):  # 40: whole padded images
+        for inner in images.permute(0, 2, 3, 1).numpy()[:, 4:-4, 4:-4]:
+            found.append(known.get(inner.tobytes(), known.get(inner[:, ::-1].tobytes())))
+        expected += labels.tolist()
+    assert found == expected
+    assert len(found) == 20
 
 
-def test_workers_have_one_thread_ignore_interrupts_and_end_with_close(build):
+def test_workers_survive_signals_to_the_job_and_end_with_close(build):
     before = set(multiprocessing.active_children())
     stream = build(num_workers=2)
     batches = stream.epoch(0)
-    next(batches)
+    for _ in range(2):  # one batch of each worker: both have started
+        next(batches)
     workers = set(multiprocessing.active_children()) - before
     assert len(workers) == 2
-    for worker in workers:
-        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):  # as sent to a whole job, once each
-            os.kill(worker.pid, number)
-    assert len(list(batches)) == 4
+    for name in ("INT", "USR1", "TERM", "TERM"):  # from another process, as a scheduler does to a whole job
+        subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)
+    assert len(list(batches)) == 3
     assert len(collect(stream, 1)[0]) == 5
+    next(iter(workers)).terminate()  # from the main process: as a last resort for one that hangs
+    next(iter(workers)).join(10)
+    assert not next(iter(workers)).is_alive()
     stream.close()
     stream.close()
     assert not workers & set(multiprocessing.active_children())
     with pytest.raises(RuntimeError, match="closed"):
         stream.epoch(0)
+
+
+class ThreadCounts(ArrayImages):
+    """Images whose labels tell how many threads torch has where they are taken."""
+
+    def take(self, indices):
+        taken = super().take(indices)
+        return taken._replace(labels=np.full_like(taken.labels, torch.get_num_threads()))
+
+
+def test_workers_have_one_thread():
+    source = ThreadCounts(np.zeros((4, 32, 32, 3), np.uint8), np.zeros(4))
+    batches = BatchMaker(source, 32, False, False, 0, 0)
+    stream = BatchStream("counts", 4, dataset_info("digits"), ShuffleSchedule(4, 2), batches, num_workers=1)
+    assert torch.cat([labels for _, labels in stream.epoch(0)]).tolist() == [1] * 4
+    stream.close()
+
+
+INTERRUPTED = """
+import multiprocessing, torch, mimir_fast.data as data
+print(torch.cuda.is_initialized(), multiprocessing.active_children())
+stream = data.build_pretrain_data("digits", "", 32, 4, num_workers=2)
+for batch in stream.epoch(0):
+    raise KeyboardInterrupt
+"""
+
+
+def test_an_interrupted_program_ends_without_waiting_for_its_workers():
+    command = [sys.executable, "-c", INTERRUPTED]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert result.returncode != 0
+    assert result.stderr.strip().endswith("KeyboardInterrupt")
+    assert "worker" not in result.stderr.lower()
+    assert result.stdout.strip() == "False []"  # importing starts neither a GPU nor a process
 
 
 def test_positions_outside_an_epoch_are_refused(build):

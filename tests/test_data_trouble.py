@@ -16,11 +16,18 @@ from mimir_fast.data import DataError, build_pretrain_data
 from mimir_fast.data.datasets import read_images
 
 
+def first_epoch(*arguments, **flags):
+    stream = build_pretrain_data(*arguments, **flags)
+    try:
+        return list(stream.epoch(0))
+    finally:
+        stream.close()
+
+
 def refused(*patterns, dataset="imagefolder", root=None, input_size=32, batch_size=2, **flags):
     """The message of the DataError, one line that contains all patterns."""
     with pytest.raises(DataError) as caught:
-        stream = build_pretrain_data(dataset, root, input_size, batch_size, **flags)
-        list(stream.epoch(0))
+        first_epoch(dataset, root, input_size, batch_size, **flags)
     message = str(caught.value)
     assert "\n" not in message
     assert all(str(pattern) in message for pattern in patterns), message
