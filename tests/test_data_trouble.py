@@ -2,6 +2,7 @@
 
 import io
 import logging
+import multiprocessing
 import pickle
 from urllib.error import URLError
 
@@ -227,12 +228,14 @@ def test_bad_files_add_up_over_batches(tmp_path, num_workers):
     damage(
         tmp_path, ["ant/0000.png", "bee/0000.png"]
     )  # of six images one may be bad: fatal, but not in the first batch
+    before = set(multiprocessing.active_children())
     stream = build_pretrain_data("imagefolder", tmp_path, 32, 1, num_workers=num_workers)
     with pytest.raises(DataError, match="2 of 6") as caught:
         list(stream.epoch(0))
     assert "\n" not in str(caught.value)
     assert len(stream.bad_files) == 2
     stream.close()
+    assert set(multiprocessing.active_children()) <= before  # although the error is still at hand
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
