@@ -132,7 +132,9 @@ def test_torchrun_one_writer_and_resume(data, tmp_path):
     assert len((whole / "log.txt").read_text().splitlines()) == 1
     alone = tmp_path / "alone"
     assert run(data, alone, f"{extra} --batch_size 4") == 0
-    assert not same_state(load(whole / "checkpoint-0.pth"), load(alone / "checkpoint-0.pth"))  # another noise, another penalty
+    assert not same_state(
+        load(whole / "checkpoint-0.pth"), load(alone / "checkpoint-0.pth")
+    )  # another noise, another penalty
 
 
 def test_torch_distributed_launch_passes_local_rank(data, tmp_path):

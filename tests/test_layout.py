@@ -26,7 +26,11 @@ def test_every_operation_has_its_files_and_its_function():
 
 
 def test_references_import_with_triton_blocked():
-    modules = [f"mimir_fast.kernels.{op}.reference" for op in OPS] + ["mimir_fast.models", "mimir_fast.attack", "mimir_fast.mi"]
+    modules = [f"mimir_fast.kernels.{op}.reference" for op in OPS] + [
+        "mimir_fast.models",
+        "mimir_fast.attack",
+        "mimir_fast.mi",
+    ]
     code = f"""
 import sys
 sys.modules["triton"] = None  # any import of it fails
@@ -38,7 +42,9 @@ for module in {modules!r}:
 
 
 def test_kernels_refuse_their_bare_name():
-    done = subprocess.run([sys.executable, "-c", "import kernels"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", "import kernels"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode != 0
     assert "mimir_fast.kernels" in done.stderr
 
@@ -47,7 +53,13 @@ def test_kernels_refuse_their_bare_name():
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     copy = folder / "source"
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout
     names = [n for n in tracked.split("\0") if n] or [str(p.relative_to(ROOT)) for p in ROOT.rglob("*.py")]
     for name in [*names, "README.md", "LICENSE", "pyproject.toml", "setup.py"]:
         if (ROOT / name).is_file() and not name.startswith(("tests/", ".")):
@@ -77,7 +89,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
 
 def test_wheel_runs_from_elsewhere(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    code = "import sys; sys.path.insert(0, 'site'); import mimir_fast.kernels as k, mimir_fast.cli as c; print(k.__file__, c.__file__)"
+    code = "import sys; sys.path.insert(0, 'site')\nimport mimir_fast.kernels as k, mimir_fast.cli as c\nprint(k.__file__, c.__file__)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("site/mimir_fast") == 2, done.stdout
@@ -95,7 +107,9 @@ def test_readme_paths_and_flags_exist():
 
 
 def test_dependencies_are_declared_and_justified():
-    declared = re.search(r"^dependencies = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)[1]
+    declared = re.search(r"^dependencies = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)[
+        1
+    ]
     names = set(re.findall(r'"([\w-]+)', declared))
     text = (ROOT / "docs" / "dependencies.md").read_text()
     assert names == set(re.findall(r"^\| `([\w-]+)` \| required", text, re.MULTILINE))

@@ -61,7 +61,11 @@ def test_logs_have_the_originals_keys_and_axes(whole):
 
 def test_checkpoint_cadence_and_contents(data, tmp_path):
     assert run(data, tmp_path, "--epochs 22 --batch_size 13 --warmup_epochs 2 --max_steps 0 --patch_size 8") == 0
-    assert sorted(p.name for p in tmp_path.glob("*.pth")) == ["checkpoint-0.pth", "checkpoint-20.pth", "checkpoint-21.pth"]
+    assert sorted(p.name for p in tmp_path.glob("*.pth")) == [
+        "checkpoint-0.pth",
+        "checkpoint-20.pth",
+        "checkpoint-21.pth",
+    ]
     state = load(tmp_path / "checkpoint-21.pth")
     assert state["epoch"] == 21
     assert (state["args"].eps, state["args"].batch_size, state["args"].lr) == (8 / 255, 13, 1e-3)
@@ -74,8 +78,29 @@ def test_checkpoint_cadence_and_contents(data, tmp_path):
 
 def test_derived_learning_rate(data, tmp_path):
     words = "--blr 1e-2 --accum_iter 2 --warmup_epochs 0 --max_steps 1 --epochs 1".split()
-    base = ["--model", "mae_vit_ti", "--input_size", "16", "--patch_size", "8", "--dataset", "imagefolder", "--device", "cpu"]
-    places = ["--data_root", str(data), "--output_dir", str(tmp_path), "--log_dir", "", "--batch_size", "4", "--num_workers=0"]
+    base = [
+        "--model",
+        "mae_vit_ti",
+        "--input_size",
+        "16",
+        "--patch_size",
+        "8",
+        "--dataset",
+        "imagefolder",
+        "--device",
+        "cpu",
+    ]
+    places = [
+        "--data_root",
+        str(data),
+        "--output_dir",
+        str(tmp_path),
+        "--log_dir",
+        "",
+        "--batch_size",
+        "4",
+        "--num_workers=0",
+    ]
     assert main([*base, *places, *words]) == 0
     assert lines(tmp_path / "metrics.jsonl")[0]["lr"] == pytest.approx(1e-2 * 4 * 2 / 256)
     assert lines(tmp_path / "metrics.jsonl")[0]["mi"] is None  # attack plain: no penalty
@@ -211,7 +236,9 @@ def test_half_precision_runs(data, tmp_path, precision):
 def test_no_output_folder_writes_nothing(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["--output_dir", "", "--log_dir", "", "--max_steps", "1", "--data_root", str(data), "--batch_size", "4"]
-    tiny = "--model mae_vit_ti --input_size 16 --patch_size 8 --dataset imagefolder --device cpu --num_workers 0".split()
+    tiny = (
+        "--model mae_vit_ti --input_size 16 --patch_size 8 --dataset imagefolder --device cpu --num_workers 0".split()
+    )
     assert main([*tiny, *words]) == 0
     assert list(tmp_path.iterdir()) == []
 
@@ -241,8 +268,13 @@ def test_device_default_falls_back_aloud_and_explicit_cuda_is_refused(data, tmp_
         pytest.skip("needs a machine without CUDA")
     assert run(data, tmp_path, "--device cuda") == 2
     assert "--device cpu" in capsys.readouterr().err
-    words = "--model mae_vit_ti --input_size 16 --patch_size 8 --dataset imagefolder --batch_size 4 --num_workers 0 --max_steps 1"
-    assert main([*words.split(), "--data_root", str(data), "--output_dir", str(tmp_path), "--log_dir", ""]) == 0
+    words = (
+        "--model mae_vit_ti --input_size 16 --patch_size 8 --dataset imagefolder --batch_size 4 --num_workers 0".split()
+    )
+    assert (
+        main([*words, "--max_steps", "1", "--data_root", str(data), "--output_dir", str(tmp_path), "--log_dir", ""])
+        == 0
+    )
     assert "no CUDA device" in capsys.readouterr().out
 
 

@@ -15,7 +15,7 @@ from mimir_fast.data.datasets import INFO, DatasetInfo, Source, dataset_info, re
 from mimir_fast.data.errors import BadFiles, DataError
 from mimir_fast.data.schedule import EdmSampler, KeySampler, Schedule, ShuffleSchedule, check_unsup_fraction
 from mimir_fast.data.sources import MixedImages
-from mimir_fast.data.workers import BatchMaker, start_worker, unchanged
+from mimir_fast.data.workers import BatchMaker, sigterm_held, start_worker, unchanged
 
 
 class BatchStream:
@@ -75,9 +75,14 @@ class BatchStream:
 
     def _batches(self, epoch: int, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         self._keys.position = (epoch, start_step)
-        for images, labels, bad in self._loader:
-            self._bad.record(bad)
-            yield images, labels
+        with sigterm_held():
+            batches = iter(self._loader)
+        try:
+            for images, labels, bad in batches:
+                self._bad.record(bad)
+                yield images, labels
+        finally:
+            del batches  # an error's traceback keeps this frame: without the reference `close` ends the workers at once
 
     def _end_running(self) -> None:
         if self._running is not None:

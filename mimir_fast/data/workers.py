@@ -1,6 +1,10 @@
 """What runs where batches are made: in worker processes, or in the main one without workers."""
 
+import os
 import signal
+import sys
+import threading
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -11,6 +15,7 @@ from mimir_fast.data.randomness import Purpose, random_stream
 from mimir_fast.data.schedule import BatchKey
 from mimir_fast.data.sources import ArrayImages, FolderImages, MixedImages, TooManyBadError
 
+HOLDS_SIGTERM = sys.platform == "linux"  # elsewhere a signal does not tell its sender
 Batch = tuple[Tensor, Tensor, dict[str, str]]  # images uint8 [B,3,S,S], labels int64 [B], unreadable files met
 
 
@@ -60,12 +65,31 @@ def unchanged(batch: Batch) -> Batch:
     return batch
 
 
+@contextmanager
+def sigterm_held():
+    """Block SIGTERM while workers are forked, so that they start with it blocked in every thread, native ones included."""
+    if not HOLDS_SIGTERM:
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def start_worker(worker_id: int) -> None:
     """Leave signals to the main process, which may want to save first; it ends its workers itself.
 
-    A terminal or a scheduler signals all processes of a job at once.  The first SIGTERM is let pass, a second one works,
-    so that a worker stuck in its file system can still be ended.
+    A terminal or a scheduler signals all processes of a job at once; only a SIGTERM from the main process counts.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    if HOLDS_SIGTERM:
+        threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_told_by(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
