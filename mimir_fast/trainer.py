@@ -8,43 +8,29 @@ from pathlib import Path
 import torch
 import yaml
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from mimir_fast import checkpoint as ckpt
-from mimir_fast.attack import reconstruction_loss
+from mimir_fast.build import (
+    build_attack,
+    build_data,
+    build_model,
+    describe,
+    peak_learning_rate,
+    penalty_name,
+    wrap_model,
+)
 from mimir_fast.config import PretrainConfig
-from mimir_fast.data import BatchStream, build_pretrain_data, to_float
+from mimir_fast.data import to_float
 from mimir_fast.distributed import World
 from mimir_fast.metrics import RunLog, peak_memory_gib
-from mimir_fast.mi import PENALTIES
-from mimir_fast.models import create_model
 from mimir_fast.optim import Updater, build_optimizer, learning_rate, set_learning_rate
 from mimir_fast.run_state import EPOCH_SUMS, Position, checkpoint_state, find_state, restore
 from mimir_fast.samples import save_samples
 from mimir_fast.signals import StopSignals
-from mimir_fast.step import Attack, StepOutput, draw_noise, pretrain_step, step_seed
+from mimir_fast.step import StepOutput, draw_noise, pretrain_step, step_seed
 
 CHECKPOINT_EVERY = 20  # epochs, the original's cadence
-FP16_ATTACK_SCALE = 65536.0
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def attack_settings(config: PretrainConfig, stream: BatchStream, device: torch.device) -> Attack:
-    """The attack in the images' units: flags in 1/255, divided by each channel's deviation for normalised images."""
-    a = config.attack
-    if a.attack == "plain":
-        return Attack()
-    eps, alpha, lo, hi = a.eps / 255, a.alpha / 255, 0.0, 1.0
-    if config.data.use_normalize:
-        mean, std = channel_constants(stream, device)
-        eps, alpha, lo, hi = eps / std, alpha / std, (0.0 - mean) / std, (1.0 - mean) / std
-    scale = FP16_ATTACK_SCALE if config.optim.precision == "fp16" else 1.0
-    return Attack(a.steps, eps, alpha, lo, hi, a.attack_mask_ratio, scale)
-
-
-def channel_constants(stream: BatchStream, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of the data set's channels, [3,1,1] each."""
-    return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (stream.mean, stream.std))
 
 
 class Trainer:
@@ -52,55 +38,23 @@ class Trainer:
 
     def __init__(self, config: PretrainConfig, world: World, notes: list[str]):
         self.config, self.world = config, world
-        o, d, m, r = config.optim, config.data, config.model, config.run
-        self.stream = build_pretrain_data(
-            d.dataset,
-            d.data_root,
-            m.input_size,
-            o.batch_size,
-            accum_iter=o.accum_iter,
-            seed=r.seed,
-            rank=world.rank,
-            world_size=world.size,
-            num_workers=d.num_workers,
-            pin_memory=d.pin_mem and world.device.type == "cuda",
-            use_edm=d.use_edm,
-            unsup_fraction=d.unsup_fraction,
-            aux_data_filename=d.aux_data_filename,
-        )
-        self.constants = (self.stream.mean, self.stream.std) if d.use_normalize else (None, None)
-        self.updates_per_epoch = len(self.stream) // o.accum_iter
-        if self.updates_per_epoch == 0:
-            raise ValueError(f"accum_iter: {o.accum_iter} exceeds the {len(self.stream)} micro-batches of an epoch")
-        self.model = create_model(
-            m.model, img_size=m.input_size, patch_size=m.patch_size, norm_pix_loss=m.norm_pix_loss
-        ).to(world.device)
-        self.attack = attack_settings(config, self.stream, world.device)
-        self.penalty = config.penalty.mi_train if config.penalty.mi_train in PENALTIES else None
-        if self.attack.steps is None:
-            self.penalty = None
-        self.lr = o.lr if o.lr is not None else o.blr * o.batch_size * o.accum_iter * world.size / 256
-        self.updater = Updater(
-            build_optimizer(self.model, self.lr, o.weight_decay), world.device, o.precision == "fp16"
-        )
+        self.stream = build_data(config, world)
+        self.constants = (self.stream.mean, self.stream.std) if config.data.use_normalize else (None, None)
+        self.updates_per_epoch = len(self.stream) // config.optim.accum_iter
+        self.model = build_model(config, world.device)
+        self.attack = build_attack(config, self.stream, world.device)
+        self.penalty = penalty_name(config)
+        self.lr = peak_learning_rate(config, world)
+        optimizer = build_optimizer(self.model, self.lr, config.optim.weight_decay)
+        self.updater = Updater(optimizer, world.device, config.optim.precision == "fp16")
         self.generator = torch.Generator(world.device)
         self.skipped_penalties = torch.zeros((), dtype=torch.float64, device=world.device)
-        self.position = Position(epoch=o.start_epoch)
-        self.folder = Path(r.output_dir) if r.output_dir else None
+        self.position = Position(epoch=config.optim.start_epoch)
+        self.folder = Path(config.run.output_dir) if config.run.output_dir else None
         notes = notes + self._resume()
-        self.forward, self.attack_loss = self._wrap()
+        self.first_update = self.position.update + 1
+        self.forward, self.attack_loss = wrap_model(config, world, self.model)
         self._open_outputs(notes)
-
-    # ---- building
-
-    def _wrap(self):
-        forward, attack_loss = self.model, reconstruction_loss
-        if self.config.optim.compile:
-            forward, attack_loss = torch.compile(self.model), torch.compile(reconstruction_loss)
-        if self.world.size > 1:
-            devices = [self.world.device] if self.world.device.type == "cuda" else None
-            forward = DistributedDataParallel(forward, device_ids=devices, gradient_as_bucket_view=True)
-        return forward, attack_loss
 
     def _open_outputs(self, notes: list[str]) -> None:
         o, r, p = self.config.optim, self.config.run, self.position
@@ -114,20 +68,8 @@ class Trainer:
         x = int(1000 * (p.epoch + p.step / len(self.stream)))
         where = (p.epoch, p.update, x)
         self.log = RunLog(r, self.config.flat(), self.world, self.penalty is not None, self.total_updates, where)
-        for line in [*notes, *self._summary()]:
+        for line in [*notes, *describe(self.config, self.world, self.stream, self.model, self.lr)]:
             self.log.say(line)
-
-    def _summary(self) -> list[str]:
-        c, world = self.config, self.world
-        parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
-        attack = "none" if self.attack.steps is None else f"{c.attack.steps} step(s), eps {c.attack.eps:g}/255"
-        return [
-            f"model {c.model.model} ({parameters:.2f} M parameters), {c.model.input_size}/{c.model.patch_size}; "
-            f"data {self.stream.name}, {self.stream.num_images} images, {len(self.stream)} micro-batches per epoch; "
-            f"attack {attack}; penalty {self.penalty or 'none'}",
-            f"device {world.device} x {world.size}, {c.optim.precision}, compile {'on' if c.optim.compile else 'off'}, "
-            f"kernels reference; lr {self.lr:.3g}; outputs in {c.run.output_dir or '(nowhere)'}",
-        ]
 
     # ---- the loop
 
@@ -233,7 +175,7 @@ class Trainer:
         r, p = self.config.run, self.position
         ends = self.world.any(stop.received is not None)
         enough = r.max_steps and p.update >= r.max_steps
-        if p.update % r.log_every == 0 or ends or enough or p.step == len(self.stream):
+        if p.update % r.log_every == 0 or p.update == self.first_update or ends or enough or p.step == len(self.stream):
             self.log.flush()
             if int(self.updater.counters[2]) >= self.config.optim.max_bad_steps:  # every rank counts alike
                 self._save_failure(images_u8, images, output, sums)
@@ -263,8 +205,6 @@ class Trainer:
 
     def _log_epoch(self, sums: Tensor) -> None:
         s = dict(zip(EPOCH_SUMS, self.world.mean(sums).tolist()))
-        for path, reason in self.stream.bad_files.items():
-            self.log.say(f"skipped image {path}: {reason}")
         row = {
             "train_lr": s["lr"] / s["micro_steps"],
             "train_loss": s["loss"] / s["finite"] if s["finite"] else float("nan"),

@@ -109,6 +109,12 @@ def test_crop_boxes_are_distributed_as_torchvision(shape):
     assert np.all(np.abs(ours.std(0) - theirs.std(0)) < 0.1 * theirs.std(0) + 1e-9)
 
 
+def test_wide_and_tall_crops_are_equally_likely():
+    boxes = np.array([sample_crop(1000, 1000, np.random.default_rng(n)) for n in range(3000)])
+    log_ratios = np.log(boxes[:, 3] / boxes[:, 2])  # symmetric for a square image
+    assert abs(log_ratios.mean()) < 5 * log_ratios.std() / math.sqrt(3000)
+
+
 def test_streams_of_random_numbers_differ_in_every_part_of_their_position():
     positions = [(0, Purpose.AUGMENT, 1, 2), (1, Purpose.AUGMENT, 1, 2), (0, Purpose.SHUFFLE, 1, 2)]
     positions += [(0, Purpose.AUGMENT, 2, 1), (0, Purpose.AUGMENT, 1), (0, Purpose.AUGMENT, 1, 2, 0), (2**32, 1, 1, 2)]

@@ -55,6 +55,20 @@ def test_indices_resume_and_repeat(row):
         assert [b.tolist() for b in sampler(row, **position).batches(2)] != [b.tolist() for b in whole]
 
 
+def test_resuming_after_several_permutations():
+    ours = EdmSampler(5, 9, 4, 0.5, 12)  # three batches per permutation
+    whole = [batch.tolist() for batch in ours.batches(0)]
+    assert all([b.tolist() for b in ours.batches(0, start)] == whole[start:] for start in range(13))
+
+
+def test_real_images_differ_between_ranks_epochs_and_seeds():
+    def real(epoch, **position):
+        batch = next(EdmSampler(100, 9, 20, 0.5, 1, **position).batches(epoch))
+        return frozenset(batch[batch < 100].tolist())
+
+    assert len({real(0), real(1), real(0, rank=1), real(0, seed=1)}) == 4
+
+
 def test_merged_batches_cross_permutations_and_resume():
     ours = EdmSampler(5, 2, 3, -1, 12)
     whole = [batch.tolist() for batch in ours.batches(0)]
@@ -76,6 +90,7 @@ def test_real_images_come_once_per_permutation_and_generated_ones_with_replaceme
     counts = np.bincount(generated, minlength=n_unsup)
     mean = len(generated) / n_unsup
     assert abs(counts.var() / mean - 1) < 5 * math.sqrt(2 / n_unsup)  # a multinomial's spread, not a permutation's
+    assert any(len(set(batch.tolist())) < len(batch) for batch in batches)
     first_is_real = np.mean([batch[0] < n_sup for batch in batches])
     assert 0 < first_is_real < 1  # shuffled: generated images do not keep to one end
 

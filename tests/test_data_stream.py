@@ -11,8 +11,8 @@ import torch
 from test_data_layouts import write_cifar10, write_classes
 
 from mimir_fast.data import BatchStream, DataError, build_pretrain_data
-from mimir_fast.data.datasets import dataset_info
-from mimir_fast.data.schedule import ShuffleSchedule
+from mimir_fast.data.datasets import dataset_info, read_images
+from mimir_fast.data.schedule import BatchKey, ShuffleSchedule
 from mimir_fast.data.sources import ArrayImages
 from mimir_fast.data.workers import BatchMaker
 
@@ -54,7 +54,10 @@ def test_workers_and_resuming_do_not_change_a_bit(build):
         for start in (4, 1, 0):  # the workers persist; what they had prepared for the abandoned epoch is dropped
             rest = collect(helped, 1, start)
             assert same(rest, [part[start:] for part in whole[1]])
-        assert list(abandoned) == []
+        for stream in (alone, helped):
+            abandoned, current = stream.epoch(0), stream.epoch(1)
+            assert list(abandoned) == []
+            assert len(list(current)) == 5
     finally:
         helped.close()
     for start in range(5):
@@ -67,6 +70,20 @@ def test_epochs_seeds_and_ranks_differ(build):
     first = collect(stream)
     for other in (collect(stream, 1), collect(build(world_size=2, seed=1)), collect(build(world_size=2, rank=1))):
         assert not same(first, other)
+
+
+def test_crops_change_with_every_part_of_the_position(tmp_path):
+    write_classes(tmp_path, 4, 48)
+    arrays = read_images("digits", "")
+    for source, resize in ((arrays, False), (read_images("imagefolder", tmp_path), True)):
+
+        def crops(epoch, step, rank, seed, source=source, resize=resize):
+            maker = BatchMaker(source, 24, resize, True, seed, rank)
+            return maker[BatchKey(epoch, step, np.arange(8))][0]
+
+        first = crops(0, 0, 0, 0)
+        assert torch.equal(first, crops(0, 0, 0, 0))
+        assert not any(torch.equal(first, crops(*row)) for row in np.eye(4, dtype=int).tolist())
 
 
 def test_global_random_state_is_untouched(build):

@@ -89,7 +89,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
 
 def test_wheel_runs_from_elsewhere(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    code = "import sys; sys.path.insert(0, 'site')\nimport mimir_fast.kernels as k, mimir_fast.cli as c\nprint(k.__file__, c.__file__)"
+    imports = "import mimir_fast.kernels as k, mimir_fast.cli as c"
+    code = f"import sys; sys.path.insert(0, 'site'); {imports}; print(k.__file__, c.__file__)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("site/mimir_fast") == 2, done.stdout

@@ -4,18 +4,23 @@ import json
 import os
 import random
 import signal
+import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from runs import load, make_images, run, same_state, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mimir_fast import cli
 from mimir_fast import step as step_module
+from mimir_fast.arguments import parse_pretrain_args
+from mimir_fast.build import build_attack
 from mimir_fast.metrics import drop_lines
-from mimir_fast.pretrain import main
+from mimir_fast.pretrain import main, settle_defaults
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +256,6 @@ def test_no_output_folder_writes_nothing(data, tmp_path, monkeypatch):
         ("--batch_size 400", ["batch_size", "26"]),
         ("--accum_iter 7", ["accum_iter", "7"]),
         ("--eps 0.03", ["eps", "1/255"]),
-        ("--wandb", ["wandb", "pip install"]),
         ("--dataset imagenette", ["dataset", "imagenette"]),
     ],
 )
@@ -301,3 +305,72 @@ def test_command_line_verbs(capsys):
         cli.main(["pretrain", "-h"])
     assert stop.value.code == 0
     assert "--mi_xpl" in capsys.readouterr().out
+
+
+def test_defaults_on_a_gpu_machine(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config, notes = settle_defaults(*parse_pretrain_args([]))
+    assert (config.run.device, config.optim.precision, config.optim.compile, notes) == ("cuda", "bf16", True, [])
+    config, _ = settle_defaults(*parse_pretrain_args(["--device", "cpu"]))
+    assert (config.optim.precision, config.optim.compile) == ("fp32", False)
+    config, _ = settle_defaults(*parse_pretrain_args(["--precision", "fp16", "--no_compile"]))
+    assert (config.optim.precision, config.optim.compile) == ("fp16", False)
+
+
+def test_fp16_attack_is_scaled_and_normalised_bounds_are_per_channel(data):
+    stream = SimpleNamespace(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.5))
+    config, _ = parse_pretrain_args(
+        ["--attack", "pgd", "--precision", "fp16", "--use_normalize", "--attack_mask_ratio", "0.5"]
+    )
+    attack = build_attack(config, stream, torch.device("cpu"))
+    assert (attack.loss_scale, attack.mask_ratio, attack.steps) == (65536.0, 0.5, 1)
+    assert attack.eps.flatten().tolist() == pytest.approx([8 / 255 / s for s in stream.std])
+    assert attack.alpha.flatten().tolist() == pytest.approx([10 / 255 / s for s in stream.std])
+    assert attack.lo.flatten().tolist() == pytest.approx([-2.0, -2.0, -1.2])
+    assert attack.hi.flatten().tolist() == pytest.approx([3.0, 2.0, 0.8])
+    config, _ = parse_pretrain_args(["--attack", "pgd", "--precision", "bf16"])
+    assert build_attack(config, stream, torch.device("cpu")).loss_scale == 1.0
+
+
+def test_corrupt_image_is_counted_and_two_are_too_many(data, tmp_path, capsys):
+    folder = make_images(tmp_path / "images")
+    first, second = sorted((folder / "train" / "class0").iterdir())[:2]
+    first.write_bytes(first.read_bytes()[:60])
+    assert run(folder, tmp_path / "out", "--epochs 1 --warmup_epochs 0") == 0
+    assert lines(tmp_path / "out" / "log.txt")[0]["bad_files"] == 1
+    second.write_text("not an image")
+    assert run(folder, tmp_path / "out2", "--epochs 1 --warmup_epochs 0") == 1
+    err = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(err) == 1
+    assert "2 of 26" in err[0]
+
+
+def test_generated_images_are_mixed_in(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        path = tmp_path / "cifar10" / "train" / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+    np.savez(tmp_path / "edm.npz", image=rng.integers(0, 256, (9, 32, 32, 3), dtype=np.uint8), label=np.arange(9) % 2)
+    extra = "--input_size 32 --patch_size 8 --dataset cifar10 --use_edm --epochs 1 --warmup_epochs 0"
+    assert run(tmp_path, tmp_path / "o", f"{extra} --aux_data_filename {tmp_path / 'edm.npz'}") == 0
+    state = load(tmp_path / "o" / "checkpoint-0.pth")
+    assert state["args"].dataset == "cifar10s"
+    assert state["mimir_fast"]["update"] == 2  # ceil(8 real images / 4)
+
+
+def test_wandb_gets_the_same_scalars(data, tmp_path, monkeypatch):
+    logged, ended = [], []
+    session = SimpleNamespace(log=lambda row, step: logged.append((step, row)), finish=lambda: ended.append(1))
+    fake = SimpleNamespace(init=lambda **words: session)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    assert run(data, tmp_path, "--wandb --max_steps 3 --warmup_epochs 0") == 0
+    rows = lines(tmp_path / "metrics.jsonl")
+    assert logged == [(row["update"], row) for row in rows]
+    assert ended == [1]
+
+
+def test_wandb_without_the_package_says_what_to_install(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert run(data, tmp_path, "--wandb") == 2
+    assert "pip install 'mimir-fast[wandb]'" in capsys.readouterr().err
