@@ -120,3 +120,9 @@ def test_dependencies_are_declared_and_justified():
     third_party = imported - set(sys.stdlib_module_names) - {"mimir_fast", "wandb"}
     provides = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
     assert third_party <= {provides.get(name, name) for name in names} | {"triton"}
+
+
+def test_readme_example_runs(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
