@@ -1,5 +1,8 @@
 """Small complete runs for the tests: a folder of images made on the spot, in-process and as a child process."""
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +43,16 @@ def run(data: Path, out: Path, extra: str = "") -> int:
 def start(data: Path, out: Path, extra: str = "", launcher: tuple[str, ...] = ()) -> subprocess.Popen:
     """Run as a child process, optionally under a launcher such as torchrun."""
     words = [sys.executable, "-u", *launcher, "-m", "mimir_fast.pretrain", *command(data, out, extra)]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def finish(child: subprocess.Popen, timeout: float = 300) -> str:
+    """Wait for a child process and everything it started; returns its output, and leaves nothing running."""
+    try:
+        return child.communicate(timeout=timeout)[0]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
 
 
 def load(path: Path) -> dict:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import golden_images, small_model
-from runs import load, make_images, run, same_state, start
+from runs import finish, load, make_images, run, same_state, start
 from torch.nn.parallel import DistributedDataParallel
 
 from mimir_fast.config import DistConfig
@@ -122,7 +122,7 @@ def test_torchrun_one_writer_and_resume(data, tmp_path):
     runs = [(whole, extra), (broken, f"{extra} --max_steps 2"), (broken, f"{extra} --resume auto")]
     for folder, words in runs:
         child = start(data, folder, words, TORCHRUN)
-        out, _ = child.communicate(timeout=300)
+        out = finish(child)
         assert child.returncode == 0, out
         assert out.count("device cpu x 2") == 1, out  # rank 1 is silent
     assert same_state(load(whole / "checkpoint-0.pth"), load(broken / "checkpoint-0.pth"))
@@ -140,6 +140,6 @@ def test_torchrun_one_writer_and_resume(data, tmp_path):
 def test_torch_distributed_launch_passes_local_rank(data, tmp_path):
     launcher = ("-m", "torch.distributed.launch", "--nproc_per_node=2", f"--master_port={free_port()}")
     child = start(data, tmp_path, "--batch_size 2 --max_steps 1", launcher)
-    out, _ = child.communicate(timeout=300)
+    out = finish(child)
     assert child.returncode == 0, out
     assert (tmp_path / "resume-0-1.pth").exists()

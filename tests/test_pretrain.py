@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import load, make_images, run, same_state, start
+from runs import finish, load, make_images, run, same_state, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mimir_fast import cli
@@ -139,7 +139,7 @@ def test_sigkill_and_resume_is_exact(data, whole, tmp_path, updates):
         assert child.poll() is None, child.stdout.read()
         time.sleep(0.002)
     child.kill()
-    child.wait()
+    finish(child)
     assert not (tmp_path / "checkpoint-1.pth").exists()
     (tmp_path / "resume-1-5.pth.tmp").write_bytes(b"half a file")
     assert run(data, tmp_path, "--resume auto") == 0
@@ -156,7 +156,7 @@ def test_signals_save_and_end_within_a_step(data, tmp_path, number, status):
         seen = child.stdout.readline()
         assert seen, "ended early"
     os.kill(child.pid, number)
-    out, _ = child.communicate(timeout=60)
+    out = finish(child, 60)
     assert child.returncode == status, out
     assert number.name in out
     saved = [p for p in tmp_path.glob("*.pth") if p.name != "checkpoint-0.pth"]
