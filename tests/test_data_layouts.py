@@ -9,7 +9,7 @@ import scipy.io
 from PIL import Image
 
 from mimir_fast.data import DATASETS, DataError, build_pretrain_data
-from mimir_fast.data.datasets import read_images
+from mimir_fast.data.datasets import dataset_info, read_images
 
 CLASSES = ("ant", "bee")
 
@@ -187,3 +187,12 @@ def test_names_constants_and_an_epoch_of_each(tmp_path):
         assert (stream.num_images, len(stream)) == ((1500, 500) if dataset == "digits" else (8, 2))
     with pytest.raises(DataError, match="split"):
         read_images("digits", tmp_path, "test")
+
+
+def test_channel_constants_of_the_paper():
+    assert dataset_info("cifar10").mean == (0.4914, 0.4822, 0.4465)
+    assert dataset_info("cifar10").std == (0.2471, 0.2435, 0.2616)
+    for dataset in ("imagenet", "imagefolder", "tiny-imagenet"):
+        assert dataset_info(dataset).mean == (0.485, 0.456, 0.406)
+        assert dataset_info(dataset).std == (0.229, 0.224, 0.225)
+    assert dataset_info("digits").mean == dataset_info("digits").std == (0.5, 0.5, 0.5)

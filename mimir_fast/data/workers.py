@@ -42,9 +42,8 @@ class BatchMaker:
     def __getitem__(self, key: BatchKey) -> Batch:
         try:
             return self._make(key)
-        except (
-            TooManyBadError
-        ) as error:  # as a value: an exception would arrive with the worker's traceback in its text
+        except TooManyBadError as error:
+            # As a value: an exception would arrive with the worker's traceback in its text.
             return torch.empty(0), torch.empty(0), error.bad
 
     def _make(self, key: BatchKey) -> Batch:
