@@ -1,298 +1,205 @@
-"""mimir-fast report: a run's folder -> RUN_DIR/report.html (one file, pictures inside) and RUN_DIR/report/*.png.
+"""mimir-fast report RUN_DIR: one self-contained HTML page, and its figures as PNGs, from what a run wrote.
 
-Also `python -m mimir_fast.report RUN_DIR`.  Data flow: report_data.py reads and checks, report_figures.py draws,
-report_html.py writes the page; this file decides what is said.
+Reads metrics.jsonl (required), log.txt, config.yaml and samples.npz; what is absent is said in its place.
 """
 
 import argparse
+import base64
+import html
+import json
+import math
+import statistics
 import sys
-from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
+import yaml
 
-from mimir_fast import report_figures as figures
-from mimir_fast.config import STAGES, PretrainConfig
-from mimir_fast.report_data import Metrics, Samples, number, read_config, read_epochs, read_metrics, read_samples
-from mimir_fast.report_html import Section, page
+from mimir_fast.figures import FIGURES, draw_reconstructions
 
-LAST = 100  # updates in the mean beside a last value
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #888; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+.lead, figcaption, .note { color: var(--soft); } figure { margin: 1rem 0; } figcaption { font-size: .9rem; }
+img { max-width: 100%; background: #fff; border-radius: 6px; }
+table { border-collapse: collapse; font-size: .92rem; }
+th, td { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); }
+th { font-weight: 600; } td { font-variant-numeric: tabular-nums; }
+.config { columns: 2; column-gap: 2rem; }
+.config div { border-bottom: 1px solid var(--line); break-inside: avoid; display: flex; justify-content: space-between;
+  gap: 1rem; font-size: .88rem; }
+.config span:last-child { overflow-wrap: anywhere; text-align: right; }
+@media print { body { margin: 0; max-width: none; } }
+"""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Write the report of one run; returns the exit status: 0 written, 1 nothing to report on or not writable."""
-    parser = argparse.ArgumentParser(
-        prog="mimir-fast report",
-        description="Write RUN_DIR/report.html, one self-contained page with the curves, sample reconstructions and "
-        "configuration of a pre-training run, and the same pictures as RUN_DIR/report/*.png. Works on a running, "
-        "stopped or killed run; run it again for a newer report.",
-        epilog="Reads metrics.jsonl (required), log.txt, config.yaml and samples.npz; the page says which are missing.",
-    )
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="the --output_dir of a mimir-fast pretrain run")
-    run_dir = parser.parse_args(argv).run_dir
-    try:
-        path = write_report(run_dir)
-    except (ValueError, OSError) as error:
-        print(f"mimir-fast report: error: {error}", file=sys.stderr)
-        return 1
-    print(path)
-    return 0
+class ReportError(ValueError):
+    """A folder that holds no run; one line that says what is missing and what to do."""
+
+
+def read_lines(path: Path, key: str) -> tuple[list[dict], int]:
+    """JSON lines sorted by `key`, the later of two equal ones winning, and the number of unreadable lines skipped."""
+    rows, skipped = {}, 0
+    if path.exists():
+        with open(path) as file:
+            for line in file:
+                try:
+                    row = json.loads(line)
+                    rows[row[key]] = row
+                except (json.JSONDecodeError, KeyError, TypeError):
+                    skipped += 1
+    return [rows[value] for value in sorted(rows)], skipped
+
+
+def column(rows: list[dict], key: str) -> np.ndarray:
+    """One value per row as float64; NaN where it is absent or null."""
+    return np.array([math.nan if row.get(key) is None else float(row[key]) for row in rows])
+
+
+def summary(rows: list[dict], epochs: list[dict], samples: dict | None) -> list[tuple[str, str]]:
+    """The table at the top: name and value of what a reader asks first."""
+    rate = [row["images_per_s"] for row in rows if row.get("images_per_s") is not None]
+    memory = column(rows, "peak_memory_gib")
+    table = [
+        ("epochs · updates", f"{rows[-1]['epoch']:.2f} · {rows[-1]['update']}"),
+        ("reconstruction loss, first → last", _first_to_last(column(rows, "recon"))),
+        ("penalty, first → last", _first_to_last(column(rows, "mi"))),
+        ("learning rate, last", _number(rows[-1].get("lr"))),
+        ("images/s, median", _number(statistics.median(rate) if rate else None)),
+        ("peak memory", f"{np.nanmax(memory):.2f} GiB" if np.isfinite(memory).any() else "unknown"),
+        ("skipped penalties · skipped updates", f"{_last(rows, 'skipped_penalties')} · {_last(rows, 'skipped_steps')}"),
+    ]
+    if epochs:
+        table.append(("unreadable images skipped", str(_last(epochs, "bad_files"))))
+    if samples is not None:
+        table.append(("largest perturbation", f"{255 * np.abs(samples['adv'] - samples['clean']).max():.2f}/255"))
+    return table
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write report.html and report/{loss,penalty,lr,throughput,reconstructions}.png into a run's folder; returns the page.
+    """Write RUN_DIR/report.html and RUN_DIR/report/*.png; returns the page's path.
 
-    A figure there is nothing to draw for is left out (and an older one of that name removed); the page says why.
-    Raises ValueError if the folder or its metrics are missing, OSError if it cannot be read or written.
+    Raises ReportError if the folder is missing or has no metrics.
     """
     folder = Path(run_dir)
     if not folder.is_dir():
-        raise ValueError(f"run_dir: {folder} is no folder; pass the --output_dir of a mimir-fast pretrain run")
-    if not (folder / "metrics.jsonl").is_file():
-        raise ValueError(
-            f"run_dir: {folder / 'metrics.jsonl'} is missing; pass the --output_dir of a mimir-fast pretrain run "
-            "that has done its first updates"
-        )
-    metrics, epochs = read_metrics(folder / "metrics.jsonl"), read_epochs(folder / "log.txt")
-    config, no_config = _or_reason(read_config, folder / "config.yaml")
-    samples, no_samples = _or_reason(read_samples, folder / "samples.npz")
-    settings = config or {}
-    sections = [*curve_sections(metrics, settings), sample_section(samples, no_samples, settings)]
-    text = page(
-        title=_title(settings, folder),
-        lead=f"MIMIR pre-training, report up to update {metrics.update[-1]:,}",
-        notes=reading_notes(metrics, epochs),
-        summary=[*summary_rows(metrics, epochs, settings), *sample_rows(samples, no_samples, settings)],
-        sections=sections,
-        configuration=no_config if config is None else grouped_configuration(config),
-        footer=f"Written by mimir-fast report from {folder.resolve()}",
-    )
-    _write_files(folder, sections, text)
-    return folder / "report.html"
-
-
-def _or_reason(read: Callable, path: Path) -> tuple:
-    try:
-        return read(path), ""
-    except ValueError as error:
-        return None, str(error)
-
-
-def _write_files(folder: Path, sections: list[Section], text: str) -> None:
+        raise ReportError(f"run_dir: no folder {folder}; give the --output_dir of a pre-training run")
+    rows, skipped = read_lines(folder / "metrics.jsonl", "update")
+    if not rows:
+        raise ReportError(f"run_dir: {folder / 'metrics.jsonl'} is missing or empty; give the --output_dir of a run")
+    epochs, _ = read_lines(folder / "log.txt", "epoch")
+    config = yaml.safe_load((folder / "config.yaml").read_text()) if (folder / "config.yaml").exists() else {}
+    samples = _read_samples(folder / "samples.npz")
     (folder / "report").mkdir(exist_ok=True)
-    for section in sections:
-        path = folder / "report" / f"{section.name}.png"
-        if section.png is None:
-            path.unlink(missing_ok=True)
-        else:
-            _write_atomically(path, section.png)
-    _write_atomically(folder / "report.html", text.encode("utf-8", errors="replace"))
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
-
-
-def _title(config: dict, folder: Path) -> str:
-    words = [str(config[name]) for name in ("model", "dataset") if config.get(name)]
-    return " on ".join(words) if words else folder.resolve().name
-
-
-def reading_notes(metrics: Metrics, epochs: list[dict]) -> list[str]:
-    """What a reader must know about the files before trusting the numbers."""
-    notes = []
-    others = metrics.unreadable - metrics.cut
-    if metrics.cut:
-        notes.append("The last line of metrics.jsonl is cut (the run was killed, or is writing now); it is left out.")
-    if others:
-        notes.append(f"metrics.jsonl: {others:,} other unreadable line{_s(others)} left out.")
-    if metrics.repeated:
-        notes.append(
-            f"metrics.jsonl: {metrics.repeated:,} line{_s(metrics.repeated)} of repeated updates (a resumed run); "
-            "the later line counts."
-        )
-    if not epochs:
-        notes.append("log.txt is missing or holds no finished epoch; bad files are not known.")
-    bad = int((~np.isfinite(metrics["loss"])).sum())
-    if bad:
-        notes.append(f"{bad:,} update{_s(bad)} without a finite training loss.")
-    return notes
-
-
-def _s(count: int) -> str:
-    return "" if count == 1 else "s"
-
-
-# ---- figures
-
-
-def _section(name: str, heading: str, caption: str, absent: str, draw: Callable[[], Figure]) -> Section:
-    """Draw, unless `absent` gives a reason not to."""
-    return Section(name, heading, absent or caption, None if absent else figures.png(draw()))
-
-
-def curve_sections(metrics: Metrics, config: dict) -> list[Section]:
-    """The four curves, each with a caption or the reason it is not there."""
-    has = {name: bool(np.isfinite(values).any()) for name, values in metrics.columns.items()}
-    smoothed = f"Light: {'every update' if len(metrics.update) <= figures.POINTS else 'range of the updates'}; dark: running mean"
-    smoothed = f"{smoothed} over {figures.SMOOTHED_SHARE:.0%} of the run." if len(metrics.update) > figures.FEW else ""
-    no_loss = "" if has["loss"] or has["recon"] else "No update in metrics.jsonl has a finite loss."
-    kind, weight = str(config.get("mi_train", "")), number(config.get("mi_xpl"))
-    weighted = f"; the loss adds it times {weight:g}" if np.isfinite(weight) else ""
-    return [
-        _section(
-            "loss",
-            "Loss",
-            f"Training loss (reconstruction plus weighted penalty) and reconstruction loss alone. {smoothed}",
-            no_loss,
-            lambda: figures.loss_figure(metrics),
-        ),
-        _section(
-            "penalty",
-            "Penalty",
-            f"The mutual-information penalty of the batch{weighted}. {smoothed}",
-            "" if has["mi"] else _no_penalty(metrics),
-            lambda: figures.penalty_figure(metrics, kind),
-        ),
-        _section(
-            "lr",
-            "Learning rate",
-            "The learning rate of each update.",
-            "" if has["lr"] else "metrics.jsonl holds no learning rate.",
-            lambda: figures.lr_figure(metrics, np.nan_to_num(number(config.get("warmup_epochs")))),
-        ),
-        _section(
-            "throughput",
-            "Throughput",
-            f"Images per second of all processes, and the share of the time spent waiting for data. {smoothed}",
-            "" if has["images_per_s"] else "metrics.jsonl holds no images per second.",
-            lambda: figures.throughput_figure(metrics),
-        ),
-    ]
-
-
-def _no_penalty(metrics: Metrics) -> str:
-    skipped = int(np.nan_to_num(metrics["skipped_penalties"]).max())
+    sections = [_table(summary(rows, epochs, samples))]
     if skipped:
-        return f"The penalty never had a finite value: it was skipped {skipped:,} time{_s(skipped)}."
-    return "There is no penalty in this run (--attack plain or --mi_train plain)."
+        sections.append(_note(f"{skipped} unreadable line(s) of metrics.jsonl were skipped (cut by a kill)."))
+    sections += _curves(folder, rows)
+    sections += ["<h2>What the model sees and predicts</h2>", _reconstructions(folder, samples)]
+    sections += ["<h2>Configuration</h2>", _config(config)]
+    page = folder / "report.html"
+    temporary = page.with_name("report.html.tmp")
+    temporary.write_text(_page(config, folder, sections))
+    temporary.replace(page)
+    return page
 
 
-def sample_section(samples: Samples | None, absent: str, config: dict) -> Section:
-    """The picture grid of samples.npz."""
-    caption = ""
-    if samples is not None:
-        scale = ""
-        if config.get("norm_pix_loss"):
-            scale = " Predictions get the clean patches' mean and deviation (norm_pix_loss)."
-        caption = (
-            f"After update {samples.update:,}. Perturbation: grey is none, shown ten times as strong. Visible patches: what "
-            "the encoder sees. Reconstruction: predicted where patches were removed, adversarial input elsewhere." + scale
-        )
-    draw = lambda: figures.reconstruction_figure(samples)  # noqa: E731
-    return _section("reconstructions", "Reconstructions", caption, absent, draw)
+def _read_samples(path: Path) -> dict | None:
+    if not path.exists():
+        return None
+    with np.load(path) as arrays:
+        return dict(arrays)
 
 
-# ---- tables
+def _curves(folder: Path, rows: list[dict]) -> list[str]:
+    columns = {key: column(rows, key) for key in ("epoch", "loss", "recon", "mi", "lr", "images_per_s", "data_wait")}
+    sections = []
+    for name, (title, caption, draw) in FIGURES.items():
+        figure = draw(columns)
+        sections.append(f"<h2>{html.escape(title)}</h2>")
+        sections.append(_note("No penalty in this run.") if figure is None else _figure(folder, name, figure, caption))
+    return sections
 
 
-def summary_rows(metrics: Metrics, epochs: list[dict], config: dict) -> list[tuple[str, str, str]]:
-    """(quantity, value, detail) rows of the run."""
-    planned = f"of {config['epochs']} planned" if "epochs" in config else ""
-    if epochs:
-        done = f"{number(epochs[-1]['epoch']) + 1:g}"
-    else:
-        done, planned = f"{_edge(metrics['epoch'], -1):.2f}", f"reached, {planned}".rstrip(", ")
-    rate, memory = metrics["images_per_s"], metrics["peak_memory_gib"]
-    bad = [number(row.get("bad_files")) for row in epochs]
-    bad = [count for count in bad if np.isfinite(count)]
-    return [
-        ("Epochs finished" if epochs else "Epoch", done, planned),
-        ("Updates", f"{metrics.update[-1]:,}", _updates_detail(metrics)),
-        *_first_last(metrics, "recon", "Reconstruction loss"),
-        *_first_last(metrics, "mi", "Penalty"),
-        ("Last learning rate", _show(_edge(metrics["lr"], -1), figures.scientific), ""),
-        ("Median throughput", _show(_median(rate), lambda v: f"{v:,.4g} images/s"), "all processes together"),
-        ("Peak memory", _show(_largest(memory), lambda v: f"{v:.2f} GiB"), "per process: GPU, or resident on the CPU"),
-        ("Skipped penalties", _count(metrics["skipped_penalties"]), "not finite, zero, or without a finite gradient"),
-        ("Skipped steps", _count(metrics["skipped_steps"]), "updates with a gradient that was not finite"),
-        ("Bad files", f"{max(bad):,.0f}" if bad else "–", "unreadable images left out" if bad else "not in log.txt"),
-    ]
-
-
-def _updates_detail(metrics: Metrics) -> str:
-    missing = int(metrics.update[-1] - metrics.update[0] + 1 - len(metrics.update))
-    words = [] if metrics.update[0] <= 1 else [f"metrics.jsonl starts at {metrics.update[0]:,}"]
-    return ", ".join(words + ([f"{missing:,} not in metrics.jsonl"] if missing else []))
-
-
-def _first_last(metrics: Metrics, name: str, label: str) -> list[tuple[str, str, str]]:
-    values = metrics[name]
-    finite = np.flatnonzero(np.isfinite(values))
-    if not len(finite):
-        return [(label, "–", _no_penalty(metrics) if name == "mi" else "no finite value")]
-    first, last = finite[0], finite[-1]
-    detail = f"update {metrics.update[last]:,}"
-    if len(finite) >= LAST:
-        detail += f"; mean of the last {LAST} updates: {np.mean(values[finite[-LAST:]]):.5g}"
-    return [
-        (f"{label}, first", f"{values[first]:.5g}", f"update {metrics.update[first]:,}"),
-        (f"{label}, last", f"{values[last]:.5g}", detail),
-    ]
-
-
-def sample_rows(samples: Samples | None, absent: str, config: dict) -> list[tuple[str, str, str]]:
-    """The largest perturbation of the stored samples against the attack's radius."""
+def _reconstructions(folder: Path, samples: dict | None) -> str:
     if samples is None:
-        return [("Largest perturbation", "–", absent)]
-    largest = samples.max_perturbation_255
-    if config.get("attack") == "plain":
-        detail = "no attack in this run (--attack plain)"
-    else:
-        inside = largest <= samples.eps_255 + 0.01
-        detail = f"{'within' if inside else 'OUTSIDE'} the attack's radius of {samples.eps_255:g}/255"
-    return [("Largest perturbation", _show(largest, lambda value: f"{value:.2f}/255"), f"samples.npz: {detail}")]
+        return _note("No samples.npz yet: it is written beside the first checkpoint.")
+    caption = (
+        f"Update {int(samples['update'])}. The attack may change each pixel by {float(samples['eps_255']):g}/255; grey patches "
+        "were removed before encoding. Right: predicted where removed, the adversarial input elsewhere; a model trained with "
+        "norm_pix_loss predicts normalised patches, shown with the clean patch's mean and deviation."
+    )
+    return _figure(folder, "reconstructions", draw_reconstructions(samples), caption)
 
 
-def grouped_configuration(config: dict) -> dict[str, list[tuple[str, str, bool]]]:
-    """config.yaml by stage: {stage: (flag, value, whether it differs from the default) rows}; unknown flags under other."""
-    defaults = PretrainConfig().flat()
-    groups = {stage: [f.name for f in fields(kind) if f.name in config] for stage, kind in STAGES.items()}
-    groups["other"] = [name for name in config if name not in defaults]
-    return {
-        group: [(name, _word(config[name]), config[name] != defaults.get(name, config[name])) for name in names]
-        for group, names in groups.items()
-        if names
-    }
+def _figure(folder: Path, name: str, figure, caption: str) -> str:
+    path = folder / "report" / f"{name}.png"
+    figure.savefig(path, dpi=110)
+    data = base64.b64encode(path.read_bytes()).decode()
+    image = f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
-def _word(value) -> str:
-    named = {None: "(default)", True: "on", False: "off", "": "(none)"}
-    return named[value] if value is None or isinstance(value, bool) or value == "" else str(value)
+def _page(config: dict, folder: Path, sections: list[str]) -> str:
+    title = html.escape(f"{config.get('model', 'model')} on {config.get('dataset', 'images')}")
+    head = f'<meta charset="utf-8"><title>{title} · mimir_fast</title><meta name="viewport" content="width=device-width">'
+    lead = f"MIMIR pre-training, {html.escape(folder.resolve().name)}"
+    lines = [
+        "<!doctype html>",
+        f'<html lang="en"><head>{head}<style>{STYLE}</style></head><body>',
+        f'<h1>{title}</h1><p class="lead">{lead}</p>',
+        *sections,
+        "</body></html>",
+    ]
+    return "\n".join(lines) + "\n"
 
 
-def _show(value: float, form: Callable[[float], str]) -> str:
-    return form(value) if np.isfinite(value) else "–"
+def _note(text: str) -> str:
+    return f'<p class="note">{html.escape(text)}</p>'
 
 
-def _edge(values: np.ndarray, index: int) -> float:
-    finite = values[np.isfinite(values)]
-    return float(finite[index]) if len(finite) else float("nan")
+def _table(rows: list[tuple[str, str]]) -> str:
+    cells = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in rows)
+    return f"<table>{cells}</table>"
 
 
-def _median(values: np.ndarray) -> float:
-    finite = values[np.isfinite(values)]
-    return float(np.median(finite)) if len(finite) else float("nan")
+def _config(config: dict) -> str:
+    if not config:
+        return _note("No config.yaml in this folder.")
+    pairs = ((html.escape(str(name)), html.escape(str(value))) for name, value in config.items())
+    return '<div class="config">' + "".join(f"<div><span>{n}</span><span>{v}</span></div>" for n, v in pairs) + "</div>"
 
 
-def _largest(values: np.ndarray) -> float:
-    finite = values[np.isfinite(values)]
-    return float(finite.max()) if len(finite) else float("nan")
+def _first_to_last(values: np.ndarray) -> str:
+    known = values[np.isfinite(values)]
+    return f"{known[0]:.4g} → {known[-1]:.4g}" if len(known) else "none"
 
 
-def _count(values: np.ndarray) -> str:
-    return _show(_edge(values, -1), lambda value: f"{value:,.0f}")
+def _last(rows: list[dict], key: str) -> int:
+    return int(rows[-1].get(key) or 0)
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4g}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`mimir-fast report RUN_DIR`: returns 0, or 1 with one line when the folder holds no run."""
+    parser = argparse.ArgumentParser(
+        prog="mimir-fast report",
+        description="Draw a run: loss, penalty, learning rate, throughput, and clean/adversarial/reconstructed images.",
+    )
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="the --output_dir of a run, finished or going on")
+    args = parser.parse_args(argv)
+    try:
+        page = write_report(args.run_dir)
+    except ReportError as error:
+        print(f"mimir-fast report: error: {error}", file=sys.stderr)
+        return 1
+    print(f"report: {page}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
