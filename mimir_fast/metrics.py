@@ -46,6 +46,12 @@ def drop_lines(path: Path, key: str, last: float) -> None:
     temporary.replace(path)
 
 
+def set_aside(path: Path) -> None:
+    """Keep an earlier run's file as NAME.old."""
+    if path.exists():
+        path.replace(path.with_name(path.name + ".old"))
+
+
 class RunLog:
     """All outputs of a run but its checkpoints; only rank 0 writes, every rank calls.
 
@@ -65,9 +71,12 @@ class RunLog:
         self.epoch_started, self.epoch_images = self.started, 0
         if not world.is_main:
             return
-        if self.folder:
+        if self.folder and update:
             drop_lines(self.folder / "metrics.jsonl", "update", update)
             drop_lines(self.folder / "log.txt", "epoch", epoch - 1)
+        elif self.folder:
+            set_aside(self.folder / "metrics.jsonl")
+            set_aside(self.folder / "log.txt")
         if config.log_dir:
             from torch.utils.tensorboard import SummaryWriter  # slow to import: only where it writes
 

@@ -61,6 +61,11 @@ class Trainer:
         if self.folder and self.world.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             ckpt.clean_folder(self.folder)
+            if p.update == 0 and (earlier := ckpt.find_checkpoints(self.folder)):
+                notes = [
+                    *notes,
+                    f"output_dir: WARNING: {earlier[0]} is an earlier run's, and --resume auto would go on from it",
+                ]
             (self.folder / "config.yaml").write_text(yaml.safe_dump(self.config.flat(), sort_keys=False))
         self.total_updates = o.epochs * self.updates_per_epoch
         if r.max_steps:

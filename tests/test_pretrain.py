@@ -374,3 +374,12 @@ def test_wandb_without_the_package_says_what_to_install(data, tmp_path, monkeypa
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert run(data, tmp_path, "--wandb") == 2
     assert "pip install 'mimir-fast[wandb]'" in capsys.readouterr().err
+
+
+def test_new_run_in_a_used_folder_keeps_the_old_logs_and_warns(data, tmp_path, capsys):
+    assert run(data, tmp_path, "--max_steps 2") == 0
+    old = {name: (tmp_path / name).read_text() for name in ("metrics.jsonl",)}
+    assert run(data, tmp_path, "--max_steps 1") == 0
+    assert "resume-0-2.pth is an earlier run's" in capsys.readouterr().out
+    assert (tmp_path / "metrics.jsonl.old").read_text() == old["metrics.jsonl"]
+    assert len(lines(tmp_path / "metrics.jsonl")) == 1
