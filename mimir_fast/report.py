@@ -143,7 +143,9 @@ def _figure(folder: Path, name: str, figure, caption: str) -> str:
 
 def _page(config: dict, folder: Path, sections: list[str]) -> str:
     title = html.escape(f"{config.get('model', 'model')} on {config.get('dataset', 'images')}")
-    head = f'<meta charset="utf-8"><title>{title} · mimir_fast</title><meta name="viewport" content="width=device-width">'
+    head = (
+        f'<meta charset="utf-8"><title>{title} · mimir_fast</title><meta name="viewport" content="width=device-width">'
+    )
     lead = f"MIMIR pre-training, {html.escape(folder.resolve().name)}"
     lines = [
         "<!doctype html>",
