@@ -4,7 +4,6 @@ import argparse
 import os
 import pickle
 import re
-import warnings
 from pathlib import Path
 
 import torch
@@ -81,13 +80,30 @@ def find_checkpoints(folder: Path) -> list[Path]:
 
     checkpoint-E.pth stands at the start of epoch E+1, resume-E-S.pth at micro-step S of epoch E.
     """
-    progress = {}
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if match := EPOCH_FILE.fullmatch(path.name):
-            progress[path] = (int(match[1]) + 1, 0, 1)
-        elif match := RESUME_FILE.fullmatch(path.name):
-            progress[path] = (int(match[1]), int(match[2]), 0)
-    return sorted(progress, key=progress.get, reverse=True)
+    paths = [path for path in (folder.iterdir() if folder.is_dir() else ()) if progress(path) > (-1, 0)]
+    return sorted(paths, key=lambda path: (progress(path), EPOCH_FILE.fullmatch(path.name) is not None), reverse=True)
+
+
+def progress(path: Path) -> tuple[int, int]:
+    """(epoch, micro-step) at which a checkpoint's run goes on, from its name; (-1, 0) for other files."""
+    if match := EPOCH_FILE.fullmatch(path.name):
+        return int(match[1]) + 1, 0
+    if match := RESUME_FILE.fullmatch(path.name):
+        return int(match[1]), int(match[2])
+    return -1, 0
+
+
+def supersede(folder: Path, epoch: int, step: int) -> list[Path]:
+    """Move checkpoints past a run's starting point into superseded/, so that --resume auto follows the new run.
+
+    They belong to an earlier run in the same folder, to a branch gone back from, or are damaged.  Returns their old paths.
+    """
+    past = [path for path in find_checkpoints(folder) if progress(path) > (epoch, step)]
+    for path in past:
+        target = folder / "superseded" / path.name
+        target.parent.mkdir(exist_ok=True)
+        path.replace(target)
+    return past
 
 
 def load_newest(folder: Path, log=print) -> tuple[Path, dict] | None:
@@ -108,7 +124,7 @@ def load_newest(folder: Path, log=print) -> tuple[Path, dict] | None:
 
 def clean_folder(folder: Path) -> None:
     """Remove temporary files that a kill left behind, and all but the newest two resume points."""
-    for stale in folder.glob("*.pth.tmp"):
+    for stale in folder.glob("*.tmp"):
         stale.unlink(missing_ok=True)
     resume_points = [path for path in find_checkpoints(folder) if RESUME_FILE.fullmatch(path.name)]
     for path in resume_points[KEPT_RESUME_POINTS:]:
@@ -136,13 +152,14 @@ def load_model_state(model: torch.nn.Module, state: dict, source: str) -> None:
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict, source: str) -> None:
     """Restore AdamW's moments; how updates are computed (fused, foreach, capturable) stays this run's own."""
-    own = ("fused", "foreach", "capturable", "differentiable", "maximize", "amsgrad")
-    kept = [{key: group[key] for key in own if key in group} for group in optimizer.param_groups]
+    own = ("fused", "foreach", "capturable", "differentiable", "maximize", "amsgrad", "decoupled_weight_decay")
+    # before loading: torch places the step counters by these entries
+    groups = [
+        {**theirs, **{key: mine[key] for key in own if key in mine}}
+        for theirs, mine in zip(state["param_groups"], optimizer.param_groups)
+    ]
+    groups += state["param_groups"][len(groups) :]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            optimizer.load_state_dict(state)
+        optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"resume: the optimizer state of {source} does not fit this model: {error}") from error
-    for group, values in zip(optimizer.param_groups, kept):
-        group.update(values)

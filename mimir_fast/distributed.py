@@ -42,6 +42,14 @@ class World:
         dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.host_group)
         return bool(word)
 
+    def same(self, numbers: list[int]) -> bool:
+        """Whether every process holds the same integers."""
+        if self.size == 1:
+            return True
+        words = torch.tensor([numbers, [-n for n in numbers]])
+        dist.all_reduce(words, op=dist.ReduceOp.MAX, group=self.host_group)
+        return bool((words[0] == -words[1]).all())
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier(group=self.host_group)
@@ -65,9 +73,13 @@ def find_rank(config: DistConfig, env: Mapping[str, str]) -> tuple[int, int, int
     if "RANK" in env and "WORLD_SIZE" in env:
         local_rank = int(env.get("LOCAL_RANK", max(config.local_rank, 0)))
         return int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank
-    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+    if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # inside srun, not the batch script
         rank = int(env["SLURM_PROCID"])
-        return rank, int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", rank % max(torch.cuda.device_count(), 1)))
+        return (
+            rank,
+            int(env["SLURM_STEP_NUM_TASKS"]),
+            int(env.get("SLURM_LOCALID", rank % max(torch.cuda.device_count(), 1))),
+        )
     return 0, 1, 0
 
 

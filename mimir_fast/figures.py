@@ -68,7 +68,7 @@ def draw_penalty(c: dict[str, np.ndarray]) -> Figure | None:
     figure, ax = axes("penalty, unweighted")
     curve(ax, c["epoch"], c["mi"], BLUE, "penalty")
     ax.set_ylim(bottom=min(0, np.nanmin(c["mi"])))
-    missing = ~np.isfinite(c["mi"])
+    missing = np.diff(c["skipped_penalties"], prepend=0) > 0
     if missing.any():
         ax.plot(c["epoch"][missing], np.zeros(missing.sum()), "x", color=ORANGE, label="skipped")
         ax.legend(frameon=False)

@@ -28,13 +28,13 @@ def main(argv: list[str] | None = None) -> int:
         world = join_world(config.dist, config.run.device)
         seed_everything(config.run.seed + world.rank)
         trainer = Trainer(config, world, notes)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"mimir-fast pretrain: error: {error}", file=sys.stderr)
         world.close()
         return 2
     try:
         return trainer.run()
-    except (CheckpointError, DataError) as error:
+    except (CheckpointError, DataError, OSError) as error:
         print(f"mimir-fast pretrain: error: {error}", file=sys.stderr)
         return 1
     finally:

@@ -10,6 +10,7 @@ import json
 import math
 import statistics
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,10 @@ th { font-weight: 600; } td { font-variant-numeric: tabular-nums; }
 """
 
 
+COLUMNS = ("epoch", "loss", "recon", "mi", "lr", "images_per_s", "data_wait", "skipped_penalties")
+SAMPLE_ARRAYS = ("clean", "adv", "recon", "mask", "patch_size", "update", "eps_255")
+
+
 class ReportError(ValueError):
     """A folder that holds no run; one line that says what is missing and what to do."""
 
@@ -42,12 +47,12 @@ def read_lines(path: Path, key: str) -> tuple[list[dict], int]:
     """JSON lines sorted by `key`, the later of two equal ones winning, and the number of unreadable lines skipped."""
     rows, skipped = {}, 0
     if path.exists():
-        with open(path) as file:
+        with open(path, errors="replace") as file:
             for line in file:
                 try:
                     row = json.loads(line)
-                    rows[row[key]] = row
-                except (json.JSONDecodeError, KeyError, TypeError):
+                    rows[float(row[key])] = {"epoch": math.nan, **row}
+                except (ValueError, KeyError, TypeError):
                     skipped += 1
     return [rows[value] for value in sorted(rows)], skipped
 
@@ -89,7 +94,7 @@ def write_report(run_dir: str | Path) -> Path:
     if not rows:
         raise ReportError(f"run_dir: {folder / 'metrics.jsonl'} is missing or empty; give the --output_dir of a run")
     epochs, _ = read_lines(folder / "log.txt", "epoch")
-    config = yaml.safe_load((folder / "config.yaml").read_text()) if (folder / "config.yaml").exists() else {}
+    config = _read_config(folder / "config.yaml")
     samples = _read_samples(folder / "samples.npz")
     (folder / "report").mkdir(exist_ok=True)
     sections = [_table(summary(rows, epochs, samples))]
@@ -105,15 +110,25 @@ def write_report(run_dir: str | Path) -> Path:
     return page
 
 
+def _read_config(path: Path) -> dict:
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
 def _read_samples(path: Path) -> dict | None:
-    if not path.exists():
+    """The arrays of samples.npz; None if it is missing, cut or lacks one."""
+    try:
+        with np.load(path) as arrays:
+            return {name: arrays[name] for name in SAMPLE_ARRAYS}
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
-    with np.load(path) as arrays:
-        return dict(arrays)
 
 
 def _curves(folder: Path, rows: list[dict]) -> list[str]:
-    columns = {key: column(rows, key) for key in ("epoch", "loss", "recon", "mi", "lr", "images_per_s", "data_wait")}
+    columns = {key: column(rows, key) for key in COLUMNS}
     sections = []
     for name, (title, caption, draw) in FIGURES.items():
         figure = draw(columns)
@@ -124,7 +139,7 @@ def _curves(folder: Path, rows: list[dict]) -> list[str]:
 
 def _reconstructions(folder: Path, samples: dict | None) -> str:
     if samples is None:
-        return _note("No samples.npz yet: it is written beside the first checkpoint.")
+        return _note("No readable samples.npz yet: it is written beside the first checkpoint.")
     caption = (
         f"Update {int(samples['update'])}. The attack may change each pixel by {float(samples['eps_255']):g}/255; grey patches "
         "were removed before encoding. Right: predicted where removed, the adversarial input elsewhere; a model trained with "
@@ -168,7 +183,7 @@ def _table(rows: list[tuple[str, str]]) -> str:
 
 def _config(config: dict) -> str:
     if not config:
-        return _note("No config.yaml in this folder.")
+        return _note("No readable config.yaml in this folder.")
     pairs = ((html.escape(str(name)), html.escape(str(value))) for name, value in config.items())
     return '<div class="config">' + "".join(f"<div><span>{n}</span><span>{v}</span></div>" for n, v in pairs) + "</div>"
 
@@ -196,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         page = write_report(args.run_dir)
-    except ReportError as error:
+    except (ReportError, OSError) as error:
         print(f"mimir-fast report: error: {error}", file=sys.stderr)
         return 1
     print(f"report: {page}")

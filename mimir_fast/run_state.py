@@ -16,6 +16,14 @@ from mimir_fast import checkpoint as ckpt
 from mimir_fast.config import PretrainConfig
 from mimir_fast.optim import Updater
 
+# the original resumes with an enabled GradScaler, which refuses an empty state
+FRESH_SCALER = {
+    "scale": 65536.0,
+    "growth_factor": 2.0,
+    "backoff_factor": 0.5,
+    "growth_interval": 2000,
+    "_growth_tracker": 0,
+}
 EPOCH_SUMS = ("loss", "finite", "mi", "mi_used", "grad_norm", "updates", "micro_steps", "lr")
 
 
@@ -50,7 +58,7 @@ def checkpoint_state(
         "model": model.state_dict(),
         "optimizer": updater.optimizer.state_dict(),
         "epoch": position.epoch - 1,  # the original goes on at epoch + 1
-        "scaler": updater.scaler.state_dict(),
+        "scaler": updater.scaler.state_dict() or FRESH_SCALER,
         "args": argparse.Namespace(**flat),
         "mimir_fast": asdict(position)
         | {"counters": updater.counters.tolist(), "skipped_penalties": skipped_penalties, "geometry": geometry},
@@ -80,15 +88,19 @@ def restore(
     source: str,
     model: nn.Module,
     updater: Updater,
+    start: Position,
     geometry: list[int],
     updates_per_epoch: int,
     say: Callable[[str], None],
 ) -> tuple[Position, int]:
-    """Load a checkpoint of ours or of the original; returns the position and the penalties skipped so far."""
+    """Load a checkpoint of ours or of the original; returns the position and the penalties skipped so far.
+
+    start: the position to keep if the checkpoint holds parameters only.
+    """
     ckpt.load_model_state(model, state, source)
     if "optimizer" not in state or "epoch" not in state:
         say(f"resume: {source} holds parameters only; optimizer and epoch start afresh")
-        return Position(), 0
+        return start, 0
     ckpt.load_optimizer_state(updater.optimizer, state["optimizer"], source)
     if state.get("scaler") and updater.scaler.is_enabled():
         updater.scaler.load_state_dict(state["scaler"])
@@ -96,7 +108,8 @@ def restore(
     if own is None:
         epoch = int(state["epoch"]) + 1
         return Position(epoch=epoch, update=epoch * updates_per_epoch), 0
-    updater.counters = torch.tensor(own["counters"], device=updater.counters.device)
+    total, in_a_row, _ = own["counters"]
+    updater.counters = torch.tensor([total, in_a_row, in_a_row], device=updater.counters.device)
     position = Position(epoch=own["epoch"], step=own["step"], update=own["update"], sums=dict(own["sums"]))
     if position.step and own["geometry"] != geometry:
         say("resume: batch size, processes or seed changed; the interrupted epoch starts again from its beginning")

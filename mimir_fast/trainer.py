@@ -49,7 +49,7 @@ class Trainer:
         self.updater = Updater(optimizer, world.device, config.optim.precision == "fp16")
         self.generator = torch.Generator(world.device)
         self.skipped_penalties = torch.zeros((), dtype=torch.float64, device=world.device)
-        self.position = Position(epoch=config.optim.start_epoch)
+        self.position = Position(config.optim.start_epoch, update=config.optim.start_epoch * self.updates_per_epoch)
         self.folder = Path(config.run.output_dir) if config.run.output_dir else None
         notes = notes + self._resume()
         self.first_update = self.position.update + 1
@@ -61,11 +61,8 @@ class Trainer:
         if self.folder and self.world.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             ckpt.clean_folder(self.folder)
-            if p.update == 0 and (earlier := ckpt.find_checkpoints(self.folder)):
-                notes = [
-                    *notes,
-                    f"output_dir: WARNING: {earlier[0]} is an earlier run's, and --resume auto would go on from it",
-                ]
+            for path in ckpt.supersede(self.folder, p.epoch, p.step):
+                notes = [*notes, f"output_dir: {path} is past this run's start and was moved to superseded/"]
             (self.folder / "config.yaml").write_text(yaml.safe_dump(self.config.flat(), sort_keys=False))
         self.total_updates = o.epochs * self.updates_per_epoch
         if r.max_steps:
@@ -87,7 +84,10 @@ class Trainer:
         if reason == "diverged":
             return 1
         if reason == "signal":
-            self.log.say(f"stopped by {signal.Signals(stop.received or signal.SIGTERM).name}; go on with --resume auto")
+            name = signal.Signals(stop.received or signal.SIGTERM).name
+            self.log.say(
+                f"stopped by {name}; " + ("go on with --resume auto" if self.folder else "nothing saved: no output_dir")
+            )
             return 130 if stop.received == signal.SIGINT else 0
         self.log.say(f"done: epoch {self.position.epoch}, {self.position.update} updates")
         return 0
@@ -220,7 +220,7 @@ class Trainer:
             "peak_memory_gib": peak_memory_gib(self.world.device),
             "skipped_penalties": self._skipped_penalties(),
             "skipped_steps": int(self.updater.counters[0]),
-            "bad_files": len(self.stream.bad_files),
+            "bad_files": self._over_ranks(len(self.stream.bad_files)),
         }
         self.log.add_epoch(row)
 
@@ -232,7 +232,7 @@ class Trainer:
         """Write a checkpoint on rank 0; every rank calls.  sums: the unfinished epoch's, None at an epoch's end."""
         skipped = self._skipped_penalties()
         if sums is not None:
-            self.position.sums = dict(zip(EPOCH_SUMS, sums.tolist()))
+            self.position.sums = dict(zip(EPOCH_SUMS, self.world.mean(sums).tolist()))
         if self.folder and self.world.is_main:
             entries = (self.model, self.updater, self.position, self.config, self.lr, self.stream.name)
             ckpt.save_checkpoint(
@@ -261,20 +261,33 @@ class Trainer:
         return [self.world.size, o.batch_size, o.accum_iter, len(self.stream), self.config.run.seed]
 
     def _skipped_penalties(self) -> int:
-        return round(float(self.world.mean(self.skipped_penalties) * self.world.size))
+        return self._over_ranks(self.skipped_penalties)
+
+    def _over_ranks(self, count: int | Tensor) -> int:
+        """Sum of a count over all processes."""
+        count = torch.as_tensor(count, dtype=torch.float64, device=self.world.device)
+        return round(float(self.world.mean(count) * self.world.size))
 
     def _resume(self) -> list[str]:
         """Continue from --resume; returns lines to print."""
         notes = []
         found = find_state(self.config.run.resume, self.folder, notes.append)
+        skipped = 0
+        if found is not None:
+            source, state = found
+            lengths = (self._geometry(), self.updates_per_epoch)
+            self.position, skipped = restore(
+                state, source, self.model, self.updater, self.position, *lengths, notes.append
+            )
+        p = self.position
+        if not self.world.same([p.epoch, p.step, p.update]):
+            raise ValueError(
+                "resume: the processes found different checkpoints; output_dir must be a folder they share"
+            )
         if found is None:
             return notes
-        source, state = found
-        own_updates = (self._geometry(), self.updates_per_epoch)
-        self.position, skipped = restore(state, source, self.model, self.updater, *own_updates, notes.append)
         if self.world.is_main:
             self.skipped_penalties += skipped
-        p = self.position
         return [*notes, f"resumed {source}: epoch {p.epoch}, micro-step {p.step}, {p.update} updates done"]
 
     def close(self) -> None:

@@ -46,6 +46,12 @@ def test_zero_gradient_keeps_the_pixel():
     assert moved == pytest.approx([0.51, 0.5 + EPS, 0.5 + 0.01 - ALPHA, 0.51])
 
 
+def test_overflowing_gradient_keeps_the_pixel():
+    images = torch.full((1, 3, 2, 2), 0.5)
+    grad = torch.full_like(images, torch.nan)
+    assert torch.equal(linf_step(images, images + 0.01, grad, EPS, ALPHA, 0.0, 1.0), images + (images + 0.01 - images))
+
+
 def test_gradient_reaches_visible_and_masked_patches():
     """One step from the clean image: pixels move both where the encoder sees them and where only the target does."""
     images = golden_images()[2].clamp(0.2, 0.8)

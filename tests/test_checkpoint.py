@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import golden_images, small_model
+from conftest import SMALL, golden_images, small_model
 
 from bench.textbook import TextbookMAE
 from mimir_fast.checkpoint import (
@@ -21,9 +21,10 @@ from mimir_fast.checkpoint import (
     load_newest,
     load_optimizer_state,
     save_checkpoint,
+    supersede,
 )
 from mimir_fast.config import PretrainConfig
-from mimir_fast.models import create_model
+from mimir_fast.models import MaskedAutoencoderViT, create_model
 from mimir_fast.optim import Updater, build_optimizer
 from mimir_fast.run_state import Position, checkpoint_state, restore
 
@@ -53,7 +54,7 @@ def test_format_is_the_originals(tmp_path):
     state = load_checkpoint(path)
     assert list(state)[:5] == ["model", "optimizer", "epoch", "scaler", "args"]
     assert state["epoch"] == 2
-    assert state["scaler"] == {}
+    torch.amp.GradScaler("cpu", enabled=True).load_state_dict(state["scaler"])  # what the original does
     assert list(state["model"]) == list(model.state_dict())
     args = state["args"]
     assert type(args) is argparse.Namespace
@@ -95,7 +96,7 @@ def test_loads_into_another_implementation_and_back(tmp_path):
             groups[0 if p.ndim <= 1 or name.endswith(".bias") else 1].append(p)
     optimizer = torch.optim.AdamW([{"params": groups[0], "weight_decay": 0.0}, {"params": groups[1]}], lr=1e-3)
     optimizer.load_state_dict(state["optimizer"])
-    torch.amp.GradScaler("cpu", enabled=False).load_state_dict(state["scaler"])
+    torch.amp.GradScaler("cpu", enabled=True).load_state_dict(state["scaler"])
     theirs = {"model": plain.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 7, "scaler": {}}
     theirs["args"] = argparse.Namespace(
         eps=torch.full((3, 1, 1), 0.03), alpha=0.04, lr=1e-3
@@ -103,7 +104,9 @@ def test_loads_into_another_implementation_and_back(tmp_path):
     torch.save(theirs, tmp_path / "original.pth")
     fresh = small_model()
     new = Updater(build_optimizer(fresh, 1e-3, 0.05), CPU, False)
-    position, _ = restore(load_checkpoint(tmp_path / "original.pth"), "original.pth", fresh, new, [], 10, print)
+    position, _ = restore(
+        load_checkpoint(tmp_path / "original.pth"), "original.pth", fresh, new, Position(), [], 10, print
+    )
     assert (position.epoch, position.step, position.update) == (8, 0, 80)
     for mine, other in zip(fresh.state_dict().values(), plain.state_dict().values()):
         assert torch.equal(mine, other)
@@ -119,7 +122,7 @@ def test_fp16_scaler_travels(tmp_path):
     state = load_checkpoint(tmp_path / "checkpoint-0.pth")
     assert set(state["scaler"]) == {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
     fresh = Updater(build_optimizer(model, 1e-3, 0.05), CPU, True)
-    restore(state, "x", model, fresh, [], 1, print)
+    restore(state, "x", model, fresh, Position(), [], 1, print)
     assert fresh.scaler.get_scale() == 1234.0
 
 
@@ -245,9 +248,45 @@ def test_changed_geometry_restarts_the_epoch():
     model, updater = trained()
     state = state_of(model, updater, Position(epoch=2, step=5, update=25))
     lines = []
-    position, _ = restore(state, "x", model, updater, [2, 8, 1, 5, 0], 10, lines.append)
+    position, _ = restore(state, "x", model, updater, Position(), [2, 8, 1, 5, 0], 10, lines.append)
     assert (position.epoch, position.step) == (2, 0)
     assert "starts again" in lines[0]
-    position, skipped = restore(state, "x", model, updater, [1, 8, 1, 10, 0], 10, lines.append)
+    position, skipped = restore(state, "x", model, updater, Position(), [1, 8, 1, 10, 0], 10, lines.append)
     assert (position.epoch, position.step, position.update, skipped) == (2, 5, 25, 1)
     assert len(lines) == 1
+
+
+def test_step_counters_of_an_unfused_optimizer_land_beside_the_parameters():
+    """The original's optimizer is not fused: its counters stay on the CPU; ours needs them on the device (meta stands in)."""
+    model, updater = trained()
+    state = updater.optimizer.state_dict()
+    for group in state["param_groups"]:
+        group["fused"] = None
+        del group["decoupled_weight_decay"]
+    with torch.device("meta"):
+        elsewhere = MaskedAutoencoderViT(**SMALL)
+    optimizer = build_optimizer(elsewhere, 1e-3, 0.05)
+    load_optimizer_state(optimizer, state, "theirs.pth")
+    devices = {value.device.type for entry in optimizer.state.values() for value in entry.values()}
+    assert devices == {"meta"}
+    assert all(group["fused"] and group["decoupled_weight_decay"] for group in optimizer.param_groups)
+    assert model is not elsewhere
+
+
+def test_checkpoints_past_the_start_are_moved_aside(tmp_path):
+    for name in ("checkpoint-0.pth", "checkpoint-20.pth", "resume-3-10.pth", "resume-3-11.pth", "failed-9-9.pth"):
+        (tmp_path / name).write_bytes(b"x")
+    moved = supersede(tmp_path, 3, 10)
+    assert sorted(path.name for path in moved) == ["checkpoint-20.pth", "resume-3-11.pth"]
+    assert sorted(path.name for path in (tmp_path / "superseded").iterdir()) == ["checkpoint-20.pth", "resume-3-11.pth"]
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["resume-3-10.pth", "checkpoint-0.pth"]
+
+
+def test_parameters_only_checkpoint_keeps_the_start():
+    model, updater = trained()
+    said = []
+    position, _ = restore(
+        {"model": model.state_dict()}, "x", model, updater, Position(epoch=4, update=40), [], 10, said.append
+    )
+    assert (position.epoch, position.update) == (4, 40)
+    assert "parameters only" in said[0]

@@ -24,12 +24,13 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 def test_find_rank_in_the_originals_order():
     ompi = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
     torchrun = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}
-    slurm = {"SLURM_PROCID": "5", "SLURM_NTASKS": "6", "SLURM_LOCALID": "1"}
+    slurm = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "6", "SLURM_LOCALID": "1"}
     everything = ompi | torchrun | slurm
     assert find_rank(DistConfig(dist_on_itp=True), everything) == (3, 8, 1)
     assert find_rank(DistConfig(), everything) == (2, 4, 0)
     assert find_rank(DistConfig(), slurm) == (5, 6, 1)
     assert find_rank(DistConfig(), {}) == (0, 1, 0)
+    assert find_rank(DistConfig(), {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) == (0, 1, 0)  # a batch script, no srun
     assert find_rank(DistConfig(local_rank=1), {"RANK": "1", "WORLD_SIZE": "2"}) == (1, 2, 1)
     with pytest.raises(ValueError, match="dist_on_itp"):
         find_rank(DistConfig(dist_on_itp=True), torchrun)
@@ -64,6 +65,7 @@ def ddp_worker(rank: int, port: int, penalty: str | None, folder: str) -> None:
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
     world = World(rank, 2, rank, CPU, dist.group.WORLD)
     told = [world.any(rank == 1), world.any(False), world.mean(torch.tensor(float(rank))).item()]
+    told += [world.same([3, 5]), world.same([3, rank])]
     torch.save({"grads": grads, "told": told}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -85,7 +87,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path, penalty):
         if p.requires_grad:
             assert torch.equal(results[0]["grads"][name], results[1]["grads"][name])
             assert (results[0]["grads"][name] - p.grad).abs().max() < 2e-6 * largest, name
-    assert all(result["told"] == [True, False, 0.5] for result in results)
+    assert all(result["told"] == [True, False, 0.5, True, False] for result in results)
 
 
 def test_non_finite_loss_on_one_rank_skips_the_step_on_all(tmp_path):

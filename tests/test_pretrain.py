@@ -233,7 +233,7 @@ def test_skipped_penalties_are_counted(data, tmp_path, monkeypatch):
 def test_half_precision_runs(data, tmp_path, precision):
     assert run(data, tmp_path, f"--precision {precision} --max_steps 2 --batch_size 2") == 0
     state = load(tmp_path / "resume-0-2.pth")
-    assert ("scale" in state["scaler"]) == (precision == "fp16")
+    assert state["scaler"]["scale"] == 65536.0
     assert all(v.dtype == torch.float32 for v in state["model"].values())
     assert all(row["skipped_steps"] == 0 for row in lines(tmp_path / "metrics.jsonl"))
 
@@ -376,10 +376,26 @@ def test_wandb_without_the_package_says_what_to_install(data, tmp_path, monkeypa
     assert "pip install 'mimir-fast[wandb]'" in capsys.readouterr().err
 
 
-def test_new_run_in_a_used_folder_keeps_the_old_logs_and_warns(data, tmp_path, capsys):
-    assert run(data, tmp_path, "--max_steps 2") == 0
-    old = {name: (tmp_path / name).read_text() for name in ("metrics.jsonl",)}
-    assert run(data, tmp_path, "--max_steps 1") == 0
-    assert "resume-0-2.pth is an earlier run's" in capsys.readouterr().out
-    assert (tmp_path / "metrics.jsonl.old").read_text() == old["metrics.jsonl"]
-    assert len(lines(tmp_path / "metrics.jsonl")) == 1
+def test_new_run_in_a_used_folder_keeps_the_old_files_and_is_the_one_resumed(data, tmp_path, capsys):
+    assert run(data, tmp_path, "--max_steps 4") == 0
+    old = (tmp_path / "metrics.jsonl").read_text()
+    assert run(data, tmp_path, "--max_steps 2 --seed 5") == 0
+    assert "resume-0-4.pth is past this run's start" in capsys.readouterr().out
+    assert (tmp_path / "superseded" / "resume-0-4.pth").exists()
+    assert (tmp_path / "metrics.jsonl.old").read_text() == old
+    assert len(lines(tmp_path / "metrics.jsonl")) == 2
+    assert run(data, tmp_path, "--max_steps 3 --seed 5 --resume auto") == 0
+    assert "resume-0-2.pth: epoch 0, micro-step 2" in capsys.readouterr().out
+
+
+def test_unwritable_output_folder_is_one_line(data, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    assert run(data, tmp_path / "file" / "out") == 2
+    assert "file" in capsys.readouterr().err
+
+
+def test_digits_demo_recipe_and_its_report(tmp_path, capsys):
+    places = ["--output_dir", str(tmp_path), "--log_dir", str(tmp_path)]
+    assert cli.main(["pretrain", "--recipe", "digits_demo", "--max_steps", "2", "--batch_size", "8", *places]) == 0
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert (tmp_path / "report.html").stat().st_size > 50_000

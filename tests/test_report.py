@@ -88,8 +88,8 @@ def test_repeated_and_cut_lines(tmp_path):
 def test_strange_values(tmp_path, rows):
     text = write_report(make_run(tmp_path / "run", rows, samples=False, config="")).read_text()
     assert ("No penalty in this run" in text) == all(r["mi"] is None for r in rows)
-    assert "No samples.npz yet" in text
-    assert "No config.yaml" in text
+    assert "No readable samples.npz yet" in text
+    assert "No readable config.yaml" in text
 
 
 def test_text_from_files_is_escaped(tmp_path):
@@ -118,3 +118,24 @@ def test_thinning_and_smoothing():
     assert np.allclose(thin_x, thin_y, atol=2)
     assert np.allclose(smooth(np.full(50, 2.0)), 2.0)
     assert smooth(np.array([np.nan, 1.0])).tolist()[1] == 1.0
+
+
+def test_damaged_side_files_are_said_in_their_place(tmp_path):
+    run = make_run(tmp_path / "run", [row(1), row(2, skipped_penalties=1)])
+    (run / "samples.npz").write_bytes((run / "samples.npz").read_bytes()[:300])
+    (run / "config.yaml").write_text("a: [")
+    with open(run / "metrics.jsonl", "ab") as file:
+        file.write(b'{"update": "three"}\n\xff\n')
+    text = write_report(run).read_text()
+    assert "No readable samples.npz" in text
+    assert "No readable config.yaml" in text
+    assert "2 unreadable line(s)" in text
+    (run / "samples.npz").write_bytes(b"")
+    write_report(run)
+
+
+def test_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    run = make_run(tmp_path / "run", [row(1)])
+    (run / "report").write_text("in the way")
+    assert main([str(run)]) == 1
+    assert "report" in capsys.readouterr().err
