@@ -9,16 +9,15 @@ IMPLS = ("auto", "triton", "reference")
 STORAGE = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 
 
-def choose(impl: str, tensor: Tensor) -> str:
-    """"triton" or "reference": auto takes triton for CUDA tensors.  Raises ValueError for any other word.
+def choose(impl: str) -> str:
+    """ "triton" or "reference"; auto is the reference on every device.  Raises ValueError for any other word.
 
+    The kernels have run in Triton's interpreter only, not yet on a GPU: they are used where asked for by name.
     "triton" on a CPU tensor is for tests: it runs inside Triton's interpreter and fails outside of it.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl: expected one of {', '.join(IMPLS)}, got {impl!r}")
-    if impl == "auto":
-        return "triton" if tensor.is_cuda else "reference"
-    return impl
+    return "reference" if impl == "auto" else impl
 
 
 def check_storage(**tensors: Tensor) -> None:
@@ -26,7 +25,8 @@ def check_storage(**tensors: Tensor) -> None:
     device = next(iter(tensors.values())).device
     for name, tensor in tensors.items():
         if tensor.dtype not in STORAGE:
-            raise ValueError(f"{name}: the triton implementation takes fp32, fp16, bf16 or uint8, got {tensor.dtype}; impl=reference takes it")
+            allowed = "fp32, fp16, bf16 or uint8; impl='reference' takes every dtype"
+            raise ValueError(f"{name}: the triton implementation takes {allowed}, got {tensor.dtype}")
         if tensor.device != device:
             raise ValueError(f"{name}: expected on {device} like the first argument, got {tensor.device}")
 

@@ -17,9 +17,9 @@ def linf_start(images: Tensor, start_noise: Tensor, lo: Bound, hi: Bound) -> Ten
 def linf_step(images: Tensor, adv: Tensor, grad: Tensor, eps: Bound, alpha: Bound, lo: Bound, hi: Bound) -> Tensor:
     """One ascent step of size alpha along sign(grad), projected on the eps-ball around the images and on [lo, hi].
 
-    A gradient of exactly zero leaves the pixel where it was.  All tensors [B,C,H,W].
+    A gradient of exactly zero, or NaN (fp16 overflow), leaves the pixel where it was.  All tensors [B,C,H,W].
     """
-    delta = _clamp(adv + alpha * grad.sign() - images, -eps, eps)
+    delta = _clamp(adv + alpha * grad.sign().nan_to_num(0.0) - images, -eps, eps)
     return _clamp(images + delta, lo, hi)
 
 
@@ -72,8 +72,8 @@ def pgd_mae(
         for noise in mask_noise:
             adv.requires_grad_(True)
             with torch.enable_grad():
-                loss = loss_fn(model, adv, mask_ratio, noise)
-            (grad,) = torch.autograd.grad(loss * loss_scale, adv)
+                loss = loss_fn(model, adv, mask_ratio, noise) * loss_scale
+            (grad,) = torch.autograd.grad(loss, adv)
             adv = linf_step(images, adv.detach(), grad, eps, alpha, lo, hi)
     finally:
         model.train(was_training)

@@ -59,13 +59,17 @@ def renyi_entropy(k_mm: Tensor, alpha: float) -> Tensor:
 
 def bandwidth(x_md: Tensor) -> Tensor:
     """Mean Euclidean distance from the first ten samples to all samples, zero distances to themselves included."""
-    return _squared_distances(x_md)[:BANDWIDTH_ROWS].sqrt().mean()
+    return _rule(_squared_distances(x_md))
+
+
+def _rule(distances_mm: Tensor) -> Tensor:
+    return distances_mm.detach()[:BANDWIDTH_ROWS].sqrt().mean()
 
 
 def _normalised_kernel(x_md: Tensor, sigma: float | None) -> Tensor:
     distances = _squared_distances(x_md)
     if sigma is None:
-        sigma = distances.detach()[:BANDWIDTH_ROWS].sqrt().mean()
+        sigma = _rule(distances)
     kernel = torch.exp(-distances / sigma)
     return kernel / kernel.trace()
 

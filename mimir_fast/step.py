@@ -98,7 +98,7 @@ def pretrain_step(
     recon, pred, mask, latent = forward(images, mask_ratio, adv, noise.train_mask)
     if penalty is None or attack.steps is None:
         return StepOutput(
-            recon, recon.detach(), recon.new_zeros(()), recon.new_ones((), dtype=torch.bool), adv, pred, mask
+            recon, recon.detach(), recon.new_zeros(()), recon.new_ones((), dtype=torch.bool), adv, pred.detach(), mask
         )
     mi, used, term = guarded_penalty(penalty, latent, images, adv)
     return StepOutput(recon + penalty_weight * term, recon.detach(), mi, used, adv, pred.detach(), mask)

@@ -88,7 +88,9 @@ def test_attack(name):
 
 
 @pytest.mark.parametrize("name", ["hsic_gauss", "hsic_latent_like", "hsic_linear_y", "hsic_offset"])
-@pytest.mark.parametrize(("dtype", "value_bound", "grad_bound"), [(torch.float32, 1e-6, 3e-5), (torch.float64, 1e-11, 1e-6)])
+@pytest.mark.parametrize(
+    ("dtype", "value_bound", "grad_bound"), [(torch.float32, 1e-6, 3e-5), (torch.float64, 1e-11, 1e-6)]
+)
 def test_nhsic_against_float64_truth(name, dtype, value_bound, grad_bound):
     tensors, record = load_golden(name)
     x, y = (tensors[k].to(dtype).detach().clone().requires_grad_() for k in ("x", "y"))
@@ -114,7 +116,9 @@ def test_learning_rate():
     for row in load_golden("lr_schedule")[1]["rows"]:
         args = (row["epoch"], row["base_lr"], row["min_lr"], row["warmup_epochs"], row["epochs"])
         assert learning_rate(*args) == pytest.approx(row["lr"], rel=1e-12, abs=1e-18)
-        optimizer = torch.optim.SGD([{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)], "lr_scale": 0.65}], lr=9)
+        optimizer = torch.optim.SGD(
+            [{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)], "lr_scale": 0.65}], lr=9
+        )
         set_learning_rate(optimizer, learning_rate(*args))
         expected = [row["group_lr_no_scale"], row["group_lr_scale_0p65"]]
         assert [g["lr"] for g in optimizer.param_groups] == pytest.approx(expected, rel=1e-12, abs=1e-18)
@@ -133,11 +137,10 @@ def test_parameter_groups():
     assert [list(optimizer.defaults["betas"]), optimizer.defaults["eps"]] == [record["betas"], record["eps"]]
 
 
-def replay(name: str):
-    """Run a recorded trajectory; yields (micro-step, updated, output, lr, model, updater-norm) after each micro-step."""
+def replay(name: str, model):
+    """Train the model on a recorded trajectory; yields (micro-step, updated, x, output, lr, gradients) of each micro-step."""
     tensors, r = load_golden(f"traj_{name}_noise")
-    model, images = small_model(r["norm_pix_loss"]), golden_images()
-    eps, alpha, lo, hi = r["eps"] / 255, r["alpha"] / 255, 0.0, 1.0
+    images, eps, alpha, lo, hi = golden_images(), r["eps"] / 255, r["alpha"] / 255, 0.0, 1.0
     if r["normalised"]:
         record = load_golden("attack_norm_1step")[1]
         mean, std = (torch.tensor(record[k]).view(3, 1, 1) for k in ("mean", "std"))
@@ -149,21 +152,24 @@ def replay(name: str):
         if step % r["accum"] == 0:
             lr = learning_rate(where, r["lr"], r["min_lr"], r["warm"], r["epochs"])
             set_learning_rate(updater.optimizer, lr)
-        noise = Noise(tensors["start_noise"][step], list(tensors["attack_mask_noise"][step]), tensors["train_mask_noise"][step])
+        noise = Noise(
+            tensors["start_noise"][step], list(tensors["attack_mask_noise"][step]), tensors["train_mask_noise"][step]
+        )
         out = pretrain_step(model, images[step], noise, attack, r["mask_ratio"], r["mi_train"], r["mi_xpl"])
         updater.backward(out.loss, r["accum"])
         updates = (step + 1) % r["accum"] == 0
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
         if updates:
             updater.update()
-        yield step, updates, int(1000 * where), out, lr, grads, model
+        yield step, updates, int(1000 * where), out, lr, grads
 
 
 @pytest.mark.parametrize(("name", "grad_bound", "mi_bound"), [("A", 5e-6, 1e-5), ("B", 2e-3, 1e-4)])
 def test_trajectory(name, grad_bound, mi_bound):
     record = load_golden(f"traj_{name}_noise")[1]
     logged, losses, lrs, first_grads = [], [], [], None
-    for step, updates, x, out, lr, grads, model in replay(name):
+    model = small_model(record["norm_pix_loss"])
+    for step, updates, x, out, lr, grads in replay(name, model):
         losses.append(out.loss.item())
         lrs.append(lr)
         if step == 0:

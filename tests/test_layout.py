@@ -1,23 +1,130 @@
-"""The house: every operation in its place, references without Triton."""
+"""The house: every operation in its place, references without Triton, a wheel with nothing else in it, a true README."""
 
+import importlib
+import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OPS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py"))
+OPS = sorted(p.parent.name for p in (ROOT / "kernels").glob("*/op.py"))
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_every_operation_has_op_reference_kernel_and_test(op):
-    for path in (*(f"kernels/{op}/{part}.py" for part in ("op", "reference", "kernel")), f"tests/kernels/test_{op}.py"):
-        assert (ROOT / path).exists(), path
+def test_every_operation_has_its_files_and_its_function():
+    assert OPS
+    folders = sorted(p.name for p in (ROOT / "kernels").iterdir() if p.is_dir() and p.name != "__pycache__")
+    assert folders == OPS
+    for op in OPS:
+        for name in ("reference.py", "kernel.py"):
+            assert (ROOT / "kernels" / op / name).exists(), (op, name)
+        assert (ROOT / "tests" / "kernels" / f"test_{op}.py").exists(), op
+        module = importlib.import_module(f"mimir_fast.kernels.{op}.op")
+        doc = getattr(module, op).__doc__
+        for line in ("formula", "shapes", "dtypes", "bytes", "determinism", "source"):
+            assert re.search(rf"^    {line}  ", doc, re.MULTILINE), (op, line)
 
 
-def test_operations_and_references_import_with_triton_blocked():
-    modules = [f"mimir_fast.kernels.{op}.{part}" for op in OPS for part in ("op", "reference")]
-    code = f"import sys, importlib; sys.modules['triton'] = None; [importlib.import_module(m) for m in {modules!r}]"
+def test_references_import_with_triton_blocked():
+    modules = [f"mimir_fast.kernels.{op}.reference" for op in OPS] + [
+        "mimir_fast.models",
+        "mimir_fast.attack",
+        "mimir_fast.mi",
+    ]
+    code = f"""
+import sys
+sys.modules["triton"] = None  # any import of it fails
+for module in {modules!r}:
+    __import__(module)
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_kernels_refuse_their_bare_name():
+    done = subprocess.run(
+        [sys.executable, "-c", "import kernels"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "mimir_fast.kernels" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    copy = folder / "source"
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout
+    names = [n for n in tracked.split("\0") if n] or [str(p.relative_to(ROOT)) for p in ROOT.rglob("*.py")]
+    for name in [*names, "README.md", "LICENSE", "pyproject.toml", "setup.py"]:
+        if (ROOT / name).is_file() and not name.startswith(("tests/", ".")):
+            target = copy / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((ROOT / name).read_bytes())
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(copy)]
+    done = subprocess.run(build, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(folder.glob("*.whl"))
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"mimir_fast"}
+    for source in ROOT.glob("mimir_fast/**/*.py"):
+        assert str(source.relative_to(ROOT)) in names
+    for source in ROOT.glob("kernels/**/*.py"):
+        assert f"mimir_fast/{source.relative_to(ROOT)}" in names
+    entry = next(name for name in names if name.endswith("entry_points.txt"))
+    assert "mimir-fast = mimir_fast.cli:main" in zipfile.ZipFile(wheel).read(entry).decode()
+    metadata = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("METADATA"))).decode()
+    for extra in ("flash-attn", "xformers", "eval", "dev", "wandb"):
+        assert f"Provides-Extra: {extra}" in metadata
+
+
+def test_wheel_runs_from_elsewhere(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    imports = "import mimir_fast.kernels as k, mimir_fast.cli as c"
+    code = f"import sys; sys.path.insert(0, 'site'); {imports}; print(k.__file__, c.__file__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("site/mimir_fast") == 2, done.stdout
+
+
+def test_readme_paths_and_flags_exist():
+    text = (ROOT / "README.md").read_text()
+    for path in re.findall(r"`((?:mimir_fast|kernels|bench|tests|docs)/[\w./]*)`", text):
+        assert (ROOT / path).exists(), path
+    from mimir_fast.arguments import build_parser
+
+    known = build_parser().format_help()
+    for flag in set(re.findall(r"--([a-z]+_[a-z_]+)", text)) - {"nproc_per_node"}:
+        assert f"--{flag}" in known, flag
+
+
+def test_dependencies_are_declared_and_justified():
+    declared = re.search(r"^dependencies = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)[
+        1
+    ]
+    names = set(re.findall(r'"([\w-]+)', declared))
+    text = (ROOT / "docs" / "dependencies.md").read_text()
+    assert names == set(re.findall(r"^\| `([\w-]+)` \| required", text, re.MULTILINE))
+    imported = set()
+    for source in [*ROOT.glob("mimir_fast/**/*.py"), *ROOT.glob("kernels/**/*.py")]:
+        imported |= set(re.findall(r"^\s*(?:from|import) (\w+)", source.read_text(), re.MULTILINE))
+    third_party = imported - set(sys.stdlib_module_names) - {"mimir_fast", "wandb"}
+    provides = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
+    assert third_party <= {provides.get(name, name) for name in names} | {"triton"}
+
+
+def test_readme_example_runs(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -3,8 +3,6 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from mimir_fast.kernels.launch import STORAGE, Launch, empty
 from mimir_fast.kernels.masked_patch_loss.reference import VARIANCE_FLOOR
 from mimir_fast.kernels.patch_tile import (
@@ -19,6 +17,7 @@ from mimir_fast.kernels.patch_tile import (
     to_prediction_order,
 )
 from mimir_fast.kernels.registration import register
+from torch import Tensor
 
 FLOOR = tl.constexpr(VARIANCE_FLOOR)
 NAN = tl.constexpr(tl.PropagateNan.ALL)  # a NaN pixel stays visible

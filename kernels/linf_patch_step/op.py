@@ -1,11 +1,10 @@
 """One ascent step of the attack.  Shapes: B batch, C channels, H W sides, L patches, K kept, P = C*p*p numbers per patch."""
 
 import torch
-from torch import Tensor
-
 from mimir_fast.kernels.linf_patch_step import reference
 from mimir_fast.kernels.patch_gather.op import check_image_grid
 from mimir_fast.kernels.registration import check_storage, choose
+from torch import Tensor
 
 Bound = float | Tensor  # one number for all channels, or one per channel
 
@@ -47,7 +46,7 @@ def linf_patch_step(
     determinism  exact; a gradient of exactly zero (or NaN) leaves the pixel where it was
     source       MIMIR, arXiv 2312.04960, section 4; the gradient patch by patch is derived in docs/fidelity.md
 
-    impl: "triton", "reference", or "auto": triton for CUDA tensors.  triton takes float storage up to 32 bits.
+    impl: "triton", "reference" or "auto" (the reference).  triton takes float storage up to 32 bits.
     Raises ValueError if shapes or devices disagree, an element type or impl is not on offer, or norm_pix_loss is asked of
     patches of a single number.
     """
@@ -55,7 +54,13 @@ def linf_patch_step(
     B, C = images_BCHW.shape[:2]
     P = C * patch_size**2
     K = grad_visible_BKP.shape[1] if grad_visible_BKP.ndim == 3 else 0
-    expected = {"adv": images_BCHW.shape, "grad_visible": (B, K, P), "pred": (B, L, P), "ids_restore": (B, L), "bounds": (4, C)}
+    expected = {
+        "adv": images_BCHW.shape,
+        "grad_visible": (B, K, P),
+        "pred": (B, L, P),
+        "ids_restore": (B, L),
+        "bounds": (4, C),
+    }
     given = (adv_BCHW, grad_visible_BKP, pred_BLP, ids_restore_BL, bounds_4C)
     for (name, shape), tensor in zip(expected.items(), given):
         if tensor.shape != shape:
@@ -64,8 +69,17 @@ def linf_patch_step(
         raise ValueError(f"grad_visible: expected 1..{L} kept patches, got {K}")
     if norm_pix_loss and P < 2:
         raise ValueError("norm_pix_loss: a patch of one number has no variance; use a larger patch_size")
-    arguments = (images_BCHW, adv_BCHW, grad_visible_BKP, pred_BLP, ids_restore_BL, bounds_4C, patch_size, norm_pix_loss)
-    if choose(impl, images_BCHW) == "triton":
+    arguments = (
+        images_BCHW,
+        adv_BCHW,
+        grad_visible_BKP,
+        pred_BLP,
+        ids_restore_BL,
+        bounds_4C,
+        patch_size,
+        norm_pix_loss,
+    )
+    if choose(impl) == "triton":
         from mimir_fast.kernels.linf_patch_step import kernel
 
         check_storage(images=images_BCHW, adv=adv_BCHW, grad_visible=grad_visible_BKP, pred=pred_BLP, bounds=bounds_4C)

@@ -1,9 +1,8 @@
 """linf_patch_step in plain PyTorch, by way of the whole gradient image."""
 
 import torch
-from torch import Tensor
-
 from mimir_fast.kernels.masked_patch_loss.reference import patch_statistics, patchify, unpatchify
+from torch import Tensor
 
 
 def linf_patch_step(
@@ -23,7 +22,9 @@ def linf_patch_step(
     hidden_BLP = target_gradient(patchify(adv, patch_size), pred_BLP.to(compute), norm_pix_loss)
     rank_BL1 = ids_restore_BL[:, :, None].clamp(max=K - 1)
     visible_BLP = grad_visible_BKP.to(compute).gather(1, rank_BL1.expand_as(hidden_BLP))
-    visible_BLP = visible_BLP.unflatten(2, (images.shape[1], -1)).transpose(2, 3).flatten(2)  # to (row, column, channel)
+    visible_BLP = (
+        visible_BLP.unflatten(2, (images.shape[1], -1)).transpose(2, 3).flatten(2)
+    )  # to (row, column, channel)
     grad_BLP = torch.where(ids_restore_BL[:, :, None] < K, visible_BLP, hidden_BLP)
     eps, alpha, lo, hi = bounds_4C.to(compute)[:, :, None, None]
     sign = unpatchify(grad_BLP.sign(), patch_size, *sides)

@@ -3,10 +3,9 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from mimir_fast.kernels.launch import STORAGE, Launch, empty
 from mimir_fast.kernels.registration import register
+from torch import Tensor
 
 BLOCK = 256  # counters per program, four numbers each
 NUM_WARPS = 4

@@ -6,8 +6,6 @@ The target is never stored: each program reads its patches from the image and no
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from mimir_fast.kernels.launch import STORAGE, Launch, empty
 from mimir_fast.kernels.masked_patch_loss.reference import VARIANCE_FLOOR
 from mimir_fast.kernels.patch_tile import (
@@ -23,6 +21,7 @@ from mimir_fast.kernels.patch_tile import (
     to_prediction_order,
 )
 from mimir_fast.kernels.registration import register
+from torch import Tensor
 
 FLOOR = tl.constexpr(VARIANCE_FLOOR)
 MEAN_BLOCK = 8192
@@ -122,7 +121,13 @@ def _grad_pred_kernel(
 
 
 def masked_patch_loss_grad_pred(
-    grad: Tensor, pred_BLP: Tensor, images_BCHW: Tensor, mask_BL: Tensor, removed: Tensor, patch_size: int, norm_pix_loss: bool
+    grad: Tensor,
+    pred_BLP: Tensor,
+    images_BCHW: Tensor,
+    mask_BL: Tensor,
+    removed: Tensor,
+    patch_size: int,
+    norm_pix_loss: bool,
 ) -> Tensor:
     """Gradient in pred [B,L,P]."""
     pred_BLP, images_BCHW, mask_BL = _layout(pred_BLP, images_BCHW, mask_BL)
@@ -167,7 +172,13 @@ def _grad_images_kernel(
 
 
 def masked_patch_loss_grad_images(
-    grad: Tensor, pred_BLP: Tensor, images_BCHW: Tensor, mask_BL: Tensor, removed: Tensor, patch_size: int, norm_pix_loss: bool
+    grad: Tensor,
+    pred_BLP: Tensor,
+    images_BCHW: Tensor,
+    mask_BL: Tensor,
+    removed: Tensor,
+    patch_size: int,
+    norm_pix_loss: bool,
 ) -> Tensor:
     """Gradient in the images [B,C,H,W], through the target."""
     pred_BLP, images_BCHW, mask_BL = _layout(pred_BLP, images_BCHW, mask_BL)
@@ -181,7 +192,11 @@ def masked_patch_loss_grad_images(
 
 def _layout(pred_BLP: Tensor, images_BCHW: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What the kernels need: pred contiguous within a patch (the model's slice without class token is), the rest wholly."""
-    return pred_BLP if pred_BLP.stride(2) == 1 else pred_BLP.contiguous(), images_BCHW.contiguous(), mask_BL.contiguous()
+    return (
+        pred_BLP if pred_BLP.stride(2) == 1 else pred_BLP.contiguous(),
+        images_BCHW.contiguous(),
+        mask_BL.contiguous(),
+    )
 
 
 def _geometry(pred_BLP: Tensor, images_BCHW: Tensor, patch_size: int) -> tuple[int, ...]:
@@ -203,7 +218,9 @@ def _fake_grad_images(grad, pred_BLP, images_BCHW, mask_BL, removed, patch_size,
 
 
 _FORWARD = "(Tensor pred, Tensor images, Tensor mask, int patch_size, bool norm_pix_loss) -> (Tensor, Tensor)"
-_BACKWARD = "(Tensor grad, Tensor pred, Tensor images, Tensor mask, Tensor removed, int patch_size, bool norm) -> Tensor"
+_BACKWARD = (
+    "(Tensor grad, Tensor pred, Tensor images, Tensor mask, Tensor removed, int patch_size, bool norm) -> Tensor"
+)
 masked_patch_loss = register("masked_patch_loss", _FORWARD, masked_patch_loss_forward, _fake_forward)
 grad_pred = register("masked_patch_loss_grad_pred", _BACKWARD, masked_patch_loss_grad_pred, _fake_grad_pred)
 grad_images = register("masked_patch_loss_grad_images", _BACKWARD, masked_patch_loss_grad_images, _fake_grad_images)

@@ -15,14 +15,18 @@ difference of large terms.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from mimir_fast.kernels.launch import STORAGE, Launch, empty
 from mimir_fast.kernels.nhsic.reference import RIDGE
 from mimir_fast.kernels.registration import register
+from torch import Tensor
 
 PROGRAMS = 512  # about four per SM on A100 and H100; a constant, so that results do not depend on the device
-GRAM = {"BLOCK_M": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 3}  # larger tiles spill on sm_80: 3 x tf32 splits operands
+GRAM = {
+    "BLOCK_M": 64,
+    "BLOCK_K": 16,
+    "num_warps": 4,
+    "num_stages": 3,
+}  # larger tiles spill on sm_80: 3 x tf32 splits operands
 MATMUL = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
 CENTER = {"BLOCK_M": 32, "BLOCK_D": 128, "num_warps": 4}
 GAUSSIAN = {"BLOCK_M": 32, "num_warps": 4}

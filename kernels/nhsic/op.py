@@ -1,17 +1,14 @@
 """The mutual-information penalty.  Shapes: m samples (the batch), d numbers per sample."""
 
 import torch
-from torch import Tensor
-
 from mimir_fast.kernels.nhsic import reference
 from mimir_fast.kernels.registration import check_storage, choose
+from torch import Tensor
 
 KERNELS = ("gaussian", "linear")
 
 
-def nhsic(
-    x_md: Tensor, y_me: Tensor, sigma: float = 5.0, kernel_y: str = "gaussian", impl: str = "auto"
-) -> Tensor:
+def nhsic(x_md: Tensor, y_me: Tensor, sigma: float = 5.0, kernel_y: str = "gaussian", impl: str = "auto") -> Tensor:
     """Normalised-CCA HSIC between two sets of paired samples; grows with their dependence, below m.
 
     formula      K = exp(-|x_i - x_j|^2 / (2 sigma^2 d)) (or y y^T for kernel_y="linear"), S = H K H, H = I - 11^T/m,
@@ -27,8 +24,7 @@ def nhsic(
                  2020, equation 4; the symmetric form is derived in docs/fidelity.md
 
     A batch whose kernel matrix cannot be factorised gives NaN, on the device, without an exception.
-    impl: "triton" (kernel_y="gaussian" in storage up to 32 bits), "reference", or "auto": triton for CUDA tensors under
-    kernel_y="gaussian".
+    impl: "triton" (kernel_y="gaussian" in storage up to 32 bits), "reference" or "auto" (the reference).
     Raises ValueError if x and y are not matrices with equally many rows, sigma <= 0, kernel_y or impl is unknown, or triton
     is asked for what it does not offer.
     """
@@ -41,7 +37,7 @@ def nhsic(
         raise ValueError(f"sigma: expected a positive kernel width, got {sigma}")
     if kernel_y not in KERNELS:
         raise ValueError(f"kernel_y: expected one of {', '.join(KERNELS)}, got {kernel_y!r}")
-    if choose(impl, x_md) == "triton" and (impl == "triton" or kernel_y == "gaussian"):
+    if choose(impl) == "triton":
         if kernel_y != "gaussian":
             raise ValueError(f'kernel_y: impl="triton" computes gaussian only, got {kernel_y!r}')
         from mimir_fast.kernels.nhsic import kernel

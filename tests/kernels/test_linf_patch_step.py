@@ -4,11 +4,11 @@ import pytest
 import torch
 from conftest import golden_images, small_model
 from interpreter import Sanitizer, interpret
-
-from mimir_fast.attack import linf_step
 from mimir_fast.kernels import linf_bounds, linf_patch_step, mask_indices, patch_gather
 from mimir_fast.kernels.linf_patch_step import kernel, reference
 from mimir_fast.kernels.masked_patch_loss.reference import patchify
+
+from mimir_fast.attack import linf_step
 
 SHAPES = [  # B, C, H, W, patch size, K
     (2, 3, 32, 32, 16, 1),
@@ -145,5 +145,5 @@ def test_errors_name_the_argument(name):
     arguments[name] = arguments[name][..., :1]
     with pytest.raises(ValueError, match=f"^{name}"):
         linf_patch_step(*arguments.values(), 4, True)
-    with pytest.raises(ValueError, match="^eps: expected 1 or 3"):
+    with pytest.raises(ValueError, match=r"^eps: expected 1 or 3"):
         linf_bounds(torch.ones(2), 0.0, 0.0, 1.0, 3, "cpu")

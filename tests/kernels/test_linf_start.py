@@ -3,7 +3,6 @@
 import pytest
 import torch
 from interpreter import Sanitizer, interpret
-
 from mimir_fast.kernels import linf_bounds, linf_start
 from mimir_fast.kernels.linf_start import kernel, reference
 

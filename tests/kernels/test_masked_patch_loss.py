@@ -4,7 +4,6 @@ import pytest
 import torch
 from budget import assert_within_budget
 from interpreter import Sanitizer, interpret
-
 from mimir_fast.kernels import masked_patch_loss
 from mimir_fast.kernels.masked_patch_loss import kernel
 

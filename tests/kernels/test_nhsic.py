@@ -5,7 +5,6 @@ import torch
 import triton
 from conftest import load_golden, relative_error
 from interpreter import Sanitizer, interpret
-
 from mimir_fast.kernels import nhsic
 from mimir_fast.kernels.nhsic import kernel, reference
 
@@ -35,7 +34,9 @@ def test_value_and_gradients(shape, dtype):
         assert gradient.dtype == dtype
         rounding = torch.finfo(dtype).eps * exact.abs() + torch.finfo(dtype).tiny * torch.finfo(dtype).eps
         error = (gradient.double() - exact).abs()
-        assert (error <= rounding + 5e-5 * exact.norm(dim=1, keepdim=True)).all(), name  # row by row: a dead row is seen
+        assert (error <= rounding + 5e-5 * exact.norm(dim=1, keepdim=True)).all(), (
+            name
+        )  # row by row: a dead row is seen
 
 
 @pytest.mark.parametrize("name", ["hsic_gauss", "hsic_latent_like", "hsic_offset"])

@@ -1,0 +1,79 @@
+"""Images per second of the pre-training step against the textbook step, in pairs in one process.
+
+    python -m bench.bench_step --model mae_vit_ti --input_size 32 --patch_size 4 --batch_size 32
+
+Both steps attack (1 PGD step), run forward and backward, and add the penalty; ours through mimir_fast, the other through
+bench/textbook.py (all patches embedded, tokens gathered afterwards, einsum patches, penalty by matrix inverses).  Rounds
+alternate, so that a drifting machine slows both; the ratio is taken pair by pair.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+
+import torch
+
+from bench.textbook import TextbookMAE, textbook_step
+from mimir_fast.models import DECODER, MODELS, create_model
+from mimir_fast.step import Attack, draw_noise, pretrain_step
+
+EPS, ALPHA, RATIO, WEIGHT = 8 / 255, 10 / 255, 0.75, 1e-5
+
+
+def seconds(step, device: torch.device) -> float:
+    """Wall time of one call, the device drained before and after."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def build_steps(args: argparse.Namespace, device: torch.device):
+    """The two steps as functions without arguments: forward and backward of one random batch, gradients cleared."""
+    size = {"img_size": args.input_size, "patch_size": args.patch_size, "norm_pix_loss": True}
+    ours = create_model(args.model, **size).to(device)
+    textbook = TextbookMAE(**{**MODELS[args.model], **DECODER, **size}).to(device)
+    textbook.load_state_dict(ours.state_dict())
+    images = torch.rand(args.batch_size, 3, args.input_size, args.input_size, device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    attack = Attack(1, EPS, ALPHA)
+
+    def our_step() -> None:
+        noise = draw_noise(generator, images.shape, ours.num_patches, attack)
+        pretrain_step(ours, images, noise, attack, RATIO, "hsic", WEIGHT).loss.backward()
+        ours.zero_grad(set_to_none=True)
+
+    def their_step() -> None:
+        textbook_step(textbook, images, EPS, ALPHA, RATIO, WEIGHT).backward()
+        textbook.zero_grad(set_to_none=True)
+
+    return our_step, their_step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.bench_step", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="mae_vit_ti", choices=list(MODELS), help="model (default: mae_vit_ti)")
+    parser.add_argument("--input_size", type=int, default=32, help="image side [pixels] (default: 32)")
+    parser.add_argument("--patch_size", type=int, default=4, help="patch side [pixels] (default: 4)")
+    parser.add_argument("--batch_size", type=int, default=32, help="images per step (default: 32)")
+    parser.add_argument("--rounds", type=int, default=7, help="timed pairs after one warm-up pair (default: 7)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    steps = build_steps(args, device)
+    pairs = [[seconds(step, device) for step in steps] for _ in range(args.rounds + 1)][1:]
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{args.model} {args.input_size}/{args.patch_size}, batch {args.batch_size}, fp32, eager; {where}")
+    print(f"torch {torch.__version__}, Python {platform.python_version()}, {args.rounds} pairs")
+    for name, times in zip(("mimir_fast", "textbook"), zip(*pairs)):
+        print(f"{name:<11} median {args.batch_size / statistics.median(times):8.1f} images/s")
+    ratios = sorted(theirs / ours for ours, theirs in pairs)
+    print(f"speed ratio median {statistics.median(ratios):.2f} (from {ratios[0]:.2f} to {ratios[-1]:.2f})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""mimir-fast VERB [flags]: one command for everything; each verb's module also runs by itself."""
+
+import importlib
+import sys
+
+VERBS = {
+    "pretrain": ("mimir_fast.pretrain", "adversarial masked-autoencoder pre-training"),
+    "report": ("mimir_fast.report", "HTML report of a run's folder"),
+}
+
+
+def usage() -> str:
+    """The text of `mimir-fast -h`."""
+    verbs = "\n".join(f"  {verb:<10} {what}" for verb, (_, what) in VERBS.items())
+    return f"usage: mimir-fast VERB [flags]\n\nverbs:\n{verbs}\n\nmimir-fast VERB -h explains a verb's flags."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Dispatch to a verb; returns its exit status, 2 for a word that is no verb."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in VERBS:
+        return importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
+    if argv and argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    print(usage() if not argv else f"mimir-fast: error: {argv[0]!r} is no verb\n{usage()}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

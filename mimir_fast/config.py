@@ -1,0 +1,195 @@
+"""Configuration of a pre-training run: one frozen dataclass per stage, each field one command-line flag.
+
+This file is the only place where a flag's name, type, default, unit and meaning stand; arguments.py turns it into the
+command line and recipes.py fills it in.  Flags marked `new` are not in the original.
+"""
+
+from dataclasses import dataclass, field, fields, replace
+
+
+def flag(
+    default, help: str, unit: str = "", choices: tuple[str, ...] = (), new: bool = False, type: type | None = None
+):
+    """A dataclass field with the words its command-line flag shows; `type` where it differs from the default's."""
+    metadata = {"help": help, "unit": unit, "choices": choices, "new": new, "type": type or default.__class__}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What is trained."""
+
+    model: str = flag(
+        "mae_vit_ti_patch16", "model name: mae_vit_{ti,small,small_ds,base,large}; the default is mae_vit_ti"
+    )
+    input_size: int = flag(224, "side of the square input", "pixels")
+    patch_size: int = flag(16, "side of a patch; must divide input_size", "pixels")
+    mask_ratio: float = flag(0.75, "removed patches in the training pass", "share, 0 to 1")
+    norm_pix_loss: bool = flag(False, "normalise every target patch by its own mean and standard deviation")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images come from."""
+
+    dataset: str = flag("imagenet", "imagenet, imagefolder, cifar10, cifar100, svhn, tiny-imagenet or digits")
+    data_root: str = flag("../data", "folder that holds the data set")
+    use_edm: bool = flag(False, "mix generated images into every batch (cifar10, cifar100, svhn, tiny-imagenet)")
+    unsup_fraction: float = flag(0.7, "generated images in a batch; negative merges both pools", "share, below 1")
+    aux_data_filename: str = flag(
+        "/data/xuxx/edm_data/1m.npz", "npz file of generated images: image [N,H,W,3] uint8, label [N]"
+    )
+    edm_aug: str = flag(
+        "base", "accepted for compatibility; generated images always get crop and flip, as in the original"
+    )
+    use_normalize: bool = flag(
+        False, "feed mean/std-normalised images; eps and alpha are divided by each channel's std"
+    )
+    num_workers: int = flag(32, "data-loading processes per GPU; 0 loads in the main process", "processes")
+    pin_mem: bool = flag(True, "page-locked host memory for faster copies to the GPU")
+
+
+@dataclass(frozen=True)
+class AttackConfig:
+    """The PGD-MAE attack."""
+
+    attack: str = flag(
+        "plain", "'plain' trains a clean masked autoencoder; any other word switches the PGD-MAE attack on"
+    )
+    steps: int = flag(1, "attack steps", "steps")
+    eps: float = flag(8.0, "radius of the L-infinity ball", "1/255")
+    alpha: float = flag(10.0, "attack step size", "1/255")
+    attack_mask_ratio: float = flag(0.75, "removed patches in the attack's passes", "share, 0 to 1", new=True)
+
+
+@dataclass(frozen=True)
+class PenaltyConfig:
+    """The mutual-information penalty (only with an attack)."""
+
+    mi_train: str = flag(
+        "plain", "hsic, dib_mi (Rényi order 1.01) or renyi2 (order 2, no eigenvalues); any other word: none"
+    )
+    mi_xpl: float = flag(1e-5, "weight of the penalty", "loss per unit of the penalty")
+    mi_xl: float = flag(0.0, "accepted for compatibility; the original never reads it")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and schedule."""
+
+    batch_size: int = flag(64, "images per GPU and micro-batch", "images")
+    accum_iter: int = flag(1, "micro-batches per optimizer update", "micro-batches")
+    epochs: int = flag(100, "length of the run", "epochs")
+    start_epoch: int = flag(0, "first epoch; a resumed checkpoint overrides it", "epochs")
+    warmup_epochs: int = flag(40, "linear warm-up from 0", "epochs")
+    lr: float | None = flag(None, "peak learning rate; default: blr * batch_size * accum_iter * GPUs / 256", type=float)
+    blr: float = flag(1e-3, "peak learning rate per 256 images")
+    min_lr: float = flag(0.0, "learning rate at the end of the cosine")
+    weight_decay: float = flag(0.05, "AdamW weight decay of matrices and tokens")
+    precision: str | None = flag(
+        None,
+        "compute precision; default: bf16 on CUDA, fp32 on the CPU",
+        choices=("bf16", "fp16", "fp32"),
+        new=True,
+        type=str,
+    )
+    compile: bool | None = flag(
+        None, "torch.compile the model and the attack; default: on for CUDA only", new=True, type=bool
+    )
+    max_bad_steps: int = flag(20, "end the run after this many skipped updates in a row", "updates", new=True)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Outputs, resuming, device, seed."""
+
+    output_dir: str = flag("./experiment", "folder for checkpoints, log.txt and metrics; empty: write none")
+    log_dir: str = flag("./experiment", "folder for TensorBoard events; empty: none")
+    resume: str = flag(
+        "", "checkpoint to continue from: a path, an https URL, or 'auto' for the newest one in output_dir"
+    )
+    checkpoint_steps: int = flag(
+        1000, "also save a resume point every N updates (the newest two are kept); 0: never", "updates", new=True
+    )
+    log_every: int = flag(20, "read metrics back and print a line every N updates", "updates", new=True)
+    max_steps: int = flag(0, "stop after N updates in all, saving; 0: run all epochs", "updates", new=True)
+    wandb: bool = flag(False, "also log to Weights & Biases (pip install 'mimir-fast[wandb]')", new=True)
+    device: str = flag("cuda", "cuda or cpu; without a CUDA device the default falls back to cpu and says so")
+    seed: int = flag(0, "seed of every random draw; each rank adds its own number")
+
+
+@dataclass(frozen=True)
+class DistConfig:
+    """Several processes: set by torchrun, torch.distributed.launch or SLURM, rarely by hand."""
+
+    world_size: int = flag(1, "number of processes; overwritten from the environment", "processes")
+    local_rank: int = flag(-1, "process number on this machine, as torch.distributed.launch passes it")
+    dist_on_itp: bool = flag(False, "read rank and size from OMPI_COMM_WORLD_*")
+    dist_url: str = flag("env://", "where the processes meet")
+
+
+STAGES = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "attack": AttackConfig,
+    "penalty": PenaltyConfig,
+    "optim": OptimConfig,
+    "run": RunConfig,
+    "dist": DistConfig,
+}
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Everything a pre-training run depends on."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    attack: AttackConfig = AttackConfig()
+    penalty: PenaltyConfig = PenaltyConfig()
+    optim: OptimConfig = OptimConfig()
+    run: RunConfig = RunConfig()
+    dist: DistConfig = DistConfig()
+
+    def flat(self) -> dict:
+        """{flag name: value} over all stages, in the order of this file."""
+        return {f.name: getattr(getattr(self, stage), f.name) for stage in STAGES for f in fields(STAGES[stage])}
+
+    def updated(self, values: dict) -> "PretrainConfig":
+        """A copy with flags replaced: {flag name: value}.  Raises ValueError for a name that is no flag."""
+        unknown = values.keys() - self.flat().keys()
+        if unknown:
+            raise ValueError(f"{sorted(unknown)[0]}: no such flag; see --help for the list")
+        stages = {}
+        for stage, kind in STAGES.items():
+            own = {f.name: values[f.name] for f in fields(kind) if f.name in values}
+            stages[stage] = replace(getattr(self, stage), **own)
+        return PretrainConfig(**stages)
+
+    def check(self) -> "PretrainConfig":
+        """Return self if every value is possible; raises ValueError naming the flag, its value and what is allowed."""
+        flat = self.flat()
+        for name in ("batch_size", "accum_iter", "epochs", "input_size", "patch_size", "log_every", "max_bad_steps"):
+            _require(flat[name] >= 1, name, flat[name], "1 or more")
+        for name in ("steps", "eps", "alpha", "warmup_epochs", "start_epoch", "num_workers"):
+            _require(flat[name] >= 0, name, flat[name], "0 or more")
+        for name in ("checkpoint_steps", "max_steps", "seed"):
+            _require(flat[name] >= 0, name, flat[name], "0 or more")
+        for name in ("mask_ratio", "attack_mask_ratio"):
+            _require(0 < flat[name] < 1, name, flat[name], "a share between 0 and 1 (exclusive)")
+        _require(
+            flat["input_size"] % flat["patch_size"] == 0, "patch_size", flat["patch_size"], "a divisor of input_size"
+        )
+        _require(flat["eps"] == 0 or flat["eps"] >= 0.25, "eps", flat["eps"], "a number in 1/255: 8, not 8/255 = 0.031")
+        _require(flat["device"].split(":")[0] in ("cuda", "cpu"), "device", flat["device"], "cuda or cpu")
+        patches = (flat["input_size"] // flat["patch_size"]) ** 2
+        for name in ("mask_ratio", "attack_mask_ratio"):
+            _require(
+                int(patches * (1 - flat[name])) >= 1, name, flat[name], f"low enough to keep one of {patches} patches"
+            )
+        return self
+
+
+def _require(ok: bool, name: str, value, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}: got {value}, expected {allowed}")

@@ -1,0 +1,147 @@
+"""Data sets that come as arrays in files: CIFAR pickles, SVHN .mat, generated images in .npz, scikit-learn's digits."""
+
+import pickle
+import socket
+import zipfile
+import zlib
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import scipy.io
+from PIL import Image
+from scipy.io.matlab import MatReadError
+from sklearn.datasets import load_digits
+
+from mimir_fast.data.errors import DataError
+from mimir_fast.data.sources import ArrayImages
+
+READ_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    EOFError,
+    AttributeError,
+    NotImplementedError,
+    ImportError,
+    zlib.error,
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
+    MatReadError,
+)
+CIFAR10_FILES = {"train": [f"data_batch_{number}" for number in range(1, 6)], "val": ["test_batch"]}
+CIFAR100_FILES = {"train": ["train"], "val": ["test"]}
+SVHN_FILES = {"train": "train_32x32.mat", "val": "test_32x32.mat"}
+DIGITS_TRAIN = 1500  # of 1797; the later ones were written by other people
+DOWNLOAD_TIMEOUT = 20  # seconds without an answer
+
+# What a pickled array of numbers needs, and nothing else: a pickle may otherwise run any code.
+_RECONSTRUCT = np.empty(0).__reduce__()[0]
+_SAFE_GLOBALS = {
+    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): lambda text, encoding: text.encode(encoding),
+}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Loads dicts, lists and numpy arrays only."""
+
+    def find_class(self, module: str, name: str):
+        if (module, name) not in _SAFE_GLOBALS:
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a data file")
+        return _SAFE_GLOBALS[module, name]
+
+
+def _checked(images: np.ndarray, labels: np.ndarray, path: Path, advice: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [N,H,W,3] and labels int64 [N], or DataError naming the file."""
+    labels = np.asarray(labels)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) == 0:
+        raise DataError(f"{path}: expected images uint8 [N,H,W,3], got {images.dtype} {list(images.shape)}; {advice}")
+    if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+        raise DataError(
+            f"{path}: expected {len(images)} integer labels, got {labels.dtype} {list(labels.shape)}; {advice}"
+        )
+    return images, labels.astype(np.int64)
+
+
+@contextmanager
+def _reading(path: Path, advice: str):
+    """Turn what readers raise on a damaged file into a DataError naming it."""
+    try:
+        yield
+    except DataError:
+        raise
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file; {advice}") from error
+    except READ_ERRORS as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(f"{path}: cannot be read ({reason}); {advice}") from error
+
+
+def read_cifar(folder: Path, files: list[str], label_key: str) -> ArrayImages:
+    """The python-version batches of CIFAR-10 or CIFAR-100, label_key "labels" or "fine_labels".  Raises DataError."""
+    images, labels = [], []
+    advice = f"remove {folder} to download it again"
+    for path in (folder / name for name in files):
+        with _reading(path, advice):
+            with path.open("rb") as file:
+                batch = _ArrayUnpickler(file, encoding="latin1").load()
+            rows = np.asarray(batch["data"]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+            part = _checked(rows, batch[label_key], path, advice)
+        images.append(part[0])
+        labels.append(part[1])
+    return ArrayImages(np.ascontiguousarray(np.concatenate(images)), np.concatenate(labels))
+
+
+def read_svhn(path: Path) -> ArrayImages:
+    """SVHN's cropped digits in a .mat file: X [32,32,3,N], y [N,1] with 10 for the digit 0.  Raises DataError."""
+    advice = f"remove {path} to download it again"
+    with _reading(path, advice):
+        content = scipy.io.loadmat(path, variable_names=("X", "y"))
+        images = np.ascontiguousarray(np.moveaxis(content["X"], -1, 0))
+        images, labels = _checked(images, content["y"].reshape(-1) % 10, path, advice)
+    return ArrayImages(images, labels)
+
+
+def read_npz(path: Path, field: str) -> ArrayImages:
+    """Arrays `image` uint8 [N,H,W,3] and `label` int [N] of an .npz file, one read each; field: flag for messages.
+
+    Raises DataError naming the field and the file.
+    """
+    advice = "expected an .npz file with arrays image (uint8 [N,H,W,3]) and label (int [N])"
+    try:
+        with _reading(path, advice), np.load(path, allow_pickle=False) as content:
+            images, labels = _checked(content["image"], content["label"], path, advice)
+    except DataError as error:
+        raise DataError(f"{field}: {error}") from error
+    return ArrayImages(images, labels)
+
+
+def read_digits(split: str) -> ArrayImages:
+    """scikit-learn's 8x8 handwritten digits as smooth 32x32 RGB; train: the first 1500, val: the other 297."""
+    grey, labels = load_digits(return_X_y=True)
+    grey = np.rint(grey.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    part = slice(None, DIGITS_TRAIN) if split == "train" else slice(DIGITS_TRAIN, None)
+    large = [np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC)) for image in grey[part]]
+    return ArrayImages(np.repeat(np.stack(large)[..., None], 3, axis=-1), labels[part])
+
+
+def download(fetch: Callable[[], object], data_root: Path, wanted: str) -> None:
+    """Call fetch, which downloads into data_root.  Raises DataError that says what to put there instead."""
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        fetch()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(
+            f"data_root: {data_root} does not contain {wanted}, and the download failed ({reason})"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)

@@ -1,0 +1,101 @@
+"""Crops, flips and the way to floats.  Shapes: B batch, C channels, H W sides, S side of the crop."""
+
+import math
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from PIL import Image
+from torch import Tensor
+
+PAD = 4  # zeros on each side before a random crop, pixels
+CROP_AREA = (0.2, 1.0)  # fraction of the image's area
+CROP_RATIO = (3 / 4, 4 / 3)  # width / height
+CROP_ATTEMPTS = 10
+
+Channels = tuple[float, float, float]
+
+
+def to_float(images_u8: Tensor, mean: Channels | None = None, std: Channels | None = None) -> Tensor:
+    """uint8 [..., C, H, W] -> float32 in [0,1], bit-equal to torchvision's ToTensor; then (x - mean) / std where given.
+
+    Any device.  Raises ValueError for another dtype, or when only one of mean and std is given.
+    """
+    if images_u8.dtype != torch.uint8:
+        raise ValueError(f"images_u8: expected torch.uint8, got {images_u8.dtype}")
+    if (mean is None) != (std is None):
+        raise ValueError("mean, std: give both or neither")
+    device = images_u8.device
+    # A divisor on the device: CUDA would turn division by a Python number into a less exact multiplication.
+    images = images_u8.to(torch.float32).div_(torch.full((), 255.0, device=device))
+    if mean is None:
+        return images
+    return images.sub_(_channel_constants(tuple(mean), device)).div_(_channel_constants(tuple(std), device))
+
+
+@lru_cache(maxsize=16)
+def _channel_constants(values: Channels, device: torch.device) -> Tensor:
+    """[C,1,1]; kept, because each copy to a GPU would make the host wait."""
+    return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
+
+
+def crop_padded(images: np.ndarray, top: np.ndarray, left: np.ndarray, size: int) -> np.ndarray:
+    """Crop each image at its own place of the zero-padded image: uint8 [B,H,W,C] -> [B,C,S,S].
+
+    top, left   int [B], corner in the padded image: 0 .. H + 2 * PAD - size
+    """
+    batch, height, width, channels = images.shape
+    padded = np.zeros((batch, height + 2 * PAD, width + 2 * PAD, channels), np.uint8)
+    padded[:, PAD : PAD + height, PAD : PAD + width] = images
+    windows = sliding_window_view(padded, (size, size), axis=(1, 2))
+    return np.ascontiguousarray(windows[np.arange(batch), top, left])
+
+
+def flip_where(images: np.ndarray, flip: np.ndarray) -> np.ndarray:
+    """Mirror images [B,C,H,W] left to right where flip [B] is true, in place."""
+    images[flip] = images[flip][..., ::-1]
+    return images
+
+
+def random_flip(images: np.ndarray, flip: bool, rng: np.random.Generator) -> np.ndarray:
+    """Mirror each of the images [B,C,H,W] with probability 1/2, in place; nothing if not `flip`."""
+    return flip_where(images, rng.random(len(images)) < 0.5) if flip else images
+
+
+def random_pad_crop(images: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Random crop after padding by PAD zeros: uint8 [B,H,W,C] -> [B,C,S,S], S = size <= H + 2 * PAD."""
+    batch, height, width, _ = images.shape
+    top = rng.integers(0, height + 2 * PAD - size + 1, size=batch)
+    left = rng.integers(0, width + 2 * PAD - size + 1, size=batch)
+    return crop_padded(images, top, left, size)
+
+
+def sample_crop(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a crop with random area and shape, distributed as torchvision's RandomResizedCrop."""
+    log_low, log_high = (math.log(ratio) for ratio in CROP_RATIO)
+    for _ in range(CROP_ATTEMPTS):
+        area = height * width * rng.uniform(*CROP_AREA)
+        ratio = math.exp(rng.uniform(log_low, log_high))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w
+    # No crop fits (a very long or tall image): the largest central one of an allowed shape.
+    ratio = min(max(width / height, CROP_RATIO[0]), CROP_RATIO[1])
+    w = width if width / height <= ratio else round(height * ratio)
+    h = height if width / height >= ratio else round(width / ratio)
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def resized_crop(image: Image.Image, top: int, left: int, height: int, width: int, size: int) -> np.ndarray:
+    """Cut a box out of an RGB image and resize it, bicubic and antialiased: uint8 [S,S,C].
+
+    Cropped before it is resized, as in torchvision: `resize(box=...)` would look at pixels outside the box.
+    """
+    crop = image.crop((left, top, left + width, top + height))
+    return np.asarray(crop.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def random_resized_crop(image: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:
+    """A random part of an RGB image at a random scale: uint8 [S,S,C]."""
+    return resized_crop(image, *sample_crop(image.height, image.width, rng), size)

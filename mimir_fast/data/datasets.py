@@ -1,0 +1,128 @@
+"""The supported data sets: what they are, and where their images lie below data_root."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchvision import datasets as tv
+
+from mimir_fast.data import archives, tiny_imagenet
+from mimir_fast.data.augment import Channels
+from mimir_fast.data.errors import DataError
+from mimir_fast.data.folders import class_folders, scan_class_folders
+from mimir_fast.data.sources import ArrayImages, FolderImages, decode_all
+
+Source = ArrayImages | FolderImages
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """Constants of a data set; side in pixels, None where images differ in size and are cropped at random scales.
+
+    flip: may be mirrored; edm: can be mixed with generated images.
+    """
+
+    mean: Channels
+    std: Channels
+    side: int | None
+    flip: bool = True
+    edm: bool = False
+
+
+INFO = {
+    "imagenet": DatasetInfo(IMAGENET_MEAN, IMAGENET_STD, None),
+    "imagefolder": DatasetInfo(IMAGENET_MEAN, IMAGENET_STD, None),
+    "cifar10": DatasetInfo((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616), 32, edm=True),
+    "cifar100": DatasetInfo((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), 32, edm=True),
+    "svhn": DatasetInfo((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), 32, edm=True),
+    "tiny-imagenet": DatasetInfo(IMAGENET_MEAN, IMAGENET_STD, 64, edm=True),
+    "digits": DatasetInfo((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 32, flip=False),
+}
+DATASETS = tuple(INFO)
+
+
+def dataset_info(dataset: str) -> DatasetInfo:
+    """Constants of a data set.  Raises DataError for an unknown name."""
+    if dataset not in INFO:
+        raise DataError(f"dataset: unknown name {dataset!r}, expected one of {', '.join(DATASETS)}")
+    return INFO[dataset]
+
+
+def read_images(dataset: str, data_root: str | Path, split: str = "train", in_memory: bool = False) -> Source:
+    """The images of a split, "train" or "val"; in_memory also decodes Tiny-ImageNet, which is otherwise read as needed.
+
+    Raises DataError for an unknown name or split, and for everything wrong with the files.
+    """
+    dataset_info(dataset)
+    if split not in ("train", "val"):
+        raise DataError(f"split: expected train or val, got {split!r}")
+    root = Path(data_root).expanduser()
+    if dataset == "digits":
+        return archives.read_digits(split)
+    if dataset == "tiny-imagenet":
+        return tiny_imagenet.read(root, split, in_memory)
+    if dataset in ("imagenet", "imagefolder"):
+        return _read_folders(root, split, optional_train=dataset == "imagefolder")
+    return {"cifar10": _read_cifar10, "cifar100": _read_cifar100, "svhn": _read_svhn}[dataset](root, split)
+
+
+def _read_folders(root: Path, split: str, optional_train: bool) -> FolderImages:
+    """root/train/CLASS/* or root/val/CLASS/*; with optional_train the classes may lie in root itself."""
+    train = root / "train"
+    if optional_train and split == "train" and not train.is_dir():
+        train = root
+    folder = train if split == "train" else root / split
+    classes = class_folders(train) if split == "val" and train.is_dir() else None
+    return FolderImages(scan_class_folders(folder, classes), str(folder))
+
+
+def _read_cifar10(root: Path, split: str) -> ArrayImages:
+    archive = root / "cifar-10-batches-py"
+    return _read_archive(
+        root,
+        split,
+        "cifar10",
+        archive,
+        lambda: archives.read_cifar(archive, archives.CIFAR10_FILES[split], "labels"),
+        lambda: tv.CIFAR10(str(root), train=split == "train", download=True),
+    )
+
+
+def _read_cifar100(root: Path, split: str) -> ArrayImages:
+    archive = root / "cifar-100-python"
+    return _read_archive(
+        root,
+        split,
+        "cifar100",
+        archive,
+        lambda: archives.read_cifar(archive, archives.CIFAR100_FILES[split], "fine_labels"),
+        lambda: tv.CIFAR100(str(root), train=split == "train", download=True),
+    )
+
+
+def _read_svhn(root: Path, split: str) -> ArrayImages:
+    archive = root / archives.SVHN_FILES[split]
+    return _read_archive(
+        root,
+        split,
+        "svhn",
+        archive,
+        lambda: archives.read_svhn(archive),
+        lambda: tv.SVHN(str(root), split="train" if split == "train" else "test", download=True),
+    )
+
+
+def _read_archive(
+    root: Path, split: str, name: str, archive: Path, read: Callable[[], ArrayImages], fetch: Callable[[], object]
+) -> ArrayImages:
+    """The archive if it is there, else class folders of 32x32 images, else the archive after a download."""
+    if archive.exists():
+        return read()
+    for base in (root, root / name):
+        if (base / "train").is_dir():
+            files = _read_folders(base, split, optional_train=False).files
+            return decode_all(FolderImages(files, str(base / split), INFO[name].side))
+    archives.download(fetch, root, f"{archive.name} or class folders in train/")
+    return read()

@@ -1,0 +1,132 @@
+"""Images in class folders: finding and decoding them."""
+
+import os
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from mimir_fast.data.errors import DataError, log
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+DECODE_ERRORS = (  # what Pillow's decoders raise on damaged files
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+class BadImageError(Exception):
+    """An image that cannot be read; the message is the reason, one line."""
+
+
+class PathTable:
+    """Many paths below one root, in two arrays: worker processes share them, which a list of str would not allow."""
+
+    def __init__(self, root: Path, relative: list[str]):
+        encoded = [os.fsencode(path) for path in relative]
+        self.root = os.fspath(root)
+        self.ends = np.cumsum([0, *map(len, encoded)])
+        self.text = np.frombuffer(b"".join(encoded), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        name = self.text[self.ends[index] : self.ends[index + 1]].tobytes()
+        return os.path.join(self.root, os.fsdecode(name))
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """Files of one split: paths, labels int64 [N], and the class names in label order."""
+
+    paths: PathTable
+    labels: np.ndarray
+    classes: list[str]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+def class_folders(root: Path) -> list[str]:
+    """Names of the folders directly below root, sorted; hidden ones are left out.
+
+    Raises DataError when root is missing or holds no folders.
+    """
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; check data_root, which must contain one folder of images per class")
+    try:
+        names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        _unreadable_folder(error)
+    if not names:
+        raise DataError(f"{root}: no class folders; put the images into one sub-folder per class")
+    return names
+
+
+def scan_class_folders(
+    root: Path, classes: list[str] | None = None, skip: tuple[str, ...] = (), expected: tuple[str, ...] = ()
+) -> ImageList:
+    """All images below root/CLASS, at any depth, sorted by path; other files are ignored and reported once.
+
+    classes    class names in label order (default: the folders found); a folder outside them is an error
+    skip       folders that are not classes; expected: endings of other files that need no report
+    Raises DataError for a missing root, no classes, an empty class folder (named) or an unknown class.
+    """
+    names = [name for name in class_folders(root) if name not in skip]
+    numbers = {name: number for number, name in enumerate(names if classes is None else classes)}
+    relative, labels, others = [], [], []
+    for name in names:
+        if name not in numbers:
+            raise DataError(f"{root / name}: the training images have no class of this name; remove the folder")
+        images = _images_below(root, name, expected, others)
+        if not images:
+            raise DataError(f"{root / name}: class folder without images; remove it or fill it")
+        relative += images
+        labels += [numbers[name]] * len(images)
+    if others:
+        log.warning("%s: ignored %d files without an image extension, first %s", root, len(others), others[0])
+    return ImageList(PathTable(root, relative), np.array(labels, np.int64), list(numbers))
+
+
+def _images_below(root: Path, name: str, expected: tuple[str, ...], others: list[str]) -> list[str]:
+    """Paths of the images in root/name relative to root; other files are appended to `others`."""
+    images = []
+    for folder, _, files in sorted(os.walk(root / name, onerror=_unreadable_folder, followlinks=True)):
+        below = os.path.relpath(folder, root)
+        for file in sorted(files):
+            if file.lower().endswith(IMAGE_EXTENSIONS) and not file.startswith("."):
+                images.append(os.path.join(below, file))
+            elif not file.endswith(expected):
+                others.append(os.path.join(below, file))
+    return images
+
+
+def _unreadable_folder(error: OSError) -> None:
+    raise DataError(f"{error.filename}: cannot list this folder ({error.strerror}); check its permissions") from error
+
+
+def read_image(path: str, side: int | None = None) -> Image.Image:
+    """Decode one image to RGB.  Raises BadImageError when that fails, or when it is not side x side pixels."""
+    try:
+        with open(path, "rb") as file, Image.open(file) as image:
+            rgb = image.convert("RGB")
+    except UnidentifiedImageError as error:
+        empty = os.path.getsize(path) == 0
+        raise BadImageError("empty file" if empty else "not an image") from error
+    except DECODE_ERRORS as error:
+        raise BadImageError(" ".join(f"{type(error).__name__}: {error}".split())) from error
+    if side is not None and rgb.size != (side, side):
+        raise BadImageError(f"{rgb.width}x{rgb.height} pixels, expected {side}x{side}")
+    return rgb

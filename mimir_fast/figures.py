@@ -1,0 +1,135 @@
+"""Figures of a run.  Columns are float64 arrays, one value per update; images [n,3,H,W] in [0,1]; mask [n,L], 1 = removed."""
+
+from collections.abc import Callable
+
+import numpy as np
+from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"  # distinguishable with every colour vision
+GREY_LEVEL = 0.5
+MOST_POINTS = 2000
+COLUMN_TITLES = ("clean", "adversarial", "perturbation ×10", "visible patches", "reconstruction")
+
+
+def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most 2,000 points: means of equally long stretches, NaN ignored."""
+    size = -(-len(x) // MOST_POINTS)
+    if size <= 1:
+        return x, y
+    pad = -len(x) % size
+    x, y = (np.pad(v, (0, pad), constant_values=np.nan).reshape(-1, size) for v in (x, y))
+    known = np.isfinite(y)
+    means = np.where(known, y, 0).sum(1) / np.maximum(known.sum(1), 1)
+    return np.nanmean(x, axis=1), np.where(known.any(1), means, np.nan)
+
+
+def smooth(y: np.ndarray) -> np.ndarray:
+    """Running mean over a twentieth of the run, NaN ignored."""
+    width = max(1, len(y) // 20)
+    known = np.isfinite(y)
+    window = np.ones(width)
+    total = np.convolve(np.where(known, y, 0), window, mode="same")
+    count = np.convolve(known.astype(float), window, mode="same")
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def axes(ylabel: str):
+    """An empty figure with the house's axes, epochs to the right."""
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    ax = figure.add_subplot(xlabel="epoch", ylabel=ylabel)
+    ax.grid(alpha=0.25)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    return figure, ax
+
+
+def curve(ax, x: np.ndarray, y: np.ndarray, colour: str, label: str) -> None:
+    """The values lightly, their running mean strongly; single points as dots."""
+    x, y = thin(x, y)
+    marker = "o" if np.isfinite(y).sum() < 3 else ""
+    ax.plot(x, y, color=colour, alpha=0.25, linewidth=1, marker=marker)
+    ax.plot(x, smooth(y), color=colour, linewidth=2, label=label)
+
+
+def draw_loss(c: dict[str, np.ndarray]) -> Figure:
+    figure, ax = axes("masked mean squared error")
+    curve(ax, c["epoch"], c["recon"], BLUE, "reconstruction")
+    gap = np.nanmax(np.abs(c["loss"] - c["recon"]), initial=0)
+    if gap > 0.01 * np.nanmax(np.abs(c["recon"]), initial=0):
+        curve(ax, c["epoch"], c["loss"], ORANGE, "with penalty")
+    ax.legend(frameon=False)
+    return figure
+
+
+def draw_penalty(c: dict[str, np.ndarray]) -> Figure | None:
+    """None when the run has no penalty."""
+    if not np.isfinite(c["mi"]).any():
+        return None
+    figure, ax = axes("penalty, unweighted")
+    curve(ax, c["epoch"], c["mi"], BLUE, "penalty")
+    ax.set_ylim(bottom=min(0, np.nanmin(c["mi"])))
+    missing = np.diff(c["skipped_penalties"], prepend=0) > 0
+    if missing.any():
+        ax.plot(c["epoch"][missing], np.zeros(missing.sum()), "x", color=ORANGE, label="skipped")
+        ax.legend(frameon=False)
+    return figure
+
+
+def draw_lr(c: dict[str, np.ndarray]) -> Figure:
+    figure, ax = axes("learning rate")
+    ax.plot(*thin(c["epoch"], c["lr"]), color=BLUE, linewidth=2, marker="o" if len(c["lr"]) < 3 else "")
+    ax.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    return figure
+
+
+def draw_throughput(c: dict[str, np.ndarray]) -> Figure:
+    figure, ax = axes("images/s")
+    rate = ax.plot(*thin(c["epoch"], c["images_per_s"]), color=BLUE, linewidth=2, label="images/s")
+    ax.set_ylim(bottom=0)
+    if np.isfinite(c["data_wait"]).any():
+        right = ax.twinx()
+        x, wait = thin(c["epoch"], 100 * c["data_wait"])
+        line = right.plot(x, wait, color=ORANGE, linewidth=1.2, label="waiting for data")
+        right.set(ylabel="time waiting for data, %", ylim=(0, 100))
+        right.spines["top"].set_visible(False)
+        ax.legend(handles=rate + line, frameon=False, loc="best")
+    return figure
+
+
+FIGURES: dict[str, tuple[str, str, Callable[[dict[str, np.ndarray]], Figure | None]]] = {
+    "loss": ("Loss", "Every update lightly, a running mean strongly.", draw_loss),
+    "penalty": ("Mutual-information penalty", "Before its weight; × marks updates that left it out.", draw_penalty),
+    "lr": ("Learning rate", "Linear warm-up, then half a cosine.", draw_lr),
+    "throughput": ("Throughput", "All processes together, read back every --log_every updates.", draw_throughput),
+}
+
+
+def grid_images(samples: dict) -> np.ndarray:
+    """The five pictures of every sample, [n,5,H,W,3] in [0,1], in the order of COLUMN_TITLES."""
+    clean, adv, recon = (np.asarray(samples[key], np.float32) for key in ("clean", "adv", "recon"))
+    patch = int(samples["patch_size"])
+    rows, cols = clean.shape[2] // patch, clean.shape[3] // patch
+    removed = np.asarray(samples["mask"]).reshape(-1, rows, cols).repeat(patch, 1).repeat(patch, 2)[:, None] > 0.5
+    pictures = [
+        clean,
+        adv,
+        np.clip(0.5 + 10 * (adv - clean), 0, 1),
+        np.where(removed, GREY_LEVEL, adv),
+        np.where(removed, recon, adv),
+    ]
+    return np.stack(pictures, axis=1).transpose(0, 1, 3, 4, 2).clip(0, 1)
+
+
+def draw_reconstructions(samples: dict) -> Figure:
+    """One row per image, one column per picture."""
+    grid = grid_images(samples)
+    count = len(grid)
+    figure = Figure(figsize=(8, 1.62 * count + 0.3), layout="constrained")
+    for row, pictures in enumerate(grid):
+        for col, picture in enumerate(pictures):
+            ax = figure.add_subplot(count, len(COLUMN_TITLES), row * len(COLUMN_TITLES) + col + 1)
+            ax.imshow(picture, interpolation="nearest")
+            ax.set_axis_off()
+            if row == 0:
+                ax.set_title(COLUMN_TITLES[col], fontsize=10)
+    return figure

@@ -1,0 +1,48 @@
+"""A few images of the last step, kept beside the checkpoints for the report."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mimir_fast.kernels.masked_patch_loss.reference import patch_statistics, patchify, unpatchify
+from mimir_fast.step import StepOutput
+
+SAMPLES = 8
+
+
+def reconstruct(pred_BLP: Tensor, images_BCHW: Tensor, patch_size: int, norm_pix_loss: bool) -> Tensor:
+    """Predicted patches [B,L,P] as images [B,C,H,W]; normalised predictions get the clean patches' mean and deviation."""
+    pred_BLP = pred_BLP.float()
+    if norm_pix_loss:
+        mean, std = patch_statistics(patchify(images_BCHW.float(), patch_size))
+        pred_BLP = pred_BLP * std + mean
+    return unpatchify(pred_BLP, patch_size, *images_BCHW.shape[2:])
+
+
+@torch.no_grad()
+def save_samples(
+    path: Path,
+    images: Tensor,
+    output: StepOutput,
+    patch_size: int,
+    norm_pix_loss: bool,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    position: dict,
+) -> None:
+    """Write up to eight images of a step as arrays in [0,1]: clean, adv, recon [n,3,H,W], mask [n,L] (1 = removed).
+
+    mean, std per channel: the normalisation to undo, if any; position: epoch, update, eps_255 to store beside.
+    """
+    images, adv, pred = images[:SAMPLES], output.adv[:SAMPLES], output.pred[:SAMPLES].detach()
+    arrays = {"clean": images, "adv": adv, "recon": reconstruct(pred, images, patch_size, norm_pix_loss)}
+    if mean is not None:
+        mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (mean, std))
+        arrays = {name: value * std + mean for name, value in arrays.items()}
+    arrays = {name: value.float().clamp(0, 1).cpu().numpy() for name, value in arrays.items()}
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        np.savez(file, mask=output.mask[:SAMPLES].float().cpu().numpy(), patch_size=patch_size, **arrays, **position)
+    temporary.replace(path)

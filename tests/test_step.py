@@ -1,0 +1,198 @@
+"""The step and the update: the penalty's guard, non-finite losses, fp16 scaling, accumulation, replay."""
+
+import copy
+
+import pytest
+import torch
+from conftest import golden_images, small_model
+
+from bench.textbook import textbook_step
+from mimir_fast import step as step_module
+from mimir_fast.attack import reconstruction_loss
+from mimir_fast.optim import Updater, build_optimizer
+from mimir_fast.step import Attack, Noise, draw_noise, pretrain_step, step_seed
+
+ATTACK = Attack(steps=1, eps=8 / 255, alpha=10 / 255)
+CPU = torch.device("cpu")
+
+
+def noise_of(seed: int, attack: Attack = ATTACK, batch: int = 8):
+    return draw_noise(torch.Generator().manual_seed(seed), torch.Size((batch, 3, 32, 32)), 64, attack)
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def run_step(model, images, penalty="hsic", weight=1e-3, attack=ATTACK, seed=1):
+    out = pretrain_step(model, images, noise_of(seed, attack, len(images)), attack, 0.75, penalty, weight)
+    model.zero_grad()
+    out.loss.backward()
+    return out
+
+
+@pytest.mark.parametrize("penalty", ["hsic", "dib_mi", "renyi2"])
+def test_penalty_adds_its_value_and_gradient(penalty):
+    model, images = small_model(), golden_images()[0]
+    with torch.no_grad():
+        model.norm.weight *= 0.1  # the Rényi kernels are the identity between latents far apart
+    plain = run_step(model, images, None)
+    base = gradients(model)
+    once = run_step(model, images, penalty, 1e-3)
+    first = gradients(model)
+    twice = run_step(model, images, penalty, 2e-3)
+    second = gradients(model)
+    assert once.loss.item() == pytest.approx(plain.loss.item() + 1e-3 * once.mi.item(), rel=1e-6)
+    assert twice.recon.item() == plain.loss.item()
+    key = "blocks.0.mlp.fc1.weight"
+    assert (first[key] - base[key]).norm() > 0  # the original's dib_mi has no gradient
+    change = (second[key] - base[key]).norm() / (first[key] - base[key]).norm()
+    assert change.item() == pytest.approx(2.0, rel=1e-2)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 0.0])
+def test_unusable_penalty_is_left_out(monkeypatch, bad):
+    model, images = small_model(), golden_images()[0]
+    run_step(model, images, None)
+    clean = gradients(model)
+    monkeypatch.setattr(step_module, "penalty_value", lambda kind, latent, *_: latent.sum() * 0 + bad)
+    out = run_step(model, images)
+    assert not out.penalty_used
+    assert out.loss.item() == out.recon.item()
+    assert all(torch.equal(clean[name], grad) for name, grad in gradients(model).items())
+
+
+def test_penalty_with_a_bad_gradient_is_left_out(monkeypatch):
+    monkeypatch.setattr(
+        step_module, "penalty_value", lambda kind, latent, *_: (latent - latent.detach()).sum().sqrt() + 1
+    )
+    model = small_model()
+    out = run_step(model, golden_images()[0])
+    assert out.mi.item() == 1
+    assert not out.penalty_used
+    assert all(g.isfinite().all() for g in gradients(model).values())
+
+
+def test_plain_attack_is_a_clean_autoencoder_without_penalty():
+    model, images = small_model(), golden_images()[0]
+    noise = noise_of(1, Attack())
+    out = pretrain_step(model, images, noise, Attack(), 0.75, "hsic", 1.0)
+    assert out.loss.item() == model(images, noise=noise.train_mask)[0].item()
+    assert torch.equal(out.adv, images)
+    assert out.penalty_used
+
+
+def test_noise_is_a_function_of_the_position():
+    seeds = {step_seed(s, r, e, t) for s in range(3) for r in range(3) for e in range(3) for t in range(3)}
+    assert len(seeds) == 81
+    assert step_seed(0, 1, 2, 3) == step_seed(0, 1, 2, 3)
+    first, again, other = noise_of(5), noise_of(5), noise_of(6)
+    assert torch.equal(first.start, again.start)
+    assert torch.equal(first.attack_masks[0], again.attack_masks[0])
+    assert not torch.equal(first.train_mask, other.train_mask)
+    assert not torch.equal(first.train_mask, first.attack_masks[0])
+    assert first.start.abs().max() <= 8 / 255
+    eps = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
+    assert torch.allclose(noise_of(5, ATTACK._replace(eps=eps)).start.abs().amax((0, 2, 3)), eps.flatten(), rtol=0.01)
+
+
+def updater_of(model, fp16=False):
+    return Updater(build_optimizer(model, 1e-3, 0.05), CPU, fp16)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_non_finite_loss_skips_the_update(bad):
+    model = small_model()
+    updater = updater_of(model)
+    images = golden_images()[0]
+    updater.backward(model(images)[0], 1)
+    updater.update()
+    before, state = copy.deepcopy(model.state_dict()), copy.deepcopy(updater.optimizer.state_dict()["state"])
+    for _ in range(2):
+        updater.backward(model(images)[0] * bad, 1)
+        updater.update()
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    after = updater.optimizer.state_dict()["state"]
+    assert all(torch.equal(state[i][k], after[i][k]) for i in state for k in ("step", "exp_avg", "exp_avg_sq"))
+    assert updater.counters.tolist() == [2, 2, 2]
+    updater.backward(model(images)[0], 1)
+    assert updater.update().isfinite()
+    assert updater.counters.tolist() == [2, 0, 2]
+    assert not torch.equal(before["norm.weight"], model.norm.weight)
+
+
+def test_infinite_value_with_finite_gradients_is_caught_too():
+    model = small_model()
+    updater = updater_of(model)
+    before = copy.deepcopy(model.state_dict())
+    updater.backward(model(golden_images()[0])[0] + torch.inf, 1)
+    assert updater.update().isnan()
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_accumulation_equals_the_average_of_gradients():
+    images = golden_images()
+    model = small_model()
+    noises = [noise_of(i) for i in range(2)]
+    expected = []
+    for i in range(2):
+        model.zero_grad()
+        pretrain_step(model, images[i], noises[i], ATTACK, 0.75, "hsic", 1e-3).loss.backward()
+        expected.append(gradients(model))
+    model.zero_grad()
+    updater = updater_of(model)
+    for i in range(2):
+        updater.backward(pretrain_step(model, images[i], noises[i], ATTACK, 0.75, "hsic", 1e-3).loss, 2)
+    for name, grad in gradients(model).items():
+        assert torch.allclose(grad, (expected[0][name] + expected[1][name]) / 2, atol=1e-7), name
+
+
+def test_grad_norm_is_the_global_norm():
+    model = small_model()
+    updater = updater_of(model)
+    updater.backward(model(golden_images()[0])[0], 1)
+    expected = torch.cat([g.flatten() for g in gradients(model).values()]).norm()
+    assert updater.update().item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_fp16_scales_the_loss_and_backs_off():
+    model = small_model()
+    updater = updater_of(model, fp16=True)
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = model(golden_images()[0])[0]
+    updater.backward(loss, 1)
+    scaled = gradients(model)["norm.weight"]
+    assert updater.scaler.get_scale() == 65536
+    reference = small_model()
+    reference(golden_images()[0])  # same draw count
+    norm = updater.update()
+    assert scaled.norm() > 100 * norm  # the logged norm is the unscaled one
+    updater.backward(loss.detach() * model.norm.weight.sum() * torch.inf, 1)
+    updater.update()
+    assert updater.scaler.get_scale() == 32768
+    assert updater.counters.tolist() == [1, 1, 1]
+    assert updater_of(model).scaler.state_dict() == {}
+
+
+def test_compiled_attack_has_the_same_gradient_and_no_weight_gradient():
+    model, images, noise = small_model().eval(), golden_images()[0], torch.rand(8, 64)
+    compiled = torch.compile(reconstruction_loss, fullgraph=True)
+    grads = []
+    for loss_fn in (reconstruction_loss, compiled):
+        x = images.clone().requires_grad_()
+        loss_fn(model, x, 0.75, noise).backward()
+        grads.append(x.grad)
+    assert (grads[0] - grads[1]).abs().max() < 1e-6 * grads[0].abs().max()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_textbook_rival_computes_the_same_step():
+    """The benchmark's baseline is honest: same loss from the same draws."""
+    model = small_model()
+    torch.manual_seed(5)
+    theirs = textbook_step(model, golden_images()[0], 8 / 255, 10 / 255, 0.75, 1e-3)
+    torch.manual_seed(5)
+    start = (2 * torch.rand(8, 3, 32, 32) - 1) * 8 / 255
+    noise = Noise(start, [torch.rand(8, 64)], torch.rand(8, 64))
+    ours = pretrain_step(model, golden_images()[0], noise, ATTACK, 0.75, "hsic", 1e-3).loss
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
