@@ -15,7 +15,9 @@ import time
 import torch
 
 from bench.textbook import TextbookMAE, textbook_step
+from mimir_fast.attack import linf_bounds
 from mimir_fast.models import DECODER, MODELS, create_model
+from mimir_fast.objective import Objective
 from mimir_fast.step import Attack, draw_noise, pretrain_step
 
 EPS, ALPHA, RATIO, WEIGHT = 8 / 255, 10 / 255, 0.75, 1e-5
@@ -40,11 +42,12 @@ def build_steps(args: argparse.Namespace, device: torch.device):
     textbook.load_state_dict(ours.state_dict())
     images = torch.rand(args.batch_size, 3, args.input_size, args.input_size, device=device)
     generator = torch.Generator(device).manual_seed(0)
-    attack = Attack(1, EPS, ALPHA)
+    attack = Attack(1, linf_bounds(EPS, ALPHA, 0.0, 1.0, 3, device))
+    objective = Objective(ours, RATIO, "hsic", WEIGHT)
 
     def our_step() -> None:
-        noise = draw_noise(generator, images.shape, ours.num_patches, attack)
-        pretrain_step(ours, images, noise, attack, RATIO, "hsic", WEIGHT).loss.backward()
+        noise = draw_noise(generator, len(images), ours.num_patches, attack)
+        pretrain_step(objective, ours, images, noise, attack).loss.backward()
         ours.zero_grad(set_to_none=True)
 
     def their_step() -> None:

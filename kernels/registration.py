@@ -9,15 +9,17 @@ IMPLS = ("auto", "triton", "reference")
 STORAGE = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 
 
-def choose(impl: str) -> str:
-    """ "triton" or "reference"; auto is the reference on every device.  Raises ValueError for any other word.
+def choose(impl: str, tensor: Tensor) -> str:
+    """ "triton" or "reference"; auto is triton for CUDA tensors, the reference elsewhere.
 
-    The kernels have run in Triton's interpreter only, not yet on a GPU: they are used where asked for by name.
     "triton" on a CPU tensor is for tests: it runs inside Triton's interpreter and fails outside of it.
+    Raises ValueError for any other word.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl: expected one of {', '.join(IMPLS)}, got {impl!r}")
-    return "reference" if impl == "auto" else impl
+    if impl == "auto":
+        return "triton" if tensor.is_cuda else "reference"
+    return impl
 
 
 def check_storage(**tensors: Tensor) -> None:

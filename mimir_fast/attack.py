@@ -1,86 +1,85 @@
-"""PGD-MAE: the L-infinity attack on the reconstruction.  Shapes: B batch, C channels, H W sides, L patches."""
+"""PGD-MAE: the L-infinity attack on the reconstruction.  Shapes: B batch, C channels, H W sides, L patches, K kept.
 
+The loss of reconstructing an image from itself has two gradients: through the encoder for the kept patches, through the
+target for the removed ones.  Only the first is differentiated by autograd, on the kept patches alone; the second has a
+closed form, taken where the pixels are moved (mimir_fast.kernels.linf_patch_step).  No gradient image exists.
+"""
+
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-Bound = float | Tensor  # one number for all channels, or a tensor [C,1,1]
+from mimir_fast.kernels import linf_bounds, linf_patch_step, linf_start
+from mimir_fast.models import MaskedAutoencoderViT
 
-
-def linf_start(images: Tensor, start_noise: Tensor, lo: Bound, hi: Bound) -> Tensor:
-    """Starting point: the images plus additive noise [B,C,H,W], inside the range of valid pixels."""
-    return _clamp(images + start_noise, lo, hi)
+__all__ = ["frozen_twin", "linf_bounds", "pgd_mae", "reconstruction", "starting_point"]
 
 
-def linf_step(images: Tensor, adv: Tensor, grad: Tensor, eps: Bound, alpha: Bound, lo: Bound, hi: Bound) -> Tensor:
-    """One ascent step of size alpha along sign(grad), projected on the eps-ball around the images and on [lo, hi].
+def frozen_twin(model: nn.Module) -> nn.Module:
+    """The same module over the same memory with nothing to train: it follows every in-place update of `model`."""
+    shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, memo=shared)
 
-    A gradient of exactly zero, or NaN (fp16 overflow), leaves the pixel where it was.  All tensors [B,C,H,W].
+
+def reconstruction(
+    model: MaskedAutoencoderViT, patches: Tensor, ids_keep: Tensor, ids_restore: Tensor, mask: Tensor, images: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Loss and predictions [B,L,P] from kept patches [B,K,P] of images [B,C,H,W]; compile this one."""
+    return model.reconstruct(model.encode(patches, ids_keep), ids_restore, mask, images)
+
+
+def starting_point(images: Tensor, bounds: Tensor, start: Tensor, kernels: str = "auto") -> Tensor:
+    """Where the attack starts, [B,C,H,W] within the valid range.
+
+    start: a seed (one int64 number) of uniform noise in the ball, or the additive noise itself [B,C,H,W].
     """
-    delta = _clamp(adv + alpha * grad.sign().nan_to_num(0.0) - images, -eps, eps)
-    return _clamp(images + delta, lo, hi)
-
-
-def reconstruction_loss(model: nn.Module, images: Tensor, mask_ratio: float, noise: Tensor | None) -> Tensor:
-    """Loss of reconstructing images [B,C,H,W] from themselves, differentiable in the images only.
-
-    The parameters enter detached, so no weight gradient is ever built, compiled or not.
-    """
-    frozen = {name: value.detach() for name, value in model.named_parameters()}
-    return functional_call(model, frozen, (images,), {"mask_ratio": mask_ratio, "noise": noise})[0]
+    if not start.is_floating_point():
+        return linf_start(images, bounds, start, impl=kernels)
+    lo, hi = bounds[2:, :, None, None].to(images.dtype)
+    return torch.clamp(images + start, lo, hi)
 
 
 def pgd_mae(
-    model: nn.Module,
+    model: MaskedAutoencoderViT,
     images: Tensor,
-    eps: Bound = 8 / 255,
-    alpha: Bound = 10 / 255,
+    bounds: Tensor,
     steps: int = 1,
-    lo: Bound = 0.0,
-    hi: Bound = 1.0,
     mask_ratio: float = 0.75,
-    start_noise: Tensor | None = None,
+    start: Tensor | None = None,
     mask_noise: Sequence[Tensor] | Tensor | None = None,
     loss_scale: float = 1.0,
-    loss_fn: Callable[..., Tensor] = reconstruction_loss,
+    loss_fn: Callable[..., tuple[Tensor, Tensor]] = reconstruction,
 ) -> Tensor:
     """Adversarial images that a masked autoencoder reconstructs badly from themselves.
 
-    model          called as model(images, mask_ratio=..., noise=...), first result the loss; in eval mode meanwhile
-    images         [B,C,H,W], clean; eps, alpha, lo, hi in the images' units, floats or tensors [C,1,1]
+    images         [B,C,H,W], clean
+    bounds         eps, alpha, lo, hi of every channel in the images' units: linf_bounds(8/255, 10/255, 0, 1, C, device)
     steps          ascent steps, each under a fresh mask that removes `mask_ratio` of the patches
-    start_noise    [B,C,H,W] added first (default: uniform in [-eps, eps]); mask_noise: one [B,L] per step (default: drawn)
+    start          see `starting_point` (default: a seed drawn from torch's generator); mask_noise: one [B,L] per step
     loss_scale     multiplies the loss before its backward pass: fp16 gradients underflow without; the sign ignores it
-    loss_fn        (model, images, mask_ratio, noise) -> loss; a compiled `reconstruction_loss`, for instance
+    loss_fn        `reconstruction`, possibly compiled.  Compiled code computes every gradient that it could be asked for:
+                   give it a model without trainable parameters (`frozen_twin`), or weight gradients are built in vain
     Returns [B,C,H,W], detached, within eps of the images and within [lo, hi].
     Raises ValueError if steps < 0 or mask_noise does not hold one entry per step.  Source: MIMIR, arXiv 2312.04960, section 4.
     """
     if steps < 0:
         raise ValueError(f"steps: expected 0 or more, got {steps}")
     if mask_noise is None:
-        mask_noise = [None] * steps
+        mask_noise = [torch.rand(len(images), model.num_patches, device=images.device) for _ in range(steps)]
     if len(mask_noise) != steps:
         raise ValueError(f"mask_noise: expected one [B,L] tensor for each of {steps} steps, got {len(mask_noise)}")
-    if start_noise is None:
-        start_noise = eps * (2 * torch.rand_like(images) - 1)
-    was_training = model.training
-    model.eval()
-    try:
-        adv = linf_start(images, start_noise, lo, hi)
-        for noise in mask_noise:
-            adv.requires_grad_(True)
-            with torch.enable_grad():
-                loss = loss_fn(model, adv, mask_ratio, noise) * loss_scale
-            (grad,) = torch.autograd.grad(loss, adv)
-            adv = linf_step(images, adv.detach(), grad, eps, alpha, lo, hi)
-    finally:
-        model.train(was_training)
-    return adv.detach()
-
-
-def _clamp(x: Tensor, lo: Bound, hi: Bound) -> Tensor:
-    if isinstance(lo, Tensor) or isinstance(hi, Tensor):
-        lo, hi = (torch.as_tensor(bound, dtype=x.dtype, device=x.device) for bound in (lo, hi))
-    return torch.clamp(x, lo, hi)
+    if start is None:
+        start = torch.randint(2**63 - 1, (), device=images.device)
+    images = images.detach()
+    adv = starting_point(images, bounds, start, model.kernels)
+    for noise in mask_noise:
+        ids_keep, ids_restore, mask = model.hide(noise, mask_ratio)
+        patches = model.cut(adv, ids_keep).requires_grad_(True)
+        with torch.enable_grad():
+            loss, pred = loss_fn(model, patches, ids_keep, ids_restore, mask, adv)
+            (grad,) = torch.autograd.grad(loss * loss_scale, patches)
+        shape = (model.patch_size, model.norm_pix_loss)
+        adv = linf_patch_step(images, adv, grad, pred.detach(), ids_restore, bounds, *shape, impl=model.kernels)
+    return adv

@@ -1,15 +1,15 @@
 """From the configuration to the objects of a run."""
 
 import torch
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from mimir_fast.attack import reconstruction_loss
+from mimir_fast.attack import linf_bounds, reconstruction
 from mimir_fast.config import PretrainConfig
 from mimir_fast.data import BatchStream, build_pretrain_data
 from mimir_fast.distributed import World
 from mimir_fast.mi import PENALTIES
 from mimir_fast.models import MaskedAutoencoderViT, create_model
+from mimir_fast.objective import Objective
 from mimir_fast.step import Attack
 
 FP16_ATTACK_SCALE = 65536.0
@@ -42,7 +42,8 @@ def build_model(config: PretrainConfig, device: torch.device) -> MaskedAutoencod
     """The model on its device, freshly initialised."""
     m = config.model
     size = {"img_size": m.input_size, "patch_size": m.patch_size}
-    return create_model(m.model, **size, norm_pix_loss=m.norm_pix_loss).to(device)
+    kernels = config.optim.kernels
+    return create_model(m.model, **size, norm_pix_loss=m.norm_pix_loss, kernels=kernels).to(device)
 
 
 def build_attack(config: PretrainConfig, stream: BatchStream, device: torch.device) -> Attack:
@@ -50,12 +51,12 @@ def build_attack(config: PretrainConfig, stream: BatchStream, device: torch.devi
     a = config.attack
     if a.attack == "plain":
         return Attack()
-    eps, alpha, lo, hi = a.eps / 255, a.alpha / 255, 0.0, 1.0
+    bounds = a.eps / 255, a.alpha / 255, 0.0, 1.0
     if config.data.use_normalize:
-        mean, std = (_per_channel(values, device) for values in (stream.mean, stream.std))
-        eps, alpha, lo, hi = eps / std, alpha / std, (0.0 - mean) / std, (1.0 - mean) / std
+        mean, std = torch.tensor(stream.mean), torch.tensor(stream.std)
+        bounds = a.eps / 255 / std, a.alpha / 255 / std, (0.0 - mean) / std, (1.0 - mean) / std
     scale = FP16_ATTACK_SCALE if config.optim.precision == "fp16" else 1.0
-    return Attack(a.steps, eps, alpha, lo, hi, a.attack_mask_ratio, scale)
+    return Attack(a.steps, linf_bounds(*bounds, channels=3, device=device), a.attack_mask_ratio, scale)
 
 
 def penalty_name(config: PretrainConfig) -> str | None:
@@ -70,15 +71,17 @@ def peak_learning_rate(config: PretrainConfig, world: World) -> float:
     return o.lr if o.lr is not None else o.blr * o.batch_size * o.accum_iter * world.size / 256
 
 
-def wrap_model(config: PretrainConfig, world: World, model: MaskedAutoencoderViT):
-    """The training forward (compiled and data-parallel as configured) and the attack's loss function (compiled or not)."""
-    forward, attack_loss = model, reconstruction_loss
+def build_objective(config: PretrainConfig, world: World, model: MaskedAutoencoderViT):
+    """What is trained (compiled and data-parallel as configured), and the attack's loss function (compiled or not)."""
+    pieces, attack_loss = {}, reconstruction
     if config.optim.compile:
-        forward, attack_loss = torch.compile(model), torch.compile(reconstruction_loss)
+        pieces = {name: torch.compile(getattr(model, name), fullgraph=True) for name in ("encode", "reconstruct")}
+        attack_loss = torch.compile(reconstruction, fullgraph=True)
+    objective = Objective(model, config.model.mask_ratio, penalty_name(config), config.penalty.mi_xpl, **pieces)
     if world.size > 1:
         devices = [world.device] if world.device.type == "cuda" else None
-        forward = DistributedDataParallel(forward, device_ids=devices, gradient_as_bucket_view=True)
-    return forward, attack_loss
+        objective = DistributedDataParallel(objective, device_ids=devices, gradient_as_bucket_view=True)
+    return objective, attack_loss
 
 
 def describe(
@@ -94,9 +97,5 @@ def describe(
         f"data {stream.name}, {stream.num_images} images, {len(stream)} micro-batches per epoch; "
         f"attack {attack}; penalty {penalty_name(config) or 'none'}",
         f"device {world.device} x {world.size}, {config.optim.precision}, compile {'on' if config.optim.compile else 'off'}, "
-        f"kernels reference; lr {lr:.3g}; outputs in {config.run.output_dir or '(nowhere)'}",
+        f"kernels {config.optim.kernels}; lr {lr:.3g}; outputs in {config.run.output_dir or '(nowhere)'}",
     ]
-
-
-def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, device=device).view(-1, 1, 1)

@@ -96,6 +96,12 @@ class OptimConfig:
     compile: bool | None = flag(
         None, "torch.compile the model and the attack; default: on for CUDA only", new=True, type=bool
     )
+    kernels: str = flag(
+        "auto",
+        "implementation of the operations in mimir_fast.kernels; auto: triton on CUDA, reference on the CPU",
+        choices=("auto", "triton", "reference"),
+        new=True,
+    )
     max_bad_steps: int = flag(20, "end the run after this many skipped updates in a row", "updates", new=True)
 
 

@@ -11,13 +11,14 @@ PENALTIES = ("hsic", "dib_mi", "renyi2")
 BANDWIDTH_ROWS = 10
 
 
-def penalty_value(kind: str, latent: Tensor, images: Tensor, adv_images: Tensor) -> Tensor:
+def penalty_value(kind: str, latent: Tensor, images: Tensor, adv_images: Tensor, kernels: str = "auto") -> Tensor:
     """The unweighted penalty: latent [B,T,D], images and adv_images [B,C,H,W] -> scalar, differentiable in the latent.
 
-    hsic compares the latent with the adversarial images; dib_mi (Rényi order 1.01) and renyi2 (order 2) with the clean ones.
+    hsic compares the latent with the adversarial images; dib_mi (Rényi order 1.01) and renyi2 (order 2) with the clean
+    ones.  kernels: implementation of hsic (see nhsic); the other two are plain PyTorch everywhere.
     """
     if kind == "hsic":
-        return nhsic(latent.flatten(1), adv_images.flatten(1))
+        return nhsic(latent.flatten(1), adv_images.flatten(1), impl=kernels)
     if kind in ("dib_mi", "renyi2"):
         return renyi_mi(images.flatten(1), latent.flatten(1), alpha=1.01 if kind == "dib_mi" else 2.0)
     raise ValueError(f"mi_train: expected one of {', '.join(PENALTIES)}, got {kind!r}")

@@ -56,6 +56,10 @@ def settle_defaults(config: PretrainConfig, explicit: set[str]) -> tuple[Pretrai
         optim = replace(optim, precision="bf16" if on_cuda else "fp32")
     if optim.compile is None:
         optim = replace(optim, compile=on_cuda)
+    if optim.kernels == "auto":
+        optim = replace(optim, kernels="triton" if on_cuda else "reference")
+    elif optim.kernels == "triton" and not on_cuda:
+        raise ValueError("kernels: triton needs a CUDA device; pass --kernels reference or leave the default")
     if config.penalty.mi_train not in (*PENALTIES, "plain"):
         notes.append(
             f"mi_train: {config.penalty.mi_train!r} is none of {', '.join(PENALTIES)}: NO penalty, as in the original"

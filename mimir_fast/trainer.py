@@ -10,14 +10,15 @@ import yaml
 from torch import Tensor
 
 from mimir_fast import checkpoint as ckpt
+from mimir_fast.attack import frozen_twin
 from mimir_fast.build import (
     build_attack,
     build_data,
     build_model,
+    build_objective,
     describe,
     peak_learning_rate,
     penalty_name,
-    wrap_model,
 )
 from mimir_fast.config import PretrainConfig
 from mimir_fast.data import to_float
@@ -53,7 +54,8 @@ class Trainer:
         self.folder = Path(config.run.output_dir) if config.run.output_dir else None
         notes = notes + self._resume()
         self.first_update = self.position.update + 1
-        self.forward, self.attack_loss = wrap_model(config, world, self.model)
+        self.objective, self.attack_loss = build_objective(config, world, self.model)
+        self.attacked = frozen_twin(self.model)
         self._open_outputs(notes)
 
     def _open_outputs(self, notes: list[str]) -> None:
@@ -123,22 +125,12 @@ class Trainer:
         c, device = self.config, self.world.device
         images = to_float(images_u8.to(device, non_blocking=True), *self.constants)
         self.generator.manual_seed(step_seed(c.run.seed, self.world.rank, self.position.epoch, step))
-        noise = draw_noise(self.generator, images.shape, self.model.num_patches, self.attack)
+        noise = draw_noise(self.generator, len(images), self.model.num_patches, self.attack)
         dtype = AUTOCAST[c.optim.precision]
-        hold_gradients = self.forward.no_sync() if self.world.size > 1 and not updates else nullcontext()
+        hold_gradients = self.objective.no_sync() if self.world.size > 1 and not updates else nullcontext()
         with hold_gradients:
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                output = pretrain_step(
-                    self.forward,
-                    images,
-                    noise,
-                    self.attack,
-                    c.model.mask_ratio,
-                    self.penalty,
-                    c.penalty.mi_xpl,
-                    bare_model=self.model,
-                    attack_loss=self.attack_loss,
-                )
+                output = pretrain_step(self.objective, self.attacked, images, noise, self.attack, self.attack_loss)
             self.updater.backward(output.loss, c.optim.accum_iter)
         self.skipped_penalties += ~output.penalty_used
         return images, output

@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mimir_fast.attack import linf_bounds
 from mimir_fast.models import MaskedAutoencoderViT
 
+BOUNDS = linf_bounds(8 / 255, 10 / 255, 0.0, 1.0, 3, "cpu")  # eps, alpha, lo, hi
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = {
     "img_size": 32,
@@ -41,9 +43,11 @@ def load_golden(name: str) -> tuple[dict, dict]:
     )
 
 
-def small_model(norm_pix_loss: bool = True, dtype: torch.dtype = torch.float32) -> MaskedAutoencoderViT:
+def small_model(
+    norm_pix_loss: bool = True, dtype: torch.dtype = torch.float32, kernels: str = "auto"
+) -> MaskedAutoencoderViT:
     """The recorded model, with its recorded parameters."""
-    model = MaskedAutoencoderViT(**SMALL, norm_pix_loss=norm_pix_loss)
+    model = MaskedAutoencoderViT(**SMALL, norm_pix_loss=norm_pix_loss, kernels=kernels)
     model.load_state_dict(load_golden("mae_state")[0], strict=True)
     return model.to(dtype)
 

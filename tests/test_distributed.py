@@ -7,16 +7,17 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import golden_images, small_model
+from conftest import BOUNDS, golden_images, small_model
 from runs import finish, load, make_images, run, same_state, start
 from torch.nn.parallel import DistributedDataParallel
 
 from mimir_fast.config import DistConfig
 from mimir_fast.distributed import World, find_rank
+from mimir_fast.objective import Objective
 from mimir_fast.optim import Updater, build_optimizer
 from mimir_fast.step import Attack, Noise, draw_noise, pretrain_step
 
-ATTACK = Attack(steps=1, eps=8 / 255, alpha=10 / 255)
+ATTACK = Attack(1, BOUNDS)
 CPU = torch.device("cpu")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
@@ -48,7 +49,8 @@ def half(noise: Noise, rank: int) -> Noise:
 
 
 def the_noise() -> Noise:
-    return draw_noise(torch.Generator().manual_seed(7), torch.Size((8, 3, 32, 32)), 64, ATTACK)
+    drawn = draw_noise(torch.Generator().manual_seed(7), 8, 64, ATTACK)
+    return drawn._replace(start=0.01 * torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(8)))
 
 
 def ddp_worker(rank: int, port: int, penalty: str | None, folder: str) -> None:
@@ -58,9 +60,10 @@ def ddp_worker(rank: int, port: int, penalty: str | None, folder: str) -> None:
     if rank == 1:
         with torch.no_grad():
             model.norm.weight += 1  # DDP starts everybody from rank 0's parameters
-    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    objective = Objective(model, 0.75, penalty, 1e-2)
+    wrapped = DistributedDataParallel(objective, gradient_as_bucket_view=True)
     images = golden_images()[0][4 * rank : 4 * rank + 4]
-    out = pretrain_step(wrapped, images, half(the_noise(), rank), ATTACK, 0.75, penalty, 1e-2, bare_model=model)
+    out = pretrain_step(wrapped, model, images, half(the_noise(), rank), ATTACK)
     Updater(build_optimizer(model, 1e-3, 0.05), CPU, False).backward(out.loss, 1)
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
     world = World(rank, 2, rank, CPU, dist.group.WORLD)
@@ -74,12 +77,13 @@ def ddp_worker(rank: int, port: int, penalty: str | None, folder: str) -> None:
 def test_two_processes_have_the_gradients_of_one(tmp_path, penalty):
     mp.spawn(ddp_worker, (free_port(), penalty, str(tmp_path)), nprocs=2)
     model, images = small_model(), golden_images()[0]
+    objective = Objective(model, 0.75, penalty, 1e-2)
     if penalty is None:
-        pretrain_step(model, images, the_noise(), ATTACK, 0.75).loss.backward()
+        pretrain_step(objective, model, images, the_noise(), ATTACK).loss.backward()
     else:  # the penalty is defined on each process's own batch
         for rank in range(2):
             part = images[4 * rank : 4 * rank + 4]
-            out = pretrain_step(model, part, half(the_noise(), rank), ATTACK, 0.75, penalty, 1e-2)
+            out = pretrain_step(objective, model, part, half(the_noise(), rank), ATTACK)
             (out.loss / 2).backward()
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     largest = max(p.grad.abs().max() for p in model.parameters() if p.requires_grad)

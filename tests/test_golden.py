@@ -1,13 +1,17 @@
 """Numbers recorded from the original code: forwards, gradients, attacks, penalties, whole training trajectories."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from conftest import golden_images, load_golden, relative_error, small_model
+from interpreter import Sanitizer, interpret
 
-from mimir_fast.attack import pgd_mae
+from mimir_fast.attack import linf_bounds, pgd_mae
 from mimir_fast.mi import bandwidth, nhsic, renyi_mi
+from mimir_fast.objective import Objective
 from mimir_fast.optim import Updater, build_optimizer, learning_rate, parameter_groups, set_learning_rate
-from mimir_fast.step import Attack, Noise, pretrain_step
+from mimir_fast.step import Attack, Noise, draw_noise, pretrain_step
 
 FORWARDS = ("forward_normpix_r75", "forward_normpix_r50", "forward_pix_r75", "forward_pix_r50")
 ATTACKS = (
@@ -29,10 +33,17 @@ def test_state_dict_keys_order_and_frozen_tables():
         assert torch.equal(fresh[table], state[table])
 
 
+@pytest.fixture(params=["reference", "triton"])
+def kernels(request):
+    """Both implementations of the operations; the Triton kernels run in the interpreter."""
+    with interpret() if request.param == "triton" else nullcontext():
+        yield request.param
+
+
 @pytest.mark.parametrize("name", FORWARDS)
-def test_forward(name):
+def test_forward(name, kernels):
     tensors, record = load_golden(name)
-    model = small_model(record["norm_pix_loss"])
+    model = small_model(record["norm_pix_loss"], kernels=kernels)
     loss, pred, mask, latent = model(golden_images()[0], record["mask_ratio"], noise=tensors["mask_noise"])
     assert abs(loss.item() - record["loss"]) < 1e-6
     assert (pred - tensors["pred"]).abs().max() < 5e-6
@@ -66,7 +77,7 @@ def test_every_parameter_gradient(name, dtype, bound):
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_attack(name):
+def test_attack(name, kernels):
     tensors, r = load_golden(name)
     images, eps, alpha, lo, hi = golden_images()[0], r["eps_255"] / 255, r["alpha_255"] / 255, 0.0, 1.0
     if r["normalised"]:
@@ -74,14 +85,11 @@ def test_attack(name):
         images, lo, hi = (images - mean) / std, (0 - mean) / std, (1 - mean) / std
         eps, alpha = (torch.tensor(r[f"{k}_per_channel"]).view(3, 1, 1) for k in ("eps", "alpha"))
     adv = pgd_mae(
-        small_model(r["norm_pix_loss"]),
+        small_model(r["norm_pix_loss"], kernels=kernels),
         images,
-        eps=eps,
-        alpha=alpha,
-        steps=r["steps"],
-        lo=lo,
-        hi=hi,
-        start_noise=tensors["start_noise"],
+        linf_bounds(eps, alpha, lo, hi, 3, "cpu"),
+        r["steps"],
+        start=tensors["start_noise"],
         mask_noise=[tensors[f"step{i}_mask_noise"] for i in range(r["steps"])],
     )
     assert ((adv - tensors["adv"]).abs() > 1e-6).sum() <= 4  # pixels whose gradient is rounding noise
@@ -145,7 +153,8 @@ def replay(name: str, model):
         record = load_golden("attack_norm_1step")[1]
         mean, std = (torch.tensor(record[k]).view(3, 1, 1) for k in ("mean", "std"))
         images, eps, alpha, lo, hi = (images - mean) / std, eps / std, alpha / std, (0 - mean) / std, (1 - mean) / std
-    attack = Attack(r["steps"], eps, alpha, lo, hi)
+    attack = Attack(r["steps"], linf_bounds(eps, alpha, lo, hi, 3, "cpu"))
+    objective = Objective(model, r["mask_ratio"], r["mi_train"], r["mi_xpl"])
     updater = Updater(build_optimizer(model, r["lr"], r["weight_decay"]), torch.device("cpu"), fp16=False)
     for step in range(4):
         where = r["start_epoch"] + step / 4
@@ -155,7 +164,7 @@ def replay(name: str, model):
         noise = Noise(
             tensors["start_noise"][step], list(tensors["attack_mask_noise"][step]), tensors["train_mask_noise"][step]
         )
-        out = pretrain_step(model, images[step], noise, attack, r["mask_ratio"], r["mi_train"], r["mi_xpl"])
+        out = pretrain_step(objective, model, images[step], noise, attack)
         updater.backward(out.loss, r["accum"])
         updates = (step + 1) % r["accum"] == 0
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
@@ -165,10 +174,10 @@ def replay(name: str, model):
 
 
 @pytest.mark.parametrize(("name", "grad_bound", "mi_bound"), [("A", 5e-6, 1e-5), ("B", 2e-3, 1e-4)])
-def test_trajectory(name, grad_bound, mi_bound):
+def test_trajectory(name, grad_bound, mi_bound, kernels):
     record = load_golden(f"traj_{name}_noise")[1]
     logged, losses, lrs, first_grads = [], [], [], None
-    model = small_model(record["norm_pix_loss"])
+    model = small_model(record["norm_pix_loss"], kernels=kernels)
     for step, updates, x, out, lr, grads in replay(name, model):
         losses.append(out.loss.item())
         lrs.append(lr)
@@ -190,6 +199,18 @@ def test_trajectory(name, grad_bound, mi_bound):
     trained = [(n, p.detach()) for n, p in model.named_parameters() if p.requires_grad]
     errors = torch.cat([(p - final[f"param/{n}"]).abs().flatten() for n, p in trained])
     assert errors.quantile(0.98) < 0.02 * record["lr"]  # Adam turns rounding noise into whole steps on a few entries
+
+
+def test_a_step_runs_every_kernel():
+    model, images = small_model(kernels="triton"), golden_images()[0, :2]
+    attack = Attack(1, linf_bounds(8 / 255, 10 / 255, 0.0, 1.0, 3, "cpu"))
+    noise = draw_noise(torch.Generator().manual_seed(0), 2, model.num_patches, attack)
+    with interpret(Sanitizer()) as s:
+        pretrain_step(Objective(model, 0.75, "hsic", 1e-5), model, images, noise, attack).loss.backward()
+    assert not s.errors
+    expected = {name: 2 for name in ("mask_indices", "gather", "restore", "restore_grad", "patch_error", "grad_pred")}
+    expected |= {"linf_start": 1, "linf_patch_step": 1, "center": 2, "gram": 2, "value": 1, "weights": 1}
+    assert {name: s.launches[f"_{name}_kernel"] for name in expected} == expected
 
 
 def test_penalty_gradient_of_a_step_against_float64():

@@ -4,20 +4,24 @@ import copy
 
 import pytest
 import torch
-from conftest import golden_images, small_model
+from conftest import BOUNDS, golden_images, small_model
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 from bench.textbook import textbook_step
-from mimir_fast import step as step_module
-from mimir_fast.attack import reconstruction_loss
+from mimir_fast import objective as objective_module
+from mimir_fast.attack import frozen_twin, linf_bounds, pgd_mae, reconstruction, starting_point
+from mimir_fast.objective import Objective
 from mimir_fast.optim import Updater, build_optimizer
 from mimir_fast.step import Attack, Noise, draw_noise, pretrain_step, step_seed
 
-ATTACK = Attack(steps=1, eps=8 / 255, alpha=10 / 255)
+ATTACK = Attack(1, BOUNDS)
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 CPU = torch.device("cpu")
 
 
 def noise_of(seed: int, attack: Attack = ATTACK, batch: int = 8):
-    return draw_noise(torch.Generator().manual_seed(seed), torch.Size((batch, 3, 32, 32)), 64, attack)
+    return draw_noise(torch.Generator().manual_seed(seed), batch, 64, attack)
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -25,7 +29,8 @@ def gradients(model) -> dict[str, torch.Tensor]:
 
 
 def run_step(model, images, penalty="hsic", weight=1e-3, attack=ATTACK, seed=1):
-    out = pretrain_step(model, images, noise_of(seed, attack, len(images)), attack, 0.75, penalty, weight)
+    noise = noise_of(seed, attack, len(images))
+    out = pretrain_step(Objective(model, 0.75, penalty, weight), model, images, noise, attack)
     model.zero_grad()
     out.loss.backward()
     return out
@@ -55,7 +60,7 @@ def test_unusable_penalty_is_left_out(monkeypatch, bad):
     model, images = small_model(), golden_images()[0]
     run_step(model, images, None)
     clean = gradients(model)
-    monkeypatch.setattr(step_module, "penalty_value", lambda kind, latent, *_: latent.sum() * 0 + bad)
+    monkeypatch.setattr(objective_module, "penalty_value", lambda kind, latent, *_: latent.sum() * 0 + bad)
     out = run_step(model, images)
     assert not out.penalty_used
     assert out.loss.item() == out.recon.item()
@@ -64,7 +69,7 @@ def test_unusable_penalty_is_left_out(monkeypatch, bad):
 
 def test_penalty_with_a_bad_gradient_is_left_out(monkeypatch):
     monkeypatch.setattr(
-        step_module, "penalty_value", lambda kind, latent, *_: (latent - latent.detach()).sum().sqrt() + 1
+        objective_module, "penalty_value", lambda kind, latent, *_: (latent - latent.detach()).sum().sqrt() + 1
     )
     model = small_model()
     out = run_step(model, golden_images()[0])
@@ -76,7 +81,7 @@ def test_penalty_with_a_bad_gradient_is_left_out(monkeypatch):
 def test_plain_attack_is_a_clean_autoencoder_without_penalty():
     model, images = small_model(), golden_images()[0]
     noise = noise_of(1, Attack())
-    out = pretrain_step(model, images, noise, Attack(), 0.75, "hsic", 1.0)
+    out = pretrain_step(Objective(model, 0.75, "hsic", 1.0), model, images, noise, Attack())
     assert out.loss.item() == model(images, noise=noise.train_mask)[0].item()
     assert torch.equal(out.adv, images)
     assert out.penalty_used
@@ -87,13 +92,13 @@ def test_noise_is_a_function_of_the_position():
     assert len(seeds) == 81
     assert step_seed(0, 1, 2, 3) == step_seed(0, 1, 2, 3)
     first, again, other = noise_of(5), noise_of(5), noise_of(6)
-    assert torch.equal(first.start, again.start)
+    assert first.start == again.start != other.start
     assert torch.equal(first.attack_masks[0], again.attack_masks[0])
     assert not torch.equal(first.train_mask, other.train_mask)
     assert not torch.equal(first.train_mask, first.attack_masks[0])
-    assert first.start.abs().max() <= 8 / 255
-    eps = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
-    assert torch.allclose(noise_of(5, ATTACK._replace(eps=eps)).start.abs().amax((0, 2, 3)), eps.flatten(), rtol=0.01)
+    images, eps = torch.full((8, 3, 32, 32), 0.5), torch.tensor([0.1, 0.2, 0.3])
+    moved = starting_point(images, linf_bounds(eps, 0.0, 0.0, 1.0, 3, "cpu"), first.start) - images
+    assert torch.allclose(moved.abs().amax((0, 2, 3)), eps, rtol=0.01)
 
 
 def updater_of(model, fp16=False):
@@ -133,16 +138,16 @@ def test_infinite_value_with_finite_gradients_is_caught_too():
 def test_accumulation_equals_the_average_of_gradients():
     images = golden_images()
     model = small_model()
-    noises = [noise_of(i) for i in range(2)]
+    objective, noises = Objective(model, 0.75, "hsic", 1e-3), [noise_of(i) for i in range(2)]
     expected = []
     for i in range(2):
         model.zero_grad()
-        pretrain_step(model, images[i], noises[i], ATTACK, 0.75, "hsic", 1e-3).loss.backward()
+        pretrain_step(objective, model, images[i], noises[i], ATTACK).loss.backward()
         expected.append(gradients(model))
     model.zero_grad()
     updater = updater_of(model)
     for i in range(2):
-        updater.backward(pretrain_step(model, images[i], noises[i], ATTACK, 0.75, "hsic", 1e-3).loss, 2)
+        updater.backward(pretrain_step(objective, model, images[i], noises[i], ATTACK).loss, 2)
     for name, grad in gradients(model).items():
         assert torch.allclose(grad, (expected[0][name] + expected[1][name]) / 2, atol=1e-7), name
 
@@ -174,16 +179,34 @@ def test_fp16_scales_the_loss_and_backs_off():
     assert updater_of(model).scaler.state_dict() == {}
 
 
-def test_compiled_attack_has_the_same_gradient_and_no_weight_gradient():
-    model, images, noise = small_model().eval(), golden_images()[0], torch.rand(8, 64)
-    compiled = torch.compile(reconstruction_loss, fullgraph=True)
-    grads = []
-    for loss_fn in (reconstruction_loss, compiled):
-        x = images.clone().requires_grad_()
-        loss_fn(model, x, 0.75, noise).backward()
-        grads.append(x.grad)
-    assert (grads[0] - grads[1]).abs().max() < 1e-6 * grads[0].abs().max()
-    assert all(p.grad is None for p in model.parameters())
+def test_compiled_attack_has_the_same_result_and_no_weight_gradient():
+    model, images = small_model(), golden_images()[0]
+    noise = {"start": torch.tensor(3), "mask_noise": [torch.rand(8, 64)]}
+    eager = pgd_mae(model, images, BOUNDS, **noise)
+    graphs = []
+
+    def recording(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(reconstruction, fullgraph=True, backend=aot_autograd(fw_compiler=recording))
+    twin = frozen_twin(model)
+    ours = pgd_mae(twin, images, BOUNDS, **noise, loss_fn=compiled)
+    assert ((ours - eager).abs() > 1e-6).sum() <= 4  # pixels whose gradient is rounding noise
+    products = [sum(node.target in PRODUCTS for node in graph.graph.nodes) for graph in graphs]
+    linears = sum(isinstance(m, torch.nn.Linear) for m in model.modules()) + 1
+    assert products == [linears, linears]  # the backward pass has one product per layer, not two
+    assert all(p.grad is None for p in [*model.parameters(), *twin.parameters()])
+
+
+def test_frozen_twin_follows_the_model():
+    model = small_model()
+    twin = frozen_twin(model)
+    with torch.no_grad():
+        model.norm.weight += 1
+    assert torch.equal(twin.norm.weight, model.norm.weight)
+    assert not any(p.requires_grad for p in twin.parameters())
+    assert list(twin.state_dict()) == list(model.state_dict())
 
 
 def test_textbook_rival_computes_the_same_step():
@@ -194,5 +217,5 @@ def test_textbook_rival_computes_the_same_step():
     torch.manual_seed(5)
     start = (2 * torch.rand(8, 3, 32, 32) - 1) * 8 / 255
     noise = Noise(start, [torch.rand(8, 64)], torch.rand(8, 64))
-    ours = pretrain_step(model, golden_images()[0], noise, ATTACK, 0.75, "hsic", 1e-3).loss
+    ours = pretrain_step(Objective(model, 0.75, "hsic", 1e-3), model, golden_images()[0], noise, ATTACK).loss
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)

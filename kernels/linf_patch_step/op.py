@@ -46,7 +46,7 @@ def linf_patch_step(
     determinism  exact; a gradient of exactly zero (or NaN) leaves the pixel where it was
     source       MIMIR, arXiv 2312.04960, section 4; the gradient patch by patch is derived in docs/fidelity.md
 
-    impl: "triton", "reference" or "auto" (the reference).  triton takes float storage up to 32 bits.
+    impl: "triton", "reference" or "auto" (triton on CUDA).  triton takes float storage up to 32 bits.
     Raises ValueError if shapes or devices disagree, an element type or impl is not on offer, or norm_pix_loss is asked of
     patches of a single number.
     """
@@ -79,7 +79,7 @@ def linf_patch_step(
         patch_size,
         norm_pix_loss,
     )
-    if choose(impl) == "triton":
+    if choose(impl, images_BCHW) == "triton":
         from mimir_fast.kernels.linf_patch_step import kernel
 
         check_storage(images=images_BCHW, adv=adv_BCHW, grad_visible=grad_visible_BKP, pred=pred_BLP, bounds=bounds_4C)

@@ -17,7 +17,7 @@ def linf_start(images_BCHW: Tensor, bounds_4C: Tensor, seed: Tensor, impl: str =
     source       Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011
 
     The seed stays on the device: torch.randint(2**63 - 1, (), generator=g, device=g.device) draws one without a host read.
-    impl: "triton", "reference" or "auto" (the reference).  triton takes float storage up to 32 bits.
+    impl: "triton", "reference" or "auto" (triton on CUDA).  triton takes float storage up to 32 bits.
     Raises ValueError if shapes or devices disagree, or an element type or impl is not on offer.
     """
     if images_BCHW.ndim != 4 or not images_BCHW.is_floating_point():
@@ -28,7 +28,7 @@ def linf_start(images_BCHW: Tensor, bounds_4C: Tensor, seed: Tensor, impl: str =
         raise ValueError(f"bounds: expected {[4, images_BCHW.shape[1]]}, got {tuple(bounds_4C.shape)}")
     if seed.numel() != 1 or seed.is_floating_point() or seed.element_size() != 8:
         raise ValueError(f"seed: expected one int64 number, got {seed.dtype} {tuple(seed.shape)}")
-    if choose(impl) == "triton":
+    if choose(impl, images_BCHW) == "triton":
         from mimir_fast.kernels.linf_start import kernel
 
         check_storage(images=images_BCHW, bounds=bounds_4C)

@@ -15,7 +15,7 @@ def mask_indices(noise_BL: Tensor, keep: int, impl: str = "auto") -> tuple[Tenso
     determinism  exact; equal noise keeps its original order, NaN comes last
     source       He et al., Masked Autoencoders Are Scalable Vision Learners, 2022, section 3
 
-    impl: "triton", "reference" or "auto" (the reference).  triton takes float storage up to 32 bits.
+    impl: "triton", "reference" or "auto" (triton on CUDA).  triton takes float storage up to 32 bits.
     Raises ValueError if noise is not a float [B,L] tensor, keep lies outside 1..L, or an element type or impl is not on
     offer.
     """
@@ -23,7 +23,7 @@ def mask_indices(noise_BL: Tensor, keep: int, impl: str = "auto") -> tuple[Tenso
         raise ValueError(f"noise: expected a float tensor [B,L], got {noise_BL.dtype} {tuple(noise_BL.shape)}")
     if not 1 <= keep <= noise_BL.shape[1]:
         raise ValueError(f"keep: expected 1..{noise_BL.shape[1]} patches, got {keep}; lower the mask ratio")
-    if choose(impl) == "triton":
+    if choose(impl, noise_BL) == "triton":
         from mimir_fast.kernels.mask_indices import kernel
 
         check_storage(noise=noise_BL)

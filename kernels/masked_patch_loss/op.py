@@ -20,7 +20,7 @@ def masked_patch_loss(
     determinism  sums in a fixed order
     source       He et al., Masked Autoencoders Are Scalable Vision Learners, 2022, section 3, "Reconstruction target"
 
-    impl: "triton", "reference" or "auto" (the reference).  triton takes float storage up to 32 bits (images also
+    impl: "triton", "reference" or "auto" (triton on CUDA).  triton takes float storage up to 32 bits (images also
     uint8) and copies images that are not contiguous.
     Raises ValueError if shapes or devices disagree, an element type or impl is not on offer, or norm_pix_loss is asked
     of patches of a single number.
@@ -34,7 +34,7 @@ def masked_patch_loss(
         raise ValueError(f"mask: expected {[B, L]}, got {tuple(mask_BL.shape)}")
     if norm_pix_loss and expected[2] < 2:
         raise ValueError("norm_pix_loss: a patch of one number has no variance; use a larger patch_size")
-    if choose(impl) == "triton":
+    if choose(impl, pred_BLP) == "triton":
         from mimir_fast.kernels.masked_patch_loss import kernel
 
         check_storage(pred=pred_BLP, images=images_BCHW)

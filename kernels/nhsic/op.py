@@ -24,7 +24,8 @@ def nhsic(x_md: Tensor, y_me: Tensor, sigma: float = 5.0, kernel_y: str = "gauss
                  2020, equation 4; the symmetric form is derived in docs/fidelity.md
 
     A batch whose kernel matrix cannot be factorised gives NaN, on the device, without an exception.
-    impl: "triton" (kernel_y="gaussian" in storage up to 32 bits), "reference" or "auto" (the reference).
+    impl: "triton" (kernel_y="gaussian" in storage up to 32 bits), "reference" or "auto" (triton where it can
+    on CUDA).
     Raises ValueError if x and y are not matrices with equally many rows, sigma <= 0, kernel_y or impl is unknown, or triton
     is asked for what it does not offer.
     """
@@ -37,7 +38,9 @@ def nhsic(x_md: Tensor, y_me: Tensor, sigma: float = 5.0, kernel_y: str = "gauss
         raise ValueError(f"sigma: expected a positive kernel width, got {sigma}")
     if kernel_y not in KERNELS:
         raise ValueError(f"kernel_y: expected one of {', '.join(KERNELS)}, got {kernel_y!r}")
-    if choose(impl) == "triton":
+    if impl == "auto" and kernel_y != "gaussian":
+        impl = "reference"
+    if choose(impl, x_md) == "triton":
         if kernel_y != "gaussian":
             raise ValueError(f'kernel_y: impl="triton" computes gaussian only, got {kernel_y!r}')
         from mimir_fast.kernels.nhsic import kernel

@@ -35,7 +35,7 @@ def patch_gather(
     determinism  exact; kept patches are distinct, so the backward scatter writes every pixel once
     source       Dosovitskiy et al., An Image Is Worth 16x16 Words, 2021, equation 1, restricted to visible patches
 
-    impl: "triton", "reference" or "auto" (the reference).  triton takes float storage up to 32 bits and uint8.
+    impl: "triton", "reference" or "auto" (triton on CUDA).  triton takes float storage up to 32 bits and uint8.
     Raises ValueError if shapes or devices disagree, the patch size does not divide the image, or an element type or impl
     is not on offer.
     """
@@ -48,7 +48,7 @@ def patch_gather(
         dtype = images_BCHW.dtype if images_BCHW.is_floating_point() else torch.float32
     if not dtype.is_floating_point:
         raise ValueError(f"dtype: expected a float type, got {dtype}")
-    if choose(impl) == "triton":
+    if choose(impl, images_BCHW) == "triton":
         from mimir_fast.kernels.patch_gather import kernel
 
         check_storage(images=images_BCHW)

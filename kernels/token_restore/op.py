@@ -19,7 +19,7 @@ def token_restore(
     determinism  exact forward; the mask token's gradient is a sum over B*(L-K) rows in a fixed order
     source       He et al., Masked Autoencoders Are Scalable Vision Learners, 2022, section 3
 
-    impl: "triton", "reference" or "auto" (the reference).  triton takes float storage up to 32 bits.
+    impl: "triton", "reference" or "auto" (triton on CUDA).  triton takes float storage up to 32 bits.
     Raises ValueError if shapes or devices disagree, or an element type or impl is not on offer.
     """
     if ids_restore_BL.ndim != 2:
@@ -32,7 +32,7 @@ def token_restore(
         raise ValueError(f"mask_token: expected [{E}], got {tuple(mask_token_E.shape)}")
     if pos_embed_LE.shape != (L + 1, E):
         raise ValueError(f"pos_embed: expected [{L + 1},{E}], got {tuple(pos_embed_LE.shape)}")
-    if choose(impl) == "triton":
+    if choose(impl, tokens_BKE) == "triton":
         from mimir_fast.kernels.token_restore import kernel
 
         check_storage(tokens=tokens_BKE, mask_token=mask_token_E, pos_embed=pos_embed_LE)

@@ -14,6 +14,7 @@ class MaskedAutoencoderViT(nn.Module):
     """A ViT encoder over the visible patches and a light decoder that predicts the removed ones.
 
     The state dict has the original MIMIR's keys, shapes and order.  Positional tables are fixed (requires_grad False).
+    kernels: implementation of the operations in mimir_fast.kernels, "auto" (Triton on CUDA), "triton" or "reference".
     Raises ValueError where sizes do not fit together.
     Source: He et al., Masked Autoencoders Are Scalable Vision Learners, 2022; MIMIR, arXiv 2312.04960.
     """
@@ -31,11 +32,13 @@ class MaskedAutoencoderViT(nn.Module):
         decoder_num_heads: int = 16,
         mlp_ratio: float = 4.0,
         norm_pix_loss: bool = False,
+        kernels: str = "auto",
     ):
         super().__init__()
         if patch_size < 1 or img_size % patch_size:
             raise ValueError(f"patch_size: {patch_size} does not divide the image side {img_size}")
         self.img_size, self.patch_size, self.norm_pix_loss = img_size, patch_size, norm_pix_loss
+        self.kernels = kernels
         self.num_patches = (img_size // patch_size) ** 2
         # declared first: the order of the state dict is part of the checkpoint format
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -74,37 +77,47 @@ class MaskedAutoencoderViT(nn.Module):
         patches in the order of the noise).  Raises ValueError naming the argument that does not fit.
         """
         self._check_images("imgs", imgs)
-        source = imgs
-        if adv_images is not None:
-            if adv_images.shape != imgs.shape:
-                raise ValueError(f"adv_images: expected {tuple(imgs.shape)} like imgs, got {tuple(adv_images.shape)}")
-            source = adv_images
-        latent, mask, ids_restore = self.encode(source, mask_ratio, noise)
-        pred = self.decode(latent, ids_restore)
-        return masked_patch_loss(pred, imgs, mask, self.patch_size, self.norm_pix_loss), pred, mask, latent
+        seen = imgs if adv_images is None else adv_images
+        if seen.shape != imgs.shape:
+            raise ValueError(f"adv_images: expected {tuple(imgs.shape)} like imgs, got {tuple(seen.shape)}")
+        if noise is None:
+            noise = torch.rand(imgs.shape[0], self.num_patches, device=imgs.device)
+        ids_keep, ids_restore, mask = self.hide(noise, mask_ratio)
+        latent = self.encode(self.cut(seen, ids_keep), ids_keep)
+        loss, pred = self.reconstruct(latent, ids_restore, mask, imgs)
+        return loss, pred, mask, latent
 
-    def encode(self, images: Tensor, mask_ratio: float, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """images [B,C,H,W] -> latent [B,1+K,D], mask [B,L], ids_restore [B,L]."""
+    def hide(self, noise_BL: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+        """noise [B,L], removed share -> ids_keep [B,K], ids_restore [B,L], mask [B,L] (1 = removed)."""
         if not 0 <= mask_ratio < 1:
             raise ValueError(f"mask_ratio: expected 0 <= ratio < 1, got {mask_ratio}")
-        if noise is None:
-            noise = torch.rand(images.shape[0], self.num_patches, device=images.device)
-        elif noise.shape != (images.shape[0], self.num_patches):
-            raise ValueError(f"noise: expected {[images.shape[0], self.num_patches]}, got {tuple(noise.shape)}")
-        keep = int(self.num_patches * (1 - mask_ratio))
-        ids_keep, ids_restore, mask = mask_indices(noise, keep)
-        tokens = self.patch_embed(patch_gather(images, ids_keep, self.patch_size))
-        tokens = tokens + self.pos_embed[0, 1:][ids_keep]
+        if noise_BL.ndim != 2 or noise_BL.shape[1] != self.num_patches:
+            raise ValueError(f"noise: expected [B,{self.num_patches}], got {tuple(noise_BL.shape)}")
+        return mask_indices(noise_BL, int(self.num_patches * (1 - mask_ratio)), impl=self.kernels)
+
+    def cut(self, images: Tensor, ids_keep: Tensor) -> Tensor:
+        """The kept patches of images [B,C,H,W]: [B,K,P] in (channel, row, column) order."""
+        return patch_gather(images, ids_keep, self.patch_size, impl=self.kernels)
+
+    def encode(self, patches: Tensor, ids_keep: Tensor) -> Tensor:
+        """Kept patches [B,K,P] and where they were [B,K] -> latent [B,1+K,D]."""
+        tokens = self.patch_embed(patches) + self.pos_embed[0, 1:][ids_keep]
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
         tokens = torch.cat([cls_token, tokens], dim=1)
         for block in self.blocks:
             tokens = block(tokens)
-        return self.norm(tokens), mask, ids_restore
+        return self.norm(tokens)
+
+    def reconstruct(self, latent: Tensor, ids_restore: Tensor, mask: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Decode latent [B,1+K,D] and compare with images [B,C,H,W] where mask [B,L] is set: loss, pred [B,L,P]."""
+        pred = self.decode(latent, ids_restore)
+        return masked_patch_loss(pred, images, mask, self.patch_size, self.norm_pix_loss, impl=self.kernels), pred
 
     def decode(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
         """latent [B,1+K,D], ids_restore [B,L] -> predicted patches [B,L,P]."""
         tokens = self.decoder_embed(latent)
-        tokens = token_restore(tokens, self.mask_token[0, 0], self.decoder_pos_embed[0], ids_restore)
+        pos_embed = self.decoder_pos_embed[0]
+        tokens = token_restore(tokens, self.mask_token[0, 0], pos_embed, ids_restore, impl=self.kernels)
         for block in self.decoder_blocks:
             tokens = block(tokens)
         return self.decoder_pred(self.decoder_norm(tokens))[:, 1:]

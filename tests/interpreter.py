@@ -10,8 +10,10 @@ the bits, fp32 -> bf16 truncates, tf32 is not rounded, and triton.language stays
 bf16 in tl.fma and tl.clamp is not put right, autotuned kernels do not run.  About 2 ms per program: keep grids small.
 """
 
+import importlib
 from collections import Counter
 from contextlib import contextmanager
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -19,6 +21,11 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter as stock
 from triton.runtime.jit import JITFunction
+
+from mimir_fast import kernels
+
+for path in Path(kernels.__file__).parent.glob("*/kernel.py"):  # decorated before anything is patched
+    importlib.import_module(f"mimir_fast.kernels.{path.parent.name}.kernel")
 
 SECTOR = 32  # bytes, the unit of a GPU's memory traffic
 NOBODY, SEVERAL = -1, -2  # in Shadow.writer and Shadow.reader, beside program numbers
@@ -50,6 +57,7 @@ class Shadow:
 class Sanitizer:
     """Checks and counts the accesses of every launch inside `interpret`.
 
+    launches  how often each kernel ran
     errors    messages; out of bounds raises at once instead (InterpreterError naming program, argument and place)
     st        sums over all launches: load_bytes, store_bytes (distinct addresses within an access, without
               masked-off lanes), load_sectors32, store_sectors32 (32-byte sectors it touches), dots, dot_flops
@@ -57,6 +65,7 @@ class Sanitizer:
 
     def __init__(self):
         self.errors: list[str] = []
+        self.launches: Counter[str] = Counter()
         self.st: Counter[str] = Counter()
         self._shadows: list[Shadow] = []
 
@@ -209,6 +218,8 @@ class _Executor(stock.GridExecutor):
 
 def _run(self, *args, grid, warmup=False, **kwargs):
     function = _interpreted(self)
+    if stock.interpreter_builder.sanitizer:
+        stock.interpreter_builder.sanitizer.launches[self.fn.__name__] += 1
     _Executor(function.rewrite(), function.arg_names, grid)(*args, **kwargs)
 
 
