@@ -150,10 +150,16 @@ def _tf32(values: np.ndarray) -> np.ndarray:
 class Builder(stock.InterpreterBuilder):
     """The stock interpreter's operations with right bf16 and tf32, each memory access shown to a sanitizer first."""
 
-    def __init__(self, sanitizer: Sanitizer | None):
+    def __init__(self, sanitizer: Sanitizer | None, last: int | None):
         super().__init__()
-        self.sanitizer = sanitizer
+        self.sanitizer, self.last, self.skipped = sanitizer, last, 0
         self.options = stock.InterpreterOptions(debug=True)  # device_assert and the int32 overflow checks are on
+
+    def set_grid_dim(self, nx, ny, nz):
+        super().set_grid_dim(nx + self.skipped, ny, nz)
+
+    def set_grid_idx(self, x, y, z):
+        super().set_grid_idx(x + self.skipped, y, z)
 
     def get_bf16(self, value):
         return _bf16(np.array([value], np.float32))
@@ -207,7 +213,7 @@ def _interpreted(function: JITFunction) -> stock.InterpretedFunction:
 
 
 class _Executor(stock.GridExecutor):
-    """Announces the tensors of a launch to the sanitizer."""
+    """Announces the tensors of a launch to the sanitizer; tensors are on the CPU already and are not copied back."""
 
     def _init_args_hst(self, args_dev, kwargs):
         args, kwargs = super()._init_args_hst(args_dev, kwargs)
@@ -215,11 +221,17 @@ class _Executor(stock.GridExecutor):
             stock.interpreter_builder.sanitizer.start_launch({**dict(zip(self.arg_names, args)), **kwargs})
         return args, kwargs
 
+    def _restore_args_dev(self, *_):
+        pass
+
 
 def _run(self, *args, grid, warmup=False, **kwargs):
-    function = _interpreted(self)
-    if stock.interpreter_builder.sanitizer:
-        stock.interpreter_builder.sanitizer.launches[self.fn.__name__] += 1
+    function, builder = _interpreted(self), stock.interpreter_builder
+    if builder.sanitizer:
+        builder.sanitizer.launches[self.fn.__name__] += 1
+    if builder.last:
+        builder.skipped = max(0, grid[0] - builder.last)
+        grid = (grid[0] - builder.skipped, *grid[1:])
     _Executor(function.rewrite(), function.arg_names, grid)(*args, **kwargs)
 
 
@@ -236,11 +248,14 @@ def _reduce(self, value, original=stock.ReduceScanOpInterface.apply):
 
 
 @contextmanager
-def interpret(sanitizer: Sanitizer | None = None):
-    """Inside, every @triton.jit kernel runs in the interpreter; yields the sanitizer.  Leaves no trace in Triton."""
+def interpret(sanitizer: Sanitizer | None = None, last: int | None = None):
+    """Inside, every @triton.jit kernel runs in the interpreter; yields the sanitizer.  Leaves no trace in Triton.
+
+    last: run only so many programs at the end of the grid's first axis, for tensors too large to be worked through.
+    """
     language = [tl, tl.core, tl.math, tl.tensor, tl.dtype, tl.core.tensor_descriptor_base]
     before = [dict(vars(part)) for part in language]
-    builder = Builder(sanitizer)
+    builder = Builder(sanitizer, last)
     try:
         with (
             patch.object(JITFunction, "run", _run),

@@ -16,7 +16,7 @@ from runs import finish, load, make_images, run, same_state, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mimir_fast import cli
-from mimir_fast import step as step_module
+from mimir_fast import objective as objective_module
 from mimir_fast.arguments import parse_pretrain_args
 from mimir_fast.build import build_attack
 from mimir_fast.metrics import drop_lines
@@ -212,14 +212,14 @@ def test_diverging_run_ends_with_status_1_and_its_state(data, tmp_path, capsys):
 
 
 def test_skipped_penalties_are_counted(data, tmp_path, monkeypatch):
-    real = step_module.penalty_value
+    real = objective_module.penalty_value
     calls = []
 
     def sometimes_nan(*args):
         calls.append(0)
         return real(*args) * (torch.nan if len(calls) in (2, 3) else 1)
 
-    monkeypatch.setattr(step_module, "penalty_value", sometimes_nan)
+    monkeypatch.setattr(objective_module, "penalty_value", sometimes_nan)
     assert run(data, tmp_path, "--epochs 1 --warmup_epochs 0") == 0
     rows = lines(tmp_path / "metrics.jsonl")
     assert [row["skipped_penalties"] for row in rows] == [0, 1, 2, 2, 2, 2]
@@ -311,8 +311,13 @@ def test_defaults_on_a_gpu_machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     config, notes = settle_defaults(*parse_pretrain_args([]))
     assert (config.run.device, config.optim.precision, config.optim.compile, notes) == ("cuda", "bf16", True, [])
+    assert config.optim.kernels == "triton"
     config, _ = settle_defaults(*parse_pretrain_args(["--device", "cpu"]))
-    assert (config.optim.precision, config.optim.compile) == ("fp32", False)
+    assert (config.optim.precision, config.optim.compile, config.optim.kernels) == ("fp32", False, "reference")
+    config, _ = settle_defaults(*parse_pretrain_args(["--kernels", "reference"]))
+    assert config.optim.kernels == "reference"
+    with pytest.raises(ValueError, match="kernels: triton needs a CUDA device"):
+        settle_defaults(*parse_pretrain_args(["--device", "cpu", "--kernels", "triton"]))
     config, _ = settle_defaults(*parse_pretrain_args(["--precision", "fp16", "--no_compile"]))
     assert (config.optim.precision, config.optim.compile) == ("fp16", False)
 
@@ -324,10 +329,13 @@ def test_fp16_attack_is_scaled_and_normalised_bounds_are_per_channel(data):
     )
     attack = build_attack(config, stream, torch.device("cpu"))
     assert (attack.loss_scale, attack.mask_ratio, attack.steps) == (65536.0, 0.5, 1)
-    assert attack.eps.flatten().tolist() == pytest.approx([8 / 255 / s for s in stream.std])
-    assert attack.alpha.flatten().tolist() == pytest.approx([10 / 255 / s for s in stream.std])
-    assert attack.lo.flatten().tolist() == pytest.approx([-2.0, -2.0, -1.2])
-    assert attack.hi.flatten().tolist() == pytest.approx([3.0, 2.0, 0.8])
+    expected = [
+        [8 / 255 / s for s in stream.std],
+        [10 / 255 / s for s in stream.std],
+        [-2.0, -2.0, -1.2],
+        [3.0, 2.0, 0.8],
+    ]
+    assert torch.allclose(attack.bounds, torch.tensor(expected))
     config, _ = parse_pretrain_args(["--attack", "pgd", "--precision", "bf16"])
     assert build_attack(config, stream, torch.device("cpu")).loss_scale == 1.0
 
