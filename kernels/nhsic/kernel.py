@@ -16,104 +16,12 @@ import torch
 import triton
 import triton.language as tl
 from mimir_fast.kernels.launch import STORAGE, Launch, empty
+from mimir_fast.kernels.nhsic.gram import gaussian_gram
 from mimir_fast.kernels.nhsic.reference import RIDGE
 from mimir_fast.kernels.registration import register
 from torch import Tensor
 
-PROGRAMS = 512  # about four per SM on A100 and H100; a constant, so that results do not depend on the device
-GRAM = {
-    "BLOCK_M": 64,
-    "BLOCK_K": 16,
-    "num_warps": 4,
-    "num_stages": 3,
-}  # larger tiles spill on sm_80: 3 x tf32 splits operands
 MATMUL = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
-CENTER = {"BLOCK_M": 32, "BLOCK_D": 128, "num_warps": 4}
-GAUSSIAN = {"BLOCK_M": 32, "num_warps": 4}
-
-
-@triton.jit
-def _center_kernel(rows, centred, m, d, stride_m, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """formula      centred = rows - mean over m
-    shapes       rows [m,d] with row stride, centred [m,d]
-    dtypes       any float storage, fp32 accumulation; centred in fp32, for rounding it to 16 bits would show in the gradient
-    bytes        rows twice (the second time from cache: a program's columns are small), centred once
-    determinism  fixed order
-    source       docs/fidelity.md: the penalty
-    """
-    column_D = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    sum_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in range(0, m, BLOCK_M):
-        row_M = (start + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
-        sum_MD += tl.load(rows + row_M * stride_m + column_D, mask=(row_M < m) & (column_D < d), other=0).to(tl.float32)
-    mean_D = tl.sum(sum_MD, axis=0, keep_dims=True) / m
-    for start in range(0, m, BLOCK_M):
-        row_M = (start + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
-        exists_MD = (row_M < m) & (column_D < d)
-        rows_MD = tl.load(rows + row_M * stride_m + column_D, mask=exists_MD, other=0).to(tl.float32)
-        tl.store(centred + row_M * d + column_D, rows_MD - mean_D, mask=exists_MD)
-
-
-@triton.jit
-def _gram_kernel(centred, partial, m, d, part, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """formula      partial[s,i,j] = sum over part s of d of centred[i] centred[j], tiles on and below the diagonal only
-    shapes       centred [m,d] -> partial [S,m,m]
-    dtypes       fp32, as three tf32 products
-    bytes        every row tile once per tile pair it is in (from L2), partial's lower half once
-    determinism  fixed order; the parts are summed by _gaussian_kernel
-    source       split-K matrix product
-    """
-    i, j, s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if j > i:
-        return
-    row_M = i * BLOCK_M + tl.arange(0, BLOCK_M)
-    column_M = j * BLOCK_M + tl.arange(0, BLOCK_M)
-    left_M1 = centred + row_M.to(tl.int64)[:, None] * d
-    right_1M = centred + column_M.to(tl.int64)[None, :] * d
-    gram_MM = tl.zeros([BLOCK_M, BLOCK_M], tl.float32)
-    for start in range(s * part, tl.minimum(s * part + part, d), BLOCK_K):
-        k_K = start + tl.arange(0, BLOCK_K)
-        left_MK = tl.load(left_M1 + k_K[None, :], mask=(row_M < m)[:, None] & (k_K < d)[None, :], other=0)
-        right_KM = tl.load(right_1M + k_K[:, None], mask=(k_K < d)[:, None] & (column_M < m)[None, :], other=0)
-        gram_MM = tl.dot(left_MK, right_KM, gram_MM, input_precision="tf32x3")
-    partial_MM = partial + (s.to(tl.int64) * m + row_M[:, None]) * m + column_M[None, :]
-    tl.store(partial_MM, gram_MM, mask=(row_M < m)[:, None] & (column_M < m)[None, :])
-
-
-@triton.jit
-def _gaussian_kernel(partial, k, m, S, scale, BLOCK_M: tl.constexpr):
-    """formula      G = sum_s partial[s]; k_ij = exp(-scale (G_ii + G_jj - 2 G_ij)) - 1
-    shapes       partial [S,m,m] (lower half) -> k [m,m], both halves
-    dtypes       fp32
-    bytes        partial's lower half once and its diagonal once per tile, k once
-    determinism  fixed order; k is exactly symmetric with an exactly zero diagonal
-    source       Ma et al., The HSIC Bottleneck, 2020, equation 4
-    """
-    if tl.program_id(1) > tl.program_id(0):
-        return
-    row_M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column_M = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    exists_MM = (row_M < m)[:, None] & (column_M < m)[None, :]
-    gram_MM = tl.zeros([BLOCK_M, BLOCK_M], tl.float32)
-    row_norm_M = tl.zeros([BLOCK_M], tl.float32)
-    column_norm_M = tl.zeros([BLOCK_M], tl.float32)
-    for _ in range(S):
-        gram_MM += tl.load(partial + row_M[:, None] * m + column_M[None, :], mask=exists_MM, other=0)
-        row_norm_M += tl.load(partial + row_M * (m + 1), mask=row_M < m, other=0)
-        column_norm_M += tl.load(partial + column_M * (m + 1), mask=column_M < m, other=0)
-        partial += m * m
-    distance_MM = row_norm_M[:, None] + column_norm_M[None, :] - 2 * gram_MM
-    k_MM = _expm1(-scale * tl.where(distance_MM < 0, 0.0, distance_MM))  # keeps NaN, as tl.maximum would not
-    tl.store(k + row_M[:, None] * m + column_M[None, :], k_MM, mask=exists_MM & (column_M[None, :] <= row_M[:, None]))
-    tl.store(k + column_M[None, :] * m + row_M[:, None], k_MM, mask=exists_MM & (column_M[None, :] < row_M[:, None]))
-
-
-@triton.jit
-def _expm1(x):
-    """exp(x) - 1 for x <= 0: Taylor's series where the difference would cancel."""
-    series = 1 + x / 5 * (1 + x / 6 * (1 + x / 7))
-    series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * series)))
-    return tl.where(x > -0.4, series, tl.exp(x) - 1)
 
 
 @triton.jit
@@ -200,30 +108,6 @@ def nhsic_forward(x_md: Tensor, y_me: Tensor, sigma: float) -> tuple[Tensor, ...
     rows_value = px.new_empty(m)
     _value_kernel[(m,)](px, py, rows_value, m, RIDGE * m, BLOCK=triton.next_power_of_2(m), num_warps=4)
     return rows_value.sum(), x_md, kx, px, y_me, ky, py
-
-
-def gaussian_gram(rows_md: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-    """Centred rows [m,d] and their Gaussian kernel minus one [m,m], both fp32."""
-    m, d = rows_md.shape
-    rows_md = rows_md if rows_md.stride(1) == 1 else rows_md.contiguous()
-    parts, part = _split(m, d)
-    centred_md, partial_Smm, k_mm = (
-        rows_md.new_empty(shape, dtype=torch.float32) for shape in ((m, d), (parts, m, m), (m, m))
-    )
-    _center_kernel[(triton.cdiv(d, CENTER["BLOCK_D"]),)](rows_md, centred_md, m, d, rows_md.stride(0), **CENTER)
-    tiles = triton.cdiv(m, GRAM["BLOCK_M"])
-    _gram_kernel[(tiles, tiles, parts)](centred_md, partial_Smm, m, d, part, **GRAM)
-    tiles = triton.cdiv(m, GAUSSIAN["BLOCK_M"])
-    _gaussian_kernel[(tiles, tiles)](partial_Smm, k_mm, m, parts, 1 / (2 * sigma**2 * d), **GAUSSIAN)
-    return centred_md, k_mm
-
-
-def _split(m: int, d: int) -> tuple[int, int]:
-    """How many parts the Gram product's reduction over d is split into, and how long a part is."""
-    tiles = triton.cdiv(m, GRAM["BLOCK_M"])
-    parts = min(triton.cdiv(PROGRAMS, tiles * (tiles + 1) // 2), triton.cdiv(d, 8 * GRAM["BLOCK_K"]))
-    part = triton.cdiv(triton.cdiv(d, parts), GRAM["BLOCK_K"]) * GRAM["BLOCK_K"]
-    return triton.cdiv(d, part), part
 
 
 def _ridge_inverse(rows_md: Tensor, sigma: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,6 +13,7 @@ from mimir_fast.kernels import (
     token_restore,
 )
 from mimir_fast.kernels.masked_patch_loss import kernel as loss_kernel
+from mimir_fast.kernels.nhsic import gram
 from mimir_fast.kernels.nhsic import kernel as nhsic_kernel
 from mimir_fast.kernels.patch_gather import kernel as gather_kernel
 from mimir_fast.kernels.token_restore import kernel as restore_kernel
@@ -136,15 +137,15 @@ def test_rows_of_the_penalty():
     m, d = 33, LIMIT // 33 + 128 - LIMIT // 33 % 128
     rows, centred = torch.empty(m, d, dtype=HALF), torch.empty(m, d)
     rows[:, -128:] = torch.randn(m, 128)
-    config = nhsic_kernel.CENTER
+    config = gram.CENTER
     with interpret(last=L + 1):
-        nhsic_kernel._center_kernel[(d // config["BLOCK_D"],)](rows, centred, m, d, d, **config)
+        gram._center_kernel[(d // config["BLOCK_D"],)](rows, centred, m, d, d, **config)
     expected = rows[:, -128:].float() - rows[:, -128:].float().mean(0)
     assert (centred[:, -128:] - expected).abs().max() < 1e-5
     partial = torch.zeros(1, m, m)
     tail = centred[:, -128:]
     with interpret():
-        nhsic_kernel._gram_kernel[(1, 1, 1)](centred[:, d - 128 :], partial, m, d, 128, **nhsic_kernel.GRAM)
+        gram._gram_kernel[(1, 1, 1)](centred[:, d - 128 :], partial, m, d, 128, **gram.GRAM)
     assert (partial[0] - tail @ tail.T).abs().max() < 1e-3
     weights, out = torch.randn(m, m), torch.empty(m, d)
     config = nhsic_kernel.MATMUL
