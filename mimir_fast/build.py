@@ -42,8 +42,15 @@ def build_model(config: PretrainConfig, device: torch.device) -> MaskedAutoencod
     """The model on its device, freshly initialised."""
     m = config.model
     size = {"img_size": m.input_size, "patch_size": m.patch_size}
-    kernels = config.optim.kernels
-    return create_model(m.model, **size, norm_pix_loss=m.norm_pix_loss, kernels=kernels).to(device)
+    o = config.optim
+    residual = torch.bfloat16 if o.residual_dtype == "bf16" else None
+    options = {
+        "norm_pix_loss": m.norm_pix_loss,
+        "kernels": o.kernels,
+        "residual_dtype": residual,
+        "attention": o.attention,
+    }
+    return create_model(m.model, **size, **options).to(device)
 
 
 def build_attack(config: PretrainConfig, stream: BatchStream, device: torch.device) -> Attack:

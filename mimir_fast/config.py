@@ -6,6 +6,8 @@ command line and recipes.py fills it in.  Flags marked `new` are not in the orig
 
 from dataclasses import dataclass, field, fields, replace
 
+from mimir_fast.models.attention import BACKENDS
+
 
 def flag(
     default, help: str, unit: str = "", choices: tuple[str, ...] = (), new: bool = False, type: type | None = None
@@ -93,6 +95,12 @@ class OptimConfig:
         new=True,
         type=str,
     )
+    residual_dtype: str = flag(
+        "fp32",
+        "storage of the tokens between blocks; bf16 halves the traffic of LayerNorm and residual additions (--precision bf16)",
+        choices=("fp32", "bf16"),
+        new=True,
+    )
     compile: bool | None = flag(
         None, "torch.compile the model and the attack; default: on for CUDA only", new=True, type=bool
     )
@@ -100,6 +108,12 @@ class OptimConfig:
         "auto",
         "implementation of the operations in mimir_fast.kernels; auto: triton on CUDA, reference on the CPU",
         choices=("auto", "triton", "reference"),
+        new=True,
+    )
+    attention: str = flag(
+        "auto",
+        "attention backend; auto: sdpa (flash_attn and xformers are optional packages)",
+        choices=BACKENDS,
         new=True,
     )
     max_bad_steps: int = flag(20, "end the run after this many skipped updates in a row", "updates", new=True)

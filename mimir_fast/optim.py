@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from mimir_fast.precision import ComputeCopy
+
 BETAS = (0.9, 0.95)
 ADAM_EPS = 1e-8
 
@@ -48,10 +50,13 @@ class Updater:
     A non-finite loss makes every gradient NaN, on all ranks once gradients are averaged; a non-finite gradient norm then
     skips the update on the device.  `counters` [3] int64 on the device: updates skipped in all, in a row now, in a row at
     worst.  fp16 losses are scaled by torch's GradScaler; in bf16 and fp32 the scaler is disabled and its state empty.
+    compute: the 16-bit copy that computes, if there is one.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device, fp16: bool):
-        self.optimizer = optimizer
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, device: torch.device, fp16: bool, compute: ComputeCopy | None = None
+    ):
+        self.optimizer, self.compute = optimizer, compute
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.counters = torch.zeros(3, dtype=torch.int64, device=device)
 
@@ -60,6 +65,8 @@ class Updater:
         loss = loss / accum_iter
         poisoned = loss * torch.where(loss.isfinite(), 1.0, torch.nan)
         self.scaler.scale(poisoned).backward()
+        if self.compute:
+            self.compute.take_gradients()
 
     def update(self) -> Tensor:
         """Step the optimizer, clear the gradients; returns the gradients' global L2 norm (device scalar, unscaled)."""
@@ -74,6 +81,8 @@ class Updater:
             self.optimizer.grad_scale, self.optimizer.found_inf = None, bad.float()
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.compute:
+            self.compute.refresh()
         self._count(bad)
         return norm
 

@@ -26,6 +26,8 @@ def main(argv: list[str] | None = None) -> int:
         config, explicit = parse_pretrain_args(sys.argv[1:] if argv is None else argv)
         config, notes = settle_defaults(config, explicit)
         world = join_world(config.dist, config.run.device)
+        if config.optim.precision != "fp32":
+            torch.set_float32_matmul_precision("high")  # tf32 for what stays in fp32: the patch embedding
         seed_everything(config.run.seed + world.rank)
         trainer = Trainer(config, world, notes)
     except (ValueError, OSError) as error:
@@ -54,6 +56,8 @@ def settle_defaults(config: PretrainConfig, explicit: set[str]) -> tuple[Pretrai
     on_cuda = run.device.startswith("cuda")
     if optim.precision is None:
         optim = replace(optim, precision="bf16" if on_cuda else "fp32")
+    if optim.residual_dtype == "bf16" and optim.precision != "bf16":
+        raise ValueError(f"residual_dtype: bf16 goes with --precision bf16, not with {optim.precision}")
     if optim.compile is None:
         optim = replace(optim, compile=on_cuda)
     if optim.kernels == "auto":

@@ -25,6 +25,7 @@ from mimir_fast.data import to_float
 from mimir_fast.distributed import World
 from mimir_fast.metrics import RunLog, peak_memory_gib
 from mimir_fast.optim import Updater, build_optimizer, learning_rate, set_learning_rate
+from mimir_fast.precision import ComputeCopy
 from mimir_fast.run_state import EPOCH_SUMS, Position, checkpoint_state, find_state, restore
 from mimir_fast.samples import save_samples
 from mimir_fast.signals import StopSignals
@@ -54,8 +55,12 @@ class Trainer:
         self.folder = Path(config.run.output_dir) if config.run.output_dir else None
         notes = notes + self._resume()
         self.first_update = self.position.update + 1
-        self.objective, self.attack_loss = build_objective(config, world, self.model)
-        self.attacked = frozen_twin(self.model)
+        dtype = AUTOCAST[config.optim.precision]
+        if dtype != torch.float32:
+            self.updater.compute = ComputeCopy(self.model, dtype)
+        computing = self.updater.compute.module if self.updater.compute else self.model
+        self.objective, self.attack_loss = build_objective(config, world, computing)
+        self.attacked = frozen_twin(computing)
         self._open_outputs(notes)
 
     def _open_outputs(self, notes: list[str]) -> None:
@@ -127,7 +132,9 @@ class Trainer:
         self.generator.manual_seed(step_seed(c.run.seed, self.world.rank, self.position.epoch, step))
         noise = draw_noise(self.generator, len(images), self.model.num_patches, self.attack)
         dtype = AUTOCAST[c.optim.precision]
-        hold_gradients = self.objective.no_sync() if self.world.size > 1 and not updates else nullcontext()
+        # 16-bit gradients are averaged over ranks before they are added up in fp32, so never held back
+        held = self.world.size > 1 and not updates and not self.updater.compute
+        hold_gradients = self.objective.no_sync() if held else nullcontext()
         with hold_gradients:
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                 output = pretrain_step(self.objective, self.attacked, images, noise, self.attack, self.attack_loss)
@@ -239,7 +246,7 @@ class Trainer:
     def _save_failure(self, images_u8: Tensor, images: Tensor, output: StepOutput, sums: Tensor) -> None:
         p = self.position
         name = f"failed-{p.epoch}-{p.step}.pth"
-        batch = {"images": images_u8.cpu(), "adv": output.adv.cpu(), "mask": output.mask.cpu()}
+        batch = {"images": images_u8.cpu(), "adv": output.adv.cpu(), "ids_removed": output.ids_removed.cpu()}
         self._save(name, images, output, sums, {"batch": batch})
         self.log.say(
             f"error: {self.config.optim.max_bad_steps} updates in a row (max_bad_steps) had a non-finite loss or gradient, "
