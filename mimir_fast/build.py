@@ -3,7 +3,8 @@
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from mimir_fast.attack import linf_bounds, reconstruction
+from mimir_fast.attack import linf_bounds
+from mimir_fast.compiling import Compiled
 from mimir_fast.config import PretrainConfig
 from mimir_fast.data import BatchStream, build_pretrain_data
 from mimir_fast.distributed import World
@@ -78,23 +79,23 @@ def peak_learning_rate(config: PretrainConfig, world: World) -> float:
     return o.lr if o.lr is not None else o.blr * o.batch_size * o.accum_iter * world.size / 256
 
 
-def build_objective(config: PretrainConfig, world: World, model: MaskedAutoencoderViT):
-    """What is trained (compiled and data-parallel as configured), and the attack's loss function (compiled or not)."""
-    pieces, attack_loss = {}, reconstruction
-    if config.optim.compile:
-        pieces = {name: torch.compile(getattr(model, name), fullgraph=True) for name in ("encode", "reconstruct")}
-        attack_loss = torch.compile(reconstruction, fullgraph=True)
-    objective = Objective(model, config.model.mask_ratio, penalty_name(config), config.penalty.mi_xpl, **pieces)
+def build_objective(config: PretrainConfig, world: World, model: MaskedAutoencoderViT, twin: MaskedAutoencoderViT):
+    """What is trained (compiled and data-parallel as configured), and the attack's loss function for the frozen twin."""
+    o = config.optim
+    pieces = Compiled(model, twin, o.compile, o.compile_mode, o.compile_region)
+    penalty = (penalty_name(config), config.penalty.mi_xpl)
+    objective = Objective(model, config.model.mask_ratio, *penalty, pieces.encode, pieces.reconstruct)
     if world.size > 1:
         devices = [world.device] if world.device.type == "cuda" else None
         objective = DistributedDataParallel(objective, device_ids=devices, gradient_as_bucket_view=True)
-    return objective, attack_loss
+    return objective, pieces.attack_loss
 
 
 def describe(
     config: PretrainConfig, world: World, stream: BatchStream, model: MaskedAutoencoderViT, lr: float
 ) -> list[str]:
     """Two lines that say what is about to run."""
+    o = config.optim
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     attack = (
         "none" if config.attack.attack == "plain" else f"{config.attack.steps} step(s), eps {config.attack.eps:g}/255"
@@ -103,6 +104,7 @@ def describe(
         f"model {config.model.model} ({parameters:.2f} M parameters), {config.model.input_size}/{config.model.patch_size}; "
         f"data {stream.name}, {stream.num_images} images, {len(stream)} micro-batches per epoch; "
         f"attack {attack}; penalty {penalty_name(config) or 'none'}",
-        f"device {world.device} x {world.size}, {config.optim.precision}, compile {'on' if config.optim.compile else 'off'}, "
-        f"kernels {config.optim.kernels}; lr {lr:.3g}; outputs in {config.run.output_dir or '(nowhere)'}",
+        f"device {world.device} x {world.size}, {o.precision}, "
+        f"compile {f'{o.compile_mode}, by {o.compile_region}' if o.compile else 'off'}, kernels {o.kernels}, "
+        f"attention {o.attention}, residual {o.residual_dtype}; lr {lr:.3g}; outputs in {config.run.output_dir or '(nowhere)'}",
     ]

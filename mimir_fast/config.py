@@ -6,6 +6,8 @@ command line and recipes.py fills it in.  Flags marked `new` are not in the orig
 
 from dataclasses import dataclass, field, fields, replace
 
+from mimir_fast.compiling import MODES as COMPILE_MODES
+from mimir_fast.compiling import REGIONS as COMPILE_REGIONS
 from mimir_fast.models.attention import BACKENDS
 
 
@@ -103,6 +105,13 @@ class OptimConfig:
     )
     compile: bool | None = flag(
         None, "torch.compile the model and the attack; default: on for CUDA only", new=True, type=bool
+    )
+    compile_mode: str = flag("default", "torch.compile's mode", choices=COMPILE_MODES, new=True)
+    compile_region: str = flag(
+        "model",
+        "what is compiled as one: the whole model, or one block used for all (compiles in a fraction of the time)",
+        choices=COMPILE_REGIONS,
+        new=True,
     )
     kernels: str = flag(
         "auto",

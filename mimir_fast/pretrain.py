@@ -12,6 +12,7 @@ import torch
 
 from mimir_fast.arguments import parse_pretrain_args
 from mimir_fast.checkpoint import CheckpointError
+from mimir_fast.compiling import keep_compiled_code, missing_compiler
 from mimir_fast.config import PretrainConfig
 from mimir_fast.data import DataError
 from mimir_fast.distributed import World, join_world
@@ -29,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         if config.optim.precision != "fp32":
             torch.set_float32_matmul_precision("high")  # tf32 for what stays in fp32: the patch embedding
         seed_everything(config.run.seed + world.rank)
+        keep_compiled_code()
         trainer = Trainer(config, world, notes)
     except (ValueError, OSError) as error:
         print(f"mimir-fast pretrain: error: {error}", file=sys.stderr)
@@ -60,6 +62,9 @@ def settle_defaults(config: PretrainConfig, explicit: set[str]) -> tuple[Pretrai
         raise ValueError(f"residual_dtype: bf16 goes with --precision bf16, not with {optim.precision}")
     if optim.compile is None:
         optim = replace(optim, compile=on_cuda)
+    if optim.compile and (reason := missing_compiler()):
+        notes.append(f"compile: {reason}; running eager")
+        optim = replace(optim, compile=False)
     if optim.kernels == "auto":
         optim = replace(optim, kernels="triton" if on_cuda else "reference")
     elif optim.kernels == "triton" and not on_cuda:

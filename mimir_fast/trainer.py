@@ -20,8 +20,9 @@ from mimir_fast.build import (
     peak_learning_rate,
     penalty_name,
 )
+from mimir_fast.compiling import CompileClock
 from mimir_fast.config import PretrainConfig
-from mimir_fast.data import to_float
+from mimir_fast.data import prefetch, to_float
 from mimir_fast.distributed import World
 from mimir_fast.metrics import RunLog, peak_memory_gib
 from mimir_fast.optim import Updater, build_optimizer, learning_rate, set_learning_rate
@@ -59,8 +60,9 @@ class Trainer:
         if dtype != torch.float32:
             self.updater.compute = ComputeCopy(self.model, dtype)
         computing = self.updater.compute.module if self.updater.compute else self.model
-        self.objective, self.attack_loss = build_objective(config, world, computing)
         self.attacked = frozen_twin(computing)
+        self.objective, self.attack_loss = build_objective(config, world, computing, self.attacked)
+        self.compile_clock = CompileClock()
         self._open_outputs(notes)
 
     def _open_outputs(self, notes: list[str]) -> None:
@@ -84,6 +86,7 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the end, to --max_steps, or to a signal; returns the exit status (0, 1 diverged, 130 Ctrl-C)."""
+        self.compile_clock.start()
         with StopSignals() as stop:
             reason = "max_steps" if self.position.update >= self.total_updates else None
             while reason is None and self.position.epoch < self.config.optim.epochs:
@@ -104,7 +107,7 @@ class Trainer:
         o, p = self.config.optim, self.position
         self.updater.optimizer.zero_grad(set_to_none=True)  # gradients of an incomplete last group are dropped
         sums = torch.tensor([p.sums[name] for name in EPOCH_SUMS], dtype=torch.float64, device=self.world.device)
-        batches = iter(self.stream.epoch(p.epoch, p.step))
+        batches = prefetch(self.stream.epoch(p.epoch, p.step), self.world.device)
         lr, waited = 0.0, 0.0
         for step in range(p.step, len(self.stream)):
             if step % o.accum_iter == 0:
@@ -112,7 +115,7 @@ class Trainer:
                 lr = learning_rate(where, self.lr, o.min_lr, o.warmup_epochs, o.epochs)
                 set_learning_rate(self.updater.optimizer, lr)
             started = time.perf_counter()
-            images_u8, _ = next(batches)
+            images_u8 = next(batches)
             waited += time.perf_counter() - started
             updates = (step + 1) % o.accum_iter == 0
             images, output = self._micro_step(images_u8, step, updates)
@@ -128,7 +131,7 @@ class Trainer:
 
     def _micro_step(self, images_u8: Tensor, step: int, updates: bool) -> tuple[Tensor, StepOutput]:
         c, device = self.config, self.world.device
-        images = to_float(images_u8.to(device, non_blocking=True), *self.constants)
+        images = to_float(images_u8, *self.constants)
         self.generator.manual_seed(step_seed(c.run.seed, self.world.rank, self.position.epoch, step))
         noise = draw_noise(self.generator, len(images), self.model.num_patches, self.attack)
         dtype = AUTOCAST[c.optim.precision]
@@ -163,6 +166,9 @@ class Trainer:
     def _after_update(self, output: StepOutput, grad_norm: Tensor, lr: float, waited: float) -> None:
         o, p = self.config.optim, self.position
         p.update += 1
+        clock = self.compile_clock
+        if clock.count and p.update == self.first_update:
+            self.log.say(f"compiled {clock.count} functions in {clock.seconds:.0f} s")
         scalars = {
             "loss": output.loss,
             "recon": output.recon,
@@ -291,5 +297,6 @@ class Trainer:
 
     def close(self) -> None:
         """End the data workers and close the logs."""
+        self.compile_clock.stop()
         self.stream.close()
         self.log.close()
