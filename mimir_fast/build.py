@@ -1,16 +1,22 @@
 """From the configuration to the objects of a run."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mimir_fast.attack import linf_bounds
+from mimir_fast.attack import frozen_twin, linf_bounds
 from mimir_fast.compiling import Compiled
 from mimir_fast.config import PretrainConfig
 from mimir_fast.data import BatchStream, build_pretrain_data
-from mimir_fast.distributed import World
+from mimir_fast.distributed import World, average_gradients
 from mimir_fast.mi import PENALTIES
 from mimir_fast.models import MaskedAutoencoderViT, create_model
 from mimir_fast.objective import Objective
+from mimir_fast.optim import Updater
+from mimir_fast.precision import AUTOCAST, ComputeCopy
 from mimir_fast.step import Attack
 
 FP16_ATTACK_SCALE = 65536.0
@@ -79,16 +85,34 @@ def peak_learning_rate(config: PretrainConfig, world: World) -> float:
     return o.lr if o.lr is not None else o.blr * o.batch_size * o.accum_iter * world.size / 256
 
 
-def build_objective(config: PretrainConfig, world: World, model: MaskedAutoencoderViT, twin: MaskedAutoencoderViT):
-    """What is trained (compiled and data-parallel as configured), and the attack's loss function for the frozen twin."""
+class Computation(NamedTuple):
+    """What a step runs: the objective to train, the attack's loss function and the frozen model it attacks."""
+
+    objective: nn.Module
+    attacked: MaskedAutoencoderViT
+    attack_loss: Callable[..., tuple[Tensor, Tensor]]
+
+
+def build_computation(
+    config: PretrainConfig, world: World, model: MaskedAutoencoderViT, updater: Updater
+) -> Computation:
+    """16-bit copy (told to the updater), frozen twin, compiled pieces, data parallelism: as configured, over model's memory."""
     o = config.optim
-    pieces = Compiled(model, twin, o.compile, o.compile_mode, o.compile_region)
+    world.share(model.parameters())
+    if o.precision != "fp32":
+        updater.compute = ComputeCopy(model, AUTOCAST[o.precision])
+        model = updater.compute.module
+    attacked = frozen_twin(model)
+    pieces = Compiled(model, attacked, o.compile, o.compile_mode, o.compile_region)
     penalty = (penalty_name(config), config.penalty.mi_xpl)
     objective = Objective(model, config.model.mask_ratio, *penalty, pieces.encode, pieces.reconstruct)
     if world.size > 1:
         devices = [world.device] if world.device.type == "cuda" else None
-        objective = DistributedDataParallel(objective, device_ids=devices, gradient_as_bucket_view=True)
-    return objective, pieces.attack_loss
+        static = o.accum_iter == 1 or updater.compute is not None  # a static graph forbids holding gradients back
+        options = {"gradient_as_bucket_view": True, "static_graph": static}
+        objective = DistributedDataParallel(objective, device_ids=devices, **options)
+        objective.register_comm_hook(o.grad_compression == "bf16", average_gradients)
+    return Computation(objective, attacked, pieces.attack_loss)
 
 
 def describe(

@@ -125,6 +125,12 @@ class OptimConfig:
         choices=BACKENDS,
         new=True,
     )
+    grad_compression: str = flag(
+        "none",
+        "arithmetic in which gradients are averaged over processes; none: fp32",
+        choices=("none", "bf16"),
+        new=True,
+    )
     max_bad_steps: int = flag(20, "end the run after this many skipped updates in a row", "updates", new=True)
 
 

@@ -10,12 +10,11 @@ import yaml
 from torch import Tensor
 
 from mimir_fast import checkpoint as ckpt
-from mimir_fast.attack import frozen_twin
 from mimir_fast.build import (
     build_attack,
+    build_computation,
     build_data,
     build_model,
-    build_objective,
     describe,
     peak_learning_rate,
     penalty_name,
@@ -26,14 +25,13 @@ from mimir_fast.data import prefetch, to_float
 from mimir_fast.distributed import World
 from mimir_fast.metrics import RunLog, peak_memory_gib
 from mimir_fast.optim import Updater, build_optimizer, learning_rate, set_learning_rate
-from mimir_fast.precision import ComputeCopy
+from mimir_fast.precision import AUTOCAST
 from mimir_fast.run_state import EPOCH_SUMS, Position, checkpoint_state, find_state, restore
 from mimir_fast.samples import save_samples
 from mimir_fast.signals import StopSignals
 from mimir_fast.step import StepOutput, draw_noise, pretrain_step, step_seed
 
 CHECKPOINT_EVERY = 20  # epochs, the original's cadence
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Trainer:
@@ -56,12 +54,7 @@ class Trainer:
         self.folder = Path(config.run.output_dir) if config.run.output_dir else None
         notes = notes + self._resume()
         self.first_update = self.position.update + 1
-        dtype = AUTOCAST[config.optim.precision]
-        if dtype != torch.float32:
-            self.updater.compute = ComputeCopy(self.model, dtype)
-        computing = self.updater.compute.module if self.updater.compute else self.model
-        self.attacked = frozen_twin(computing)
-        self.objective, self.attack_loss = build_objective(config, world, computing, self.attacked)
+        self.computation = build_computation(config, world, self.model, self.updater)
         self.compile_clock = CompileClock()
         self._open_outputs(notes)
 
@@ -135,12 +128,13 @@ class Trainer:
         self.generator.manual_seed(step_seed(c.run.seed, self.world.rank, self.position.epoch, step))
         noise = draw_noise(self.generator, len(images), self.model.num_patches, self.attack)
         dtype = AUTOCAST[c.optim.precision]
+        computation = self.computation
         # 16-bit gradients are averaged over ranks before they are added up in fp32, so never held back
         held = self.world.size > 1 and not updates and not self.updater.compute
-        hold_gradients = self.objective.no_sync() if held else nullcontext()
+        hold_gradients = computation.objective.no_sync() if held else nullcontext()
         with hold_gradients:
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                output = pretrain_step(self.objective, self.attacked, images, noise, self.attack, self.attack_loss)
+                output = pretrain_step(*computation[:2], images, noise, self.attack, computation.attack_loss)
             self.updater.backward(output.loss, c.optim.accum_iter)
         self.skipped_penalties += ~output.penalty_used
         return images, output
