@@ -1,6 +1,7 @@
 """How often a step launches, waits and copies: from the log of a pretend GPU, or from torch's profiler on a real one."""
 
 import ctypes
+import itertools
 import statistics
 import subprocess
 import warnings
@@ -113,4 +114,4 @@ def measure(step: Callable[[], None], rounds: int) -> float:
         step()
         event.record()
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in zip(events, events[1:]))
+    return statistics.median(start.elapsed_time(end) for start, end in itertools.pairwise(events))

@@ -20,6 +20,7 @@ FACTORS = {
     "addmv": ("mat", "vec"),
     "dot": ("self", "tensor"),
 }
+CONVOLUTIONS = ("convolution", "convolution_backward")
 ATTENTION = {f"_scaled_dot_product_{name}_attention" for name in ("flash", "efficient", "cudnn")}
 BACKWARD_PER_FORWARD = 2.5  # five products instead of two
 # passes along the diagonal: factorise 1, substitute forward and back 2
@@ -75,7 +76,7 @@ def price(call: Call, setting: Setting) -> list[Price]:
         return _ours(call, setting)
     if call.op in FACTORS:
         return [Price("GEMM", call.name, moved(call), _product(call, setting))]
-    if call.op in ("convolution", "convolution_backward"):
+    if call.op in CONVOLUTIONS:
         return [Price("GEMM", call.name, moved(call), _convolution(call, setting))]
     if call.op.removesuffix("_backward") in ATTENTION:
         return [Price("attention", call.name, moved(call), _attention(call, setting))]
@@ -137,15 +138,19 @@ def _product(call: Call, setting: Setting) -> dict[str, float]:
     return {_precision(left, setting): 2.0 * _numel(left) * columns}
 
 
-def _convolution(call: Call, setting: Setting) -> dict[str, float]:
-    """2 * (numbers of the output) * (numbers of one filter), once for each of output, input gradient, weight gradient."""
-    weight = call.read("weight")
+def convolution_products(call: Call) -> int:
+    """Forward one; backward one for each wanted gradient of input and weight."""
     if call.op == "convolution":
-        output, products = call.writes[0], 1
-    else:
-        output = call.read("grad_output")
-        wanted = [call.read("input").shape, weight.shape]
-        products = sum(spec.shape in wanted for spec in call.writes)
+        return 1
+    wanted = [call.read("input").shape, call.read("weight").shape]
+    return sum(spec.shape in wanted for spec in call.writes)
+
+
+def _convolution(call: Call, setting: Setting) -> dict[str, float]:
+    """2 * (numbers of the output) * (numbers of one filter) per product."""
+    weight = call.read("weight")
+    output = call.writes[0] if call.op == "convolution" else call.read("grad_output")
+    products = convolution_products(call)
     return {_precision(weight, setting): 2.0 * products * _numel(output) * _numel(weight) / weight.shape[0]}
 
 

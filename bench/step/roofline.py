@@ -9,7 +9,7 @@ import torch
 
 from bench.step import counts
 from bench.step.peaks import Peak
-from bench.step.pricing import Price, Setting, price
+from bench.step.pricing import CONVOLUTIONS, Price, Setting, convolution_products, price
 from bench.step.table import Roofline
 from bench.step.trace import Call, record, source_nodes
 from bench.step.variants import ConvolutionStandIn, build_step
@@ -86,8 +86,7 @@ def price_all(calls: list[Call], config: PretrainConfig) -> list[list[Price]]:
 
 def convolutions(calls: list[Call]) -> int:
     """How many products the log of a pretend GPU without cuDNN misses."""
-    products = {"convolution": 1, "convolution_backward": 2}
-    return sum(products.get(call.op, 0) for call in calls)
+    return sum(convolution_products(call) for call in calls if call.op in CONVOLUTIONS)
 
 
 def from_launches(

@@ -107,7 +107,7 @@ def lines(record: dict) -> Iterator[str]:
     for kind, part in record["classes"].items():
         yield row(kind, **part)
     yield ""
-    total = "kernels + GEMMs + memsets {kernels} + {gemms} + {memsets} = {launches}; syncs {syncs}; copies to the host {to_host}"
+    total = "kernels + GEMMs + memsets {kernels} + {gemms} + {memsets} = {launches}; syncs {syncs}; copies to host {to_host}"
     yield total.format(**record["totals"])
     total = "{gb:.1f} GB in all, {gb_outside_gemm_attention:.1f} GB outside GEMM and attention; GEMM {gemm_tflop:.2f} TFLOP; "
     total += "peak {peak_gib:.2f} GiB; bound {bound_ms:.1f} ms ({bound_without_solves_ms:.1f} ms without dense solves)"

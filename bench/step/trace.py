@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -28,7 +27,6 @@ class Call:
 
     reads     argument name -> its tensors; arguments that are only overwritten are not here
     writes    the tensors written: results, and arguments changed in place
-    numbers   argument name -> value of the numbers and flags among the arguments
     gb        Inductor's own byte count in GB, flop its own FLOPs (matrix templates only), path the kernel's file
     """
 
@@ -36,7 +34,6 @@ class Call:
     name: str
     reads: dict[str, list[Spec]] = field(default_factory=dict)
     writes: list[Spec] = field(default_factory=list)
-    numbers: dict[str, object] = field(default_factory=dict)
     gb: float | None = None
     flop: float | None = None
     path: str = ""
@@ -100,8 +97,6 @@ def describe(func, args: tuple, kwargs: dict, result, device_type: str) -> Call:
         overwritten = argument.is_out or OVERWRITTEN.match(name.split(".")[1])
         if found and not (written and overwritten):
             call.reads[argument.name] = [spec(t) for t in found]
-        if isinstance(value, (bool, int, float)):
-            call.numbers[argument.name] = value
     new = [t for t in tensors(result, device_type) if not any(t is other for other in changed)]
     call.writes = [spec(t) for t in (*changed, *new)]
     return call
@@ -162,7 +157,7 @@ def record(step: Callable[[], None], device_type: str, mark: Callable[[int], Non
 
 
 def source_nodes() -> dict[str, str]:
-    """File of an Inductor kernel -> the model's names and the ATen operations it was made from, read from the generated code."""
+    """File of an Inductor kernel -> the names and ATen operations it was made from, read from the generated code."""
     from torch._inductor.codecache import PyCodeCache
 
     nodes: dict[str, str] = {}
