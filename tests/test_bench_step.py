@@ -229,43 +229,66 @@ def test_inductor_launches_are_recorded(monkeypatch):
     assert len(launched) == 1
 
 
-LOG = """KERNEL|warm_up|1,1,1|1,1,1|0
-MARK|step
+STEP = """MARK|step
 KERNEL|add|1,1,1|1,1,1|0
 TRITON|triton_0|1,1,1|1,1,1|0|16
 GEMM|Lt|TN|m=1,n=1,k=1,b=1|bf16->bf16|ep=1
+KERNEL|_Z7strangeiPf|1,1,1|1,1,1|0
 MEMSET|64
+MEMSET|32
+MEMCPY|D2D|100
 MEMCPY|D2H|4
 SYNC|stream
 MARK|end
-MARK|trace
+"""
+TRACE = """MARK|trace
 MARK|0
 KERNEL|add|1,1,1|1,1,1|0
+TRITON|triton_0|1,1,1|1,1,1|0|16
+GEMM|Lt|TN|m=1,n=1,k=1,b=1|bf16->bf16|ep=1
 MEMSET|64
 MARK|-1
 KERNEL|_Z7strangeiPf|1,1,1|1,1,1|0
 MEMCPY|D2D|100
 MARK|1
 MEMSET|32
+MEMCPY|D2H|4
+SYNC|stream
 MARK|-1
 MARK|end
-KERNEL|after|1,1,1|1,1,1|0
 """
 
 
 def test_log_of_the_pretend_gpu(tmp_path):
     log = tmp_path / "log"
-    log.write_text(LOG)
+    log.write_text("KERNEL|warm_up|1,1,1|1,1,1|0\n" + STEP + TRACE + "KERNEL|after|1,1,1|1,1,1|0\n")
     counted = counts.from_log(log)
-    assert counted == counts.Counts(kernels=2, gemms=1, memsets=1, syncs=1, to_host=1)
-    assert counted.launches == 4
+    assert counted == counts.Counts(kernels=3, gemms=1, memsets=2, syncs=1, to_host=1)
+    assert counted.launches == 6
     calls = [[Price("other ATen", "aten.add.Tensor", 8)], [Price("copies", "aten.zero_.default", 32)]]
     extra, outside = from_launches(calls, counts.launches_by_call(log))
     assert [(p.kind, p.name, p.bytes) for p in extra] == [("copies", "memset", 64), ("copies", "memcpy D2D", 200)]
     assert outside in ({"strange": 1}, {"_Z7strangeiPf": 1})
-    log.write_text(LOG.replace("SYNC|stream", "GRAPH|launch|0x1"))
+    log.write_text(STEP + TRACE.replace("TRITON|triton_0|1,1,1|1,1,1|0|16\n", ""))
+    with pytest.raises(RuntimeError, match="tracing changed the step"):
+        counts.from_log(log)
+    log.write_text((STEP + TRACE).replace("SYNC|stream", "GRAPH|launch|0x1"))
     with pytest.raises(RuntimeError, match="CUDA graph"):
         counts.from_log(log)
+
+
+def test_compiled_code_stays_compiled_while_recorded():
+    runs = []
+
+    def backend(graph, _):
+        return lambda *inputs: runs.append(1) or graph(*inputs)
+
+    compiled = torch.compile(lambda x: x.sin() + 1, backend=backend)
+    x = torch.zeros(3)
+    compiled(x)
+    calls = record(lambda: compiled(x), "cpu")
+    assert len(runs) == 2
+    assert [call.op for call in calls] == ["sin", "add"]
 
 
 @pytest.mark.parametrize("variant", ["references", "textbook"])

@@ -49,8 +49,17 @@ def region(log: Path, start: str) -> list[list[str]]:
 
 
 def from_log(log: Path) -> Counts:
-    """Counts of the undisturbed step.  Raises RuntimeError if a CUDA graph hides its launches."""
-    rows = region(log, STEP)
+    """Counts of the undisturbed step.
+
+    Raises RuntimeError if a CUDA graph hides its launches, or if the traced step launched something else.
+    """
+    counted, traced = (_counts(region(log, mark)) for mark in (STEP, TRACE))
+    if counted != traced:
+        raise RuntimeError(f"tracing changed the step: {counted} without, {traced} with it")
+    return counted
+
+
+def _counts(rows: list[list[str]]) -> Counts:
     kinds = Counter(row[0] for row in rows)
     if kinds["GRAPH"]:
         raise RuntimeError("the step replays a CUDA graph, which hides its launches; trace it without CUDA graphs")
