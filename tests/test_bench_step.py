@@ -45,6 +45,14 @@ def test_matrix_product():
     assert price(call, Setting(tf32=True))[0].flops == {"tf32": 2 * 3 * 5 * 7}
 
 
+def test_share_of_removed_patches_comes_from_the_configuration():
+    config = configuration("ours", "--mask_ratio 0.6 --input_size 32 --patch_size 8 --device cpu".split())
+    image = Spec((1, 3, 32, 32), "float32", 1000)
+    reads = {"pred": [image], "images": [image], "mask": [Spec((1, 16), "float32", 64)]}
+    call = Call("op", "mimir_fast.masked_patch_loss.default", reads, [])
+    assert price_all([call], config)[0][0].bytes == 10 / 16 * 2000 + 2 * 64 + 8 * 16  # 6 of 16 are kept
+
+
 def test_bound_is_the_slower_of_arithmetic_and_memory():
     assert Price("GEMM", "", 3.35e12, {"bf16": 1.0}).seconds(H100) == 1.0
     assert Price("GEMM", "", 1.0, {"bf16": 989e12}).seconds(H100) == 1.0
@@ -129,6 +137,11 @@ def test_convolution_and_its_stand_in():
         calls = record(both, "cpu")
     assert [p.flops for call in calls for p in price(call, SETTING) if p.kind == "GEMM"] == real
     assert convolutions(calls) == 3
+    with ConvolutionStandIn():
+        (unwanted,) = torch.ops.aten.convolution_backward(
+            images[:, :1, :2, :2], images, weight, [5], [4, 4], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False]
+        )[::2][:1]
+    assert unwanted is None
 
 
 def test_every_operation_of_ours_has_a_contract():
@@ -217,13 +230,14 @@ def test_inductor_launches_are_recorded(monkeypatch):
     monkeypatch.setattr(CachingAutotuner, "run", lambda self, *args, **kwargs: launched.append(args))
     kernel = object.__new__(CachingAutotuner)
     kernel.inductor_meta = {"kernel_num_gb": 1.5}
-    kernel.fn = type("Source", (), {"__name__": "triton_red_fused_7", "fn": test_matrix_product})()
+    kernel.fn = type("Source", (), {"__name__": "triton_red_fused_7", "fn": None})()  # as Inductor's cache returns it
+    kernel.filename = "/cache/abc/cabcdef.py"
     marks = []
     x = torch.zeros(3)
     calls = record(lambda: (x + 1, kernel.run(x, 3, stream=0)), "cpu", marks.append)
-    assert [(c.name, c.gb, c.path) for c in calls] == [
+    assert [(c.name, c.gb, c.file) for c in calls] == [
         ("aten.add.Tensor", None, ""),
-        ("triton_red_fused_7", 1.5, __file__),
+        ("triton_red_fused_7", 1.5, "cabcdef"),
     ]
     assert marks == [0, -1, 1, -1]
     assert len(launched) == 1
@@ -311,15 +325,15 @@ def test_table_and_record():
         Price("GEMM", "aten.mm.out", 1e9, {"bf16": 989e9}),
         Price("GEMM", "aten.mm.out", 1e9, {"bf16": 989e9}),
         Price("attention", "flash", 1e9),
-        Price("Inductor", "triton_poi_0", 3.35e9, path="/a.py"),
-        Price("Inductor", "triton_poi_0", 3.35e9, path="/a.py"),
-        Price("Inductor", "triton_poi_0", 3.35e9, path="/b.py"),  # the same name in another graph
+        Price("Inductor", "triton_poi_0", 3.35e9, file="ca"),
+        Price("Inductor", "triton_poi_0", 3.35e9, file="ca"),
+        Price("Inductor", "triton_poi_0", 3.35e9, file="cb"),  # the same name in another graph
         Price("other ATen", "aten.sign.default", 67e9),
         Price("solves", "aten.inverse", 0, solve=2e-3),
         Price("ours", "mimir_fast.new", 1e9, why="no contract"),
     ]
     counted = counts.Counts(10, 2, 3, 1, 4)
-    shared = {"outside": {"strange": 2}, "nodes": {"/a.py": "[gelu] gelu"}}
+    shared = {"outside": {"strange": 2}, "nodes": {"ca": "[gelu] gelu"}}
     record = table.Roofline(prices, H100, counted, 1.5, 64, **shared, ms=50.0).record()
     assert json.loads(json.dumps(record)) == record
     assert record["classes"]["GEMM"] == pytest.approx({"count": 2, "gb": 2, "tflop": 1.978, "bound_ms": 2})

@@ -52,7 +52,7 @@ class Price:
     flops: dict[str, float] = field(default_factory=dict)
     solve: float = 0.0
     why: str = ""
-    path: str = ""
+    file: str = ""
 
     def seconds(self, peak: Peak) -> float:
         """max(FLOPs / peak, bytes / bandwidth, solve): no implementation of this call can be faster."""
@@ -108,12 +108,12 @@ def moved(call: Call) -> int:
 def _inductor(call: Call) -> Price:
     if call.gb is None:
         return Price(
-            "Inductor", call.name, moved(call), why="Inductor gives no byte count, arguments once", path=call.path
+            "Inductor", call.name, moved(call), why="Inductor gives no byte count, arguments once", file=call.file
         )
     if call.flop:  # a matrix template
         precision = PRECISION.get(call.reads["arguments"][0].dtype, "fp32")
-        return Price("GEMM", call.name, call.gb * 1e9, {precision: call.flop}, path=call.path)
-    return Price("Inductor", call.name, call.gb * 1e9, path=call.path)
+        return Price("GEMM", call.name, call.gb * 1e9, {precision: call.flop}, file=call.file)
+    return Price("Inductor", call.name, call.gb * 1e9, file=call.file)
 
 
 def _ours(call: Call, setting: Setting) -> list[Price]:

@@ -68,12 +68,12 @@ class Roofline:
         }
 
     def grouped(self, kinds: tuple[str, ...], key: str) -> list[dict]:
-        """Prices of some classes added up by `name` or `path`, most expensive first."""
+        """Prices of some classes added up by `name` or `file`, most expensive first."""
         groups: dict[str, list[Price]] = {}
         for p in self.prices:
             if p.kind in kinds:
                 groups.setdefault(getattr(p, key), []).append(p)
-        rows = [{"name": g[0].name, **self.sum(g), "nodes": self.nodes.get(g[0].path, "")} for g in groups.values()]
+        rows = [{"name": g[0].name, **self.sum(g), "nodes": self.nodes.get(g[0].file, "")} for g in groups.values()]
         return sorted(rows, key=lambda row: -row["bound_ms"])
 
     def unpriced(self) -> list[dict]:
@@ -95,7 +95,7 @@ class Roofline:
             "measured": self.measured(),
             "unpriced": self.unpriced(),
             "remainder": [{k: row[k] for k in ("name", "count", "gb")} for row in remainder],
-            "top": self.grouped(("Inductor",), "path")[:TOP],
+            "top": self.grouped(("Inductor",), "file")[:TOP],
         }
 
 

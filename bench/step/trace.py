@@ -27,7 +27,7 @@ class Call:
 
     reads     argument name -> its tensors; arguments that are only overwritten are not here
     writes    the tensors written: results, and arguments changed in place
-    gb        Inductor's own byte count in GB, flop its own FLOPs (matrix templates only), path the kernel's file
+    gb        Inductor's own byte count in GB, flop its own FLOPs (matrix templates only), file the name of the kernel's file
     """
 
     kind: str
@@ -36,7 +36,7 @@ class Call:
     writes: list[Spec] = field(default_factory=list)
     gb: float | None = None
     flop: float | None = None
-    path: str = ""
+    file: str = ""
 
     @property
     def op(self) -> str:
@@ -135,7 +135,7 @@ def inductor_kernels(recorder: Recorder) -> Iterator[None]:
         counted = {
             "gb": meta.get("kernel_num_gb"),
             "flop": meta.get("kernel_flop"),
-            "path": self.fn.fn.__code__.co_filename,
+            "file": Path(self.filename or "").stem,
         }
         call = Call("inductor", self.fn.__name__, reads={"arguments": touched}, **counted)
         recorder.mark(len(recorder.calls))
@@ -166,5 +166,5 @@ def source_nodes() -> dict[str, str]:
     )
     for module in PyCodeCache.modules:
         for path, names, operations in pattern.findall(Path(module.__file__).read_text()):
-            nodes.setdefault(path, f"[{names}] {operations.replace('aten.', '')}")
+            nodes.setdefault(Path(path).stem, f"[{names}] {operations.replace('aten.', '')}")
     return nodes
