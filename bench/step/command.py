@@ -21,6 +21,7 @@ from bench.step.variants import VARIANTS, configuration
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results" / "step.jsonl"
 EPILOG = """Trainer flags may follow --, for instance: python -m bench step --batch 256 -- --mask_ratio 0.6
+Units: GB 1e9 bytes, GiB 2**30 bytes, TFLOP 1e12 operations (a multiply-add is two), ms of one step; syncs, copies: per step.
 Bounds are what the calls of this step cannot undercut at the GPU's peaks; they are no predictions.  Only "measured" lines, on
 a real GPU, are measurements."""
 
