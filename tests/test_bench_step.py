@@ -24,7 +24,7 @@ from bench.step.variants import ConvolutionStandIn, build_step, configuration
 ROOT = Path(__file__).parents[1]
 WRAPPER = ROOT.parent / "shared" / "tools" / "drygpu" / "drygpu"  # an outside program, where it is there
 H100 = PEAKS["h100"]
-SETTING = Setting(tf32=False, removed=0.75)
+SETTING = Setting(tf32=False)
 
 
 def priced(function) -> list[Price]:
@@ -43,14 +43,6 @@ def test_matrix_product():
     assert batched.flops == {"fp32": 4 * 2 * 3 * 5 * 7}
     (call,) = record(lambda: torch.mm(a.float(), b.float()), "cpu")[-1:]
     assert price(call, Setting(tf32=True))[0].flops == {"tf32": 2 * 3 * 5 * 7}
-
-
-def test_share_of_removed_patches_comes_from_the_configuration():
-    config = configuration("ours", "--mask_ratio 0.6 --input_size 32 --patch_size 8 --device cpu".split())
-    image = Spec((1, 3, 32, 32), "float32", 1000)
-    reads = {"pred": [image], "images": [image], "mask": [Spec((1, 16), "float32", 64)]}
-    call = Call("op", "mimir_fast.masked_patch_loss.default", reads, [])
-    assert price_all([call], config)[0][0].bytes == 10 / 16 * 2000 + 2 * 64 + 8 * 16  # 6 of 16 are kept
 
 
 def test_bound_is_the_slower_of_arithmetic_and_memory():
@@ -155,9 +147,10 @@ def test_contracts_against_hand_counts():
     """B=2 images of 3x8x8 in patches of 4: L=4, P=48; one patch kept; storage fp32, indices 8 bytes."""
     B, L, K, P, E, m, d = 2, 4, 1, 48, 6, 8, 10
     ops = torch.ops.mimir_fast
-    image, patches = 4 * B * 3 * 64, 4 * B * L * P
+    image, patches = 4 * B * 3 * 64, 4 * B * (L - K) * P
     with FakeTensorMode():
-        images, pred = torch.zeros(B, 3, 8, 8), torch.zeros(B, L, P)
+        M = L - K
+        images, pred, removed = torch.zeros(B, 3, 8, 8), torch.zeros(B, M, P), torch.zeros(B, M, dtype=torch.int64)
         noise, keep, restore = (
             torch.zeros(B, L),
             torch.zeros(B, K, dtype=torch.int64),
@@ -167,9 +160,9 @@ def test_contracts_against_hand_counts():
         tokens, positions, square = torch.zeros(B, 1 + K, E), torch.zeros(1 + L, E), torch.zeros(m, m)
         x, y, seed = torch.zeros(m, d), torch.zeros(m, 2 * d), torch.zeros((), dtype=torch.int64)
         f32, bf16 = torch.float32, torch.bfloat16
-        loss = (one, pred, images, noise, one, 4, True)
+        loss = (pred, images, removed, 4, True)
         cases = {
-            "mask_indices": ((noise, K), 4 * B * L + 8 * B * K + 8 * B * L + 4 * B * L),
+            "mask_indices": ((noise,), 4 * B * L + 2 * 8 * B * L),
             "patch_gather": ((images, keep, 4, 0.5, bf16), B * K * (P * (4 + 2) + 8)),
             "patch_gather_grad": ((visible, keep, [B, 3, 8, 8], 4, f32), B * K * (4 * P + 8) + image),
             "linf_start": ((images, bounds, seed), 2 * image),
@@ -177,16 +170,16 @@ def test_contracts_against_hand_counts():
                 (images, images, visible, pred, restore, bounds, 4, True),
                 3 * image + 4 * B * K * P + 4 * B * (L - K) * P + 8 * B * L,
             ),
-            "masked_patch_loss": ((pred, images, noise, 4, True), 0.75 * (patches + image) + 2 * 4 * B * L + 8 * B * L),
-            "masked_patch_loss_grad_pred": (loss, 0.75 * (patches + image) + 4 * B * L + patches),
-            "masked_patch_loss_grad_images": (loss, 0.75 * (patches + image) + 4 * B * L + image),
+            "masked_patch_loss": (loss, 2 * patches + 8 * B * M + 2 * 4 * B * M),
+            "masked_patch_loss_grad_pred": ((one, *loss), 3 * patches + 8 * B * M),
+            "masked_patch_loss_grad_images": ((one, *loss), 3 * patches + 8 * B * M + image),
             "token_restore": (
                 (tokens, torch.zeros(E), positions, restore),
                 4 * (B * (1 + K) * E + E + (1 + L) * E) + 8 * B * L + 4 * B * (1 + L) * E,
             ),
             "token_restore_grad": (
-                (torch.zeros(B, 1 + L, E), restore, K, f32, f32),
-                4 * B * (1 + L) * E + 8 * B * L + 4 * (B * (1 + K) * E + E),
+                (torch.zeros(B, 1 + L, E), K, f32),
+                4 * B * (1 + L) * E + 4 * E,
             ),
             "nhsic": ((x, y, 5.0), 4 * m * (d + 2 * d) * 3 + 2 * 5 * 2 * 4 * m * m),
             "nhsic_grad": (
@@ -310,7 +303,7 @@ def test_a_whole_step_on_the_cpu_leaves_nothing_unpriced(variant):
     words = "--model mae_vit_ti --batch_size 2 --input_size 32 --patch_size 8 --device cpu --no_compile".split()
     config = configuration(variant, words)
     calls = record(build_step(variant, config, torch.device("cpu")), "cpu")
-    prices = [p for parts in price_all(calls, config) for p in parts]
+    prices = [p for parts in price_all(calls) for p in parts]
     kinds = {p.kind for p in prices}
     assert kinds >= {"GEMM", "AdamW", "solves", "copies", "other ATen"}
     roofline = table.Roofline(prices, H100, counts.Counts(0, 0, 0, 0, 0), 0.0, 2)

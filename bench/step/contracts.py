@@ -1,7 +1,7 @@
 """The bytes and FLOPs of our own operations: the `bytes` line of each docstring under kernels/ as a formula.
 
-Shapes: B batch, L patches, K kept, P numbers per patch, m samples, d numbers per sample.  `removed` is the share of patches
-that the mask removes.  Bytes are those that must come from or go to memory, not what is read again from cache.
+Shapes: B batch, L patches, M removed, P numbers per patch, m samples, d numbers per sample.  Bytes are those
+that must come from or go to memory, not what is read again from cache.
 """
 
 from collections.abc import Callable
@@ -32,53 +32,60 @@ def _once(call: Call, *names: str) -> int:
     return sum(call.read(name).bytes for name in names)
 
 
-def mask_indices(call: Call, removed: float) -> Contract:
+def mask_indices(call: Call) -> Contract:
     return Contract(_once(call, "noise") + _written(call))
 
 
-def patch_gather(call: Call, removed: float) -> Contract:
+def patch_gather(call: Call) -> Contract:
     """The kept patches read in the images' storage and written in the output's, the indices once."""
     (patches,), images = call.writes, call.read("images")
     count = patches.shape[0] * patches.shape[1] * patches.shape[2]
     return Contract(count * _width(images) + patches.bytes + _once(call, "ids_keep"))
 
 
-def patch_gather_grad(call: Call, removed: float) -> Contract:
+def patch_gather_grad(call: Call) -> Contract:
     return Contract(_once(call, "grad", "ids_keep") + _written(call))
 
 
-def linf_start(call: Call, removed: float) -> Contract:
+def linf_start(call: Call) -> Contract:
     return Contract(_once(call, "images") + _written(call))
 
 
-def linf_patch_step(call: Call, removed: float) -> Contract:
-    """Of pred only the removed patches; K tells their share."""
-    share = 1 - call.read("grad_visible").shape[1] / call.read("pred").shape[1]
-    whole = _once(call, "images", "adv", "grad_visible", "ids_restore")
-    return Contract(whole + share * call.read("pred").bytes + _written(call))
+def linf_patch_step(call: Call) -> Contract:
+    return Contract(_once(call, "images", "adv", "grad_visible", "pred", "ids_restore") + _written(call))
 
 
-def masked_patch_loss(call: Call, removed: float) -> Contract:
-    """pred and images of removed patches, the mask twice, one fp32 per patch written and read."""
-    mask = call.read("mask")
-    patches = mask.bytes // _width(mask)
-    return Contract(removed * _once(call, "pred", "images") + 2 * mask.bytes + 2 * 4 * patches)
+def masked_patch_loss(call: Call) -> Contract:
+    """pred, as many numbers of the images, ids; one fp32 per patch written and read."""
+    B, M, _ = call.read("pred").shape
+    return Contract(_predicted(call) + 2 * 4 * B * M)
 
 
-def masked_patch_loss_grad(call: Call, removed: float) -> Contract:
-    """The same reads, and the gradient written once."""
-    return Contract(removed * _once(call, "pred", "images") + _once(call, "mask") + _written(call))
+def masked_patch_loss_grad_pred(call: Call) -> Contract:
+    return Contract(_predicted(call) + _written(call))
 
 
-def token_restore(call: Call, removed: float) -> Contract:
-    return Contract(_once(call, "tokens", "mask_token", "pos_embed", "ids_restore") + _written(call))
+def masked_patch_loss_grad_images(call: Call) -> Contract:
+    """The images' gradient is cleared, then written where patches are predicted."""
+    B, M, P = call.read("pred").shape
+    return Contract(_predicted(call) + _written(call) + B * M * P * _width(call.read("images")))
 
 
-def token_restore_grad(call: Call, removed: float) -> Contract:
-    return Contract(_once(call, "grad", "ids_restore") + _written(call))
+def _predicted(call: Call) -> int:
+    B, M, P = call.read("pred").shape
+    return _once(call, "pred", "ids") + B * M * P * _width(call.read("images"))
 
 
-def nhsic(call: Call, removed: float) -> Contract:
+def token_restore(call: Call) -> Contract:
+    return Contract(_once(call, "tokens", "mask_token", "pos_embed", "ids_shuffle") + _written(call))
+
+
+def token_restore_grad(call: Call) -> Contract:
+    """The gradient of removed patches only; how many is not among the tensors, so all rows are counted: a bound from above."""
+    return Contract(_once(call, "grad") + _written(call))
+
+
+def nhsic(call: Call) -> Contract:
     """Each side: rows once, centred fp32 rows written and read, [m,m] matrices; half a Gram product, two dense solves."""
     data, flops, solves = 0, 0.0, []
     for name in ("x", "y"):
@@ -89,7 +96,7 @@ def nhsic(call: Call, removed: float) -> Contract:
     return Contract(data, {"tf32": flops}, solves)
 
 
-def nhsic_grad(call: Call, removed: float) -> Contract:
+def nhsic_grad(call: Call) -> Contract:
     """Centred rows once, the gradient once, k and both P; two [m,m] products and one with the rows."""
     m, d = call.read("rows").shape
     data = _once(call, "rows", "k", "p_self", "p_other") + SQUARES * 2 * 4 * m * m + _written(call)
@@ -101,15 +108,15 @@ def _width(spec: Spec) -> int:
     return {"uint8": 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "int64": INDEX}[spec.dtype]
 
 
-CONTRACTS: dict[str, Callable[[Call, float], Contract]] = {
+CONTRACTS: dict[str, Callable[[Call], Contract]] = {
     "mask_indices": mask_indices,
     "patch_gather": patch_gather,
     "patch_gather_grad": patch_gather_grad,
     "linf_start": linf_start,
     "linf_patch_step": linf_patch_step,
     "masked_patch_loss": masked_patch_loss,
-    "masked_patch_loss_grad_pred": masked_patch_loss_grad,
-    "masked_patch_loss_grad_images": masked_patch_loss_grad,
+    "masked_patch_loss_grad_pred": masked_patch_loss_grad_pred,
+    "masked_patch_loss_grad_images": masked_patch_loss_grad_images,
     "token_restore": token_restore,
     "token_restore_grad": token_restore_grad,
     "nhsic": nhsic,

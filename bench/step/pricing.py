@@ -62,10 +62,9 @@ class Price:
 
 @dataclass(frozen=True)
 class Setting:
-    """What the tensors do not tell: fp32 products as tf32 or not, the share of patches that the mask removes."""
+    """What the tensors do not tell: fp32 products as tf32 or not."""
 
     tf32: bool = False
-    removed: float = 0.75
 
 
 def price(call: Call, setting: Setting) -> list[Price]:
@@ -119,7 +118,7 @@ def _inductor(call: Call) -> Price:
 def _ours(call: Call, setting: Setting) -> list[Price]:
     if call.op not in CONTRACTS:
         return [Price("ours", call.name, moved(call), why="no contract in bench/step/contracts.py, arguments once")]
-    contract = CONTRACTS[call.op](call, setting.removed)
+    contract = CONTRACTS[call.op](call)
     prices = [Price("ours", call.name, contract.bytes, contract.flops)]
     for name, n in contract.solves:
         prices.append(Price("solves", f"{call.name}: {name}", 0, solve=solve_seconds(n, SWEEPS[name])))

@@ -24,7 +24,7 @@ def roofline_on_gpu(variant: str, config: PretrainConfig, peak: Peak, rounds: in
     step = _warm(variant, config)
     peak_gib = _peak_gib(step)
     calls = record(step, CUDA.type)
-    priced = price_all(calls, config)
+    priced = price_all(calls)
     gemms = sum(prices[0].kind == "GEMM" for prices in priced)
     counted, ms = counts.from_profiler(step, gemms), counts.measure(step, rounds)
     batch = config.optim.batch_size
@@ -41,7 +41,7 @@ def roofline_on_pretend_gpu(
             calls, peak_gib = _marked_steps(variant, config, mark)
     else:
         calls, peak_gib = _marked_steps(variant, config, mark)
-    priced = price_all(calls, config)
+    priced = price_all(calls)
     extra, outside = from_launches(priced, counts.launches_by_call(log))
     counted = counts.from_log(log)
     counted = replace(counted, gemms=counted.gemms + convolutions(calls))
@@ -76,11 +76,9 @@ def _peak_gib(step: Callable[[], None]) -> float:
     return torch.cuda.max_memory_allocated() / 2**30
 
 
-def price_all(calls: list[Call], config: PretrainConfig) -> list[list[Price]]:
+def price_all(calls: list[Call]) -> list[list[Price]]:
     """The prices of every call, call by call."""
-    patches = (config.model.input_size // config.model.patch_size) ** 2
-    kept = int(patches * (1 - config.model.mask_ratio))
-    setting = Setting(tf32=torch.get_float32_matmul_precision() != "highest", removed=1 - kept / patches)
+    setting = Setting(tf32=torch.get_float32_matmul_precision() != "highest")
     return [price(call, setting) for call in calls]
 
 

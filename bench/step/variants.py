@@ -14,14 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.textbook import TextbookMAE, textbook_step
 from mimir_fast.arguments import parse_pretrain_args
-from mimir_fast.build import build_attack, build_model, penalty_name, wrap_model
+from mimir_fast.build import build_attack, build_computation, build_model
 from mimir_fast.config import PretrainConfig
 from mimir_fast.distributed import World
 from mimir_fast.models import ALIASES, DECODER, MODELS
 from mimir_fast.optim import Updater, build_optimizer
+from mimir_fast.precision import AUTOCAST
 from mimir_fast.pretrain import settle_defaults
 from mimir_fast.step import draw_noise, pretrain_step
-from mimir_fast.trainer import AUTOCAST
 
 VARIANTS = ("ours", "references", "textbook")
 LEARNING_RATE = 1e-4
@@ -49,27 +49,16 @@ def trainers(config: PretrainConfig, images: torch.Tensor) -> Callable[[], None]
     """The one place that knows how the trainer puts a step together."""
     world = World(device=images.device)
     model = build_model(config, world.device)
-    attack, penalty = build_attack(config, None, world.device), penalty_name(config)
-    updater = _updater(config, model, world.device)
-    forward, attack_loss = wrap_model(config, world, model)
+    attack, updater = build_attack(config, None, world.device), _updater(config, model, world.device)
+    objective, attacked, attack_loss = build_computation(config, world, model, updater)
     generator = torch.Generator(world.device)
     dtype = AUTOCAST[config.optim.precision]
 
     def step() -> None:
         generator.manual_seed(config.run.seed)
-        noise = draw_noise(generator, images.shape, model.num_patches, attack)
+        noise = draw_noise(generator, len(images), model.num_patches, attack)
         with torch.autocast(world.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            output = pretrain_step(
-                forward,
-                images,
-                noise,
-                attack,
-                config.model.mask_ratio,
-                penalty,
-                config.penalty.mi_xpl,
-                bare_model=model,
-                attack_loss=attack_loss,
-            )
+            output = pretrain_step(objective, attacked, images, noise, attack, attack_loss)
         updater.backward(output.loss, config.optim.accum_iter)
         updater.update()
 
