@@ -100,6 +100,8 @@ def build_computation(
     o = config.optim
     world.share(model.parameters())
     if o.precision != "fp32":
+        if world.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # tf32 for what stays in fp32: the patch embedding
         updater.compute = ComputeCopy(model, AUTOCAST[o.precision])
         model = updater.compute.module
     attacked = frozen_twin(model)

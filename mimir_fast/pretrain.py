@@ -27,8 +27,6 @@ def main(argv: list[str] | None = None) -> int:
         config, explicit = parse_pretrain_args(sys.argv[1:] if argv is None else argv)
         config, notes = settle_defaults(config, explicit)
         world = join_world(config.dist, config.run.device)
-        if config.optim.precision != "fp32":
-            torch.set_float32_matmul_precision("high")  # tf32 for what stays in fp32: the patch embedding
         seed_everything(config.run.seed + world.rank)
         keep_compiled_code()
         trainer = Trainer(config, world, notes)
