@@ -1,0 +1,154 @@
+"""short_attention: the kernels in the interpreter against float64, and what the contract promises about traffic."""
+
+import math
+
+import pytest
+import torch
+from budget import assert_within_budget
+from interpreter import Sanitizer, interpret
+from mimir_fast.kernels import short_attention
+from mimir_fast.kernels.short_attention import kernel
+from mimir_fast.kernels.short_attention.op import LONGEST, supported
+
+SHAPES = [  # B, T, N, d: heads whole and several to a program, one and several parts of keys, one and several blocks of rows
+    (2, 50, 1, 64),
+    (1, 197, 2, 8),
+    (1, 65, 1, 64),
+    (2, 17, 3, 8),
+    (1, 5, 3, 48),
+    (1, 50, 1, 96),
+    (3, 1, 2, 4),
+    (1, 64, 5, 3),
+    (1, 66, 1, 20),
+    (1, 273, 1, 16),
+]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def inputs(B, T, N, d, dtype=torch.float32):
+    """qkv and the output's gradient."""
+    return torch.randn(B, T, 3 * N * d).to(dtype), torch.randn(B, T, N * d).to(dtype)
+
+
+def output_and_gradient(qkv, upstream, num_heads, impl):
+    qkv = qkv.detach().requires_grad_()
+    out = short_attention(qkv, num_heads, impl=impl)
+    return out.detach(), *torch.autograd.grad(out, qkv, upstream)
+
+
+def explicit(qkv, num_heads):
+    """The formula, word for word."""
+    q, k, v = (part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
+    return (torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), dim=-1) @ v).transpose(1, 2).flatten(2)
+
+
+def check(qkv, upstream, num_heads):
+    truth = output_and_gradient(qkv.double(), upstream.double(), num_heads, "reference")
+    eager = output_and_gradient(qkv, upstream, num_heads, "reference")
+    with interpret(Sanitizer()) as s:
+        ours = output_and_gradient(qkv, upstream, num_heads, "triton")
+        again = output_and_gradient(qkv, upstream, num_heads, "triton")
+    assert not s.errors
+    D = upstream.shape[-1]
+    parts = [[t[0], *t[1].split(D, dim=-1)] for t in (ours, eager, truth, again)]
+    for name, a, b, c, d in zip(("out", "grad q", "grad k", "grad v"), *parts):
+        assert a.dtype == b.dtype, name
+        assert_within_budget(a, b, c, name)
+        assert torch.equal(a, d), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_output_and_gradients(shape, dtype):
+    check(*inputs(*shape, dtype), shape[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_scores_of_either_sign(dtype):
+    """Up to hundreds: exp without the row's maximum subtracted would overflow, or underflow where all scores are negative."""
+    qkv, upstream = inputs(1, 66, 2, 8, dtype)
+    qkv[..., :16] *= 20
+    qkv[:, :10, :16], qkv[..., 16:32] = -60, qkv[..., 16:32].abs() + 1
+    check(qkv, upstream, 2)
+
+
+@pytest.mark.parametrize("view", ["sliced", "transposed", "expanded", "expanded gradient"])
+def test_strided_inputs(view):
+    qkv, upstream = inputs(2, 18, 2, 8)
+    qkv, upstream = {
+        "sliced": lambda: (torch.randn(2, 20, 64)[:, 1:19, 8:56], upstream),
+        "transposed": lambda: (qkv.mT.contiguous().mT, upstream.transpose(0, 1).contiguous().transpose(0, 1)),
+        "expanded": lambda: (qkv[:1].expand(2, -1, -1), upstream),
+        "expanded gradient": lambda: (qkv, torch.randn(()).expand(2, 18, 16)),
+    }[view]()
+    check(qkv, upstream, 2)
+
+
+def test_permuting_images_and_tokens_permutes_output_and_gradient():
+    qkv, upstream = inputs(3, 20, 2, 8)
+    images, tokens = torch.tensor([2, 0, 1]), torch.randperm(20)
+    with interpret():
+        ours = output_and_gradient(qkv, upstream, 2, "triton")
+        others = output_and_gradient(qkv[images], upstream[images], 2, "triton")
+        moved = output_and_gradient(qkv[:, tokens], upstream[:, tokens], 2, "triton")
+    assert all(torch.equal(a[images], b) for a, b in zip(ours, others))
+    for a, b in zip(ours, moved):
+        torch.testing.assert_close(a[:, tokens], b)
+
+
+def test_the_reference_is_the_formula():
+    qkv = torch.randn(2, 7, 3 * 4 * 5, dtype=torch.float64)
+    torch.testing.assert_close(short_attention(qkv, 4), explicit(qkv, 4))
+    assert torch.autograd.gradcheck(lambda t: short_attention(t, 2), qkv[:1, :3, :12].clone().requires_grad_())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 50, 2, 64), (1, 197, 4, 8), (1, 65, 1, 64)], ids=str)
+def test_traffic_is_the_contracts(shape, dtype):
+    qkv, upstream = inputs(*shape, dtype)
+    qkv.requires_grad_()
+    with interpret(Sanitizer()) as s:
+        out = short_attention(qkv, shape[2], impl="triton")
+        forward = dict(s.st)
+        assert s.used("load") > 0.9
+        assert s.used("store") > 0.9
+        s.st.clear()
+        out.backward(upstream)
+    assert (forward["load_bytes"], forward["store_bytes"]) == (qkv.nbytes, out.nbytes)
+    assert (s.st["load_bytes"], s.st["store_bytes"]) == (qkv.nbytes + out.nbytes, qkv.nbytes)
+    assert s.used("load") > 0.9
+    assert s.used("store") > 0.9
+
+
+def test_only_qkv_is_kept_for_the_backward():
+    qkv = torch.randn(1, 5, 48, requires_grad=True)
+    kept = []
+    with interpret(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        short_attention(qkv, 2, impl="triton")
+    assert [t.data_ptr() for t in kept] == [qkv.data_ptr()]
+
+
+def test_operator_registration_and_fullgraph_compilation():
+    qkv, upstream = inputs(2, 5, 2, 8)
+    qkv.requires_grad_()
+
+    def attended(qkv):
+        return short_attention(qkv, 2, impl="triton").square()
+
+    with interpret():
+        torch.library.opcheck(kernel.short_attention, (qkv, 2))
+        torch.library.opcheck(kernel.short_attention_grad, (upstream, qkv.detach(), 2))
+        eager = attended(qkv)
+        compiled = torch.compile(attended, fullgraph=True, backend="aot_eager")(qkv)
+        assert torch.equal(eager, compiled)
+        assert torch.equal(*(torch.autograd.grad(y.sum(), qkv)[0] for y in (eager, compiled)))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(attended(qkv), eager)
+
+
+def test_the_reference_compiles_fullgraph_and_ignores_autocast():
+    qkv = torch.randn(2, 5, 48)
+    compiled = torch.compile(short_attention, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(qkv, 2), short_attention(qkv, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(short_attention(qkv, 2), compiled(qkv, 2))
