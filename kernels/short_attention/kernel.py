@@ -7,6 +7,8 @@ T is often one more than such), and goes over blocks of R query rows.  Backward,
 output's gradient and with q, summed over the blocks, then need no transposition; only the one with k does.
 """
 
+# ruff: noqa: RUF005 (Triton has no starred tuples)
+
 import math
 
 import torch
@@ -74,6 +76,7 @@ def _zero_parts(W: tl.constexpr, PARTS: tl.constexpr):
 @triton.jit
 def _mix(q_RW, k, v, T: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr):
     """softmax(q k^T) v [R,W], part after part: what was summed shrinks when a part has a new maximum."""
+    max_R1 = None
     for i in tl.static_range(len(PARTS)):
         score_RK = tl.dot(q_RW, tl.trans(k[i]), input_precision="tf32x3")
         if i * PARTS[0] + PARTS[i] > T:
@@ -224,7 +227,7 @@ def short_attention_forward(qkv_BTQ: Tensor, num_heads: int) -> Tensor:
     B, T, D = out_BTD.shape
     head = D // num_heads
     _attend_kernel[_grid(B, num_heads, head)](
-        qkv_BTQ.contiguous(), out_BTD, num_heads, T=T, HEAD=head, **forward_tiles(T, head)
+        qkv_BTQ.contiguous(), out_BTD, num_heads, T=T, HEAD=head, **forward_tiles(T, head, qkv_BTQ.itemsize)
     )
     return out_BTD
 
@@ -236,7 +239,7 @@ def short_attention_backward(grad_BTD: Tensor, qkv_BTQ: Tensor, num_heads: int) 
     head = D // num_heads
     _attend_grad_kernel[_grid(B, num_heads, head)](
         grad_BTD.contiguous(), qkv_BTQ.contiguous(), grad_qkv_BTQ, num_heads, head**-0.5, T=T, HEAD=head,
-        **backward_tiles(T, head),
+        **backward_tiles(T, head, qkv_BTQ.itemsize),
     )  # fmt: skip
     return grad_qkv_BTQ
 
@@ -245,20 +248,26 @@ def _grid(batch: int, num_heads: int, head: int) -> tuple[int]:
     return (batch * triton.cdiv(num_heads, heads_per_program(head)),)
 
 
-def forward_tiles(tokens: int, head: int) -> dict[str, int]:
-    """Query rows of a block, keys of a part, and warps: one for every 16 rows."""
-    warps = min(2 if tokens > 64 and head <= 16 else 4, triton.next_power_of_2(triton.cdiv(tokens, 16)))
-    return {"ROWS": 16 * warps, "KEYS": 64, "num_warps": warps}
+def forward_tiles(tokens: int, head: int, itemsize: int) -> dict[str, int]:
+    """Query rows of a block, keys of a part, and warps: what the compile gate has not seen spill."""
+    needed = max(16, triton.next_power_of_2(tokens))
+    if itemsize == 4:  # the three products take three times the registers
+        return {"ROWS": min(32, needed), "KEYS": 64, "num_warps": min(4, needed // 8)}
+    rows = min(32 if 64 < tokens <= 256 and head <= 16 else 64, needed)
+    return {"ROWS": rows, "KEYS": 64, "num_warps": rows // 16}
 
 
-def backward_tiles(tokens: int, head: int) -> dict[str, int]:
-    """Query rows of a block, keys of a part, and warps: one for every 16 keys of a part."""
+def backward_tiles(tokens: int, head: int, itemsize: int) -> dict[str, int]:
+    """As forward_tiles, of the backward; KEYS >= 16 * num_warps where there are several parts, so that no warp idles."""
+    needed = max(16, triton.next_power_of_2(tokens))
+    if itemsize == 4:
+        return {"ROWS": 16, "KEYS": 64, "num_warps": 8 if head > 32 else 4}
     if tokens <= 64:
-        rows = max(16, triton.next_power_of_2(tokens))
-        return {"ROWS": rows, "KEYS": 64, "num_warps": 8 if head > 64 else 4}
-    if tokens > 272:
+        warps = 8 if head > 64 else min(4, needed * columns(head) // 256)  # 16 bytes of a tile for every thread
+        return {"ROWS": needed, "KEYS": 64, "num_warps": warps}
+    if tokens > (272 if head <= 16 else 80) and not 16 < head <= 32:
         return {"ROWS": 16, "KEYS": 128, "num_warps": 8}
-    return {"ROWS": 16 if head <= 16 else 32, "KEYS": 64, "num_warps": 4}
+    return {"ROWS": 32 if 32 < head <= 64 else 16, "KEYS": 64, "num_warps": 8 if head > 64 else 4}
 
 
 def _fake_forward(qkv_BTQ, num_heads):
@@ -294,26 +303,29 @@ short_attention.register_autograd(_backward, setup_context=_save)
 
 
 def launches() -> list[Launch]:
-    sizes = [
-        (50, 64),
-        (197, 8),
-        (65, 64),
-        (257, 8),
-        (17, 64),
-        (50, 48),
-        (50, 96),
-        (512, 16),
-        (272, 32),
-        (80, 64),
-        (1, 4),
-    ]
+    sizes = {
+        "bf16": [
+            (50, 64),
+            (197, 8),
+            (65, 64),
+            (257, 8),
+            (17, 8),
+            (17, 64),
+            (50, 96),
+            (80, 128),
+            (128, 32),
+            (128, 64),
+            (512, 16),
+        ]
+    }
+    sizes |= {"fp16": [(50, 64), (197, 8), (257, 8)], "fp32": [(50, 64), (128, 16)]}
 
     def call(tokens: int, head: int, dtype: torch.dtype):
         qkv_BTQ = empty(8, tokens, 3 * 16 * head, dtype=dtype)
         short_attention_backward(short_attention_forward(qkv_BTQ, 16), qkv_BTQ, 16)
 
     return [
-        Launch(f"T{tokens} d{head}", name, lambda t=tokens, h=head, d=dtype: call(t, h, d))
-        for tokens, head in sizes
-        for name, dtype in STORAGE.items()
+        Launch(f"T{tokens} d{head}", name, lambda t=tokens, h=head, d=STORAGE[name]: call(t, h, d))
+        for name in sizes
+        for tokens, head in sizes[name]
     ]

@@ -1,16 +1,18 @@
 """Attention over a short sequence.  Shapes: B batch, T tokens, N heads, d numbers per head, D = N*d, Q = 3*D."""
 
+import torch
 from mimir_fast.kernels.registration import check_storage, choose
 from mimir_fast.kernels.short_attention import reference
 from torch import Tensor
 
-LONGEST = {16: 512, 32: 272, 64: 80, 128: 64}  # numbers per head, at most -> tokens, at most; past it registers spill
+# Bytes per number -> numbers per head, at most -> tokens, at most.  Past it registers spill on A100 or H100.
+LONGEST = {2: {16: 512, 32: 128, 64: 128, 128: 80}, 4: {16: 128, 32: 64, 64: 64}}
 
 
-def supported(tokens: int, head_dim: int) -> bool:
+def supported(tokens: int, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> bool:
     """Whether impl="triton" takes sequences of this length with heads of this width; the rest is for other backends."""
-    longest = next((longest for width, longest in LONGEST.items() if head_dim <= width), 0)
-    return 1 <= tokens <= longest
+    limits = LONGEST.get(dtype.itemsize, {})
+    return 1 <= tokens <= next((longest for width, longest in limits.items() if head_dim <= width), 0)
 
 
 def short_attention(qkv_BTQ: Tensor, num_heads: int, impl: str = "auto") -> Tensor:
@@ -26,7 +28,7 @@ def short_attention(qkv_BTQ: Tensor, num_heads: int, impl: str = "auto") -> Tens
     source       Vaswani et al., Attention Is All You Need, 2017, section 3.2; the gradient's row sums as in Dao et al.,
                  FlashAttention, 2022, appendix B
 
-    impl: "triton" (fp32, fp16 and bf16; sizes for which `supported(T, d)`), "reference" or "auto" (the reference).
+    impl: "triton" (fp32, fp16 and bf16; sizes for which `supported(T, d, dtype)`), "reference" or "auto" (the reference).
     triton copies qkv that is not contiguous; heads narrower than 16 are computed several at a time, so that a number that is
     not finite may spread to the neighbouring heads.
     Raises ValueError if qkv is no float [B,T,3*D], num_heads does not divide D, or the size, an element type or impl is not
@@ -38,11 +40,12 @@ def short_attention(qkv_BTQ: Tensor, num_heads: int, impl: str = "auto") -> Tens
     if num_heads < 1 or D < 1 or D % num_heads:
         raise ValueError(f"num_heads: expected a divisor of the width {D}, got {num_heads}")
     if choose(impl) == "triton":
-        if not supported(T, D // num_heads):
-            longest = ", ".join(f"{tokens} for d <= {width}" for width, tokens in LONGEST.items())
-            raise ValueError(f"qkv: triton takes T <= {longest}; got T={T}, d={D // num_heads}")
+        check_storage(qkv=qkv_BTQ)
+        if not supported(T, D // num_heads, qkv_BTQ.dtype):
+            limits = LONGEST[qkv_BTQ.dtype.itemsize].items()
+            longest = ", ".join(f"T <= {tokens} for d <= {width}" for width, tokens in limits)
+            raise ValueError(f"qkv: triton takes {longest} in {qkv_BTQ.dtype}; got T={T}, d={D // num_heads}")
         from mimir_fast.kernels.short_attention import kernel
 
-        check_storage(qkv=qkv_BTQ)
         return kernel.short_attention(qkv_BTQ, num_heads)
     return reference.short_attention(qkv_BTQ, num_heads)
