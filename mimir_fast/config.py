@@ -121,7 +121,8 @@ class OptimConfig:
     )
     attention: str = flag(
         "auto",
-        "attention backend; auto: sdpa (flash_attn and xformers are optional packages)",
+        "attention backend; auto: short on CUDA in 16 bits with --kernels triton, else sdpa; short: our kernel where it offers "
+        "the size, else sdpa; flash_attn and xformers are optional packages",
         choices=BACKENDS,
         new=True,
     )

@@ -67,6 +67,11 @@ def settle_defaults(config: PretrainConfig, explicit: set[str]) -> tuple[Pretrai
         optim = replace(optim, kernels="triton" if on_cuda else "reference")
     elif optim.kernels == "triton" and not on_cuda:
         raise ValueError("kernels: triton needs a CUDA device; pass --kernels reference or leave the default")
+    short = optim.kernels == "triton" and optim.precision != "fp32"
+    if optim.attention == "auto":
+        optim = replace(optim, attention="short" if short else "sdpa")
+    elif optim.attention == "short" and not on_cuda:
+        raise ValueError("attention: short needs a CUDA device; pass --attention sdpa or leave the default")
     if config.penalty.mi_train not in (*PENALTIES, "plain"):
         notes.append(
             f"mi_train: {config.penalty.mi_train!r} is none of {', '.join(PENALTIES)}: NO penalty, as in the original"

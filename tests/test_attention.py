@@ -3,11 +3,12 @@
 import pytest
 import torch
 from conftest import small_model
+from interpreter import Sanitizer, interpret
 
 from mimir_fast.models import create_model
 from mimir_fast.models.attention import BACKENDS, PACKAGES, attention, check_backend
 
-HERE = [name for name in BACKENDS if name not in PACKAGES]
+HERE = [name for name in BACKENDS if name not in (*PACKAGES, "short")]
 
 
 @pytest.mark.parametrize("first", [0, 3, 6])
@@ -49,3 +50,19 @@ def test_absent_packages_and_unknown_names_are_refused(monkeypatch):
             create_model("mae_vit_ti", img_size=32, patch_size=4, attention=name)
     with pytest.raises(ValueError, match="attention: expected one of auto, sdpa"):
         check_backend("fast")
+
+
+def test_short_attention_in_the_seam():
+    """In the interpreter: the kernel where it offers the size, sdpa where not, the same output and gradient."""
+    qkv = torch.randn(2, 7, 3 * 2 * 8, requires_grad=True)
+    long = torch.randn(1, 300, 3 * 2 * 8)
+    with interpret(Sanitizer()) as s:
+        out = attention(qkv, 2, 3, "short")
+        upstream = torch.randn_like(out)
+        (grad,) = torch.autograd.grad(out, qkv, upstream)
+        assert s.launches == {"_attend_kernel": 1, "_attend_grad_kernel": 1}
+        assert torch.equal(attention(long, 2, 0, "short"), attention(long, 2, 0, "sdpa"))
+    assert not s.errors
+    expected = attention(qkv, 2, 3, "sdpa")
+    assert torch.allclose(out, expected, atol=1e-5)
+    assert torch.allclose(grad, torch.autograd.grad(expected, qkv, upstream)[0], atol=1e-5)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from bench.step.trace import Call, Spec
 
+FLOPS_OF = {"bfloat16": "bf16", "float16": "fp16", "float32": "tf32"}  # whose peak prices a product
 INDEX = 8  # bytes of an int64
 TF32_PRODUCTS = 3  # nhsic's fp32 products are three tf32 ones
 SQUARES = 5  # [m,m] fp32 matrices of one side of nhsic that are written and read: kernel, ridged, factor, inverse, P
@@ -103,6 +104,21 @@ def nhsic_grad(call: Call) -> Contract:
     return Contract(data, {"tf32": TF32_PRODUCTS * (2 * 2.0 * m**3 + 2.0 * m * m * d)})
 
 
+def short_attention(call: Call) -> Contract:
+    """q, k, v read and the output written; two products per head and pair of tokens."""
+    return Contract(_once(call, "qkv") + _written(call), _attended(call, 4))
+
+
+def short_attention_grad(call: Call) -> Contract:
+    """q, k, v and the gradient read, dq, dk and dv written; the scores again and four products more."""
+    return Contract(_once(call, "qkv", "grad") + _written(call), _attended(call, 10))
+
+
+def _attended(call: Call, flops: int) -> dict[str, float]:
+    B, T, width = call.read("qkv").shape
+    return {FLOPS_OF[call.read("qkv").dtype]: flops * B * T * T * width / 3}
+
+
 def _width(spec: Spec) -> int:
     """Bytes per number."""
     return {"uint8": 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "int64": INDEX}[spec.dtype]
@@ -120,5 +136,7 @@ CONTRACTS: dict[str, Callable[[Call], Contract]] = {
     "token_restore": token_restore,
     "token_restore_grad": token_restore_grad,
     "nhsic": nhsic,
+    "short_attention": short_attention,
+    "short_attention_grad": short_attention_grad,
     "nhsic_grad": nhsic_grad,
 }

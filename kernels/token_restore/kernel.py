@@ -120,4 +120,5 @@ def launches() -> list[Launch]:
     cases += [
         ("E128 fp32 table", name, (128, dtype, torch.float32)) for name, dtype in STORAGE.items() if name != "fp32"
     ]
-    return [Launch(config, name, lambda a=arguments: call(*a)) for config, name, arguments in cases]
+    narrow = frozenset(["_mask_token_grad_kernel"])  # it writes one row per image
+    return [Launch(config, name, lambda a=arguments: call(*a), narrow) for config, name, arguments in cases]

@@ -10,7 +10,10 @@ from importlib.util import find_spec
 import torch.nn.functional as F
 from torch import Tensor
 
-BACKENDS = ("auto", "sdpa", "flash_attn", "xformers", "math")
+from mimir_fast.kernels import short_attention
+from mimir_fast.kernels.short_attention.op import supported
+
+BACKENDS = ("auto", "short", "sdpa", "flash_attn", "xformers", "math")
 PACKAGES = {"flash_attn": "flash-attn", "xformers": "xformers"}
 
 
@@ -39,6 +42,13 @@ def _sdpa(qkv_BTQ: Tensor, num_heads: int, first: int) -> Tensor:
     return F.scaled_dot_product_attention(q[:, :, first:], k, v).transpose(1, 2).flatten(2)
 
 
+def _short(qkv_BTQ: Tensor, num_heads: int, first: int) -> Tensor:
+    """Our kernel, nothing stacked or transposed around it; sizes that it does not offer go to sdpa."""
+    if not supported(qkv_BTQ.shape[1], qkv_BTQ.shape[2] // 3 // num_heads, qkv_BTQ.dtype):
+        return _sdpa(qkv_BTQ, num_heads, first)
+    return short_attention(qkv_BTQ, num_heads, impl="triton")[:, first:]
+
+
 def _math(qkv_BTQ: Tensor, num_heads: int, first: int) -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in _split(qkv_BTQ, num_heads))
     weights = (q[:, :, first:] * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
@@ -63,6 +73,7 @@ def _xformers(qkv_BTQ: Tensor, num_heads: int, first: int) -> Tensor:
 
 _FUNCTIONS: dict[str, Callable[[Tensor, int, int], Tensor]] = {
     "auto": _sdpa,
+    "short": _short,
     "sdpa": _sdpa,
     "flash_attn": _flash_attn,
     "xformers": _xformers,
