@@ -48,7 +48,7 @@ def test_absent_packages_and_unknown_names_are_refused(monkeypatch):
     for name, package in PACKAGES.items():
         with pytest.raises(ValueError, match=f"attention: {name} needs the package {package}"):
             create_model("mae_vit_ti", img_size=32, patch_size=4, attention=name)
-    with pytest.raises(ValueError, match="attention: expected one of auto, sdpa"):
+    with pytest.raises(ValueError, match="attention: expected one of auto, short"):
         check_backend("fast")
 
 

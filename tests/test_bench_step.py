@@ -181,6 +181,8 @@ def test_contracts_against_hand_counts():
                 (torch.zeros(B, 1 + L, E), K, f32),
                 4 * B * (1 + L) * E + 4 * E,
             ),
+            "short_attention": ((torch.zeros(B, L, 3 * E), 2), 4 * 4 * B * L * E),
+            "short_attention_grad": ((torch.zeros(B, L, E), torch.zeros(B, L, 3 * E), 2), 7 * 4 * B * L * E),
             "nhsic": ((x, y, 5.0), 4 * m * (d + 2 * d) * 3 + 2 * 5 * 2 * 4 * m * m),
             "nhsic_grad": (
                 (one, x, square, square, square, 5.0, f32),
@@ -198,6 +200,8 @@ def test_contracts_against_hand_counts():
         assert (ours.kind, ours.bytes, ours.why) == ("ours", count, ""), name
     assert cases.keys() == CONTRACTS.keys()
     assert prices["nhsic"][0].flops == {"tf32": 3 * m * m * 3 * d}
+    assert prices["short_attention"][0].flops == {"tf32": 4 * B * L * L * E}
+    assert prices["short_attention_grad"][0].flops == {"tf32": 10 * B * L * L * E}
     assert prices["nhsic_grad"][0].flops == {"tf32": 3 * (2 * 2 * m**3 + 2 * m * m * d)}
     assert sum(p.solve for p in prices["nhsic"][1:]) == pytest.approx(6 * 0.38e-3 * m / 512)
 
