@@ -3,12 +3,13 @@
 compile   every kernel compiled for A100 and H100, its machine code read (no GPU needed)
 step      one pre-training step priced against a GPU's limits, and measured where the GPU is there
 pairs     images per second of the step against the textbook step, in pairs in one process
+losses    the training loss in fp32, over seeds, and with the 16-bit options, on real images
 """
 
 import importlib
 import sys
 
-VERBS = {"compile": "bench.compile", "step": "bench.step.command", "pairs": "bench.pairs"}
+VERBS = {"compile": "bench.compile", "step": "bench.step.command", "pairs": "bench.pairs", "losses": "bench.losses"}
 
 
 def main(arguments: list[str]) -> int:
