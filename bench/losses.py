@@ -2,9 +2,9 @@
 
     python -m bench losses --data_root FOLDER --steps 300 --seeds 3 -- --model mae_vit_ti --input_size 32 --patch_size 4
 
-Every run is `mimir-fast pretrain`, from data to optimizer; flags after -- are passed on.  On a CPU the 16-bit runs compute matrix
-products and attention as a tensor core does, 16-bit numbers in, fp32 sums, a 16-bit result, but in fp32 arithmetic: the CPU's own
-16-bit products are many times slower.  Triton kernels and torch.compile are then left to the tests.
+Every run is `mimir-fast pretrain`, from data to optimizer; flags after -- are passed on.  On a CPU the 16-bit runs compute
+matrix products and attention as a tensor core does, 16-bit numbers in, fp32 sums, a 16-bit result, but in fp32 arithmetic: the
+CPU's own 16-bit products are many times slower.  Triton kernels and torch.compile are then left to the tests.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """From the configuration to the objects of a run."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from mimir_fast.models import MaskedAutoencoderViT, create_model
 from mimir_fast.objective import Objective
 from mimir_fast.optim import Updater
 from mimir_fast.precision import AUTOCAST, ComputeCopy
+from mimir_fast.sharding import Reconstruction, Shards
 from mimir_fast.step import Attack
 
 FP16_ATTACK_SCALE = 65536.0
@@ -86,35 +88,68 @@ def peak_learning_rate(config: PretrainConfig, world: World) -> float:
 
 
 class Computation(NamedTuple):
-    """What a step runs: the objective to train, the attack's loss function and the frozen model it attacks."""
+    """What a step runs: the objective to train, the frozen model to attack and the attack's loss function.
+
+    states() returns the state dicts of the whole model and optimizer; every process calls it.
+    """
 
     objective: nn.Module
     attacked: MaskedAutoencoderViT
     attack_loss: Callable[..., tuple[Tensor, Tensor]]
+    states: Callable[[], tuple[dict, dict]]
 
 
 def build_computation(
     config: PretrainConfig, world: World, model: MaskedAutoencoderViT, updater: Updater
 ) -> Computation:
-    """16-bit copy (told to the updater), frozen twin, compiled pieces, data parallelism: as configured, over model's memory."""
+    """16-bit copy or shards (told to the updater), frozen twin, compiled pieces, data parallelism: as configured.
+
+    Unless it is sharded, `model` is up to date after every update.
+    """
     o = config.optim
+    states = partial(_states, model, updater.optimizer)
     world.share(model.parameters())
     if o.precision != "fp32":
         if world.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # tf32 for what stays in fp32: the patch embedding
-        updater.compute = ComputeCopy(model, AUTOCAST[o.precision])
-        model = updater.compute.module
+        if not sharded(config, world):
+            updater.compute = ComputeCopy(model, AUTOCAST[o.precision])
+            model = updater.compute.module
     attacked = frozen_twin(model)
     pieces = Compiled(model, attacked, o.compile, o.compile_mode, o.compile_region)
     penalty = (penalty_name(config), config.penalty.mi_xpl)
     objective = Objective(model, config.model.mask_ratio, *penalty, pieces.encode, pieces.reconstruct)
-    if world.size > 1:
-        devices = [world.device] if world.device.type == "cuda" else None
-        static = o.accum_iter == 1 or updater.compute is not None  # a static graph forbids holding gradients back
-        options = {"gradient_as_bucket_view": True, "static_graph": static}
-        objective = DistributedDataParallel(objective, device_ids=devices, **options)
-        objective.register_comm_hook(o.grad_compression == "bf16", average_gradients)
-    return Computation(objective, attacked, pieces.attack_loss)
+    computation = Computation(objective, attacked, pieces.attack_loss, states)
+    if sharded(config, world):
+        return _shard(config, world, computation, updater)
+    return _replicate(config, world, computation, updater) if world.size > 1 else computation
+
+
+def sharded(config: PretrainConfig, world: World) -> bool:
+    """Whether each process keeps a share of the model."""
+    return config.optim.parallel == "fsdp" and world.size > 1
+
+
+def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
+    return model.state_dict(), optimizer.state_dict()
+
+
+def _replicate(config: PretrainConfig, world: World, computation: Computation, updater: Updater) -> Computation:
+    o = config.optim
+    devices = [world.device] if world.device.type == "cuda" else None
+    static = o.accum_iter == 1 or updater.compute is not None  # a static graph forbids holding gradients back
+    options = {"gradient_as_bucket_view": True, "static_graph": static}
+    objective = DistributedDataParallel(computation.objective, device_ids=devices, **options)
+    objective.register_comm_hook(o.grad_compression == "bf16", average_gradients)
+    return computation._replace(objective=objective)
+
+
+def _shard(config: PretrainConfig, world: World, computation: Computation, updater: Updater) -> Computation:
+    o = config.optim
+    loss = Reconstruction(computation.attacked)
+    reduce_dtype = torch.bfloat16 if o.grad_compression == "bf16" else torch.float32
+    shards = Shards(computation.objective, loss, updater, world, AUTOCAST[o.precision], reduce_dtype)
+    return computation._replace(attack_loss=lambda _, *inputs: loss(*inputs), states=shards.states)
 
 
 def describe(
@@ -130,7 +165,7 @@ def describe(
         f"model {config.model.model} ({parameters:.2f} M parameters), {config.model.input_size}/{config.model.patch_size}; "
         f"data {stream.name}, {stream.num_images} images, {len(stream)} micro-batches per epoch; "
         f"attack {attack}; penalty {penalty_name(config) or 'none'}",
-        f"device {world.device} x {world.size}, {o.precision}, "
+        f"device {world.device} x {world.size}, {f'{o.parallel}, ' if world.size > 1 else ''}{o.precision}, "
         f"compile {f'{o.compile_mode}, by {o.compile_region}' if o.compile else 'off'}, kernels {o.kernels}, "
         f"attention {o.attention}, residual {o.residual_dtype}; lr {lr:.3g}; outputs in {config.run.output_dir or '(nowhere)'}",
     ]

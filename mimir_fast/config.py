@@ -132,6 +132,13 @@ class OptimConfig:
         choices=("none", "bf16"),
         new=True,
     )
+    parallel: str = flag(
+        "ddp",
+        "several GPUs: ddp gives each the whole model; fsdp a share of parameters, gradients and moments, for models too large "
+        "otherwise (bf16 or fp32; compiles block by block)",
+        choices=("ddp", "fsdp"),
+        new=True,
+    )
     max_bad_steps: int = flag(20, "end the run after this many skipped updates in a row", "updates", new=True)
 
 

@@ -63,6 +63,14 @@ def settle_defaults(config: PretrainConfig, explicit: set[str]) -> tuple[Pretrai
     if optim.compile and (reason := missing_compiler()):
         notes.append(f"compile: {reason}; running eager")
         optim = replace(optim, compile=False)
+    if optim.parallel == "fsdp":
+        if optim.precision == "fp16":
+            raise ValueError("parallel: fsdp goes with --precision bf16 or fp32, not with fp16")
+        if optim.compile_region == "model" and "compile_region" in explicit:
+            raise ValueError(
+                "compile_region: fsdp gathers parameters block by block and compiles so too; leave the flag out"
+            )
+        optim = replace(optim, compile_region="block")
     if optim.kernels == "auto":
         optim = replace(optim, kernels="triton" if on_cuda else "reference")
     elif optim.kernels == "triton" and not on_cuda:

@@ -134,7 +134,8 @@ class Trainer:
         hold_gradients = computation.objective.no_sync() if held else nullcontext()
         with hold_gradients:
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                output = pretrain_step(*computation[:2], images, noise, self.attack, computation.attack_loss)
+                objective, attacked, attack_loss = computation[:3]
+                output = pretrain_step(objective, attacked, images, noise, self.attack, attack_loss)
             self.updater.backward(output.loss, c.optim.accum_iter)
         self.skipped_penalties += ~output.penalty_used
         return images, output
@@ -230,10 +231,11 @@ class Trainer:
     ) -> None:
         """Write a checkpoint on rank 0; every rank calls.  sums: the unfinished epoch's, None at an epoch's end."""
         skipped = self._skipped_penalties()
+        states = self.computation.states()
         if sums is not None:
             self.position.sums = dict(zip(EPOCH_SUMS, self.world.mean(sums).tolist()))
         if self.folder and self.world.is_main:
-            entries = (self.model, self.updater, self.position, self.config, self.lr, self.stream.name)
+            entries = (*states, self.updater, self.position, self.config, self.lr, self.stream.name)
             ckpt.save_checkpoint(
                 self.folder / name, checkpoint_state(*entries, skipped, self._geometry()) | (extra or {})
             )

@@ -107,7 +107,7 @@ def computation_worker(rank: int, port: int, compression: str, folder: str) -> N
             for p in model.parameters():
                 p += 1
     updater = Updater(build_optimizer(model, 1e-3, 0.05), CPU, False)
-    objective, attacked, attack_loss = build_computation(config, world, model, updater)
+    objective, attacked, attack_loss, _ = build_computation(config, world, model, updater)
     for i in range(2):
         with torch.autocast("cpu", torch.bfloat16):
             images = golden_images()[i][4 * rank : 4 * rank + 4]

@@ -50,7 +50,7 @@ def trainers(config: PretrainConfig, images: torch.Tensor) -> Callable[[], None]
     world = World(device=images.device)
     model = build_model(config, world.device)
     attack, updater = build_attack(config, None, world.device), _updater(config, model, world.device)
-    objective, attacked, attack_loss = build_computation(config, world, model, updater)
+    objective, attacked, attack_loss, _ = build_computation(config, world, model, updater)
     generator = torch.Generator(world.device)
     dtype = AUTOCAST[config.optim.precision]
 
