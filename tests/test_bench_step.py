@@ -396,15 +396,47 @@ def test_unknown_verb_and_model(capsys):
 def test_on_the_pretend_gpu(tmp_path):
     if not WRAPPER.exists():
         pytest.skip(f"no pretend GPU at {WRAPPER}")
-    words = "--variant textbook --model mae_vit_ti --batch 2 --input_size 32 --patch_size 8 --gpu a100".split()
-    results = tmp_path / "step.jsonl"
-    command = [sys.executable, "-m", "bench", "step", *words, "--pretend", str(WRAPPER), "--results", str(results)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    (record,) = map(json.loads, results.read_text().splitlines())
+    record, printed = on_the_pretend_gpu(tmp_path, "textbook", "--gpu a100")
     assert (record["device"], record["variant"], record["measured"]) == ("pretend-a100", "textbook", None)
     assert record["config"]["batch_size"] == 2
     assert record["unpriced"] == []
     assert record["totals"]["gemms"] == record["classes"]["GEMM"]["count"]
     assert record["totals"]["kernels"] > 500
-    assert "nothing" in done.stdout
+    assert "nothing" in printed
+
+
+def test_our_kernels_on_the_pretend_gpu_without_waiting_for_them(tmp_path):
+    if not WRAPPER.exists():
+        pytest.skip(f"no pretend GPU at {WRAPPER}")
+    record, _ = on_the_pretend_gpu(tmp_path, "ours", "-- --no_compile --residual_dtype bf16")
+    assert record["totals"]["syncs"] == record["totals"]["to_host"] == 0
+    assert record["unpriced"] == []
+    launched = set(record["ours"])
+    assert {
+        "mask_indices",
+        "patch_gather",
+        "token_restore",
+        "masked_patch_loss",
+        "masked_patch_loss_grad_pred",
+    } <= launched
+    assert {
+        "linf_start",
+        "linf_patch_step",
+        "nhsic",
+        "nhsic_grad",
+        "short_attention",
+        "short_attention_grad",
+    } <= launched
+
+
+def on_the_pretend_gpu(folder, variant: str, words: str) -> tuple[dict, str]:
+    """The record and the text of a small step."""
+    own, _, flags = words.partition("--" if words.startswith("-- ") else "-- ")
+    size = "--model mae_vit_ti --batch 2 --input_size 32 --patch_size 8".split()
+    results = folder / "step.jsonl"
+    command = [sys.executable, "-m", "bench", "step", "--variant", variant, *size, *own.split()]
+    command += ["--pretend", str(WRAPPER), "--results", str(results), "--", *flags.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (record,) = map(json.loads, results.read_text().splitlines())
+    return record, done.stdout

@@ -212,11 +212,17 @@ def test_a_step_runs_every_kernel():
     expected |= {
         "linf_start": 1,
         "linf_patch_step": 1,
+        "mean": 2,
         "center": 2,
         "gram": 2,
+        "gaussian": 2,
+        "double_center": 2,
         "value": 1,
         "weights": 1,
+        "matmul": 3,
         "mask_token_grad": 1,
+        "attend": 6,  # two encoder blocks and one of the decoder, in the attack and in training
+        "attend_grad": 6,
     }
     assert {name: s.launches[f"_{name}_kernel"] for name in expected} == expected
 

@@ -219,3 +219,44 @@ def test_textbook_rival_computes_the_same_step():
     noise = Noise(start, [torch.rand(8, 64)], torch.rand(8, 64))
     ours = pretrain_step(Objective(model, 0.75, "hsic", 1e-3), model, golden_images()[0], noise, ATTACK).loss
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+
+
+class Stream:
+    """Stands for a CUDA stream and writes down what it is told."""
+
+    def __init__(self, name: str, told: list[str]):
+        self.name, self.told = name, told
+
+    def wait_stream(self, other) -> None:
+        self.told.append(f"{self.name} waits for {other.name}")
+
+    def __enter__(self):
+        self.told.append(f"on {self.name}")
+
+    def __exit__(self, *_):
+        self.told.append(f"off {self.name}")
+
+
+def test_penalty_runs_beside_the_decoder_between_two_waits(monkeypatch):
+    told: list[str] = []
+    main, side = Stream("main", told), Stream("side", told)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    original = objective_module.guarded_penalty
+
+    def penalty(*arguments):
+        told.append("penalty")
+        return original(*arguments)
+
+    monkeypatch.setattr(objective_module, "guarded_penalty", penalty)
+    model = small_model()
+
+    def reconstruct(*arguments):
+        told.append("decoder")
+        return model.reconstruct(*arguments)
+
+    objective = Objective(model, 0.75, "hsic", 1e-3, reconstruct=reconstruct)
+    objective.side = side
+    out = pretrain_step(objective, model, golden_images()[0], noise_of(1), ATTACK)
+    assert told == ["side waits for main", "on side", "penalty", "off side", "decoder", "main waits for side"]
+    assert out.penalty_used

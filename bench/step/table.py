@@ -8,6 +8,7 @@ from bench.step.peaks import Peak
 from bench.step.pricing import CLASSES, Price
 
 TOP = 15
+OURS = "mimir_fast."
 GIGA, TERA = 1e9, 1e12
 
 
@@ -76,6 +77,14 @@ class Roofline:
         rows = [{"name": g[0].name, **self.sum(g), "nodes": self.nodes.get(g[0].file, "")} for g in groups.values()]
         return sorted(rows, key=lambda row: -row["bound_ms"])
 
+    def ours(self) -> dict[str, dict[str, float]]:
+        """Our operations by name, in the order in which they first ran."""
+        groups: dict[str, list[Price]] = {}
+        for p in self.prices:
+            if p.name.startswith(OURS) and p.kind != "solves":
+                groups.setdefault(p.name.removeprefix(OURS).removesuffix(".default"), []).append(p)
+        return {name: self.sum(group) for name, group in groups.items()}
+
     def unpriced(self) -> list[dict]:
         """Calls that lack a part of their price, and launches that belong to no call."""
         lacking: dict[tuple[str, str], list[Price]] = {}
@@ -95,6 +104,7 @@ class Roofline:
             "measured": self.measured(),
             "unpriced": self.unpriced(),
             "remainder": [{k: row[k] for k in ("name", "count", "gb")} for row in remainder],
+            "ours": self.ours(),
             "top": self.grouped(("Inductor",), "file")[:TOP],
         }
 
@@ -120,6 +130,9 @@ def lines(record: dict) -> Iterator[str]:
     for top in record["top"]:
         yield "{count:>5}{gb:>8.2f}{bound_ms:>8.2f}  {name}".format(**top)
         yield f"{'':23}{shortened(top['nodes'])}"
+    yield "\nour operations, priced by their contracts (calls, GB, bound ms)"
+    for name, row in record["ours"].items():
+        yield "{count:>5}{gb:>8.2f}{bound_ms:>8.2f}  {name}".format(name=name, **row)
     yield "\nother ATen, priced by input plus output bytes (calls, GB)"
     for rest in record["remainder"]:
         yield "{count:>5}{gb:>9.3f}  {name}".format(**rest)

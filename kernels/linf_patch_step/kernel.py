@@ -109,13 +109,19 @@ linf_patch_step = register(
 
 
 def launches() -> list[Launch]:
-    def call(p: int, norm: bool, dtype: torch.dtype):
+    def call(p: int, norm: bool, dtype: torch.dtype, storage: torch.dtype = torch.float32):
         P, image = 3 * p * p, (8, 3, 4 * p, 4 * p)
         ids_restore, bounds = empty(8, 16, dtype=torch.int64), empty(4, 3)
         grad_visible, pred = empty(8, 4, P, dtype=dtype), empty(8, 12, P, dtype=dtype)
-        linf_patch_step_forward(empty(*image), empty(*image), grad_visible, pred, ids_restore, bounds, p, norm)
+        images, adv = empty(*image, dtype=storage), empty(*image, dtype=storage)
+        linf_patch_step_forward(images, adv, grad_visible, pred, ids_restore, bounds, p, norm)
 
-    return [
+    mixed = [
+        Launch(f"p16 norm, {name} images", "bf16", lambda d=d: call(16, True, torch.bfloat16, d))
+        for name, d in STORAGE.items()
+        if name != "fp32"
+    ]
+    return mixed + [
         Launch(
             f"p{p} {'norm' if norm else 'pix'}",
             dtype,

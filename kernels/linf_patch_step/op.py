@@ -3,7 +3,7 @@
 import torch
 from mimir_fast.kernels.linf_patch_step import reference
 from mimir_fast.kernels.patch_gather.op import check_image_grid
-from mimir_fast.kernels.registration import check_storage, choose
+from mimir_fast.kernels.registration import check_floats, check_indices, check_storage, choose
 from torch import Tensor
 
 Bound = float | Tensor  # one number for all channels, or one per channel
@@ -70,6 +70,15 @@ def linf_patch_step(
         raise ValueError(f"grad_visible: expected 1..{L} kept patches, got {K}")
     if norm_pix_loss and P < 2:
         raise ValueError("norm_pix_loss: a patch of one number has no variance; use a larger patch_size")
+    floats = {
+        "images": images_BCHW,
+        "adv": adv_BCHW,
+        "grad_visible": grad_visible_BKP,
+        "pred": pred_BMP,
+        "bounds": bounds_4C,
+    }
+    check_floats(images_BCHW.device, **floats)
+    check_indices(images_BCHW.device, ids_restore=ids_restore_BL)
     arguments = (
         images_BCHW,
         adv_BCHW,
@@ -83,6 +92,6 @@ def linf_patch_step(
     if choose(impl, images_BCHW) == "triton":
         from mimir_fast.kernels.linf_patch_step import kernel
 
-        check_storage(images=images_BCHW, adv=adv_BCHW, grad_visible=grad_visible_BKP, pred=pred_BMP, bounds=bounds_4C)
+        check_storage(**floats)
         return kernel.linf_patch_step(*arguments)
     return reference.linf_patch_step(*arguments)

@@ -1,7 +1,7 @@
 """Where the attack starts.  Shapes: B batch, C channels, H W sides."""
 
 from mimir_fast.kernels.linf_start import reference
-from mimir_fast.kernels.registration import check_storage, choose
+from mimir_fast.kernels.registration import check_floats, check_indices, check_storage, choose
 from torch import Tensor
 
 
@@ -26,8 +26,10 @@ def linf_start(images_BCHW: Tensor, bounds_4C: Tensor, seed: Tensor, impl: str =
         )
     if bounds_4C.shape != (4, images_BCHW.shape[1]):
         raise ValueError(f"bounds: expected {[4, images_BCHW.shape[1]]}, got {tuple(bounds_4C.shape)}")
-    if seed.numel() != 1 or seed.is_floating_point() or seed.element_size() != 8:
-        raise ValueError(f"seed: expected one int64 number, got {seed.dtype} {tuple(seed.shape)}")
+    if seed.numel() != 1:
+        raise ValueError(f"seed: expected one number, got {tuple(seed.shape)}")
+    check_floats(images_BCHW.device, bounds=bounds_4C)
+    check_indices(images_BCHW.device, seed=seed)
     if choose(impl, images_BCHW) == "triton":
         from mimir_fast.kernels.linf_start import kernel
 

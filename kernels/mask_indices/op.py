@@ -11,8 +11,8 @@ def mask_indices(noise_BL: Tensor, impl: str = "auto") -> tuple[Tensor, Tensor]:
     formula      ids_shuffle = stable argsort(noise); ids_restore = argsort(ids_shuffle), the rank of every patch
     shapes       noise [B,L] -> ids_shuffle [B,L] int64, ids_restore [B,L] int64
     dtypes       noise in any float dtype
-    bytes        noise twice (the second time from cache), both index tables once
-    determinism  exact; equal noise keeps its original order, NaN comes last
+    bytes        noise once from memory, and once per 256 patches of a row from cache; both index tables once
+    determinism  exact; equal noise keeps its original order, NaN counts as +inf
     source       He et al., Masked Autoencoders Are Scalable Vision Learners, 2022, section 3
 
     impl: "triton", "reference" or "auto" (triton on CUDA).  triton takes float storage up to 32 bits.

@@ -34,6 +34,15 @@ def _removed(ids, image, row_R1, M):
 
 
 @triton.jit
+def _pixels(images, offsets_RN, read_RN):
+    """fp32 pixels of float or uint8 images."""
+    pixels_RN = tl.load(images + offsets_RN, mask=read_RN, other=0).to(tl.float32)
+    if images.dtype.element_ty == tl.uint8:
+        pixels_RN = pixels_RN / 255
+    return pixels_RN
+
+
+@triton.jit
 def _patch_error_kernel(
     pred, images, ids, errors, stride_b, stride_m, M, L, grid_w, C: tl.constexpr, PATCH: tl.constexpr,
     NORM: tl.constexpr,
@@ -51,10 +60,10 @@ def _patch_error_kernel(
     inside_1N = number_1N < P
     read_RN = (row_R1 < M) & inside_1N
     offsets_RN = image_offsets(image, _removed(ids, image, row_R1, M), number_1N, L, grid_w, C, PATCH)
-    target_RN = tl.load(images + offsets_RN, mask=read_RN, other=0).to(tl.float32)
+    target_RN = _pixels(images, offsets_RN, read_RN)
     if NORM:
         target_RN, _ = normalise(target_RN, inside_1N, P, FLOOR)
-    pred_RN = pred + image * stride_b + row_R1 * stride_m + to_prediction_order(number_1N, C, PATCH)
+    pred_RN = pred + image * stride_b + row_R1.to(tl.int64) * stride_m + to_prediction_order(number_1N, C, PATCH)
     pred_RN = tl.load(pred_RN, mask=read_RN, other=0).to(tl.float32)
     difference_RN = tl.where(inside_1N, pred_RN - target_RN, 0.0)
     error_R1 = tl.sum(difference_RN * difference_RN, axis=1, keep_dims=True) / P
@@ -111,10 +120,12 @@ def _grad_pred_kernel(
     read_RN = (row_R1 < M) & inside_1N
     in_image_1N = to_image_order(number_1N, C, PATCH)
     offsets_RN = image_offsets(image, _removed(ids, image, row_R1, M), in_image_1N, L, grid_w, C, PATCH)
-    target_RN = tl.load(images + offsets_RN, mask=read_RN, other=0).to(tl.float32)
+    target_RN = _pixels(images, offsets_RN, read_RN)
     if NORM:
         target_RN, _ = normalise(target_RN, inside_1N, P, FLOOR)
-    pred_RN = tl.load(pred + image * stride_b + row_R1 * stride_m + number_1N, mask=read_RN, other=0).to(tl.float32)
+    pred_RN = tl.load(pred + image * stride_b + row_R1.to(tl.int64) * stride_m + number_1N, mask=read_RN, other=0).to(
+        tl.float32
+    )
     grad_RN = tl.load(grad).to(tl.float32) * scale * (pred_RN - target_RN)
     where_RN = grad_pred + (image * M + row_R1) * P + number_1N
     tl.store(where_RN, grad_RN.to(grad_pred.dtype.element_ty), mask=read_RN)
@@ -151,8 +162,8 @@ def _grad_images_kernel(
     inside_1N = number_1N < P
     read_RN = (row_R1 < M) & inside_1N
     offsets_RN = image_offsets(image, _removed(ids, image, row_R1, M), number_1N, L, grid_w, C, PATCH)
-    target_RN = tl.load(images + offsets_RN, mask=read_RN, other=0).to(tl.float32)
-    pred_RN = pred + image * stride_b + row_R1 * stride_m + to_prediction_order(number_1N, C, PATCH)
+    target_RN = _pixels(images, offsets_RN, read_RN)
+    pred_RN = pred + image * stride_b + row_R1.to(tl.int64) * stride_m + to_prediction_order(number_1N, C, PATCH)
     pred_RN = tl.load(pred_RN, mask=read_RN, other=0).to(tl.float32)
     if NORM:
         target_RN, rstd_R1 = normalise(target_RN, inside_1N, P, FLOOR)
@@ -229,14 +240,20 @@ def launches() -> list[Launch]:
     one_number = frozenset(["_patch_error_kernel", "_mean_kernel"])  # they write one number per patch, and two in all
     configs = [(16, True), (16, False), (14, True), (8, True), (4, True), (2, True)]
 
-    def call(p: int, norm: bool, dtype: torch.dtype):
-        pred, images = empty(8, 12, 3 * p * p, dtype=dtype), empty(8, 3, 4 * p, 4 * p)
+    def call(p: int, norm: bool, dtype: torch.dtype, storage: torch.dtype = torch.float32):
+        pred, images = empty(8, 12, 3 * p * p, dtype=dtype), empty(8, 3, 4 * p, 4 * p, dtype=storage)
         arguments = (pred, images, empty(8, 12, dtype=torch.int64), p, norm)
         loss = masked_patch_loss_forward(*arguments)
         masked_patch_loss_grad_pred(loss, *arguments)
-        masked_patch_loss_grad_images(loss, *arguments)
+        if storage.is_floating_point:
+            masked_patch_loss_grad_images(loss, *arguments)
 
-    return [
+    images = {"bf16 images": torch.bfloat16, "fp16 images": torch.float16, "uint8 images": torch.uint8}
+    mixed = [
+        Launch(f"p16 norm, {name}", "bf16", lambda d=d: call(16, True, torch.bfloat16, d), one_number)
+        for name, d in images.items()
+    ]
+    return mixed + [
         Launch(
             f"p{p} {'norm' if norm else 'pix'}",
             dtype,

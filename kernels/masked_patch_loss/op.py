@@ -2,7 +2,7 @@
 
 from mimir_fast.kernels.masked_patch_loss import reference
 from mimir_fast.kernels.patch_gather.op import check_image_grid
-from mimir_fast.kernels.registration import check_storage, choose
+from mimir_fast.kernels.registration import check_floats, check_images, check_indices, check_storage, choose
 from torch import Tensor
 
 
@@ -11,17 +11,18 @@ def masked_patch_loss(
 ) -> Tensor:
     """Mean squared error between predicted patches and the image's, over the removed patches.
 
-    formula      t = patch ids[b,m] of images[b] in (row, column, channel) order; with norm_pix_loss
+    formula      t = patch ids[b,m] of images[b] in (row, column, channel) order, uint8 divided by 255; with norm_pix_loss
                  t = (t - mean) / sqrt(var + 1e-6), var unbiased; loss = mean over b, m, P of (pred - t)^2
     shapes       pred [B,M,P], images [B,C,H,W], ids [B,M] int64, distinct within a row -> scalar
-    dtypes       any float storage, at least fp32 accumulation; differentiable in pred and in images (through the target)
+    dtypes       any float storage, images also uint8, at least fp32 accumulation; differentiable in pred and in float
+                 images (through the target)
     bytes        pred, its patches of the images and ids read once, one fp32 per patch written and read; backward: the same
                  reads and the gradient written once (for images: twice)
     determinism  sums in a fixed order
     source       He et al., Masked Autoencoders Are Scalable Vision Learners, 2022, section 3, "Reconstruction target"
 
-    impl: "triton", "reference" or "auto" (triton on CUDA).  triton takes float storage up to 32 bits (images also
-    uint8) and copies images that are not contiguous.
+    impl: "triton", "reference" or "auto" (triton on CUDA).  triton takes float storage up to 32 bits and copies images
+    that are not contiguous.
     Raises ValueError if shapes or devices disagree, no patch is removed, an element type or impl is not on offer, or
     norm_pix_loss is asked of patches of a single number.
     """
@@ -34,6 +35,9 @@ def masked_patch_loss(
         raise ValueError(f"pred: expected {[B, M, P]}, got {tuple(pred_BMP.shape)}")
     if norm_pix_loss and P < 2:
         raise ValueError("norm_pix_loss: a patch of one number has no variance; use a larger patch_size")
+    check_floats(pred_BMP.device, pred=pred_BMP)
+    check_images(pred_BMP.device, images_BCHW)
+    check_indices(pred_BMP.device, ids=ids_BM)
     if choose(impl, pred_BMP) == "triton":
         from mimir_fast.kernels.masked_patch_loss import kernel
 

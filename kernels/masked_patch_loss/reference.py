@@ -31,9 +31,9 @@ def masked_patch_loss(
 ) -> Tensor:
     """See op.py: pred [B,M,P], images [B,C,H,W], ids [B,M] -> scalar."""
     compute = torch.promote_types(pred_BMP.dtype, torch.float32)
-    patches_BLP = patchify(images_BCHW, patch_size)
+    patches_BLP = patchify(images_BCHW if images_BCHW.is_floating_point() else images_BCHW.float() / 255, patch_size)
     target_BMP = patches_BLP.gather(1, ids_BM[:, :, None].expand_as(pred_BMP))
-    target_BMP = target_BMP.to(torch.promote_types(images_BCHW.dtype, compute))
+    target_BMP = target_BMP.to(torch.promote_types(patches_BLP.dtype, compute))
     if norm_pix_loss:
         mean, std = patch_statistics(target_BMP)
         target_BMP = (target_BMP - mean) / std

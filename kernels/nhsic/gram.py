@@ -39,11 +39,12 @@ def _center_kernel(rows, centred, m, d, stride_m, BLOCK_M: tl.constexpr, BLOCK_D
 
 
 @triton.jit
-def _gram_kernel(centred, partial, m, d, part, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """formula      partial[s,i,j] = sum over part s of d of centred[i] centred[j], tiles on and below the diagonal only
-    shapes       centred [m,d] -> partial [S,m,m]
+def _gram_kernel(centred, partial, norms, m, d, part, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """formula      partial[s,i,j] = sum over part s of d of centred[i] centred[j], tiles on and below the diagonal only;
+                 norms[s,i] = partial[s,i,i]
+    shapes       centred [m,d] -> partial [S,m,m], norms [S,m]
     dtypes       fp32, as three tf32 products
-    bytes        every row tile once per tile pair it is in (from L2), partial's lower half once
+    bytes        every row tile once per tile pair it is in (from L2), partial's lower half and norms once
     determinism  fixed order; the parts are summed by _gaussian_kernel
     source       split-K matrix product
     """
@@ -62,14 +63,17 @@ def _gram_kernel(centred, partial, m, d, part, BLOCK_M: tl.constexpr, BLOCK_K: t
         gram_MM = tl.dot(left_MK, right_KM, gram_MM, input_precision="tf32x3")
     partial_MM = partial + (s.to(tl.int64) * m + row_M[:, None]) * m + column_M[None, :]
     tl.store(partial_MM, gram_MM, mask=(row_M < m)[:, None] & (column_M < m)[None, :])
+    if i == j:
+        norm_M = tl.sum(tl.where(row_M[:, None] == column_M[None, :], gram_MM, 0.0), axis=1)
+        tl.store(norms + s.to(tl.int64) * m + row_M, norm_M, mask=row_M < m)
 
 
 @triton.jit
-def _gaussian_kernel(partial, k, m, S, scale, BLOCK_M: tl.constexpr):
+def _gaussian_kernel(partial, norms, k, m, S, scale, BLOCK_M: tl.constexpr):
     """formula      G = sum_s partial[s]; k_ij = exp(-scale (G_ii + G_jj - 2 G_ij)) - 1
-    shapes       partial [S,m,m] (lower half) -> k [m,m], both halves
+    shapes       partial [S,m,m] (lower half), norms [S,m] its diagonals -> k [m,m], both halves
     dtypes       fp32
-    bytes        partial's lower half once and its diagonal once per tile, k once
+    bytes        partial's lower half once, norms twice per tile (from L2), k once
     determinism  fixed order; k is exactly symmetric with an exactly zero diagonal
     source       Ma et al., The HSIC Bottleneck, 2020, equation 4
     """
@@ -83,9 +87,10 @@ def _gaussian_kernel(partial, k, m, S, scale, BLOCK_M: tl.constexpr):
     column_norm_M = tl.zeros([BLOCK_M], tl.float32)
     for _ in range(S):
         gram_MM += tl.load(partial + row_M[:, None] * m + column_M[None, :], mask=exists_MM, other=0)
-        row_norm_M += tl.load(partial + row_M * (m + 1), mask=row_M < m, other=0)
-        column_norm_M += tl.load(partial + column_M * (m + 1), mask=column_M < m, other=0)
+        row_norm_M += tl.load(norms + row_M, mask=row_M < m, other=0)
+        column_norm_M += tl.load(norms + column_M, mask=column_M < m, other=0)
         partial += m * m
+        norms += m
     distance_MM = row_norm_M[:, None] + column_norm_M[None, :] - 2 * gram_MM
     k_MM = _expm1(-scale * tl.where(distance_MM < 0, 0.0, distance_MM))  # keeps NaN, as tl.maximum would not
     tl.store(k + row_M[:, None] * m + column_M[None, :], k_MM, mask=exists_MM & (column_M[None, :] <= row_M[:, None]))
@@ -105,14 +110,13 @@ def gaussian_gram(rows_md: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
     m, d = rows_md.shape
     rows_md = rows_md if rows_md.stride(1) == 1 else rows_md.contiguous()
     parts, part = _split(m, d)
-    centred_md, partial_Smm, k_mm = (
-        rows_md.new_empty(shape, dtype=torch.float32) for shape in ((m, d), (parts, m, m), (m, m))
-    )
+    shapes = ((m, d), (parts, m, m), (parts, m), (m, m))
+    centred_md, partial_Smm, norms_Sm, k_mm = (rows_md.new_empty(shape, dtype=torch.float32) for shape in shapes)
     _center_kernel[(triton.cdiv(d, CENTER["BLOCK_D"]),)](rows_md, centred_md, m, d, rows_md.stride(0), **CENTER)
     tiles = triton.cdiv(m, GRAM["BLOCK_M"])
-    _gram_kernel[(tiles, tiles, parts)](centred_md, partial_Smm, m, d, part, **GRAM)
+    _gram_kernel[(tiles, tiles, parts)](centred_md, partial_Smm, norms_Sm, m, d, part, **GRAM)
     tiles = triton.cdiv(m, GAUSSIAN["BLOCK_M"])
-    _gaussian_kernel[(tiles, tiles)](partial_Smm, k_mm, m, parts, 1 / (2 * sigma**2 * d), **GAUSSIAN)
+    _gaussian_kernel[(tiles, tiles)](partial_Smm, norms_Sm, k_mm, m, parts, 1 / (2 * sigma**2 * d), **GAUSSIAN)
     return centred_md, k_mm
 
 

@@ -192,6 +192,6 @@ def launches() -> list[Launch]:
 
     return [
         Launch(f"m{m}", dtype, lambda m=m, d=d: call(m, 1024, d), narrow)
-        for m in (512, 2048)
+        for m in (128, 512, 2048, 8192)
         for dtype, d in STORAGE.items()
     ]

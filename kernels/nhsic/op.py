@@ -2,10 +2,11 @@
 
 import torch
 from mimir_fast.kernels.nhsic import reference
-from mimir_fast.kernels.registration import check_storage, choose
+from mimir_fast.kernels.registration import check_floats, check_storage, choose
 from torch import Tensor
 
 KERNELS = ("gaussian", "linear")
+LARGEST = 8192  # samples; past it rows of [m,m] matrices spill from registers
 
 
 def nhsic(x_md: Tensor, y_me: Tensor, sigma: float = 5.0, kernel_y: str = "gaussian", impl: str = "auto") -> Tensor:
@@ -24,7 +25,7 @@ def nhsic(x_md: Tensor, y_me: Tensor, sigma: float = 5.0, kernel_y: str = "gauss
                  2020, equation 4; the symmetric form is derived in docs/fidelity.md
 
     A batch whose kernel matrix cannot be factorised gives NaN, on the device, without an exception.
-    impl: "triton" (kernel_y="gaussian" in storage up to 32 bits), "reference" or "auto" (triton where it can
+    impl: "triton" (kernel_y="gaussian" in storage up to 32 bits, m <= 8192), "reference" or "auto" (triton where it can
     on CUDA).
     Raises ValueError if x and y are not matrices with equally many rows, sigma <= 0, kernel_y or impl is unknown, or triton
     is asked for what it does not offer.
@@ -34,15 +35,18 @@ def nhsic(x_md: Tensor, y_me: Tensor, sigma: float = 5.0, kernel_y: str = "gauss
             raise ValueError(f"{name}: expected a float matrix [m,d], got {rows.dtype} {tuple(rows.shape)}")
     if x_md.shape[0] != y_me.shape[0]:
         raise ValueError(f"y: expected {x_md.shape[0]} rows like x, got {y_me.shape[0]}")
+    check_floats(x_md.device, y=y_me)
     if not sigma > 0:
         raise ValueError(f"sigma: expected a positive kernel width, got {sigma}")
     if kernel_y not in KERNELS:
         raise ValueError(f"kernel_y: expected one of {', '.join(KERNELS)}, got {kernel_y!r}")
-    if impl == "auto" and kernel_y != "gaussian":
+    if impl == "auto" and (kernel_y != "gaussian" or len(x_md) > LARGEST):
         impl = "reference"
     if choose(impl, x_md) == "triton":
         if kernel_y != "gaussian":
             raise ValueError(f'kernel_y: impl="triton" computes gaussian only, got {kernel_y!r}')
+        if len(x_md) > LARGEST:
+            raise ValueError(f'x: impl="triton" takes up to {LARGEST} rows, got {len(x_md)}')
         from mimir_fast.kernels.nhsic import kernel
 
         check_storage(x=x_md, y=y_me)

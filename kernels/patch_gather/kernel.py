@@ -17,7 +17,9 @@ def _pixel_offsets(patch_R1, number_1N, grid_w, stride_c, stride_h, stride_w, PA
     line_1N = number_1N // PATCH
     row_RN = patch_R1 // grid_w * PATCH + line_1N % PATCH
     column_RN = patch_R1 % grid_w * PATCH + number_1N % PATCH
-    return (line_1N // PATCH).to(tl.int64) * stride_c + row_RN.to(tl.int64) * stride_h + column_RN * stride_w
+    return (
+        (line_1N // PATCH).to(tl.int64) * stride_c + row_RN.to(tl.int64) * stride_h + column_RN.to(tl.int64) * stride_w
+    )
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 import torch
 from mimir_fast.kernels.patch_gather import reference
-from mimir_fast.kernels.registration import check_storage, choose
+from mimir_fast.kernels.registration import check_images, check_indices, check_storage, choose
 from torch import Tensor
 
 
@@ -30,8 +30,8 @@ def patch_gather(
     shapes       images [B,C,H,W], ids_keep [B,K] int64 (distinct within a row) -> [B,K,P]
     dtypes       float or uint8 storage, at least fp32 arithmetic, output in `dtype` (default: the images', fp32 for uint8):
                  an offset of 0.5 halves what rounding to 16 bits costs; differentiable in float images
-    bytes        the kept patches read once and written once, the indices read once; backward: the gradient and the indices
-                 read once, the images' gradient written once
+    bytes        the kept patches read once and written once, the indices read once; backward: the gradient read once, the
+                 indices once per tile of 1024 pixels (from cache), the images' gradient written once
     determinism  exact; kept patches are distinct, so the backward scatter writes every pixel once
     source       Dosovitskiy et al., An Image Is Worth 16x16 Words, 2021, equation 1, restricted to visible patches
 
@@ -42,8 +42,8 @@ def patch_gather(
     check_image_grid(images_BCHW, patch_size)
     if ids_keep_BK.ndim != 2 or ids_keep_BK.shape[0] != images_BCHW.shape[0]:
         raise ValueError(f"ids_keep: expected [{images_BCHW.shape[0]},K], got {tuple(ids_keep_BK.shape)}")
-    if not images_BCHW.is_floating_point() and images_BCHW.dtype != torch.uint8:
-        raise ValueError(f"images: expected float or uint8, got {images_BCHW.dtype}")
+    check_images(images_BCHW.device, images_BCHW)
+    check_indices(images_BCHW.device, ids_keep=ids_keep_BK)
     if dtype is None:
         dtype = images_BCHW.dtype if images_BCHW.is_floating_point() else torch.float32
     if not dtype.is_floating_point:

@@ -304,7 +304,11 @@ short_attention.register_autograd(_backward, setup_context=_save)
 
 def launches() -> list[Launch]:
     real, limits = [(50, 64), (197, 8), (257, 8)], [(80, 128), (128, 32), (128, 64), (512, 16)]
-    sizes = {"bf16": [*real, (17, 8), (65, 64), (50, 96), *limits], "fp16": real, "fp32": [(50, 64), (128, 16)]}
+    sizes = {
+        "bf16": [*real, (17, 8), (65, 64), (99, 64), (50, 96), (400, 16), *limits],
+        "fp16": [*real, *limits],
+        "fp32": [(50, 64), (128, 16), (64, 32), (64, 64)],
+    }
 
     def call(tokens: int, head: int, dtype: torch.dtype):
         qkv_BTQ = empty(8, tokens, 3 * 16 * head, dtype=dtype)

@@ -23,7 +23,7 @@ def _restore_kernel(tokens, mask_token, pos_embed, ids_shuffle, out, stride_b, s
     number_1N = tl.arange(0, tile_block(E))[None, :]
     exists_RN = (row_R1 <= L) & (number_1N < E)
     patch_R1 = tl.load(ids_shuffle + image * L + row_R1 - 1, mask=(row_R1 > 0) & (row_R1 <= L), other=-1).to(tl.int32)
-    token_RN = tokens + image * stride_b + row_R1 * stride_k + number_1N
+    token_RN = tokens + image * stride_b + row_R1.to(tl.int64) * stride_k + number_1N
     token_RN = tl.load(token_RN, mask=exists_RN & (row_R1 <= K), other=0)
     mask_1N = tl.load(mask_token + number_1N, mask=number_1N < E, other=0).to(tokens.dtype.element_ty)
     position_RN = tl.load(pos_embed + (1 + patch_R1) * E + number_1N, mask=exists_RN, other=0).to(tl.float32)
@@ -61,7 +61,7 @@ def _mask_token_grad_kernel(grad, grad_mask, stride_b, stride_l, L, K, E: tl.con
     for start in range(1 + K, L + 1, ROWS):
         row_R1 = start + tl.arange(0, ROWS)[:, None]
         exists_RN = (row_R1 <= L) & (number_1N < E)
-        grad_RN = tl.load(grad + image * stride_b + row_R1 * stride_l + number_1N, mask=exists_RN, other=0)
+        grad_RN = tl.load(grad + image * stride_b + row_R1.to(tl.int64) * stride_l + number_1N, mask=exists_RN, other=0)
         sum_RN += grad_RN.to(tl.float32)
     tl.store(grad_mask + image * E + number_1N, tl.sum(sum_RN, axis=0, keep_dims=True), mask=number_1N < E)
 

@@ -1,6 +1,6 @@
 """The decoder's input.  Shapes: B batch, L patches, K kept patches, E decoder width."""
 
-from mimir_fast.kernels.registration import check_storage, choose
+from mimir_fast.kernels.registration import check_floats, check_indices, check_storage, choose
 from mimir_fast.kernels.token_restore import reference
 from torch import Tensor
 
@@ -34,9 +34,14 @@ def token_restore(
         raise ValueError(f"mask_token: expected [{E}], got {tuple(mask_token_E.shape)}")
     if pos_embed_LE.shape != (L + 1, E):
         raise ValueError(f"pos_embed: expected [{L + 1},{E}], got {tuple(pos_embed_LE.shape)}")
+    floats = {"tokens": tokens_BKE, "mask_token": mask_token_E, "pos_embed": pos_embed_LE}
+    check_floats(tokens_BKE.device, **floats)
+    check_indices(tokens_BKE.device, ids_shuffle=ids_shuffle_BL)
     if choose(impl, tokens_BKE) == "triton":
         from mimir_fast.kernels.token_restore import kernel
 
-        check_storage(tokens=tokens_BKE, mask_token=mask_token_E, pos_embed=pos_embed_LE)
+        check_storage(**floats)
+        if pos_embed_LE.requires_grad:
+            raise ValueError("pos_embed: the triton implementation takes a fixed table; impl='reference' trains it")
         return kernel.token_restore(tokens_BKE, mask_token_E, pos_embed_LE, ids_shuffle_BL)
     return reference.token_restore(tokens_BKE, mask_token_E, pos_embed_LE, ids_shuffle_BL)

@@ -1,5 +1,6 @@
 """The compile gate: every kernel that can be launched, as machine code for A100 and H100."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,43 @@ from mimir_fast import kernels as package
 
 @pytest.mark.parametrize("op", gate.OPS)
 def test_every_kernel_passes_the_gate(op):
-    """No spills, stack or atomics; 128-bit loads and stores; shared memory fits; a dot means matrix instructions."""
+    """No spills, stack or atomics; 128-bit loads and stores; shared memory fits; a dot means matrix instructions.
+
+    And no access is narrower than in the table of bench/results, where that is from the same compiler.
+    """
     records = gate.compile_all([op])
     assert {record["arch"] for record in records} == set(gate.ARCHS)
     failures = [
         (r["kernel"], r["config"], r["dtype"], r["arch"], *wrong) for r in records if (wrong := [*gate.complaints(r)])
     ]
     assert not failures
+    versions, *table = map(json.loads, gate.RESULTS.read_text().splitlines())
+    if versions["triton"] == gate.triton.__version__:
+        recorded = {labels(r): r for r in table if r["op"] == op}
+        assert recorded.keys() == {labels(r) for r in records}, "out of date: python -m bench compile"
+        assert not [labels(r) for r in records if narrower(r, recorded[labels(r)])]
+
+
+def labels(record: dict) -> tuple:
+    return tuple(record[name] for name in ("kernel", "config", "dtype", "arch"))
+
+
+def narrower(record: dict, before: dict) -> bool:
+    """Whether fewer global loads or stores than before are 128 bits wide, or more of them are not."""
+    for name in ("loads", "stores"):
+        now, then = ({int(width): count for width, count in r[name].items()} for r in (record, before))
+        narrow_now, narrow_then = (sum(widths.values()) - widths.get(128, 0) for widths in (now, then))
+        if now.get(128, 0) < then.get(128, 0) or narrow_now > narrow_then:
+            return True
+    return False
+
+
+def test_narrower():
+    before = {"loads": {"128": 2, "32": 1}, "stores": {"128": 1}}
+    assert not narrower(before, before)
+    assert not narrower({"loads": {128: 3}, "stores": {128: 1}}, before)
+    assert narrower({"loads": {128: 1, 64: 2}, "stores": {128: 1}}, before)
+    assert narrower({"loads": {128: 2, 32: 1}, "stores": {128: 1, 16: 1}}, before)
 
 
 def test_every_kernel_of_an_operation_is_launched_by_its_launches():

@@ -15,6 +15,7 @@ from mimir_fast.kernels import (
     masked_patch_loss,
     nhsic,
     patch_gather,
+    short_attention,
     token_restore,
 )
 
@@ -25,12 +26,12 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=on_gpu)])
 def place(request):
-    """Device and sizes: images B, side, patch; decoder width E; rows m and their length d."""
+    """Device and sizes: images B, side, patch; decoder width E; rows m and their length d; tokens T of heads N x 16."""
     if request.param == "cuda":
-        yield torch.device("cuda"), {"B": 64, "side": 224, "p": 16, "E": 128, "m": 512, "d": 38400}
+        yield torch.device("cuda"), {"B": 64, "side": 224, "p": 16, "E": 128, "m": 512, "d": 38400, "T": 50}
         return
     with interpret():
-        yield torch.device("cpu"), {"B": 2, "side": 24, "p": 8, "E": 32, "m": 9, "d": 70}
+        yield torch.device("cpu"), {"B": 2, "side": 24, "p": 8, "E": 32, "m": 9, "d": 70, "T": 5}
 
 
 def draws(device, sizes, dtype):
@@ -50,6 +51,7 @@ def draws(device, sizes, dtype):
         "tokens": leaf(B, 1 + K, E),
         "mask_token": leaf(E),
         "pos": torch.rand(1 + L, E, device=device),
+        "qkv": leaf(B, sizes["T"], 3 * 2 * 16),
         "x": leaf(sizes["m"], sizes["d"]),
         "y": leaf(sizes["m"], 2 * sizes["d"]),
     }, {"all": ids_shuffle, "keep": ids_shuffle[:, :K], "removed": ids_shuffle[:, K:], "restore": ids_restore}
@@ -63,6 +65,7 @@ OPERATIONS = {
     "masked_patch_loss": lambda t, ids, p, impl: masked_patch_loss(
         t["pred"], t["images"], ids["removed"], p, True, impl=impl
     ),
+    "short_attention": lambda t, ids, p, impl: short_attention(t["qkv"], 2, impl=impl),
     "nhsic": lambda t, ids, p, impl: nhsic(t["x"], t["y"], impl=impl),
 }
 
@@ -114,14 +117,19 @@ def test_exact_operations(place):
     assert (steps[0] - steps[1]).abs().max() < 1e-6
 
 
+def forward_and_backward(operation, tensors, ids):
+    out = operation(tensors, ids, 16, "triton")
+    torch.autograd.grad(out, [t for t in tensors.values() if t.requires_grad], torch.ones_like(out), allow_unused=True)
+
+
 @on_gpu
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_no_host_synchronisation(name):
-    sizes = {"B": 4, "side": 64, "p": 16, "E": 128, "m": 64, "d": 512}
+    sizes = {"B": 4, "side": 64, "p": 16, "E": 128, "m": 64, "d": 512, "T": 50}
     tensors, ids = draws(torch.device("cuda"), sizes, torch.bfloat16)
-    OPERATIONS[name](tensors, ids, 16, "triton")  # compiles
+    forward_and_backward(OPERATIONS[name], tensors, ids)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        OPERATIONS[name](tensors, ids, 16, "triton")
+        forward_and_backward(OPERATIONS[name], tensors, ids)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -56,7 +56,7 @@ def test_value_and_gradients(shape, norm, dtype):
 def test_layouts_and_storage(storage):
     pred, images, ids = inputs(3, 3, 16, 24, 8)
     other = {
-        "uint8": lambda: (pred, (images * 255).byte(), ids),
+        "uint8": lambda: (pred, (images * 255).byte(), ids),  # divided by 255
         "channels_last": lambda: (pred, images.to(memory_format=torch.channels_last), ids),
         "strided ids": lambda: (pred, images, ids.T.contiguous().T),
         "strided pred": lambda: (pred.mT.contiguous().mT, images, ids),
@@ -146,3 +146,12 @@ def test_errors_name_the_argument(change, word):
     arguments = {"pred": pred, "images": images, "ids": ids, "patch_size": 4, "norm": True, "impl": "auto"} | change
     with pytest.raises(ValueError, match=f"^{word}"):
         masked_patch_loss(*arguments.values())
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_uint8_images_are_divided_by_255(impl):
+    _, images, ids = inputs(2, 3, 8, 8, 4)
+    stored = (images * 255).byte()
+    perfect = patchify(stored.float() / 255, 4).gather(1, ids[:, :, None].expand(-1, -1, 48))
+    with interpret():
+        assert masked_patch_loss(perfect, stored, ids, 4, False, impl=impl) < 1e-12

@@ -72,7 +72,7 @@ def test_strided_inputs(view):
         "transposed": lambda: (images.mT.contiguous().mT, ids),
         "crop": lambda: (torch.rand(3, 3, 20, 30)[:, :, 2:18, 3:27], ids),
         "expanded": lambda: (images[:1].expand(3, -1, -1, -1), ids),
-        "flat ids": lambda: (images, torch.stack([ids, ids], 2)[..., 0].int()),
+        "flat ids": lambda: (images, torch.stack([ids, ids], 2)[..., 0]),
     }[view]()
     upstream = torch.randn(3, 192, 2).mT
     expected = patches_and_gradient(images, ids.long(), 8, "reference", upstream)
@@ -158,6 +158,8 @@ def test_reference_compiles_fullgraph_and_passes_gradcheck():
         ({"images_BCHW": torch.zeros(2, 3, 8, 8, dtype=torch.int32)}, "images"),
         ({"images_BCHW": torch.rand(2, 3, 8, 8).double(), "impl": "triton"}, "images"),
         ({"ids_keep_BK": torch.zeros(3, 2, dtype=torch.int64)}, "ids_keep"),
+        ({"ids_keep_BK": torch.zeros(2, 2)}, "ids_keep"),
+        ({"ids_keep_BK": torch.zeros(2, 2, dtype=torch.int64, device="meta")}, "ids_keep"),
         ({"patch_size": 3}, "patch_size"),
         ({"dtype": torch.uint8}, "dtype"),
         ({"impl": "cuda"}, "impl"),
