@@ -185,13 +185,14 @@ nhsic.register_autograd(_backward, setup_context=_save)
 
 def launches() -> list[Launch]:
     narrow = frozenset(["_value_kernel", "_gaussian_kernel"])  # one number per row; a transposed store
+    short = narrow | {"_double_center_kernel", "_weights_kernel"}  # one number per thread
 
     def call(m: int, d: int, dtype: torch.dtype):
         value, rows, k, p, _, _, p_other = nhsic_forward(empty(m, d, dtype=dtype), empty(m, d, dtype=dtype), 5.0)
         nhsic_backward(value, rows, k, p, p_other, 5.0, dtype)
 
     return [
-        Launch(f"m{m}", dtype, lambda m=m, d=d: call(m, 1024, d), narrow)
+        Launch(f"m{m}", dtype, lambda m=m, d=d: call(m, 1024, d), short if m < 512 else narrow)
         for m in (128, 512, 2048, 8192)
         for dtype, d in STORAGE.items()
     ]

@@ -1,0 +1,240 @@
+"""The MLP in Triton: two of its six products, with GELU where their tiles are in registers, and the autograd around all six.
+
+Shapes: M rows, D width, F hidden width, T tiles of rows.  A tile's epilogue goes column part by column part, so that GELU's
+intermediate values take few registers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from mimir_fast.kernels.launch import Launch, empty
+from mimir_fast.kernels.registration import register
+from torch import Tensor
+
+GROUP = 8  # tiles of rows whose programs run together and share weights
+# two programs share a multiprocessor: one computes GELU and writes while the other multiplies
+AMPERE = {"BLOCK_M": 128, "BLOCK_F": 128, "BLOCK_K": 32, "num_warps": 4, "num_stages": 4}
+HOPPER = {"BLOCK_M": 128, "BLOCK_F": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
+SUMS = {"ROWS": 64, "COLUMNS": 32, "num_warps": 8}
+
+
+@triton.jit
+def _tile(M, F, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, GROUP: tl.constexpr):
+    """This program's tile of rows, those rows [BLOCK_M] (int64), and its first column."""
+    across = tl.cdiv(F, BLOCK_F)
+    first = tl.program_id(0) // (GROUP * across) * GROUP
+    group = tl.minimum(tl.cdiv(M, BLOCK_M) - first, GROUP)
+    place = tl.program_id(0) % (GROUP * across)
+    tile = first + place % group
+    return tile, tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M), place // group * BLOCK_F
+
+
+@triton.jit
+def _product(
+    left, right, row_M, first, M, F, D, stride_k, stride_f,
+    BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """A tile of left [M,D] right [D,F] in fp32; right has strides.  Rows and columns past the end repeat the last one."""
+    column_F = tl.minimum(first + tl.arange(0, BLOCK_F), F - 1)
+    if EVEN:
+        column_F = tl.max_contiguous(tl.multiple_of(first + tl.arange(0, BLOCK_F), BLOCK_F), BLOCK_F)
+    k_K = tl.arange(0, BLOCK_K)
+    left_MK = left + tl.minimum(row_M, M - 1)[:, None] * D + k_K[None, :]
+    right_KF = right + k_K[:, None].to(tl.int64) * stride_k + column_F[None, :].to(tl.int64) * stride_f
+    sum_MF = tl.zeros([row_M.shape[0], BLOCK_F], tl.float32)
+    for start in range(0, D, BLOCK_K):
+        if EVEN:
+            sum_MF = tl.dot(tl.load(left_MK), tl.load(right_KF), sum_MF)
+        else:
+            exists_K = start + k_K < D
+            left_tile_MK = tl.load(left_MK, mask=exists_K[None, :], other=0)
+            sum_MF = tl.dot(left_tile_MK, tl.load(right_KF, mask=exists_K[:, None], other=0), sum_MF)
+        left_MK += BLOCK_K
+        right_KF += BLOCK_K * stride_k
+    return sum_MF
+
+
+@triton.jit
+def _halves(tile_MF):
+    """Left and right columns of a tile."""
+    M: tl.constexpr = tile_MF.shape[0]
+    half: tl.constexpr = tile_MF.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(tile_MF, [M, 2, half]), (0, 2, 1)))
+
+
+@triton.jit
+def _quarters(tile_MF):
+    """A tile's columns in four parts."""
+    left, right = _halves(tile_MF)
+    a, b = _halves(left)
+    c, d = _halves(right)
+    return a, b, c, d
+
+
+@triton.jit
+def _linear_gelu_kernel(
+    x, weight, bias, act, pre, M, F, D,
+    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """formula      pre = x weight^T + bias, act = gelu(pre)
+    shapes       x [M,D], weight [F,D], bias [F] -> act, pre [M,F], all contiguous
+    dtypes       16-bit storage, fp32 sums; GELU of pre as stored
+    bytes        x once per column tile and weight once per row tile (from L2), act and pre once
+    determinism  fixed order
+    source       Hendrycks and Gimpel, Gaussian Error Linear Units, 2016
+    """
+    _, row_M, first = _tile(M, F, BLOCK_M, BLOCK_F, GROUP)
+    parts = _quarters(_product(x, weight, row_M, first, M, F, D, 1, D, BLOCK_F, BLOCK_K, EVEN))
+    for i in tl.static_range(4):
+        column_1C = (first + i * (BLOCK_F // 4) + tl.arange(0, BLOCK_F // 4))[None, :]
+        exists_MC = (row_M[:, None] < M) & (column_1C < F)
+        bias_1C = tl.load(bias + column_1C, mask=column_1C < F, other=0).to(tl.float32)
+        pre_MC = (parts[i] + bias_1C).to(pre.dtype.element_ty)
+        tl.store(pre + row_M[:, None] * F + column_1C, pre_MC, mask=exists_MC)
+        h_MC = pre_MC.to(tl.float32)
+        act_MC = h_MC * (0.5 + 0.5 * tl.math.erf(h_MC * 0.7071067811865476))
+        tl.store(act + row_M[:, None] * F + column_1C, act_MC.to(act.dtype.element_ty), mask=exists_MC)
+
+
+@triton.jit
+def _gelu_linear_grad_kernel(
+    grad, weight, pre, grad_pre, sums, M, F, D,
+    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """formula      grad_pre = (grad weight) gelu'(pre); sums[t] = sum of grad_pre over the rows of tile t, if asked for
+    shapes       grad [M,D], weight [D,F], pre [M,F] -> grad_pre [M,F], sums [T,F], all contiguous
+    dtypes       16-bit storage, fp32 sums of numbers before they are rounded
+    bytes        grad once per column tile and weight once per row tile (from L2), pre, grad_pre and sums once
+    determinism  fixed order
+    source       derivative of _linear_gelu_kernel
+    """
+    tile, row_M, first = _tile(M, F, BLOCK_M, BLOCK_F, GROUP)
+    parts = _quarters(_product(grad, weight, row_M, first, M, F, D, F, 1, BLOCK_F, BLOCK_K, EVEN))
+    for i in tl.static_range(4):
+        column_1C = (first + i * (BLOCK_F // 4) + tl.arange(0, BLOCK_F // 4))[None, :]
+        exists_MC = (row_M[:, None] < M) & (column_1C < F)
+        h_MC = tl.load(pre + row_M[:, None] * F + column_1C, mask=exists_MC, other=0).to(tl.float32)
+        density_MC = 0.3989422804014327 * tl.exp(-0.5 * h_MC * h_MC)
+        slope_MC = 0.5 + 0.5 * tl.math.erf(h_MC * 0.7071067811865476) + h_MC * density_MC
+        grad_MC = parts[i] * slope_MC
+        tl.store(grad_pre + row_M[:, None] * F + column_1C, grad_MC.to(grad_pre.dtype.element_ty), mask=exists_MC)
+        if sums is not None:
+            sum_1C = tl.sum(tl.where(row_M[:, None] < M, grad_MC, 0.0), axis=0, keep_dims=True)
+            tl.store(sums + tile.to(tl.int64) * F + column_1C, sum_1C, mask=column_1C < F)
+
+
+@triton.jit
+def _add_sums_kernel(sums, out, T, F, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """formula      out = sum of sums over T
+    shapes       sums [T,F] -> out [F]
+    dtypes       fp32 sums, any float storage of the result
+    bytes        sums once, out once
+    determinism  fixed order
+    source       second stage of _gelu_linear_grad_kernel
+    """
+    column_1C = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    sum_RC = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, T, ROWS):
+        tile_R1 = start + tl.arange(0, ROWS)[:, None]
+        sum_RC += tl.load(sums + tile_R1.to(tl.int64) * F + column_1C, mask=(tile_R1 < T) & (column_1C < F), other=0)
+    sum_1C = tl.sum(sum_RC, axis=0, keep_dims=True)
+    tl.store(out + column_1C, sum_1C.to(out.dtype.element_ty), mask=column_1C < F)
+
+
+def linear_gelu_forward(x_MD: Tensor, weight_FD: Tensor, bias_F: Tensor, config: dict | None = None) -> tuple:
+    """gelu(pre) and pre = x weight^T + bias, both [M,F]."""
+    (M, D), F, config = x_MD.shape, weight_FD.shape[0], config or _config(x_MD)
+    act_MF, pre_MF = _fake_forward(x_MD, weight_FD, bias_F)
+    tensors = (x_MD.contiguous(), weight_FD.contiguous(), bias_F.contiguous(), act_MF, pre_MF)
+    _linear_gelu_kernel[_grid(M, F, config)](*tensors, M, F, D, GROUP=GROUP, EVEN=_even(F, D, config), **config)
+    return act_MF, pre_MF
+
+
+def gelu_linear_backward(
+    grad_MD: Tensor, weight_DF: Tensor, pre_MF: Tensor, with_sums: bool, config: dict | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gradient in pre [M,F], and its sum over the rows [F]; without sums an empty tensor."""
+    (M, D), F, config = grad_MD.shape, weight_DF.shape[1], config or _config(grad_MD)
+    grad_pre_MF, sum_F = _fake_backward(grad_MD, weight_DF, pre_MF, with_sums)
+    tiles = triton.cdiv(M, config["BLOCK_M"])
+    sums_TF = grad_MD.new_empty((tiles, F), dtype=torch.float32) if with_sums else None
+    tensors = (grad_MD.contiguous(), weight_DF.contiguous(), pre_MF.contiguous(), grad_pre_MF, sums_TF)
+    _gelu_linear_grad_kernel[_grid(M, F, config)](*tensors, M, F, D, GROUP=GROUP, EVEN=_even(F, D, config), **config)
+    if with_sums:
+        _add_sums_kernel[(triton.cdiv(F, SUMS["COLUMNS"]),)](sums_TF, sum_F, tiles, F, **SUMS)
+    return grad_pre_MF, sum_F
+
+
+def _config(tensor: Tensor) -> dict:
+    """Tile sizes by the GPU's generation."""
+    newer = not tensor.is_cuda or torch.cuda.get_device_capability(tensor.device)[0] >= 9
+    return HOPPER if newer else AMPERE
+
+
+def _grid(M: int, F: int, config: dict) -> tuple[int]:
+    return (triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(F, config["BLOCK_F"]),)
+
+
+def _even(F: int, D: int, config: dict) -> bool:
+    """Whether tiles end where the matrices do, rows apart."""
+    return F % config["BLOCK_F"] == 0 and D % config["BLOCK_K"] == 0
+
+
+def _fake_forward(x_MD, weight_FD, bias_F):
+    return tuple(x_MD.new_empty((x_MD.shape[0], weight_FD.shape[0])) for _ in range(2))
+
+
+def _fake_backward(grad_MD, weight_DF, pre_MF, with_sums):
+    return pre_MF.new_empty(pre_MF.shape), pre_MF.new_empty(pre_MF.shape[1] if with_sums else 0)
+
+
+linear_gelu = register(
+    "linear_gelu", "(Tensor x, Tensor weight, Tensor bias) -> (Tensor, Tensor)", linear_gelu_forward, _fake_forward
+)
+gelu_linear_grad = register(
+    "gelu_linear_grad",
+    "(Tensor grad, Tensor weight, Tensor pre, bool with_sums) -> (Tensor, Tensor)",
+    gelu_linear_backward,
+    _fake_backward,
+)
+
+
+class MLP(torch.autograd.Function):
+    """x [...,D], weight1 [F,D], bias1 [F], weight2 [D,F] -> [...,D]; computes the gradients that are asked for, no other."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight1_FD: Tensor, bias1_F: Tensor, weight2_DF: Tensor) -> Tensor:
+        x_MD = x.reshape(-1, x.shape[-1])
+        act_MF, pre_MF = linear_gelu(x_MD, weight1_FD, bias1_F)
+        ctx.save_for_backward(x_MD, weight1_FD, weight2_DF, act_MF, pre_MF)
+        return (act_MF @ weight2_DF.T).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x_MD, weight1_FD, weight2_DF, act_MF, pre_MF = ctx.saved_tensors
+        of_x, of_weight1, of_bias1, of_weight2 = ctx.needs_input_grad
+        grad_MD = grad.reshape(x_MD.shape)
+        grad_pre_MF, bias_F = gelu_linear_grad(grad_MD, weight2_DF, pre_MF, of_bias1)
+        return (
+            (grad_pre_MF @ weight1_FD).view(grad.shape) if of_x else None,
+            grad_pre_MF.T @ x_MD if of_weight1 else None,
+            bias_F if of_bias1 else None,
+            grad_MD.T @ act_MF if of_weight2 else None,
+        )
+
+
+def launches() -> list[Launch]:
+    def call(D: int, F: int, dtype: torch.dtype, config: dict):
+        x_MD, weight1_FD, weight2_DF = empty(512, D, dtype=dtype), empty(F, D, dtype=dtype), empty(D, F, dtype=dtype)
+        _, pre_MF = linear_gelu_forward(x_MD, weight1_FD, empty(F, dtype=dtype), config)
+        for with_sums in (True, False):
+            gelu_linear_backward(x_MD, weight2_DF, pre_MF, with_sums, config)
+
+    odd = frozenset(["_linear_gelu_kernel", "_gelu_linear_grad_kernel", "_add_sums_kernel"])
+    cases = [(768, 3072, frozenset()), (48, 200, frozenset()), (50, 193, odd)]  # 193: rows that are not aligned
+    return [
+        Launch(f"{name} D{D} F{F}", kind, lambda a=(D, F, dtype, config): call(*a), narrow | {"_add_sums_kernel"})
+        for name, config in (("ampere", AMPERE), ("hopper", HOPPER))
+        for kind, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16))
+        for D, F, narrow in cases
+    ]

@@ -1,0 +1,46 @@
+"""The Transformer's MLP.  Shapes: D width, F hidden width."""
+
+import torch
+from mimir_fast.kernels.mlp import reference
+from mimir_fast.kernels.registration import check_floats, choose
+from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def mlp(x: Tensor, weight1_FD: Tensor, bias1_F: Tensor, weight2_DF: Tensor, impl: str = "auto") -> Tensor:
+    """Two linear layers with GELU between them; the second one's bias is left to whoever adds the result.
+
+    formula      h = x weight1^T + bias1, a = gelu(h), result = a weight2^T; gelu(h) = h Phi(h), Phi the normal distribution
+    shapes       x [...,D], weight1 [F,D], bias1 [F], weight2 [D,F] -> [...,D]; differentiable in all four
+    dtypes       16-bit storage (reference: any float), fp32 accumulation and GELU of h as stored; under autocast everything
+                 is cast to its type first
+    bytes        beside the four products of two linear layers h is written once and read once: GELU, its derivative and the
+                 sums of bias1's gradient are computed where the products' tiles are in registers
+    determinism  fixed order; tiles depend on the GPU's generation only
+    source       Hendrycks and Gimpel, Gaussian Error Linear Units, 2016; Vaswani et al., Attention Is All You Need, 2017
+
+    impl: "triton" (16-bit storage), "reference" or "auto" (triton on CUDA in 16 bits).
+    Raises ValueError if shapes, devices or dtypes disagree, or an element type or impl is not on offer.
+    """
+    D, F = x.shape[-1], weight1_FD.shape[0]
+    for name, tensor, shape in (
+        ("weight1", weight1_FD, (F, D)), ("bias1", bias1_F, (F,)), ("weight2", weight2_DF, (D, F))
+    ):  # fmt: skip
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: expected {list(shape)}, got {tuple(tensor.shape)}")
+    tensors = {"x": x, "weight1": weight1_FD, "bias1": bias1_F, "weight2": weight2_DF}
+    check_floats(x.device, **tensors)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        tensors = {name: t.to(dtype) for name, t in tensors.items()}
+    if impl == "auto" and tensors["x"].dtype not in HALF:
+        impl = "reference"
+    if choose(impl, x) == "reference":
+        return reference.mlp(*tensors.values())
+    from mimir_fast.kernels.mlp import kernel
+
+    for name, tensor in tensors.items():
+        if tensor.dtype not in HALF or tensor.dtype != tensors["x"].dtype:
+            raise ValueError(f"{name}: the triton implementation takes fp16 or bf16, one for all, got {tensor.dtype}")
+    return kernel.MLP.apply(*tensors.values())
