@@ -9,15 +9,16 @@ two sums over the row, each a wait of all warps for each other, before the two t
 import torch
 import triton
 import triton.language as tl
+from mimir_fast.kernels.add_layer_norm.column_sums import add_partials
 from mimir_fast.kernels.launch import STORAGE, Launch, empty
 from mimir_fast.kernels.patch_tile import tile_block, tile_rows
 from mimir_fast.kernels.registration import register
 from torch import Tensor
 
 ROWS_PER_PROGRAM = 16  # at least: parameters and partial sums are then a sixteenth of a row's traffic
-REGISTERS = 80  # per thread of the backward: 24 warps fit on a multiprocessor
-WARPS = {False: 132 * 32, True: 132 * 24}  # of all programs, without and with column sums: what an H100 holds at once
-SUMS = {"ROWS": 128, "COLUMNS": 32, "num_warps": 8}
+MULTIPROCESSORS = 132  # an H100's; all programs run at once there
+REGISTERS = 96  # per thread of the backward, at most
+WARPS = {False: 32, True: 20}  # on a multiprocessor, without and with column sums, which take registers
 
 
 @triton.jit
@@ -77,8 +78,7 @@ def _add_norm_grad_kernel(
 ):  # fmt: skip
     """formula      with h = (s - mean) * rstd and p = dn * weight: dx = ds + (p - mean(p) - h * mean(p h)) * rstd;
                  partials: a group's sums over rows of dn h and dn (if OF_NORM), and of dx (if OF_DELTA_BIAS)
-    shapes       ds, dn, s [rows,D], statistics [2,rows], weight [D] -> dx, d_delta [rows,D],
-                 partials [K,G,D]
+    shapes       ds, dn, s [rows,D], statistics [2,rows], weight [D] -> dx, d_delta [rows,D], partials [K,G,D]
     dtypes       any float storage; fp32 arithmetic and partials
     bytes        ds, dn, s, dx and d_delta once (ds and d_delta may be None), the statistics once, the rest once per program
     determinism  fixed order; every element has one writer
@@ -118,36 +118,6 @@ def _add_norm_grad_kernel(
     if OF_DELTA_BIAS:
         partials += 2 * step if OF_NORM else 0
         tl.store(partials, tl.sum(d_delta_bias_RD, axis=0, keep_dims=True), mask=column_1D < D)
-
-
-@triton.jit
-def _add_partials_kernel(
-    partials, d_weight, d_bias, d_delta_bias, G, D: tl.constexpr, OF_NORM: tl.constexpr, OF_DELTA_BIAS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """formula      d_weight, d_bias, d_delta_bias = the partials' sums over the groups
-    shapes       partials [K,G,D] -> [D] each, those that are asked for
-    dtypes       fp32 sums, any float storage of the results
-    bytes        the partials once, the results once
-    determinism  fixed order
-    source       second stage of _add_norm_grad_kernel
-    """
-    column_1C = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    which = tl.program_id(1)
-    sum_RC = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, G, ROWS):
-        group_R1 = start + tl.arange(0, ROWS)[:, None]
-        partial_RC = partials + (which * G + group_R1) * D + column_1C
-        sum_RC += tl.load(partial_RC, mask=(group_R1 < G) & (column_1C < D), other=0)
-    sum_1C = tl.sum(sum_RC, axis=0, keep_dims=True)
-    if OF_NORM:
-        if which == 0:
-            tl.store(d_weight + column_1C, sum_1C.to(d_weight.dtype.element_ty), mask=column_1C < D)
-        if which == 1:
-            tl.store(d_bias + column_1C, sum_1C.to(d_bias.dtype.element_ty), mask=column_1C < D)
-    if OF_DELTA_BIAS:
-        if which == (2 if OF_NORM else 0):
-            tl.store(d_delta_bias + column_1C, sum_1C.to(d_delta_bias.dtype.element_ty), mask=column_1C < D)
 
 
 def add_layer_norm_forward(
@@ -197,8 +167,7 @@ def add_layer_norm_backward(
         dx, None if delta_dtype is None else d_delta, partials, rows, D=D, **flags, num_warps=_warps(D), maxnreg=REGISTERS,
     )  # fmt: skip
     if count:
-        grid = triton.cdiv(D, SUMS["COLUMNS"]), count
-        _add_partials_kernel[grid](partials, *sums, programs, D=D, **flags, **SUMS)
+        add_partials(partials, *sums, of_norm)
     return dx, d_delta, *sums
 
 
@@ -217,7 +186,8 @@ def _warps(D: int) -> int:
 
 def groups(rows: int, D: int, sums: bool) -> int:
     """Programs, G if they write partial sums: a function of the shape, so that results are the same on every device."""
-    return min(triton.cdiv(rows, ROWS_PER_PROGRAM), WARPS[sums] // _warps(D))
+    least = max(ROWS_PER_PROGRAM, tile_rows(D))
+    return min(triton.cdiv(rows, least), MULTIPROCESSORS * max(1, WARPS[sums] // _warps(D)))
 
 
 def _fake_forward(x, delta, delta_bias_D, weight_D, bias_D, eps, out_dtype):
@@ -254,7 +224,7 @@ def _save(ctx, inputs, output):
     x, delta, delta_bias_D, weight_D, bias_D, _, _ = inputs
     s, n, statistics = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(statistics)
+    ctx.mark_non_differentiable(*((s, statistics) if delta is None else (statistics,)))
     ctx.dtypes = [None if t is None else t.dtype for t in (delta, delta_bias_D, bias_D)]
     ctx.out = n.dtype
     ctx.save_for_backward(x if delta is None else s, statistics, weight_D)
@@ -268,7 +238,14 @@ def _backward(ctx, ds, dn, _):
         dn = torch.zeros_like(s, dtype=ctx.out)
     of_norm, copied = of_weight or of_bias, of_delta and delta_dtype != s.dtype
     dx, d_delta, d_weight, d_bias, d_delta_bias = add_layer_norm_grad(
-        ds, dn, s, statistics, weight_D, delta_dtype if copied else None, of_norm, delta_bias_dtype if of_delta_bias else None
+        ds,
+        dn,
+        s,
+        statistics,
+        weight_D,
+        delta_dtype if copied else None,
+        of_norm,
+        delta_bias_dtype if of_delta_bias else None,
     )
     d_delta = d_delta if copied else dx
     return (
@@ -281,24 +258,21 @@ add_layer_norm.register_autograd(_backward, setup_context=_save)
 
 
 def launches() -> list[Launch]:
-    half, widths = torch.bfloat16, (128, 192, 384, 768, 1024, 1280)
-    mixes = {"bf16 residual": (half, half), "fp32 residual": (torch.float32, half)}
-    cases = [(f"D{D} {mix}", "bf16", D, *mixes[mix]) for D in widths for mix in mixes]
-    cases += [(f"D{D} {name}", name, D, torch.float32, STORAGE[name]) for D in (128, 768) for name in ("fp16", "fp32")]
+    half, sizes = torch.bfloat16, (128, 192, 384, 768, 1024, 1280)
+    cases = [(f"D{D} fp32 residual", "bf16", D, torch.float32, half) for D in sizes]
+    cases += [(f"D{D} bf16 residual", "bf16", D, half, half) for D in (128, 768)]
+    cases += [(f"D{D}", name, D, torch.float32, STORAGE[name]) for D in (128, 768) for name in ("fp16", "fp32")]
 
     def call(D: int, residual: torch.dtype, compute: torch.dtype):
-        """A block's two sums in training, the later one from a slice's row on, the first norm, and both in the attack."""
-        x, delta, weight = empty(8, 66, D, dtype=residual), empty(8, 66, D, dtype=compute), empty(D)
-        for tokens in (x, x[:, 2:]):
-            added = (delta[:, : tokens.shape[1]], empty(D, dtype=compute))
-            s, n, statistics = add_layer_norm_forward(tokens, *added, weight, weight, 1e-6, compute)
-            copied = compute if compute != residual else None
-            for trained in (True, False):
-                sums = (trained, compute if trained else None)
-                add_layer_norm_backward(s, n, s, statistics, weight, copied, *sums)
-        _, n, statistics = add_layer_norm_forward(x, None, None, weight, weight, 1e-6, compute)
+        """A sum of a block's and the first norm, which adds nothing, in training and in the attack."""
+        x, delta, weight = empty(8, 66, D, dtype=residual)[:, 2:], empty(8, 64, D, dtype=compute), empty(D)
+        s, n, statistics = add_layer_norm_forward(x, delta, empty(D, dtype=compute), weight, weight, 1e-6, compute)
+        add_layer_norm_forward(s, None, None, weight, weight, 1e-6, compute)
+        copied = compute if compute != residual else None
         for trained in (True, False):
-            add_layer_norm_backward(None, n, x, statistics, weight, None, trained, None)
+            rest = (n, s, statistics, weight)
+            add_layer_norm_backward(s, *rest, copied, trained, compute if trained else None)
+            add_layer_norm_backward(None, *rest, None, trained, None)
 
     narrow = frozenset(["_add_partials_kernel"])  # it writes 32 numbers per program
     return [Launch(config, name, lambda a=arguments: call(*a), narrow) for config, name, *arguments in cases]

@@ -27,7 +27,8 @@ def add_layer_norm(
                  numbers read, the gradient of x written, and again in delta's dtype if that is another; per group of rows one
                  fp32 row for each of weight, bias and delta_bias written and read (none where they need no gradient)
     determinism  fixed order, no atomics; groups depend on the shape alone, not on the device
-    source       Ba et al., Layer Normalization, 2016; Xiong et al., On Layer Normalization in the Transformer Architecture, 2020
+    source       Ba et al., Layer Normalization, 2016; the residual step of Xiong et al., On Layer Normalization in the
+                 Transformer Architecture, 2020
 
     impl: "triton", "reference" or "auto" (triton on CUDA).  triton takes float storage up to 32 bits and reads x [B,T,D] with
     any strides between rows; what else is not contiguous is copied, in the backward pass without delta also x.
@@ -39,7 +40,8 @@ def add_layer_norm(
         if tensor.shape != (D,):
             raise ValueError(f"{name}: expected [{D}], got {tuple(tensor.shape)}")
     if out_dtype is None:
-        out_dtype = _compute_dtype(x if delta is None else delta)
+        device, given = x.device.type, (x if delta is None else delta).dtype
+        out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else given
     if not out_dtype.is_floating_point:
         raise ValueError(f"out_dtype: expected a float type, got {out_dtype}")
     if choose(impl, x) == "triton":
@@ -66,9 +68,3 @@ def _check_shapes(x: Tensor, delta: Tensor | None, delta_bias_D: Tensor | None) 
     if delta_bias_D is not None and delta_bias_D.shape != x.shape[-1:]:
         raise ValueError(f"delta_bias: expected [{x.shape[-1]}], got {tuple(delta_bias_D.shape)}")
     return x.shape[-1]
-
-
-def _compute_dtype(tensor: Tensor) -> torch.dtype:
-    """autocast's dtype where it is on, else the tensor's."""
-    device = tensor.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype

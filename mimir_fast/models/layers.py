@@ -44,7 +44,7 @@ class Block(nn.Module):
     def forward(
         self, x_BTD: Tensor, delta_BTD: Tensor | None = None, delta_bias_D: Tensor | None = None, first: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B,T,D], and delta [B,T,D] and delta_bias [D] to be added first -> the same three for the tokens from `first` on."""
+        """x [B,T,D], delta [B,T,D] and delta_bias [D] to be added to it -> the same three for the tokens from `first` on."""
         x_BTD, normed_BTD = add_and_norm(x_BTD, delta_BTD, delta_bias_D, self.norm1, self.kernels)
         delta_BTD = self.attn(normed_BTD, first)
         x_BTD, normed_BTD = add_and_norm(x_BTD[:, first:], delta_BTD, self.attn.proj.bias, self.norm2, self.kernels)

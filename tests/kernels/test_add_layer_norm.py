@@ -9,7 +9,7 @@ from mimir_fast.kernels.add_layer_norm import kernel
 
 NAMES = ("x", "delta", "delta_bias", "weight", "bias")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-SHAPES = [(1, 1, 7), (2, 5, 48), (3, 11, 129), (1, 4, 1280), (40, 1), (3, 2, 2, 64), (17,), (2, 17, 128)]
+SHAPES = [(1, 1, 7), (2, 5, 48), (1, 11, 129), (1, 3, 1280), (40, 1), (3, 2, 2, 64), (17,), (1, 19, 128)]
 MIXES = {  # x, delta, weight, what comes out
     "fp32": (F32, F32, F32, None),
     "fp16": (F16, F16, F16, None),
@@ -56,8 +56,10 @@ def check(tensors, out_dtype, upstream, eps=1e-6):
         assert_within_budget(value, eager[name], truth[name], name)
 
 
-@pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+CASES = [(shape, mix) for shape in SHAPES for mix in ("fp32", "fp32 residual, bf16")]
+
+
+@pytest.mark.parametrize(("shape", "mix"), [*CASES, *(((2, 9, 33), mix) for mix in MIXES)], ids=str)
 def test_values_and_gradients(shape, mix):
     tensors, out_dtype = inputs(shape, mix)
     dtype = out_dtype or tensors[1].dtype
@@ -88,14 +90,20 @@ def test_without(without, mix):
 
 
 @pytest.mark.parametrize("delta", [True, False], ids=["delta", "no delta"])
-@pytest.mark.parametrize("view", ["from the third token", "sliced", "transposed", "expanded", "expanded gradients", "rows"])
+@pytest.mark.parametrize(
+    "view", ["from the third token", "sliced", "transposed", "expanded", "expanded gradients", "rows"]
+)
 def test_strided_inputs(view, delta):
     tensors, _ = inputs((3, 10, 16))
     upstream = [torch.randn(3, 10, 16), torch.randn(3, 10, 16)]
     if view == "expanded gradients":
         upstream = [u[:1, :1, :1].expand(3, 10, 16) for u in upstream]
     elif view == "rows":
-        tensors[0], tensors[1], upstream = torch.randn(30, 48)[:, 16:32], torch.randn(30, 32)[:, :16], torch.randn(2, 30, 16)
+        tensors[0], tensors[1], upstream = (
+            torch.randn(30, 48)[:, 16:32],
+            torch.randn(30, 32)[:, :16],
+            torch.randn(2, 30, 16),
+        )
     else:
         tensors[0] = {
             "from the third token": torch.randn(3, 12, 16)[:, 2:],
@@ -114,7 +122,7 @@ def test_rows_are_not_copied_and_without_delta_the_sum_is_x():
     with interpret(Sanitizer()) as s:
         total, _ = add_layer_norm(x, *tensors[1:], impl="triton")
         assert kernel._rows_of(x)[0] is x
-        assert s.st["load_bytes"] == 2 * x.nbytes // 12 * 12 + 2 * 3 * 32 * 4  # two programs, each the three parameters
+        assert s.st["load_bytes"] == 2 * x.nbytes + 3 * 32 * 4  # one program, three parameters
         same, _ = add_layer_norm(x, None, None, *tensors[3:], impl="triton")
     assert same is x
     assert add_layer_norm(x, None, None, *tensors[3:])[0] is x
@@ -131,17 +139,19 @@ def test_rows_without_variance(eps):
 
 def test_many_groups_of_rows():
     """More rows than programs take in one tile each, and a last tile that is not full: every row counts once."""
-    rows = 16 * 40 + 3
-    tensors, _ = inputs((rows, 130))
-    assert kernel.groups(rows, 130, True) == 41
-    check(tensors, F32, (torch.randn(rows, 130), torch.randn(rows, 130)))
+    rows = 16 * 5 + 3
+    tensors, _ = inputs((rows, 200))
+    assert kernel.groups(rows, 200, True) == 6
+    check(tensors, F32, (torch.randn(rows, 200), torch.randn(rows, 200)))
 
 
 def test_groups_depend_on_the_shape_alone():
     assert kernel.groups(512 * 50, 768, False) == 132 * 8
-    assert kernel.groups(512 * 50, 768, True) == 132 * 6
-    assert kernel.groups(512 * 50, 1280, True) == 132 * 3
+    assert kernel.groups(512 * 50, 768, True) == 132 * 5
+    assert kernel.groups(512 * 50, 1280, True) == 132 * 2
+    assert kernel.groups(512 * 50, 2**15, True) == 132
     assert kernel.groups(17, 768, True) == 2
+    assert kernel.groups(65, 16, True) == 2  # a tile has 64 rows
 
 
 def test_permuting_the_rows_permutes_sums_and_gradients():
@@ -158,28 +168,30 @@ def test_permuting_the_rows_permutes_sums_and_gradients():
 
 
 @pytest.mark.parametrize("mix", ["fp32", "bf16", "fp32 residual, bf16"])
-@pytest.mark.parametrize("D", [128, 768])
+@pytest.mark.parametrize("D", [128, 384])
 def test_traffic_is_the_contracts(D, mix):
-    rows = 160
+    """Besides, every program reads the parameters once, from cache; all in all not a tenth."""
+    rows, programs = 80, 5
     tensors, _ = inputs((rows, D), mix)
-    leaves = [t.requires_grad_() for t in tensors]
-    x, delta, _, weight, _ = leaves
-    groups, copied = kernel.groups(rows, D, True), delta.nbytes if delta.dtype != x.dtype else 0
+    x, delta, delta_bias, weight, _ = leaves = [t.requires_grad_() for t in tensors]
+    parameters, copied = 2 * weight.nbytes + delta_bias.nbytes, delta.nbytes if delta.dtype != x.dtype else 0
     with interpret(Sanitizer()) as s:
         outs = add_layer_norm(*leaves, impl="triton")
         assert outs[1].dtype == delta.dtype
-        bytes = x.nbytes + delta.nbytes, outs[0].nbytes + outs[1].nbytes + 8 * rows
-        check_traffic(s, *bytes)
+        rest = (programs - 1) * parameters
+        check_traffic(s, x.nbytes + delta.nbytes + parameters, sum(t.nbytes for t in outs) + 8 * rows, rest)
         s.st.clear()
         torch.autograd.backward(outs, [torch.randn_like(t) for t in outs])
-        assert s.launches["_add_partials_kernel"] == 1
-    partial = 3 * 4 * groups * D
-    check_traffic(s, outs[0].nbytes + x.nbytes + delta.nbytes + 8 * rows + partial, x.nbytes + copied + partial + 8 * D)
+        assert s.launches == {"_add_norm_kernel": 1, "_add_norm_grad_kernel": 1, "_add_partials_kernel": 1}
+    partials, rest = 3 * 4 * programs * D, (programs - 1) * weight.nbytes
+    read = x.nbytes + sum(t.nbytes for t in outs) + 8 * rows + weight.nbytes + partials
+    check_traffic(s, read, x.nbytes + copied + parameters + partials, rest)
 
 
-def check_traffic(s, read, written):
-    assert read <= s.st["load_bytes"] <= 1.1 * read
-    assert written <= s.st["store_bytes"] <= 1.1 * written
+def check_traffic(s, read, written, again):
+    assert s.st["load_bytes"] == read + again
+    assert s.st["store_bytes"] == written
+    assert again < 0.1 * (read + written)
     assert s.used("load") > 0.9
     assert s.used("store") > 0.9
 
@@ -197,9 +209,9 @@ def test_a_frozen_layer_has_no_column_sums():
 
 
 def test_row_offsets_past_the_range_of_32_bits():
-    """The last program alone, on tensors of which nothing else is ever touched."""
-    D = 1024
-    rows, tail = 2**31 // D + 35, 32
+    """The last of programs with sixteen rows each, the last row among them; of the tensors nothing else is ever touched."""
+    D, tail = 1024, 1
+    rows = 2**31 // D + 32
     (x, delta, delta_bias, weight, bias), _ = inputs((tail, D), "bf16")
     upstream = torch.randn(2, tail, D).to(BF16)
     torch.utils.deterministic.fill_uninitialized_memory = False  # 4 GiB of addresses each
@@ -213,10 +225,9 @@ def test_row_offsets_past_the_range_of_32_bits():
     m, flags = many, {"D": D, "num_warps": 4}
     with interpret(last=1):
         stream = (m["x"], m["delta"], delta_bias, weight, bias, m["s"], m["n"], statistics, rows, rows, 0, D, 1e-6)
-        kernel._add_norm_kernel[(rows - 1,)](*stream, **flags)
-        kernel._add_norm_kernel[(rows,)](*stream, **flags)
-        stream = (m["ds"], m["dn"], m["s"], statistics, weight, m["dx"], None, None, rows)
-        kernel._add_norm_grad_kernel[(rows,)](*stream, OF_NORM=False, OF_DELTA_BIAS=False, **flags)
+        kernel._add_norm_kernel[(rows // 16,)](*stream, **flags)
+        stream = (m["ds"], m["dn"], m["s"], statistics, weight, m["dx"], None, torch.empty(0), rows)
+        kernel._add_norm_grad_kernel[(rows // 16,)](*stream, OF_NORM=False, OF_DELTA_BIAS=False, **flags)
     truth = outputs_and_gradients([x, delta, delta_bias, weight, bias], BF16, "reference", upstream)
     for name, value in (("s", "s"), ("n", "n"), ("dx", "grad x")):
         torch.testing.assert_close(many[name][-1].float(), truth[value][-1].float(), atol=0.05, rtol=0.02)
@@ -235,11 +246,9 @@ def test_operator_registration_and_fullgraph_compilation():
         torch.library.opcheck(kernel.add_layer_norm, (*leaves, 1e-6, BF16))
         plain = (leaves[0], None, None, *leaves[3:], 1e-6, BF16)
         torch.library.opcheck(kernel.add_layer_norm, plain)
-        statistics = torch.rand(2, 10)
-        torch.library.opcheck(kernel.add_layer_norm_grad, (*upstream, upstream[0], statistics, leaves[3].detach(), BF16, True, BF16))
-        torch.library.opcheck(
-            kernel.add_layer_norm_grad, (None, upstream[1], upstream[0], statistics, leaves[3].detach(), None, False, None)
-        )
+        rest = (torch.randn(2, 5, 24), torch.rand(2, 10), torch.randn(24))
+        torch.library.opcheck(kernel.add_layer_norm_grad, (*upstream, *rest, BF16, True, BF16))
+        torch.library.opcheck(kernel.add_layer_norm_grad, (None, upstream[1], *rest, None, False, None))
         eager = normed(*leaves)
         compiled = torch.compile(normed, fullgraph=True, backend="aot_eager")(*leaves)
         assert all(map(torch.equal, eager, compiled))
@@ -250,6 +259,7 @@ def test_operator_registration_and_fullgraph_compilation():
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 @pytest.mark.parametrize("mix", ["fp32", "fp32 residual, bf16", "bf16"])
 def test_autocast_decides_what_comes_out_and_nothing_else(mix, impl):
+    torch._dynamo.reset()
     tensors, _ = inputs((2, 5, 24), mix)
     with interpret():
         expected = add_layer_norm(*tensors, out_dtype=F16, impl=impl)
