@@ -258,21 +258,28 @@ add_layer_norm.register_autograd(_backward, setup_context=_save)
 
 
 def launches() -> list[Launch]:
-    half, sizes = torch.bfloat16, (128, 192, 384, 768, 1024, 1280)
-    cases = [(f"D{D} fp32 residual", "bf16", D, torch.float32, half) for D in sizes]
+    half, widths = torch.bfloat16, (128, 192, 384, 768, 1024, 1280)
+    cases = [(f"D{D} fp32 residual", "bf16", D, torch.float32, half) for D in widths]
     cases += [(f"D{D} bf16 residual", "bf16", D, half, half) for D in (128, 768)]
     cases += [(f"D{D}", name, D, torch.float32, STORAGE[name]) for D in (128, 768) for name in ("fp16", "fp32")]
 
-    def call(D: int, residual: torch.dtype, compute: torch.dtype):
-        """A sum of a block's and the first norm, which adds nothing, in training and in the attack."""
+    def added(D: int, residual: torch.dtype, compute: torch.dtype):
+        """A sum of a block's, in training and in the attack."""
         x, delta, weight = empty(8, 66, D, dtype=residual)[:, 2:], empty(8, 64, D, dtype=compute), empty(D)
         s, n, statistics = add_layer_norm_forward(x, delta, empty(D, dtype=compute), weight, weight, 1e-6, compute)
-        add_layer_norm_forward(s, None, None, weight, weight, 1e-6, compute)
         copied = compute if compute != residual else None
-        for trained in (True, False):
-            rest = (n, s, statistics, weight)
-            add_layer_norm_backward(s, *rest, copied, trained, compute if trained else None)
-            add_layer_norm_backward(None, *rest, None, trained, None)
+        for learned in (compute, None):
+            add_layer_norm_backward(s, n, s, statistics, weight, copied, learned is not None, learned)
+
+    def first(D: int, residual: torch.dtype, compute: torch.dtype):
+        """The first norm, which adds nothing."""
+        x, weight = empty(8, 64, D, dtype=residual), empty(D)
+        _, n, statistics = add_layer_norm_forward(x, None, None, weight, weight, 1e-6, compute)
+        for learned in (True, False):
+            add_layer_norm_backward(None, n, x, statistics, weight, None, learned, None)
 
     narrow = frozenset(["_add_partials_kernel"])  # it writes 32 numbers per program
-    return [Launch(config, name, lambda a=arguments: call(*a), narrow) for config, name, *arguments in cases]
+    launched = [Launch(config, name, lambda a=sizes: added(*a), narrow) for config, name, *sizes in cases]
+    cases = [case for case in cases if case[2] in (128, 768)]
+    launched += [Launch(f"{config}, first", name, lambda a=sizes: first(*a), narrow) for config, name, *sizes in cases]
+    return launched

@@ -5,7 +5,7 @@ import torch
 from budget import assert_within_budget
 from interpreter import Sanitizer, interpret
 from mimir_fast.kernels import add_layer_norm
-from mimir_fast.kernels.add_layer_norm import kernel
+from mimir_fast.kernels.add_layer_norm import column_sums, kernel
 
 NAMES = ("x", "delta", "delta_bias", "weight", "bias")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -135,6 +135,30 @@ def test_rows_without_variance(eps):
     tensors, _ = inputs((4, 5, 24))
     tensors[0][1], tensors[0][2, 3], tensors[1][1:3], tensors[2][:] = 0, 0.25, 0, 0
     check(tensors, F32, (torch.randn(4, 5, 24), torch.randn(4, 5, 24) * (1e-3 if eps < 0.1 else 1)), eps)
+
+
+def test_what_is_normalised_is_the_sum_as_stored():
+    """Around 300 a bf16 number is even: what was added shows up rounded, in the forward and in the backward pass."""
+    tensors, _ = inputs((6, 40), "bf16")
+    tensors[0][:] = 300
+    upstream = torch.randn(6, 40), torch.randn(6, 40)
+    eager = outputs_and_gradients(tensors, F32, "reference", upstream)
+    with interpret():
+        ours = outputs_and_gradients(tensors, F32, "triton", upstream)
+    assert (eager["s"] % 2 == 0).all()
+    for name in ("s", "n", "grad weight"):
+        torch.testing.assert_close(ours[name], eager[name], atol=1e-4, rtol=1e-4)
+
+
+def test_partial_sums_of_more_groups_than_a_tile_has():
+    for of_norm, count in ((True, 3), (True, 2), (False, 1)):
+        partials, sums = torch.randn(count, 300, 40), [torch.full((40,), torch.nan) for _ in range(3)]
+        with interpret(Sanitizer()) as s:
+            column_sums.add_partials(partials, *sums, of_norm)
+        assert not s.errors
+        asked = sums[:count] if of_norm else sums[2:]
+        torch.testing.assert_close(torch.stack(asked), partials.sum(1), atol=1e-4, rtol=1e-5)
+        assert sum(t.isnan().all() for t in sums) == 3 - count
 
 
 def test_many_groups_of_rows():
