@@ -9,6 +9,7 @@ if __name__ != "mimir_fast.kernels":
         "this folder is the package mimir_fast.kernels: install the project (pip install -e .) and import it by that name"
     )
 
+from mimir_fast.kernels.add_layer_norm.op import add_layer_norm
 from mimir_fast.kernels.linf_patch_step.op import linf_bounds, linf_patch_step
 from mimir_fast.kernels.linf_start.op import linf_start
 from mimir_fast.kernels.mask_indices.op import mask_indices
@@ -19,6 +20,7 @@ from mimir_fast.kernels.short_attention.op import short_attention
 from mimir_fast.kernels.token_restore.op import token_restore
 
 __all__ = [
+    "add_layer_norm",
     "linf_bounds",
     "linf_patch_step",
     "linf_start",

@@ -13,6 +13,7 @@ from mimir_fast.models import MaskedAutoencoderViT
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 REGIONS = ("model", "block")
+BLOCK_GRAPHS = 32  # that one block may have; torch's own limit is 8
 CACHE = Path.home() / ".cache" / "mimir_fast" / "inductor"
 
 
@@ -38,7 +39,8 @@ class Compiled:
 
     encode, reconstruct  the model's, for training; fullgraph, static shapes
     attack_loss          `reconstruction`, a function of its own, for the frozen twin
-    region "block": one graph per width serves every block, in training and in the attack; quick to compile, less fused
+    region "block": one graph per width for the first block, which has nothing to add, one for all others and one for the
+    decoder's last, in training and in the attack; quick to compile, less fused
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Compiled:
         self.attack_loss: Callable[..., tuple[Tensor, Tensor]] = reconstruction
         options = {"fullgraph": True, "dynamic": False, "mode": mode}
         if compile and region == "block":
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, BLOCK_GRAPHS)
             for block in [b for m in (model, twin) for b in (*m.blocks, *m.decoder_blocks)]:
                 block.compile(**options)
         elif compile:

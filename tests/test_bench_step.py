@@ -160,6 +160,13 @@ def test_contracts_against_hand_counts():
         tokens, positions, square = torch.zeros(B, 1 + K, E), torch.zeros(1 + L, E), torch.zeros(m, m)
         x, y, seed = torch.zeros(m, d), torch.zeros(m, 2 * d), torch.zeros((), dtype=torch.int64)
         f32, bf16 = torch.float32, torch.bfloat16
+        n = 130  # rows: two groups, for E is 6 and a tile has 128 rows
+        rows, branch, row, row16 = (
+            torch.zeros(n, E),
+            torch.zeros(n, E, dtype=bf16),
+            torch.zeros(E),
+            torch.zeros(E, dtype=bf16),
+        )
         loss = (pred, images, removed, 4, True)
         cases = {
             "mask_indices": ((noise,), 4 * B * L + 2 * 8 * B * L),
@@ -183,6 +190,14 @@ def test_contracts_against_hand_counts():
             ),
             "short_attention": ((torch.zeros(B, L, 3 * E), 2), 4 * 4 * B * L * E),
             "short_attention_grad": ((torch.zeros(B, L, E), torch.zeros(B, L, 3 * E), 2), 7 * 4 * B * L * E),
+            "add_layer_norm": (
+                (rows, branch, row16, row, row, 1e-6, bf16),
+                n * E * (4 + 2) + E * (2 + 4 + 4) + n * (E * (4 + 2) + 2 * 4),
+            ),
+            "add_layer_norm_grad": (
+                (rows, branch, rows, torch.zeros(2, n), row, bf16, True, bf16),
+                n * (E * (4 + 2 + 4) + 8) + 4 * E + n * E * (4 + 2) + E * (4 + 4 + 2) + 2 * 3 * 4 * E * 2,
+            ),
             "nhsic": ((x, y, 5.0), 4 * m * (d + 2 * d) * 3 + 2 * 5 * 2 * 4 * m * m),
             "nhsic_grad": (
                 (one, x, square, square, square, 5.0, f32),
@@ -204,6 +219,18 @@ def test_contracts_against_hand_counts():
     assert prices["short_attention_grad"][0].flops == {"tf32": 10 * B * L * L * E}
     assert prices["nhsic_grad"][0].flops == {"tf32": 3 * (2 * 2 * m**3 + 2 * m * m * d)}
     assert sum(p.solve for p in prices["nhsic"][1:]) == pytest.approx(6 * 0.38e-3 * m / 512)
+
+
+def test_contract_of_a_layer_norm_that_adds_nothing_and_learns_nothing():
+    n, D, bf16 = 20, 64, torch.bfloat16
+    ops = torch.ops.mimir_fast
+    with FakeTensorMode(), Recorder("cpu") as recorder:
+        x, row = torch.zeros(n, D), torch.zeros(D)
+        _, out, statistics = ops.add_layer_norm(x, None, None, row, row, 1e-6, bf16)
+        ops.add_layer_norm_grad(None, out, x, statistics, row, None, False, None)
+    forward, backward = (p for call in recorder.calls for p in price(call, SETTING) if p.kind == "ours")
+    assert forward.bytes == n * (D * (4 + 2) + 8) + 2 * 4 * D
+    assert backward.bytes == n * (D * (2 + 4 + 4) + 8) + 4 * D
 
 
 def test_what_has_no_price_is_named():

@@ -3,12 +3,13 @@
 import pytest
 import torch
 import torch._inductor.config
-from conftest import BOUNDS, golden_images, small_model
+from conftest import BOUNDS, SMALL, golden_images, small_model
 
 from mimir_fast import compiling
 from mimir_fast.attack import frozen_twin
 from mimir_fast.compiling import CompileClock, Compiled
 from mimir_fast.data import prefetch
+from mimir_fast.models import MaskedAutoencoderViT
 from mimir_fast.objective import Objective
 from mimir_fast.step import Attack, draw_noise, pretrain_step
 
@@ -40,6 +41,30 @@ def test_compiled_step_is_the_eager_step_and_compiles_once(region):
     largest = max(g.abs().max() for g in grads[0].values())
     for name, grad in grads[0].items():
         assert (grads[1][name] - grad).abs().max() < 1e-4 * largest, name
+
+
+def test_deep_decoders_compile_by_block(monkeypatch):
+    """First and other blocks of either width and the decoder's last, in training and in the attack: ten, past torch's limit."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, mode, **options: compile(self, **options, backend=count)
+    )
+    model = MaskedAutoencoderViT(**(SMALL | {"depth": 3, "decoder_depth": 3}))
+    twin = frozen_twin(model)
+    pieces = Compiled(model, twin, region="block")
+    noise = draw_noise(torch.Generator().manual_seed(1), 8, 64, Attack(1, BOUNDS))
+    objective = Objective(model, 0.75, None, 0.0, pieces.encode, pieces.reconstruct)
+    for _ in range(2):
+        pretrain_step(objective, twin, golden_images()[0], noise, Attack(1, BOUNDS), pieces.attack_loss)
+    assert len(graphs) == 10
 
 
 def test_a_missing_compiler_is_told():

@@ -104,7 +104,7 @@ def test_residual_dtype():
     model = small_model()
     model.residual_dtype = torch.bfloat16
     for block in [*model.blocks, *model.decoder_blocks]:
-        block.register_forward_hook(lambda _, inputs, output: seen.update((inputs[0].dtype, output.dtype)))
+        block.register_forward_hook(lambda _, inputs, output: seen.update((inputs[0].dtype, output[0].dtype)))
     noise = torch.rand(4, 64)
     loss = loss_of(model, noise)
     assert seen == {torch.bfloat16}

@@ -86,6 +86,20 @@ def token_restore_grad(call: Call) -> Contract:
     return Contract(_once(call, "grad") + _written(call))
 
 
+def add_layer_norm(call: Call) -> Contract:
+    """x and delta read, the sum (if there is a delta), the normalised sum and the statistics written; the parameters once."""
+    return Contract(_once(call, *call.reads) + _written(call))
+
+
+def add_layer_norm_grad(call: Call) -> Contract:
+    """ds (if there), dn, the sum and the statistics read, dx (and its 16-bit copy) written; partial column sums both."""
+    from mimir_fast.kernels.add_layer_norm.kernel import groups
+
+    sums = sum(spec.shape[0] for spec in call.writes[2:])  # numbers of the column sums that are asked for
+    rows, width = call.read("statistics").shape[1], call.read("weight").shape[0]
+    return Contract(_once(call, *call.reads) + _written(call) + 2 * 4 * sums * groups(rows, width, sums > 0))
+
+
 def nhsic(call: Call) -> Contract:
     """Each side: rows once, centred fp32 rows written and read, [m,m] matrices; half a Gram product, two dense solves."""
     data, flops, solves = 0, 0.0, []
@@ -135,6 +149,8 @@ CONTRACTS: dict[str, Callable[[Call], Contract]] = {
     "masked_patch_loss_grad_images": masked_patch_loss_grad_images,
     "token_restore": token_restore,
     "token_restore_grad": token_restore_grad,
+    "add_layer_norm": add_layer_norm,
+    "add_layer_norm_grad": add_layer_norm_grad,
     "nhsic": nhsic,
     "short_attention": short_attention,
     "short_attention_grad": short_attention_grad,

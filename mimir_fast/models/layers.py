@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
+from mimir_fast.kernels import add_layer_norm
 from mimir_fast.models.attention import attention, check_backend
 
 
@@ -21,24 +22,47 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x_BTD: Tensor, first: int = 0) -> Tensor:
-        """Every token is key and value; those from `first` on ask: [B,T,D] -> [B,T-first,D]."""
-        return self.proj(attention(self.qkv(x_BTD), self.num_heads, first, self.backend))
+        """Every token is key and value; those from `first` on ask: [B,T,D] -> [B,T-first,D], without the projection's bias."""
+        return F.linear(attention(self.qkv(x_BTD), self.num_heads, first, self.backend), self.proj.weight)
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block: x + attention(norm(x)), then x + mlp(norm(x)), exact GELU."""
+    """Pre-norm Transformer block: x + attention(norm(x)), then x + mlp(norm(x)), exact GELU.
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float, attention: str = "auto"):
+    The second addition is left to whoever normalises next, and so is the bias of the branch's last linear layer.
+    kernels: implementation of add_layer_norm.
+    """
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, attention: str = "auto", kernels: str = "auto"):
         super().__init__()
+        self.kernels = kernels
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, num_heads, attention)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, hidden_features=int(width * mlp_ratio), act_layer=nn.GELU)
 
-    def forward(self, x_BTD: Tensor, first: int = 0) -> Tensor:
-        """[B,T,D] -> [B,T-first,D], the tokens from `first` on."""
-        x_BTD = x_BTD[:, first:] + self.attn(self.norm1(x_BTD), first)
-        return x_BTD + self.mlp(self.norm2(x_BTD))
+    def forward(
+        self, x_BTD: Tensor, delta_BTD: Tensor | None = None, delta_bias_D: Tensor | None = None, first: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B,T,D], delta [B,T,D] and delta_bias [D] to be added to it -> the same three for the tokens from `first` on."""
+        x_BTD, normed_BTD = add_and_norm(x_BTD, delta_BTD, delta_bias_D, self.norm1, self.kernels)
+        delta_BTD = self.attn(normed_BTD, first)
+        x_BTD, normed_BTD = add_and_norm(x_BTD[:, first:], delta_BTD, self.attn.proj.bias, self.norm2, self.kernels)
+        delta_BTD = F.linear(self.mlp.act(self.mlp.fc1(normed_BTD)), self.mlp.fc2.weight)
+        return x_BTD, delta_BTD, self.mlp.fc2.bias
+
+
+def add_and_norm(
+    x_BTD: Tensor,
+    delta_BTD: Tensor | None,
+    delta_bias_D: Tensor | None,
+    norm: nn.LayerNorm,
+    kernels: str,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """add_layer_norm with a module's parameters; the bias is rounded to delta's type, as the linear layer would do it."""
+    bias_D = None if delta_bias_D is None else delta_bias_D.to(delta_BTD.dtype)
+    return add_layer_norm(x_BTD, delta_BTD, bias_D, norm.weight, norm.bias, norm.eps, out_dtype, kernels)
 
 
 class PatchEmbed(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.kernels import mask_indices, masked_patch_loss, patch_gather, token_restore
-from mimir_fast.models.layers import Block, PatchEmbed, sincos_table
+from mimir_fast.models.layers import Block, PatchEmbed, add_and_norm, sincos_table
 
 
 class MaskedAutoencoderViT(nn.Module):
@@ -52,11 +52,11 @@ class MaskedAutoencoderViT(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.decoder_pos_embed = self._positions(decoder_embed_dim)
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
-        self.blocks = nn.ModuleList([Block(embed_dim, num_heads, mlp_ratio, attention) for _ in range(depth)])
+        self.blocks = nn.ModuleList([Block(embed_dim, num_heads, mlp_ratio, attention, kernels) for _ in range(depth)])
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.decoder_blocks = nn.ModuleList(
-            [Block(decoder_embed_dim, decoder_num_heads, mlp_ratio, attention) for _ in range(decoder_depth)]
+            [Block(decoder_embed_dim, decoder_num_heads, mlp_ratio, attention, kernels) for _ in range(decoder_depth)]
         )
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * in_chans)
@@ -114,10 +114,10 @@ class MaskedAutoencoderViT(nn.Module):
         """Kept patches [B,K,P] and where they were [B,K] -> latent [B,1+K,D]."""
         tokens = self.patch_embed(patches) + self.pos_embed[0, 1:][ids_keep]
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
-        tokens = self._residual(torch.cat([cls_token, tokens], dim=1))
+        stream = (self._residual(torch.cat([cls_token, tokens], dim=1)), None, None)
         for block in self.blocks:
-            tokens = block(tokens)
-        return self.norm(tokens)
+            stream = block(*stream)
+        return add_and_norm(*stream, self.norm, self.kernels, self.norm.weight.dtype)[1]
 
     def reconstruct(self, latent: Tensor, ids_shuffle: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         """latent [B,1+K,D], ids_shuffle [B,L], images [B,C,H,W] -> loss, predictions of the removed patches [B,L-K,P]."""
@@ -132,11 +132,12 @@ class MaskedAutoencoderViT(nn.Module):
         """
         tokens = self.decoder_embed(latent)
         pos_embed = self.decoder_pos_embed[0]
-        tokens = self._residual(token_restore(tokens, self.mask_token[0, 0], pos_embed, ids_shuffle, impl=self.kernels))
+        tokens = token_restore(tokens, self.mask_token[0, 0], pos_embed, ids_shuffle, impl=self.kernels)
+        stream = (self._residual(tokens), None, None)
         for block in self.decoder_blocks[:-1]:
-            tokens = block(tokens)
-        tokens = self.decoder_blocks[-1](tokens, first)
-        return self.decoder_pred(self.decoder_norm(tokens))
+            stream = block(*stream)
+        stream = self.decoder_blocks[-1](*stream, first)
+        return self.decoder_pred(add_and_norm(*stream, self.decoder_norm, self.kernels)[1])
 
     def loss(self, pred: Tensor, ids: Tensor, images: Tensor) -> Tensor:
         """Mean squared error of predictions [B,M,P] for patches ids [B,M] of images [B,C,H,W]."""

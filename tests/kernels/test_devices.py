@@ -8,6 +8,7 @@ import torch
 from budget import assert_within_budget
 from interpreter import interpret
 from mimir_fast.kernels import (
+    add_layer_norm,
     linf_bounds,
     linf_patch_step,
     linf_start,
@@ -58,6 +59,9 @@ def draws(device, sizes, dtype):
 
 
 OPERATIONS = {
+    "add_layer_norm": lambda t, ids, p, impl: add_layer_norm(
+        t["tokens"], 2 * t["tokens"], t["mask_token"], t["mask_token"], t["mask_token"], impl=impl
+    )[1],
     "patch_gather": lambda t, ids, p, impl: patch_gather(t["images"], ids["keep"], p, impl=impl),
     "token_restore": lambda t, ids, p, impl: token_restore(
         t["tokens"], t["mask_token"], t["pos"], ids["all"], impl=impl

@@ -1,0 +1,285 @@
+"""add_layer_norm in Triton: one pass forward; backward, one pass over the rows and the sum of its partial column sums.
+
+Shapes: D width, R rows of a tile, G groups of rows (programs of the backward pass), K column sums of width D.
+A program has a few tiles [R,D], every so many of them, so that what is read once per program is read seldom.  Mean and
+1/deviation of a row are kept from the forward pass: 8 bytes per row, where D numbers of 2 to 4 bytes move, save the backward
+two sums over the row, each a wait of all warps for each other, before the two that it needs anyway.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from mimir_fast.kernels.add_layer_norm.column_sums import add_partials
+from mimir_fast.kernels.launch import STORAGE, Launch, empty
+from mimir_fast.kernels.patch_tile import tile_block, tile_rows
+from mimir_fast.kernels.registration import register
+from torch import Tensor
+
+ROWS_PER_PROGRAM = 16  # at least: parameters and partial sums are then a sixteenth of a row's traffic
+MULTIPROCESSORS = 132  # an H100's; all programs run at once there
+REGISTERS = 96  # per thread of the backward, at most
+WARPS = {False: 32, True: 20}  # on a multiprocessor, without and with column sums, which take registers
+
+
+@triton.jit
+def _tile(tile, rows, D: tl.constexpr):
+    """A tile's rows [R,1], its offsets [R,D] (int64) in contiguous rows, and which of its numbers exist."""
+    row_R1 = tile * tile_rows(D) + tl.arange(0, tile_rows(D))[:, None]
+    column_1D = tl.arange(0, tile_block(D))[None, :]
+    return row_R1, row_R1.to(tl.int64) * D + column_1D, (row_R1 < rows) & (column_1D < D)
+
+
+@triton.jit
+def _row(pointer, D: tl.constexpr):
+    """[1,D] in fp32."""
+    column_1D = tl.arange(0, tile_block(D))[None, :]
+    return tl.load(pointer + column_1D, mask=column_1D < D, other=0).to(tl.float32)
+
+
+@triton.jit
+def _add_norm_kernel(
+    x, delta, delta_bias, weight, bias, s, n, statistics, rows, T, stride_b, stride_t, eps, D: tl.constexpr
+):
+    """formula      s = x + delta + delta_bias; n = (s - mean) * rstd * weight + bias, rstd = 1 / sqrt(var + eps)
+    shapes       x [rows,D] with strides, delta [rows,D], delta_bias, weight, bias [D] -> s, n [rows,D], statistics [2,rows]
+    dtypes       any float storage; fp32 arithmetic on the sum as stored, fp32 statistics (mean, rstd)
+    bytes        x, delta, s and n once, the statistics once, the rest once per program; without delta no s
+    determinism  exact: every row has one program, sums in a fixed order
+    source       Ba et al., Layer Normalization, 2016
+    """
+    column_1D = tl.arange(0, tile_block(D))[None, :]
+    weight_1D, bias_1D = _row(weight, D), _row(bias, D)
+    if delta_bias is not None:
+        delta_bias_1D = _row(delta_bias, D)
+    for tile in range(tl.program_id(0), tl.cdiv(rows, tile_rows(D)), tl.num_programs(0)):
+        row_R1, place_RD, exists_RD = _tile(tile, rows, D)
+        x_R1 = x + (row_R1 // T).to(tl.int64) * stride_b + (row_R1 % T).to(tl.int64) * stride_t
+        sum_RD = tl.load(x_R1 + column_1D, mask=exists_RD, other=0).to(tl.float32)
+        if delta is not None:
+            delta_RD = tl.load(delta + place_RD, mask=exists_RD, other=0).to(tl.float32)
+            if delta_bias is not None:
+                delta_RD += delta_bias_1D
+            stored_RD = (sum_RD + delta_RD).to(s.dtype.element_ty)
+            tl.store(s + place_RD, stored_RD, mask=exists_RD)
+            sum_RD = stored_RD.to(tl.float32)
+        mean_R1 = tl.sum(sum_RD, axis=1, keep_dims=True) / D
+        centred_RD = tl.where(column_1D < D, sum_RD - mean_R1, 0.0)
+        rstd_R1 = 1.0 / tl.sqrt(tl.sum(centred_RD * centred_RD, axis=1, keep_dims=True) / D + eps)
+        tl.store(statistics + row_R1, mean_R1, mask=row_R1 < rows)
+        tl.store(statistics + rows + row_R1, rstd_R1, mask=row_R1 < rows)
+        normed_RD = centred_RD * rstd_R1 * weight_1D + bias_1D
+        tl.store(n + place_RD, normed_RD.to(n.dtype.element_ty), mask=exists_RD)
+
+
+@triton.jit
+def _add_norm_grad_kernel(
+    ds, dn, s, statistics, weight, dx, d_delta, partials, rows,
+    D: tl.constexpr, OF_NORM: tl.constexpr, OF_DELTA_BIAS: tl.constexpr,
+):  # fmt: skip
+    """formula      with h = (s - mean) * rstd and p = dn * weight: dx = ds + (p - mean(p) - h * mean(p h)) * rstd;
+                 partials: a group's sums over rows of dn h and dn (if OF_NORM), and of dx (if OF_DELTA_BIAS)
+    shapes       ds, dn, s [rows,D], statistics [2,rows], weight [D] -> dx, d_delta [rows,D], partials [K,G,D]
+    dtypes       any float storage; fp32 arithmetic and partials
+    bytes        ds, dn, s, dx and d_delta once (ds and d_delta may be None), the statistics once, the rest once per program
+    determinism  fixed order; every element has one writer
+    source       derivative of _add_norm_kernel
+    """
+    R: tl.constexpr = tile_rows(D)
+    column_1D = tl.arange(0, tile_block(D))[None, :]
+    weight_1D = _row(weight, D)
+    d_weight_RD = tl.zeros([R, tile_block(D)], tl.float32)
+    d_bias_RD = tl.zeros([R, tile_block(D)], tl.float32)
+    d_delta_bias_RD = tl.zeros([R, tile_block(D)], tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(rows, R), tl.num_programs(0)):
+        row_R1, place_RD, exists_RD = _tile(tile, rows, D)
+        dn_RD = tl.load(dn + place_RD, mask=exists_RD, other=0).to(tl.float32)
+        s_RD = tl.load(s + place_RD, mask=exists_RD, other=0).to(tl.float32)
+        mean_R1 = tl.load(statistics + row_R1, mask=row_R1 < rows, other=0)
+        rstd_R1 = tl.load(statistics + rows + row_R1, mask=row_R1 < rows, other=0)
+        normed_RD = (s_RD - mean_R1) * rstd_R1
+        product_RD = dn_RD * weight_1D
+        along_R1 = tl.sum(product_RD * normed_RD, axis=1, keep_dims=True) / D
+        dx_RD = (product_RD - tl.sum(product_RD, axis=1, keep_dims=True) / D - normed_RD * along_R1) * rstd_R1
+        if ds is not None:
+            dx_RD += tl.load(ds + place_RD, mask=exists_RD, other=0).to(tl.float32)
+        tl.store(dx + place_RD, dx_RD.to(dx.dtype.element_ty), mask=exists_RD)
+        if d_delta is not None:
+            tl.store(d_delta + place_RD, dx_RD.to(d_delta.dtype.element_ty), mask=exists_RD)
+        if OF_NORM:
+            d_weight_RD += dn_RD * normed_RD
+            d_bias_RD += dn_RD
+        if OF_DELTA_BIAS:
+            d_delta_bias_RD += dx_RD
+    partials += tl.program_id(0) * D + column_1D
+    step = tl.num_programs(0) * D
+    if OF_NORM:
+        tl.store(partials, tl.sum(d_weight_RD, axis=0, keep_dims=True), mask=column_1D < D)
+        tl.store(partials + step, tl.sum(d_bias_RD, axis=0, keep_dims=True), mask=column_1D < D)
+    if OF_DELTA_BIAS:
+        partials += 2 * step if OF_NORM else 0
+        tl.store(partials, tl.sum(d_delta_bias_RD, axis=0, keep_dims=True), mask=column_1D < D)
+
+
+def add_layer_norm_forward(
+    x: Tensor,
+    delta: Tensor | None,
+    delta_bias_D: Tensor | None,
+    weight_D: Tensor,
+    bias_D: Tensor,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum [...,D] (no element without delta), the normalised sum [...,D], mean and 1/deviation of its rows [2,rows]."""
+    s, n, statistics = _fake_forward(x, delta, delta_bias_D, weight_D, bias_D, eps, out_dtype)
+    D, rows = x.shape[-1], statistics.shape[1]
+    x, *strides = _rows_of(x)
+    delta, delta_bias_D = (t if t is None else t.contiguous() for t in (delta, delta_bias_D))
+    _add_norm_kernel[(groups(rows, D, sums=False),)](
+        x, delta, delta_bias_D, weight_D.contiguous(), bias_D.contiguous(), None if delta is None else s, n, statistics,
+        rows, *strides, eps, D=D, num_warps=_warps(D),
+    )  # fmt: skip
+    return s, n, statistics
+
+
+def add_layer_norm_backward(
+    ds: Tensor | None,
+    dn: Tensor,
+    s: Tensor,
+    statistics: Tensor,
+    weight_D: Tensor,
+    delta_dtype: torch.dtype | None,
+    of_norm: bool,
+    delta_bias_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients in x [...,D], delta [...,D], weight, bias and delta_bias [D]; without elements where not asked for.
+
+    delta_dtype: delta's, if it is not s's (else its gradient is x's); of_norm: whether weight and bias need gradients;
+    delta_bias_dtype: None if delta_bias needs none.
+    """
+    dx, d_delta, *sums = _fake_backward(ds, dn, s, statistics, weight_D, delta_dtype, of_norm, delta_bias_dtype)
+    D, rows = s.shape[-1], statistics.shape[1]
+    flags = {"OF_NORM": of_norm, "OF_DELTA_BIAS": delta_bias_dtype is not None}
+    count = 2 * of_norm + flags["OF_DELTA_BIAS"]
+    programs = groups(rows, D, count > 0)
+    partials = s.new_empty((count, programs, D), dtype=torch.float32)
+    _add_norm_grad_kernel[(programs,)](
+        ds if ds is None else ds.contiguous(), dn.contiguous(), s.contiguous(), statistics, weight_D.contiguous(),
+        dx, None if delta_dtype is None else d_delta, partials, rows, D=D, **flags, num_warps=_warps(D), maxnreg=REGISTERS,
+    )  # fmt: skip
+    if count:
+        add_partials(partials, *sums, of_norm)
+    return dx, d_delta, *sums
+
+
+def _rows_of(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """x, copied only if its rows have no common strides; rows of a run; strides from run to run and from row to row."""
+    D = x.shape[-1]
+    if not x.is_contiguous() and x.ndim == 3 and x.stride(2) == 1:
+        return x, x.shape[1], x.stride(0), x.stride(1)
+    return x.contiguous(), x.numel() // D, 0, D
+
+
+def _warps(D: int) -> int:
+    """8 numbers of a tile for every thread."""
+    return min(32, max(4, tile_block(D) // 256))
+
+
+def groups(rows: int, D: int, sums: bool) -> int:
+    """Programs, G if they write partial sums: a function of the shape, so that results are the same on every device."""
+    least = max(ROWS_PER_PROGRAM, tile_rows(D))
+    return min(triton.cdiv(rows, least), MULTIPROCESSORS * max(1, WARPS[sums] // _warps(D)))
+
+
+def _fake_forward(x, delta, delta_bias_D, weight_D, bias_D, eps, out_dtype):
+    rows = x.numel() // x.shape[-1]
+    s = x.new_empty(0) if delta is None else x.new_empty(x.shape)
+    return s, x.new_empty(x.shape, dtype=out_dtype), x.new_empty((2, rows), dtype=torch.float32)
+
+
+def _fake_backward(ds, dn, s, statistics, weight_D, delta_dtype, of_norm, delta_bias_dtype):
+    D = s.shape[-1]
+    d_delta = s.new_empty(0) if delta_dtype is None else s.new_empty(s.shape, dtype=delta_dtype)
+    d_weight, d_bias = (weight_D.new_empty(D if of_norm else 0) for _ in range(2))
+    d_delta_bias = s.new_empty(0) if delta_bias_dtype is None else s.new_empty(D, dtype=delta_bias_dtype)
+    return s.new_empty(s.shape), d_delta, d_weight, d_bias, d_delta_bias
+
+
+add_layer_norm = register(
+    "add_layer_norm",
+    "(Tensor x, Tensor? delta, Tensor? delta_bias, Tensor weight, Tensor bias, float eps, ScalarType out_dtype)"
+    " -> (Tensor, Tensor, Tensor)",
+    add_layer_norm_forward,
+    _fake_forward,
+)
+add_layer_norm_grad = register(
+    "add_layer_norm_grad",
+    "(Tensor? ds, Tensor dn, Tensor s, Tensor statistics, Tensor weight, ScalarType? delta_dtype, bool of_norm,"
+    " ScalarType? delta_bias_dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    add_layer_norm_backward,
+    _fake_backward,
+)
+
+
+def _save(ctx, inputs, output):
+    x, delta, delta_bias_D, weight_D, bias_D, _, _ = inputs
+    s, n, statistics = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*((s, statistics) if delta is None else (statistics,)))
+    ctx.dtypes = [None if t is None else t.dtype for t in (delta, delta_bias_D, bias_D)]
+    ctx.out = n.dtype
+    ctx.save_for_backward(x if delta is None else s, statistics, weight_D)
+
+
+def _backward(ctx, ds, dn, _):
+    s, statistics, weight_D = ctx.saved_tensors
+    delta_dtype, delta_bias_dtype, bias_dtype = ctx.dtypes
+    of_x, of_delta, of_delta_bias, of_weight, of_bias, _, _ = ctx.needs_input_grad
+    if dn is None:  # only the sum was used
+        dn = torch.zeros_like(s, dtype=ctx.out)
+    of_norm, copied = of_weight or of_bias, of_delta and delta_dtype != s.dtype
+    dx, d_delta, d_weight, d_bias, d_delta_bias = add_layer_norm_grad(
+        ds,
+        dn,
+        s,
+        statistics,
+        weight_D,
+        delta_dtype if copied else None,
+        of_norm,
+        delta_bias_dtype if of_delta_bias else None,
+    )
+    d_delta = d_delta if copied else dx
+    return (
+        dx if of_x else None, d_delta if of_delta else None, d_delta_bias if of_delta_bias else None,
+        d_weight if of_weight else None, d_bias.to(bias_dtype) if of_bias else None, None, None,
+    )  # fmt: skip
+
+
+add_layer_norm.register_autograd(_backward, setup_context=_save)
+
+
+def launches() -> list[Launch]:
+    half, widths = torch.bfloat16, (128, 192, 384, 768, 1024, 1280)
+    cases = [(f"D{D} fp32 residual", "bf16", D, torch.float32, half) for D in widths]
+    cases += [(f"D{D} bf16 residual", "bf16", D, half, half) for D in (128, 768)]
+    cases += [(f"D{D}", name, D, torch.float32, STORAGE[name]) for D in (128, 768) for name in ("fp16", "fp32")]
+
+    def added(D: int, residual: torch.dtype, compute: torch.dtype):
+        """A sum of a block's, in training and in the attack."""
+        x, delta, weight = empty(8, 66, D, dtype=residual)[:, 2:], empty(8, 64, D, dtype=compute), empty(D)
+        s, n, statistics = add_layer_norm_forward(x, delta, empty(D, dtype=compute), weight, weight, 1e-6, compute)
+        copied = compute if compute != residual else None
+        for learned in (compute, None):
+            add_layer_norm_backward(s, n, s, statistics, weight, copied, learned is not None, learned)
+
+    def first(D: int, residual: torch.dtype, compute: torch.dtype):
+        """The first norm, which adds nothing."""
+        x, weight = empty(8, 64, D, dtype=residual), empty(D)
+        _, n, statistics = add_layer_norm_forward(x, None, None, weight, weight, 1e-6, compute)
+        for learned in (True, False):
+            add_layer_norm_backward(None, n, x, statistics, weight, None, learned, None)
+
+    narrow = frozenset(["_add_partials_kernel"])  # it writes 32 numbers per program
+    launched = [Launch(config, name, lambda a=sizes: added(*a), narrow) for config, name, *sizes in cases]
+    cases = [case for case in cases if case[2] in (128, 768)]
+    launched += [Launch(f"{config}, first", name, lambda a=sizes: first(*a), narrow) for config, name, *sizes in cases]
+    return launched

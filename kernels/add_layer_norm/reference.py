@@ -1,0 +1,23 @@
+"""add_layer_norm in plain PyTorch."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def add_layer_norm(
+    x: Tensor,
+    delta: Tensor | None,
+    delta_bias: Tensor | None,
+    weight_D: Tensor,
+    bias_D: Tensor,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """See op.py: x, delta [...,D], delta_bias, weight, bias [D] -> sum in x's dtype, normalised in out_dtype [...,D]."""
+    wide = torch.promote_types(torch.promote_types(x.dtype, weight_D.dtype), torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        if delta is not None:
+            added = delta.to(wide) if delta_bias is None else delta.to(wide) + delta_bias.to(wide)
+            x = (x.to(wide) + added).to(x.dtype)
+        return x, F.layer_norm(x.to(wide), weight_D.shape, weight_D.to(wide), bias_D.to(wide), eps).to(out_dtype)
