@@ -14,6 +14,7 @@ from mimir_fast.kernels.linf_patch_step.op import linf_bounds, linf_patch_step
 from mimir_fast.kernels.linf_start.op import linf_start
 from mimir_fast.kernels.mask_indices.op import mask_indices
 from mimir_fast.kernels.masked_patch_loss.op import masked_patch_loss
+from mimir_fast.kernels.mlp.op import mlp
 from mimir_fast.kernels.nhsic.op import nhsic
 from mimir_fast.kernels.patch_gather.op import patch_gather
 from mimir_fast.kernels.short_attention.op import short_attention
@@ -26,6 +27,7 @@ __all__ = [
     "linf_start",
     "mask_indices",
     "masked_patch_loss",
+    "mlp",
     "nhsic",
     "patch_gather",
     "short_attention",

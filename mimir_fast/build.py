@@ -58,6 +58,7 @@ def build_model(config: PretrainConfig, device: torch.device) -> MaskedAutoencod
         "kernels": o.kernels,
         "residual_dtype": residual,
         "attention": o.attention,
+        "mlp": o.mlp,
     }
     return create_model(m.model, **size, **options).to(device)
 
@@ -167,5 +168,6 @@ def describe(
         f"attack {attack}; penalty {penalty_name(config) or 'none'}",
         f"device {world.device} x {world.size}, {f'{o.parallel}, ' if world.size > 1 else ''}{o.precision}, "
         f"compile {f'{o.compile_mode}, by {o.compile_region}' if o.compile else 'off'}, kernels {o.kernels}, "
-        f"attention {o.attention}, residual {o.residual_dtype}; lr {lr:.3g}; outputs in {config.run.output_dir or '(nowhere)'}",
+        f"attention {o.attention}, mlp {o.mlp}, residual {o.residual_dtype}; "
+        f"lr {lr:.3g}; outputs in {config.run.output_dir or '(nowhere)'}",
     ]

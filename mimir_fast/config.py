@@ -126,6 +126,13 @@ class OptimConfig:
         choices=BACKENDS,
         new=True,
     )
+    mlp: str = flag(
+        "auto",
+        "the MLP: triton computes GELU inside of the matrix products (16 bits), reference leaves it to PyTorch; auto: triton "
+        "on CUDA in 16 bits with --kernels triton",
+        choices=("auto", "triton", "reference"),
+        new=True,
+    )
     grad_compression: str = flag(
         "none",
         "arithmetic in which gradients are averaged over processes; none: fp32",

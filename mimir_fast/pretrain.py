@@ -75,11 +75,15 @@ def settle_defaults(config: PretrainConfig, explicit: set[str]) -> tuple[Pretrai
         optim = replace(optim, kernels="triton" if on_cuda else "reference")
     elif optim.kernels == "triton" and not on_cuda:
         raise ValueError("kernels: triton needs a CUDA device; pass --kernels reference or leave the default")
-    short = optim.kernels == "triton" and optim.precision != "fp32"
+    half = optim.kernels == "triton" and optim.precision != "fp32"
     if optim.attention == "auto":
-        optim = replace(optim, attention="short" if short else "sdpa")
+        optim = replace(optim, attention="short" if half else "sdpa")
     elif optim.attention == "short" and not on_cuda:
         raise ValueError("attention: short needs a CUDA device; pass --attention sdpa or leave the default")
+    if optim.mlp == "auto":
+        optim = replace(optim, mlp="triton" if half else "reference")
+    elif optim.mlp == "triton" and not (on_cuda and optim.precision != "fp32"):
+        raise ValueError("mlp: triton needs a CUDA device and 16 bits; pass --mlp reference or leave the default")
     if config.penalty.mi_train not in (*PENALTIES, "plain"):
         notes.append(
             f"mi_train: {config.penalty.mi_train!r} is none of {', '.join(PENALTIES)}: NO penalty, as in the original"

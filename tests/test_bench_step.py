@@ -167,6 +167,7 @@ def test_contracts_against_hand_counts():
             torch.zeros(E),
             torch.zeros(E, dtype=bf16),
         )
+        weight16, hidden16 = torch.zeros(7, E, dtype=bf16), torch.zeros(7, dtype=bf16)
         loss = (pred, images, removed, 4, True)
         cases = {
             "mask_indices": ((noise,), 4 * B * L + 2 * 8 * B * L),
@@ -198,6 +199,11 @@ def test_contracts_against_hand_counts():
                 (rows, branch, rows, torch.zeros(2, n), row, bf16, True, bf16),
                 n * (E * (4 + 2 + 4) + 8) + 4 * E + n * E * (4 + 2) + E * (4 + 4 + 2) + 2 * 3 * 4 * E * 2,
             ),
+            "linear_gelu": ((branch, weight16, hidden16), 2 * (n * E + 7 * E + 7 + 2 * n * 7)),
+            "gelu_linear_grad": (
+                (branch, weight16.T, torch.zeros(n, 7, dtype=bf16), True),
+                2 * (n * E + 7 * E + 2 * n * 7 + 7) + 2 * 4 * 2 * 7,  # two tiles of rows
+            ),
             "nhsic": ((x, y, 5.0), 4 * m * (d + 2 * d) * 3 + 2 * 5 * 2 * 4 * m * m),
             "nhsic_grad": (
                 (one, x, square, square, square, 5.0, f32),
@@ -217,6 +223,11 @@ def test_contracts_against_hand_counts():
     assert prices["nhsic"][0].flops == {"tf32": 3 * m * m * 3 * d}
     assert prices["short_attention"][0].flops == {"tf32": 4 * B * L * L * E}
     assert prices["short_attention_grad"][0].flops == {"tf32": 10 * B * L * L * E}
+    assert prices["linear_gelu"][0].flops == prices["gelu_linear_grad"][0].flops == {"bf16": 2 * n * E * 7}
+    kinds = {name: p[0].kind for name, p in prices.items() if p[0].kind != "ours"}
+    assert kinds == dict.fromkeys(("short_attention", "short_attention_grad"), "attention") | dict.fromkeys(
+        ("linear_gelu", "gelu_linear_grad"), "GEMM"
+    )
     assert prices["nhsic_grad"][0].flops == {"tf32": 3 * (2 * 2 * m**3 + 2 * m * m * d)}
     assert sum(p.solve for p in prices["nhsic"][1:]) == pytest.approx(6 * 0.38e-3 * m / 512)
 

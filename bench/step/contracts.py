@@ -17,11 +17,12 @@ SQUARES = 5  # [m,m] fp32 matrices of one side of nhsic that are written and rea
 
 @dataclass(frozen=True)
 class Contract:
-    """Bytes, FLOPs by precision, and dense solves as (ATen's name, rows)."""
+    """Bytes, FLOPs by precision, dense solves as (ATen's name, rows), and the class of the roofline's table."""
 
     bytes: float
     flops: dict[str, float] = field(default_factory=dict)
     solves: list[tuple[str, int]] = field(default_factory=list)
+    kind: str = "ours"
 
 
 def _written(call: Call) -> int:
@@ -118,14 +119,32 @@ def nhsic_grad(call: Call) -> Contract:
     return Contract(data, {"tf32": TF32_PRODUCTS * (2 * 2.0 * m**3 + 2.0 * m * m * d)})
 
 
+def linear_gelu(call: Call) -> Contract:
+    """One product: its two factors and the bias read, GELU's input and output written."""
+    return Contract(_once(call, *call.reads) + _written(call), _multiplied(call, "x"), kind="GEMM")
+
+
+def gelu_linear_grad(call: Call) -> Contract:
+    """One product: its two factors and GELU's input read, the gradient written; per tile of rows one fp32 row of sums both."""
+    from mimir_fast.kernels.mlp.kernel import HOPPER
+
+    sums = -(-call.read("grad").shape[0] // HOPPER["BLOCK_M"]) * call.writes[1].shape[0]
+    return Contract(_once(call, *call.reads) + _written(call) + 2 * 4 * sums, _multiplied(call, "grad"), kind="GEMM")
+
+
+def _multiplied(call: Call, rows: str) -> dict[str, float]:
+    (m, d), (_, f) = call.read(rows).shape, call.writes[0].shape
+    return {FLOPS_OF[call.read(rows).dtype]: 2.0 * m * d * f}
+
+
 def short_attention(call: Call) -> Contract:
     """q, k, v read and the output written; two products per head and pair of tokens."""
-    return Contract(_once(call, "qkv") + _written(call), _attended(call, 4))
+    return Contract(_once(call, "qkv") + _written(call), _attended(call, 4), kind="attention")
 
 
 def short_attention_grad(call: Call) -> Contract:
     """q, k, v and the gradient read, dq, dk and dv written; the scores again and four products more."""
-    return Contract(_once(call, "qkv", "grad") + _written(call), _attended(call, 10))
+    return Contract(_once(call, "qkv", "grad") + _written(call), _attended(call, 10), kind="attention")
 
 
 def _attended(call: Call, flops: int) -> dict[str, float]:
@@ -155,4 +174,6 @@ CONTRACTS: dict[str, Callable[[Call], Contract]] = {
     "short_attention": short_attention,
     "short_attention_grad": short_attention_grad,
     "nhsic_grad": nhsic_grad,
+    "linear_gelu": linear_gelu,
+    "gelu_linear_grad": gelu_linear_grad,
 }

@@ -119,7 +119,7 @@ def _ours(call: Call, setting: Setting) -> list[Price]:
     if call.op not in CONTRACTS:
         return [Price("ours", call.name, moved(call), why="no contract in bench/step/contracts.py, arguments once")]
     contract = CONTRACTS[call.op](call)
-    prices = [Price("ours", call.name, contract.bytes, contract.flops)]
+    prices = [Price(contract.kind, call.name, contract.bytes, contract.flops)]
     for name, n in contract.solves:
         prices.append(Price("solves", f"{call.name}: {name}", 0, solve=solve_seconds(n, SWEEPS[name])))
     return prices

@@ -2,7 +2,7 @@
 
 import torch
 from mimir_fast.kernels.add_layer_norm import reference
-from mimir_fast.kernels.registration import check_storage, choose
+from mimir_fast.kernels.registration import check_floats, check_storage, choose
 from torch import Tensor
 
 
@@ -44,12 +44,13 @@ def add_layer_norm(
         out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else given
     if not out_dtype.is_floating_point:
         raise ValueError(f"out_dtype: expected a float type, got {out_dtype}")
+    tensors = {"x": x, "delta": delta, "delta_bias": delta_bias_D, "weight": weight_D, "bias": bias_D}
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    check_floats(x.device, **tensors)
     if choose(impl, x) == "triton":
         from mimir_fast.kernels.add_layer_norm import kernel
 
-        optional = {"delta": delta, "delta_bias": delta_bias_D}
-        given = {name: tensor for name, tensor in optional.items() if tensor is not None}
-        check_storage(x=x, **given, weight=weight_D, bias=bias_D)
+        check_storage(**tensors)
         if out_dtype.itemsize > 4:
             raise ValueError(f"out_dtype: the triton implementation writes fp32, fp16 or bf16, got {out_dtype}")
         s, n, _ = kernel.add_layer_norm(x, delta, delta_bias_D, weight_D, bias_D, eps, out_dtype)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from mimir_fast.kernels import add_layer_norm
+from mimir_fast.kernels import add_layer_norm, mlp
 from mimir_fast.models.attention import attention, check_backend
 
 
@@ -30,12 +30,20 @@ class Block(nn.Module):
     """Pre-norm Transformer block: x + attention(norm(x)), then x + mlp(norm(x)), exact GELU.
 
     The second addition is left to whoever normalises next, and so is the bias of the branch's last linear layer.
-    kernels: implementation of add_layer_norm.
+    kernels: implementation of add_layer_norm; mlp: implementation of the operation mlp.
     """
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float, attention: str = "auto", kernels: str = "auto"):
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        mlp_ratio: float,
+        attention: str = "auto",
+        kernels: str = "auto",
+        mlp: str = "auto",
+    ):
         super().__init__()
-        self.kernels = kernels
+        self.kernels, self.mlp_kernels = kernels, mlp
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, num_heads, attention)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
@@ -48,8 +56,8 @@ class Block(nn.Module):
         x_BTD, normed_BTD = add_and_norm(x_BTD, delta_BTD, delta_bias_D, self.norm1, self.kernels)
         delta_BTD = self.attn(normed_BTD, first)
         x_BTD, normed_BTD = add_and_norm(x_BTD[:, first:], delta_BTD, self.attn.proj.bias, self.norm2, self.kernels)
-        delta_BTD = F.linear(self.mlp.act(self.mlp.fc1(normed_BTD)), self.mlp.fc2.weight)
-        return x_BTD, delta_BTD, self.mlp.fc2.bias
+        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
+        return x_BTD, mlp(normed_BTD, fc1.weight, fc1.bias, fc2.weight, self.mlp_kernels), fc2.bias
 
 
 def add_and_norm(

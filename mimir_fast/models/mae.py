@@ -15,7 +15,7 @@ class MaskedAutoencoderViT(nn.Module):
 
     The state dict has the original MIMIR's keys, shapes and order.  Positional tables are fixed (requires_grad False).
     kernels: implementation of the operations in mimir_fast.kernels, "auto" (Triton on CUDA), "triton" or "reference".
-    attention: backend by name, see mimir_fast/models/attention.py.
+    attention: backend by name, see mimir_fast/models/attention.py; mlp: implementation of the operation mlp, as for kernels.
     residual_dtype: storage of the tokens between blocks; default: whatever comes out of adding to fp32 tokens, fp32.
     Raises ValueError where sizes do not fit together.
     Source: He et al., Masked Autoencoders Are Scalable Vision Learners, 2022; MIMIR, arXiv 2312.04960.
@@ -37,6 +37,7 @@ class MaskedAutoencoderViT(nn.Module):
         kernels: str = "auto",
         residual_dtype: torch.dtype | None = None,
         attention: str = "auto",
+        mlp: str = "auto",
     ):
         super().__init__()
         if patch_size < 1 or img_size % patch_size:
@@ -52,11 +53,16 @@ class MaskedAutoencoderViT(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.decoder_pos_embed = self._positions(decoder_embed_dim)
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
-        self.blocks = nn.ModuleList([Block(embed_dim, num_heads, mlp_ratio, attention, kernels) for _ in range(depth)])
+        self.blocks = nn.ModuleList(
+            [Block(embed_dim, num_heads, mlp_ratio, attention, kernels, mlp) for _ in range(depth)]
+        )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.decoder_blocks = nn.ModuleList(
-            [Block(decoder_embed_dim, decoder_num_heads, mlp_ratio, attention, kernels) for _ in range(decoder_depth)]
+            [
+                Block(decoder_embed_dim, decoder_num_heads, mlp_ratio, attention, kernels, mlp)
+                for _ in range(decoder_depth)
+            ]
         )
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * in_chans)
