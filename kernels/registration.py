@@ -61,9 +61,10 @@ def check_storage(**tensors: Tensor) -> None:
 def register(name: str, schema: str, launch: Callable, fake: Callable):
     """The operator mimir_fast::name: `launch` on CUDA (on the CPU for the interpreter), `fake` for shapes when tracing."""
 
-    def launch_there(first: Tensor, *rest):
-        with torch.cuda.device_of(first):  # Triton launches on the current device, wherever the tensors are
-            return launch(first, *rest)
+    def launch_there(*arguments):
+        tensors = (argument for argument in arguments if isinstance(argument, Tensor))
+        with torch.cuda.device_of(next(tensors)):  # Triton launches on the current device, wherever the tensors are
+            return launch(*arguments)
 
     op = torch.library.custom_op(
         f"mimir_fast::{name}", launch_there, mutates_args=(), device_types="cuda", schema=schema
