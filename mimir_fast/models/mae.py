@@ -3,11 +3,17 @@
 Shapes: B batch, C channels, L patches, K kept patches, P = p*p*C numbers per patch, D encoder width, E decoder width.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mimir_fast.kernels import mask_indices, masked_patch_loss, patch_gather, token_restore
 from mimir_fast.models.layers import Block, PatchEmbed, sincos_table
+
+# nothing in a block is random: no generator state to keep, which would wait for the device
+recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 class MaskedAutoencoderViT(nn.Module):
@@ -15,6 +21,7 @@ class MaskedAutoencoderViT(nn.Module):
 
     The state dict has the original MIMIR's keys, shapes and order.  Positional tables are fixed (requires_grad False).
     kernels: implementation of the operations in mimir_fast.kernels, "auto" (Triton on CUDA), "triton" or "reference".
+    activation_checkpointing: keep each encoder block's input only and compute the block again in the backward pass.
     Raises ValueError where sizes do not fit together.
     Source: He et al., Masked Autoencoders Are Scalable Vision Learners, 2022; MIMIR, arXiv 2312.04960.
     """
@@ -33,12 +40,13 @@ class MaskedAutoencoderViT(nn.Module):
         mlp_ratio: float = 4.0,
         norm_pix_loss: bool = False,
         kernels: str = "auto",
+        activation_checkpointing: bool = False,
     ):
         super().__init__()
         if patch_size < 1 or img_size % patch_size:
             raise ValueError(f"patch_size: {patch_size} does not divide the image side {img_size}")
         self.img_size, self.patch_size, self.norm_pix_loss = img_size, patch_size, norm_pix_loss
-        self.kernels = kernels
+        self.kernels, self.activation_checkpointing = kernels, activation_checkpointing
         self.num_patches = (img_size // patch_size) ** 2
         # declared first: the order of the state dict is part of the checkpoint format
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -105,7 +113,7 @@ class MaskedAutoencoderViT(nn.Module):
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
         tokens = torch.cat([cls_token, tokens], dim=1)
         for block in self.blocks:
-            tokens = block(tokens)
+            tokens = recomputed(block, tokens) if self.activation_checkpointing else block(tokens)
         return self.norm(tokens)
 
     def reconstruct(self, latent: Tensor, ids_restore: Tensor, mask: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
