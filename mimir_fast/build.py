@@ -42,8 +42,8 @@ def build_model(config: PretrainConfig, device: torch.device) -> MaskedAutoencod
     """The model on its device, freshly initialised."""
     m = config.model
     size = {"img_size": m.input_size, "patch_size": m.patch_size}
-    kernels = config.optim.kernels
-    return create_model(m.model, **size, norm_pix_loss=m.norm_pix_loss, kernels=kernels).to(device)
+    options = {"kernels": config.optim.kernels, "activation_checkpointing": config.optim.activation_checkpointing}
+    return create_model(m.model, **size, norm_pix_loss=m.norm_pix_loss, **options).to(device)
 
 
 def build_attack(config: PretrainConfig, stream: BatchStream, device: torch.device) -> Attack:

@@ -102,6 +102,9 @@ class OptimConfig:
         choices=("auto", "triton", "reference"),
         new=True,
     )
+    activation_checkpointing: bool = flag(
+        False, "compute each encoder block again in the backward pass: less memory, a third more encoder time", new=True
+    )
     max_bad_steps: int = flag(20, "end the run after this many skipped updates in a row", "updates", new=True)
 
 
