@@ -1,5 +1,7 @@
 """From the configuration to the objects of a run."""
 
+from collections.abc import Callable
+
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -71,12 +73,17 @@ def peak_learning_rate(config: PretrainConfig, world: World) -> float:
     return o.lr if o.lr is not None else o.blr * o.batch_size * o.accum_iter * world.size / 256
 
 
-def build_objective(config: PretrainConfig, world: World, model: MaskedAutoencoderViT):
+def build_objective(
+    config: PretrainConfig, world: World, model: MaskedAutoencoderViT, backend: str | Callable = "inductor"
+):
     """What is trained (compiled and data-parallel as configured), and the attack's loss function (compiled or not)."""
     pieces, attack_loss = {}, reconstruction
     if config.optim.compile:
-        pieces = {name: torch.compile(getattr(model, name), fullgraph=True) for name in ("encode", "reconstruct")}
-        attack_loss = torch.compile(reconstruction, fullgraph=True)
+        pieces = {
+            name: torch.compile(getattr(model, name), fullgraph=True, backend=backend)
+            for name in ("encode", "reconstruct")
+        }
+        attack_loss = torch.compile(reconstruction, fullgraph=True, backend=backend)
     objective = Objective(model, config.model.mask_ratio, penalty_name(config), config.penalty.mi_xpl, **pieces)
     if world.size > 1:
         devices = [world.device] if world.device.type == "cuda" else None

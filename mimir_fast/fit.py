@@ -1,0 +1,132 @@
+"""mimir-fast fit: what a pre-training needs in GPU memory, and the largest batch that fits; no GPU needed.
+
+Also `python -m mimir_fast.fit`.  Takes every flag of `mimir-fast pretrain`, so that a command line can be tried as it stands.
+"""
+
+import sys
+from dataclasses import replace
+from typing import NamedTuple
+
+from mimir_fast.arguments import build_parser, canonical, configuration
+from mimir_fast.build import penalty_name
+from mimir_fast.config import PretrainConfig
+from mimir_fast.prediction import Prediction, predict
+
+GIB = 2**30
+CONTEXT = 1.0  # GiB kept free for the CUDA context, loaded kernels and libraries
+FRAGMENTATION = 0.05  # share of the predicted peak kept free for holes between allocations
+LARGEST = 2**20  # images; no GPU holds more
+
+
+class Gpu(NamedTuple):
+    """Memory in GiB as CUDA reports it, and what cuBLAS takes from the allocator for each thread that uses it, MiB."""
+
+    memory: float
+    workspace: float
+
+
+GPUS = {
+    "a100-40": Gpu(39.4, 8.125),
+    "a100-80": Gpu(79.1, 8.125),
+    "h100-80": Gpu(79.1, 32),
+    "h200-141": Gpu(139.7, 32),
+    "l40s-48": Gpu(44.3, 8.125),
+    "rtx4090-24": Gpu(23.5, 8.125),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Predict and print; returns the exit status: 0 the batch fits, 1 it does not, 2 wrong input."""
+    try:
+        config, gpus = parse_fit_args(sys.argv[1:] if argv is None else argv)
+        prediction = predict(config)
+    except (ValueError, ImportError) as error:
+        print(f"mimir-fast fit: error: {error}", file=sys.stderr)
+        return 2
+    for line in describe(config, prediction, gpus):
+        print(line)
+    batch = config.optim.batch_size
+    return 0 if any(needed(prediction, gpu, batch) <= gpu.memory for gpu in gpus.values()) else 1
+
+
+def parse_fit_args(argv: list[str]) -> tuple[PretrainConfig, dict[str, Gpu]]:
+    """Command-line words -> the configuration as it would run on CUDA, and the GPUs it is held against.
+
+    Exits with status 2 and one line on a wrong flag (argparse); raises ValueError on a wrong value.
+    """
+    parser = build_parser("mimir-fast fit", "Peak GPU memory of a pre-training step, and the largest batch that fits.")
+    group = parser.add_argument_group("What it must fit (default: every GPU known by name)")
+    group.add_argument("--gpu", choices=list(GPUS), help="a GPU by name and memory")
+    group.add_argument("--memory_gib", type=float, metavar="FLOAT", help="any other GPU's memory [GiB]")
+    given = vars(parser.parse_args([canonical(word) for word in argv]))
+    name, memory = given.pop("gpu", None), given.pop("memory_gib", None)
+    if name and memory is not None:
+        raise ValueError(f"memory_gib: got {memory:g} beside --gpu {name}; pass one of the two")
+    if memory is not None and not memory > 0:
+        raise ValueError(f"memory_gib: got {memory:g}, expected more than 0")
+    config = on_cuda(*configuration(given))
+    if memory is not None:
+        return config, {f"{memory:g} GiB": Gpu(memory, 32)}
+    return config, {name: GPUS[name]} if name else GPUS
+
+
+def on_cuda(config: PretrainConfig, explicit: set[str]) -> PretrainConfig:
+    """The configuration with the defaults it would have on a CUDA device.  Raises ValueError if it asks for the CPU."""
+    if "device" in explicit and not config.run.device.startswith("cuda"):
+        raise ValueError(f"device: got {config.run.device}, expected cuda: fit predicts GPU memory")
+    o = config.optim
+    kernels = "triton" if o.kernels == "auto" else o.kernels
+    compiled = True if o.compile is None else o.compile
+    return replace(config, optim=replace(o, precision=o.precision or "bf16", compile=compiled, kernels=kernels))
+
+
+def peak(prediction: Prediction, gpu: Gpu, batch: int) -> dict[str, float]:
+    """GiB by kind at the step's peak.  cuBLAS has two workspaces: the main thread's and autograd's."""
+    kinds = {kind: size / GIB for kind, size in prediction.at(batch).items()}
+    return {**kinds, "cuBLAS workspaces": 2 * gpu.workspace / 1024}
+
+
+def needed(prediction: Prediction, gpu: Gpu, batch: int) -> float:
+    """GiB the GPU must have: the peak and the reserve."""
+    return sum(peak(prediction, gpu, batch).values()) * (1 + FRAGMENTATION) + CONTEXT
+
+
+def largest_batch(prediction: Prediction, gpu: Gpu) -> int:
+    """The largest batch that fits with the reserve, 0 if not even one image does."""
+    low, high = 0, LARGEST
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = needed(prediction, gpu, middle) <= gpu.memory
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low
+
+
+def describe(config: PretrainConfig, prediction: Prediction, gpus: dict[str, Gpu]) -> list[str]:
+    """The lines of the report."""
+    m, o, a = config.model, config.optim, config.attack
+    attack = "none" if a.attack == "plain" else f"{a.steps} step(s)"
+    settings = ["compiled" if o.compile else "eager", f"kernels {o.kernels}"]
+    settings += ["activation checkpointing"] * o.activation_checkpointing
+    kinds = peak(prediction, next(iter(gpus.values())), o.batch_size)
+    lines = [
+        f"{m.model} at {m.input_size}/{m.patch_size}, {o.precision}, {', '.join(settings)}; "
+        f"attack {attack}; penalty {penalty_name(config) or 'none'}",
+        f"predicted peak at batch {o.batch_size} (one process; torch.cuda.max_memory_allocated):",
+        *(f"  {kind:<28}{size:8.2f} GiB" for kind, size in kinds.items()),
+        f"  {'sum':<28}{sum(kinds.values()):8.2f} GiB",
+        f"largest batch that fits, keeping {CONTEXT:g} GiB (CUDA context) and {FRAGMENTATION:.0%} of the peak "
+        "(fragmentation) free:",
+    ]
+    for name, gpu in gpus.items():
+        fits = needed(prediction, gpu, o.batch_size) <= gpu.memory
+        verdict = "fits" if fits else "does not fit"
+        lines.append(
+            f"  {name:<12}{gpu.memory:7.1f} GiB {largest_batch(prediction, gpu):8d}   (batch {o.batch_size} {verdict})"
+        )
+    if config.dist.world_size > 1:
+        lines.append("world_size: data parallelism keeps one more copy of the gradients, which is not counted here")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())
