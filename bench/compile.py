@@ -6,6 +6,7 @@ kernel call is recorded with the argument types, divisibilities and constants th
 
 import importlib
 import json
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -135,8 +136,11 @@ def table(records: list[dict]) -> Iterator[str]:
         yield columns(*labels, *numbers, loads, stores, matrix, f"{r['occupancy']:.0%}", r["limit"] + wrong)
 
 
-def main() -> int:
-    """Print the table, write bench/results/compile.jsonl; returns 1 if a kernel fails the gate."""
+def main(arguments: list[str]) -> int:
+    """Print the table, write bench/results/compile.jsonl; returns 1 if a kernel fails the gate, 2 if given arguments."""
+    if arguments:
+        print(f"usage: python -m bench compile; it takes no arguments, got {arguments[0]!r}", file=sys.stderr)
+        return 2
     records = compile_all(OPS)
     print(*table(records), sep="\n")
     versions = {"torch": torch.__version__, "triton": triton.__version__}

@@ -15,6 +15,7 @@ from mimir_fast.kernels.mask_indices.op import mask_indices
 from mimir_fast.kernels.masked_patch_loss.op import masked_patch_loss
 from mimir_fast.kernels.nhsic.op import nhsic
 from mimir_fast.kernels.patch_gather.op import patch_gather
+from mimir_fast.kernels.short_attention.op import short_attention
 from mimir_fast.kernels.token_restore.op import token_restore
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "masked_patch_loss",
     "nhsic",
     "patch_gather",
+    "short_attention",
     "token_restore",
 ]

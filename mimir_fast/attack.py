@@ -24,10 +24,10 @@ def frozen_twin(model: nn.Module) -> nn.Module:
 
 
 def reconstruction(
-    model: MaskedAutoencoderViT, patches: Tensor, ids_keep: Tensor, ids_restore: Tensor, mask: Tensor, images: Tensor
+    model: MaskedAutoencoderViT, patches: Tensor, ids_shuffle: Tensor, images: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Loss and predictions [B,L,P] from kept patches [B,K,P] of images [B,C,H,W]; compile this one."""
-    return model.reconstruct(model.encode(patches, ids_keep), ids_restore, mask, images)
+    """Loss and predictions [B,L-K,P] from the kept patches [B,K,P] of images [B,C,H,W]; compile this one."""
+    return model.reconstruct(model.encode(patches, ids_shuffle[:, : patches.shape[1]]), ids_shuffle, images)
 
 
 def starting_point(images: Tensor, bounds: Tensor, start: Tensor, kernels: str = "auto") -> Tensor:
@@ -75,10 +75,10 @@ def pgd_mae(
     images = images.detach()
     adv = starting_point(images, bounds, start, model.kernels)
     for noise in mask_noise:
-        ids_keep, ids_restore, mask = model.hide(noise, mask_ratio)
-        patches = model.cut(adv, ids_keep).requires_grad_(True)
+        ids_shuffle, ids_restore, keep = model.hide(noise, mask_ratio)
+        patches = model.cut(adv, ids_shuffle[:, :keep]).requires_grad_(True)
         with torch.enable_grad():
-            loss, pred = loss_fn(model, patches, ids_keep, ids_restore, mask, adv)
+            loss, pred = loss_fn(model, patches, ids_shuffle, adv)
             (grad,) = torch.autograd.grad(loss * loss_scale, patches)
         shape = (model.patch_size, model.norm_pix_loss)
         adv = linf_patch_step(images, adv, grad, pred.detach(), ids_restore, bounds, *shape, impl=model.kernels)

@@ -1,17 +1,24 @@
 """From the configuration to the objects of a run."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mimir_fast.attack import linf_bounds, reconstruction
+from mimir_fast.attack import frozen_twin, linf_bounds
+from mimir_fast.compiling import Compiled
 from mimir_fast.config import PretrainConfig
 from mimir_fast.data import BatchStream, build_pretrain_data
-from mimir_fast.distributed import World
+from mimir_fast.distributed import World, average_gradients
 from mimir_fast.mi import PENALTIES
 from mimir_fast.models import MaskedAutoencoderViT, create_model
 from mimir_fast.objective import Objective
+from mimir_fast.optim import Updater
+from mimir_fast.precision import AUTOCAST, ComputeCopy
+from mimir_fast.sharding import Reconstruction, Shards
 from mimir_fast.step import Attack
 
 FP16_ATTACK_SCALE = 65536.0
@@ -44,8 +51,16 @@ def build_model(config: PretrainConfig, device: torch.device) -> MaskedAutoencod
     """The model on its device, freshly initialised."""
     m = config.model
     size = {"img_size": m.input_size, "patch_size": m.patch_size}
-    options = {"kernels": config.optim.kernels, "activation_checkpointing": config.optim.activation_checkpointing}
-    return create_model(m.model, **size, norm_pix_loss=m.norm_pix_loss, **options).to(device)
+    o = config.optim
+    residual = torch.bfloat16 if o.residual_dtype == "bf16" else None
+    options = {
+        "norm_pix_loss": m.norm_pix_loss,
+        "kernels": o.kernels,
+        "residual_dtype": residual,
+        "attention": o.attention,
+        "activation_checkpointing": o.activation_checkpointing,
+    }
+    return create_model(m.model, **size, **options).to(device)
 
 
 def build_attack(config: PretrainConfig, stream: BatchStream, device: torch.device) -> Attack:
@@ -73,28 +88,80 @@ def peak_learning_rate(config: PretrainConfig, world: World) -> float:
     return o.lr if o.lr is not None else o.blr * o.batch_size * o.accum_iter * world.size / 256
 
 
-def build_objective(
-    config: PretrainConfig, world: World, model: MaskedAutoencoderViT, backend: str | Callable = "inductor"
-):
-    """What is trained (compiled and data-parallel as configured), and the attack's loss function (compiled or not)."""
-    pieces, attack_loss = {}, reconstruction
-    if config.optim.compile:
-        pieces = {
-            name: torch.compile(getattr(model, name), fullgraph=True, backend=backend)
-            for name in ("encode", "reconstruct")
-        }
-        attack_loss = torch.compile(reconstruction, fullgraph=True, backend=backend)
-    objective = Objective(model, config.model.mask_ratio, penalty_name(config), config.penalty.mi_xpl, **pieces)
-    if world.size > 1:
-        devices = [world.device] if world.device.type == "cuda" else None
-        objective = DistributedDataParallel(objective, device_ids=devices, gradient_as_bucket_view=True)
-    return objective, attack_loss
+class Computation(NamedTuple):
+    """What a step runs: the objective to train, the frozen model to attack and the attack's loss function.
+
+    states() returns the state dicts of the whole model and optimizer; every process calls it.
+    """
+
+    objective: nn.Module
+    attacked: MaskedAutoencoderViT
+    attack_loss: Callable[..., tuple[Tensor, Tensor]]
+    states: Callable[[], tuple[dict, dict]]
+
+
+def build_computation(
+    config: PretrainConfig,
+    world: World,
+    model: MaskedAutoencoderViT,
+    updater: Updater,
+    backend: str | Callable = "inductor",
+) -> Computation:
+    """16-bit copy or shards (told to the updater), frozen twin, compiled pieces, data parallelism: as configured.
+
+    Unless it is sharded, `model` is up to date after every update.  backend: torch.compile's.
+    """
+    o = config.optim
+    states = partial(_states, model, updater.optimizer)
+    world.share(model.parameters())
+    if o.precision != "fp32":
+        if world.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # tf32 for what stays in fp32: the patch embedding
+        if not sharded(config, world):
+            updater.compute = ComputeCopy(model, AUTOCAST[o.precision])
+            model = updater.compute.module
+    attacked = frozen_twin(model)
+    pieces = Compiled(model, attacked, o.compile, o.compile_mode, o.compile_region, backend)
+    penalty = (penalty_name(config), config.penalty.mi_xpl)
+    objective = Objective(model, config.model.mask_ratio, *penalty, pieces.encode, pieces.reconstruct)
+    computation = Computation(objective, attacked, pieces.attack_loss, states)
+    if sharded(config, world):
+        return _shard(config, world, computation, updater)
+    return _replicate(config, world, computation, updater) if world.size > 1 else computation
+
+
+def sharded(config: PretrainConfig, world: World) -> bool:
+    """Whether each process keeps a share of the model."""
+    return config.optim.parallel == "fsdp" and world.size > 1
+
+
+def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
+    return model.state_dict(), optimizer.state_dict()
+
+
+def _replicate(config: PretrainConfig, world: World, computation: Computation, updater: Updater) -> Computation:
+    o = config.optim
+    devices = [world.device] if world.device.type == "cuda" else None
+    static = o.accum_iter == 1 or updater.compute is not None  # a static graph forbids holding gradients back
+    options = {"gradient_as_bucket_view": True, "static_graph": static}
+    objective = DistributedDataParallel(computation.objective, device_ids=devices, **options)
+    objective.register_comm_hook(o.grad_compression == "bf16", average_gradients)
+    return computation._replace(objective=objective)
+
+
+def _shard(config: PretrainConfig, world: World, computation: Computation, updater: Updater) -> Computation:
+    o = config.optim
+    loss = Reconstruction(computation.attacked)
+    reduce_dtype = torch.bfloat16 if o.grad_compression == "bf16" else torch.float32
+    shards = Shards(computation.objective, loss, updater, world, AUTOCAST[o.precision], reduce_dtype)
+    return computation._replace(attack_loss=lambda _, *inputs: loss(*inputs), states=shards.states)
 
 
 def describe(
     config: PretrainConfig, world: World, stream: BatchStream, model: MaskedAutoencoderViT, lr: float
 ) -> list[str]:
     """Two lines that say what is about to run."""
+    o = config.optim
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     attack = (
         "none" if config.attack.attack == "plain" else f"{config.attack.steps} step(s), eps {config.attack.eps:g}/255"
@@ -103,6 +170,7 @@ def describe(
         f"model {config.model.model} ({parameters:.2f} M parameters), {config.model.input_size}/{config.model.patch_size}; "
         f"data {stream.name}, {stream.num_images} images, {len(stream)} micro-batches per epoch; "
         f"attack {attack}; penalty {penalty_name(config) or 'none'}",
-        f"device {world.device} x {world.size}, {config.optim.precision}, compile {'on' if config.optim.compile else 'off'}, "
-        f"kernels {config.optim.kernels}; lr {lr:.3g}; outputs in {config.run.output_dir or '(nowhere)'}",
+        f"device {world.device} x {world.size}, {f'{o.parallel}, ' if world.size > 1 else ''}{o.precision}, "
+        f"compile {f'{o.compile_mode}, by {o.compile_region}' if o.compile else 'off'}, kernels {o.kernels}, "
+        f"attention {o.attention}, residual {o.residual_dtype}; lr {lr:.3g}; outputs in {config.run.output_dir or '(nowhere)'}",
     ]

@@ -6,6 +6,10 @@ command line and recipes.py fills it in.  Flags marked `new` are not in the orig
 
 from dataclasses import dataclass, field, fields, replace
 
+from mimir_fast.compiling import MODES as COMPILE_MODES
+from mimir_fast.compiling import REGIONS as COMPILE_REGIONS
+from mimir_fast.models.attention import BACKENDS
+
 
 def flag(
     default, help: str, unit: str = "", choices: tuple[str, ...] = (), new: bool = False, type: type | None = None
@@ -93,8 +97,21 @@ class OptimConfig:
         new=True,
         type=str,
     )
+    residual_dtype: str = flag(
+        "fp32",
+        "storage of the tokens between blocks; bf16 halves the traffic of LayerNorm and residual additions (--precision bf16)",
+        choices=("fp32", "bf16"),
+        new=True,
+    )
     compile: bool | None = flag(
         None, "torch.compile the model and the attack; default: on for CUDA only", new=True, type=bool
+    )
+    compile_mode: str = flag("default", "torch.compile's mode", choices=COMPILE_MODES, new=True)
+    compile_region: str = flag(
+        "model",
+        "what is compiled as one: the whole model, or one block used for all (compiles in a fraction of the time)",
+        choices=COMPILE_REGIONS,
+        new=True,
     )
     kernels: str = flag(
         "auto",
@@ -104,6 +121,26 @@ class OptimConfig:
     )
     activation_checkpointing: bool = flag(
         False, "compute each encoder block again in the backward pass: less memory, a third more encoder time", new=True
+    )
+    attention: str = flag(
+        "auto",
+        "attention backend; auto: short on CUDA in 16 bits with --kernels triton, else sdpa; short: our kernel where it offers "
+        "the size, else sdpa; flash_attn and xformers are optional packages",
+        choices=BACKENDS,
+        new=True,
+    )
+    grad_compression: str = flag(
+        "none",
+        "arithmetic in which gradients are averaged over processes; none: fp32",
+        choices=("none", "bf16"),
+        new=True,
+    )
+    parallel: str = flag(
+        "ddp",
+        "several GPUs: ddp gives each the whole model; fsdp a share of parameters, gradients and moments, for models too large "
+        "otherwise (bf16 or fp32; compiles block by block)",
+        choices=("ddp", "fsdp"),
+        new=True,
     )
     max_bad_steps: int = flag(20, "end the run after this many skipped updates in a row", "updates", new=True)
 

@@ -1,7 +1,7 @@
 """Several processes: who am I, how many are we, and the few collectives the trainer needs."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -49,6 +49,12 @@ class World:
         words = torch.tensor([numbers, [-n for n in numbers]])
         dist.all_reduce(words, op=dist.ReduceOp.MAX, group=self.host_group)
         return bool((words[0] == -words[1]).all())
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Give rank 0's values to everybody, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), 0)
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -104,3 +110,13 @@ def join_world(config: DistConfig, device_name: str) -> World:
     dist.init_process_group(backend, config.dist_url, world_size=size, rank=rank, timeout=timedelta(minutes=30))
     host_group = dist.new_group(backend="gloo") if backend == "nccl" else dist.group.WORLD
     return World(rank, size, local_rank, device, host_group)
+
+
+def average_gradients(compress: bool, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP communication hook: the mean over ranks, added up in fp32, or in bf16 where `compress` is set.
+
+    16-bit buckets come from the 16-bit copies; the mean is rounded to them once.
+    """
+    gradients = bucket.buffer()
+    words = (gradients.bfloat16() if compress else gradients.float()) / dist.get_world_size()
+    return dist.all_reduce(words, async_op=True).get_future().then(lambda sums: gradients.copy_(sums.value()[0]))

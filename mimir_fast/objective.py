@@ -14,7 +14,11 @@ from mimir_fast.models import MaskedAutoencoderViT
 
 
 class StepOutput(NamedTuple):
-    """Device values only: loss = recon + weight * penalty (scalars, mi unweighted), penalty_used (bool), images, patches."""
+    """Device values only.
+
+    loss = recon + weight * penalty (scalars, mi unweighted), penalty_used (bool), adv [B,C,H,W]; pred [B,M,P] predicts the
+    removed patches, whose numbers are ids_removed [B,M].
+    """
 
     loss: Tensor
     recon: Tensor
@@ -22,7 +26,7 @@ class StepOutput(NamedTuple):
     penalty_used: Tensor
     adv: Tensor
     pred: Tensor
-    mask: Tensor
+    ids_removed: Tensor
 
 
 class Objective(nn.Module):
@@ -51,19 +55,20 @@ class Objective(nn.Module):
     def forward(self, images: Tensor, adv: Tensor | None, noise_BL: Tensor) -> StepOutput:
         """images [B,C,H,W]; adv, their adversarial version or None; noise [B,L] decides the mask."""
         seen = images if adv is None else adv
-        ids_keep, ids_restore, mask = self.model.hide(noise_BL, self.mask_ratio)
+        ids_shuffle, _, keep = self.model.hide(noise_BL, self.mask_ratio)
+        ids_keep, ids_removed = ids_shuffle[:, :keep], ids_shuffle[:, keep:]
         latent = self.encode(self.model.cut(seen, ids_keep), ids_keep)
         if self.penalty is None or adv is None:
-            recon, pred = self.reconstruct(latent, ids_restore, mask, images)
+            recon, pred = self.reconstruct(latent, ids_shuffle, images)
             none, used = torch.zeros_like(recon), torch.ones_like(recon, dtype=torch.bool)
-            return StepOutput(recon, recon.detach(), none, used, seen, pred.detach(), mask)
+            return StepOutput(recon, recon.detach(), none, used, seen, pred.detach(), ids_removed)
         with self._on_the_side():
             mi, used, grad = guarded_penalty(self.penalty, latent, images, adv, self.model.kernels)
-        recon, pred = self.reconstruct(latent, ids_restore, mask, images)
+        recon, pred = self.reconstruct(latent, ids_shuffle, images)
         if self.side:
             torch.cuda.current_stream().wait_stream(self.side)
         term = torch.where(used, mi, 0) + InjectGradient.apply(latent, grad)
-        return StepOutput(recon + self.weight * term, recon.detach(), mi, used, adv, pred.detach(), mask)
+        return StepOutput(recon + self.weight * term, recon.detach(), mi, used, adv, pred.detach(), ids_removed)
 
     def _on_the_side(self) -> torch.cuda.StreamContext:
         """Work inside starts after all work so far; its memory is safe because each use begins here and ends in a wait."""

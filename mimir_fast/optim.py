@@ -1,9 +1,15 @@
 """Parameter groups, learning-rate schedule, and the optimizer update that skips non-finite steps on the device."""
 
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from mimir_fast.precision import ComputeCopy
+    from mimir_fast.sharding import Shards
 
 BETAS = (0.9, 0.95)
 ADAM_EPS = 1e-8
@@ -48,10 +54,19 @@ class Updater:
     A non-finite loss makes every gradient NaN, on all ranks once gradients are averaged; a non-finite gradient norm then
     skips the update on the device.  `counters` [3] int64 on the device: updates skipped in all, in a row now, in a row at
     worst.  fp16 losses are scaled by torch's GradScaler; in bf16 and fp32 the scaler is disabled and its state empty.
+    compute: what computes in the parameters' place, if anything does: a 16-bit copy, or shards.
+    total_norm: gradients -> their global L2 norm.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device, fp16: bool):
-        self.optimizer = optimizer
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        fp16: bool,
+        compute: "ComputeCopy | Shards | None" = None,
+    ):
+        self.optimizer, self.compute = optimizer, compute
+        self.total_norm: Callable[[list[Tensor]], Tensor] = torch.nn.utils.get_total_norm
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.counters = torch.zeros(3, dtype=torch.int64, device=device)
 
@@ -60,12 +75,14 @@ class Updater:
         loss = loss / accum_iter
         poisoned = loss * torch.where(loss.isfinite(), 1.0, torch.nan)
         self.scaler.scale(poisoned).backward()
+        if self.compute:
+            self.compute.take_gradients()
 
     def update(self) -> Tensor:
         """Step the optimizer, clear the gradients; returns the gradients' global L2 norm (device scalar, unscaled)."""
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = self.total_norm(gradients)
         bad = ~norm.isfinite()
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
@@ -74,6 +91,8 @@ class Updater:
             self.optimizer.grad_scale, self.optimizer.found_inf = None, bad.float()
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.compute:
+            self.compute.refresh()
         self._count(bad)
         return norm
 

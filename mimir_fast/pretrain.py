@@ -12,6 +12,7 @@ import torch
 
 from mimir_fast.arguments import parse_pretrain_args
 from mimir_fast.checkpoint import CheckpointError
+from mimir_fast.compiling import keep_compiled_code, missing_compiler
 from mimir_fast.config import PretrainConfig
 from mimir_fast.data import DataError
 from mimir_fast.distributed import World, join_world
@@ -27,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         config, notes = settle_defaults(config, explicit)
         world = join_world(config.dist, config.run.device)
         seed_everything(config.run.seed + world.rank)
+        keep_compiled_code()
         trainer = Trainer(config, world, notes)
     except (ValueError, OSError) as error:
         print(f"mimir-fast pretrain: error: {error}", file=sys.stderr)
@@ -54,12 +56,30 @@ def settle_defaults(config: PretrainConfig, explicit: set[str]) -> tuple[Pretrai
     on_cuda = run.device.startswith("cuda")
     if optim.precision is None:
         optim = replace(optim, precision="bf16" if on_cuda else "fp32")
+    if optim.residual_dtype == "bf16" and optim.precision != "bf16":
+        raise ValueError(f"residual_dtype: bf16 goes with --precision bf16, not with {optim.precision}")
     if optim.compile is None:
         optim = replace(optim, compile=on_cuda)
+    if optim.compile and (reason := missing_compiler()):
+        notes.append(f"compile: {reason}; running eager")
+        optim = replace(optim, compile=False)
+    if optim.parallel == "fsdp":
+        if optim.precision == "fp16":
+            raise ValueError("parallel: fsdp goes with --precision bf16 or fp32, not with fp16")
+        if optim.compile_region == "model" and "compile_region" in explicit:
+            raise ValueError(
+                "compile_region: fsdp gathers parameters block by block and compiles so too; leave the flag out"
+            )
+        optim = replace(optim, compile_region="block")
     if optim.kernels == "auto":
         optim = replace(optim, kernels="triton" if on_cuda else "reference")
     elif optim.kernels == "triton" and not on_cuda:
         raise ValueError("kernels: triton needs a CUDA device; pass --kernels reference or leave the default")
+    short = optim.kernels == "triton" and optim.precision != "fp32"
+    if optim.attention == "auto":
+        optim = replace(optim, attention="short" if short else "sdpa")
+    elif optim.attention == "short" and not on_cuda:
+        raise ValueError("attention: short needs a CUDA device; pass --attention sdpa or leave the default")
     if config.penalty.mi_train not in (*PENALTIES, "plain"):
         notes.append(
             f"mi_train: {config.penalty.mi_train!r} is none of {', '.join(PENALTIES)}: NO penalty, as in the original"

@@ -38,7 +38,8 @@ class Position:
 
 
 def checkpoint_state(
-    model: nn.Module,
+    weights: dict,
+    moments: dict,
     updater: Updater,
     position: Position,
     config: PretrainConfig,
@@ -50,13 +51,14 @@ def checkpoint_state(
     """The original's five entries, and ours under `mimir_fast`; only tensors, plain values and the args Namespace.
 
     As in the original, args holds eps and alpha divided by 255, the learning rate used and the data set's full name.
+    weights, moments: state dicts of the whole model and its optimizer
     geometry: what a position inside an epoch depends on.
     """
     flat = config.flat()
     flat |= {"eps": flat["eps"] / 255, "alpha": flat["alpha"] / 255, "lr": lr, "dataset": dataset}
     return {
-        "model": model.state_dict(),
-        "optimizer": updater.optimizer.state_dict(),
+        "model": weights,
+        "optimizer": moments,
         "epoch": position.epoch - 1,  # the original goes on at epoch + 1
         "scaler": updater.scaler.state_dict() or FRESH_SCALER,
         "args": argparse.Namespace(**flat),

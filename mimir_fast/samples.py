@@ -12,13 +12,17 @@ from mimir_fast.step import StepOutput
 SAMPLES = 8
 
 
-def reconstruct(pred_BLP: Tensor, images_BCHW: Tensor, patch_size: int, norm_pix_loss: bool) -> Tensor:
-    """Predicted patches [B,L,P] as images [B,C,H,W]; normalised predictions get the clean patches' mean and deviation."""
-    pred_BLP = pred_BLP.float()
+def reconstruct(pred_BMP: Tensor, ids_BM: Tensor, images_BCHW: Tensor, patch_size: int, norm_pix_loss: bool) -> Tensor:
+    """Images [B,C,H,W] with predictions [B,M,P] in place of patches ids [B,M].
+
+    Normalised predictions get the clean patch's mean and deviation.
+    """
+    patches_BLP = patchify(images_BCHW.float(), patch_size)
     if norm_pix_loss:
-        mean, std = patch_statistics(patchify(images_BCHW.float(), patch_size))
-        pred_BLP = pred_BLP * std + mean
-    return unpatchify(pred_BLP, patch_size, *images_BCHW.shape[2:])
+        mean, std = (t.gather(1, ids_BM[:, :, None]) for t in patch_statistics(patches_BLP))
+        pred_BMP = pred_BMP * std + mean
+    filled_BLP = patches_BLP.scatter(1, ids_BM[:, :, None].expand_as(pred_BMP), pred_BMP.float())
+    return unpatchify(filled_BLP, patch_size, *images_BCHW.shape[2:])
 
 
 @torch.no_grad()
@@ -36,13 +40,14 @@ def save_samples(
 
     mean, std per channel: the normalisation to undo, if any; position: epoch, update, eps_255 to store beside.
     """
-    images, adv, pred = images[:SAMPLES], output.adv[:SAMPLES], output.pred[:SAMPLES].detach()
-    arrays = {"clean": images, "adv": adv, "recon": reconstruct(pred, images, patch_size, norm_pix_loss)}
+    images, adv, pred, ids = (t[:SAMPLES] for t in (images, output.adv, output.pred, output.ids_removed))
+    mask = torch.zeros(len(images), images[0, 0].numel() // patch_size**2, device=images.device).scatter(1, ids, 1.0)
+    arrays = {"clean": images, "adv": adv, "recon": reconstruct(pred, ids, images, patch_size, norm_pix_loss)}
     if mean is not None:
         mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (mean, std))
         arrays = {name: value * std + mean for name, value in arrays.items()}
     arrays = {name: value.float().clamp(0, 1).cpu().numpy() for name, value in arrays.items()}
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
-        np.savez(file, mask=output.mask[:SAMPLES].float().cpu().numpy(), patch_size=patch_size, **arrays, **position)
+        np.savez(file, mask=mask.cpu().numpy(), patch_size=patch_size, **arrays, **position)
     temporary.replace(path)

@@ -10,28 +10,28 @@ import yaml
 from torch import Tensor
 
 from mimir_fast import checkpoint as ckpt
-from mimir_fast.attack import frozen_twin
 from mimir_fast.build import (
     build_attack,
+    build_computation,
     build_data,
     build_model,
-    build_objective,
     describe,
     peak_learning_rate,
     penalty_name,
 )
+from mimir_fast.compiling import CompileClock
 from mimir_fast.config import PretrainConfig
-from mimir_fast.data import to_float
+from mimir_fast.data import prefetch, to_float
 from mimir_fast.distributed import World
 from mimir_fast.metrics import RunLog, peak_memory_gib
 from mimir_fast.optim import Updater, build_optimizer, learning_rate, set_learning_rate
+from mimir_fast.precision import AUTOCAST
 from mimir_fast.run_state import EPOCH_SUMS, Position, checkpoint_state, find_state, restore
 from mimir_fast.samples import save_samples
 from mimir_fast.signals import StopSignals
 from mimir_fast.step import StepOutput, draw_noise, pretrain_step, step_seed
 
 CHECKPOINT_EVERY = 20  # epochs, the original's cadence
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Trainer:
@@ -54,8 +54,8 @@ class Trainer:
         self.folder = Path(config.run.output_dir) if config.run.output_dir else None
         notes = notes + self._resume()
         self.first_update = self.position.update + 1
-        self.objective, self.attack_loss = build_objective(config, world, self.model)
-        self.attacked = frozen_twin(self.model)
+        self.computation = build_computation(config, world, self.model, self.updater)
+        self.compile_clock = CompileClock()
         self._open_outputs(notes)
 
     def _open_outputs(self, notes: list[str]) -> None:
@@ -79,6 +79,7 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the end, to --max_steps, or to a signal; returns the exit status (0, 1 diverged, 130 Ctrl-C)."""
+        self.compile_clock.start()
         with StopSignals() as stop:
             reason = "max_steps" if self.position.update >= self.total_updates else None
             while reason is None and self.position.epoch < self.config.optim.epochs:
@@ -99,7 +100,7 @@ class Trainer:
         o, p = self.config.optim, self.position
         self.updater.optimizer.zero_grad(set_to_none=True)  # gradients of an incomplete last group are dropped
         sums = torch.tensor([p.sums[name] for name in EPOCH_SUMS], dtype=torch.float64, device=self.world.device)
-        batches = iter(self.stream.epoch(p.epoch, p.step))
+        batches = prefetch(self.stream.epoch(p.epoch, p.step), self.world.device)
         lr, waited = 0.0, 0.0
         for step in range(p.step, len(self.stream)):
             if step % o.accum_iter == 0:
@@ -107,7 +108,7 @@ class Trainer:
                 lr = learning_rate(where, self.lr, o.min_lr, o.warmup_epochs, o.epochs)
                 set_learning_rate(self.updater.optimizer, lr)
             started = time.perf_counter()
-            images_u8, _ = next(batches)
+            images_u8 = next(batches)
             waited += time.perf_counter() - started
             updates = (step + 1) % o.accum_iter == 0
             images = output = None  # let go of the last step's before the next one needs the room
@@ -124,14 +125,18 @@ class Trainer:
 
     def _micro_step(self, images_u8: Tensor, step: int, updates: bool) -> tuple[Tensor, StepOutput]:
         c, device = self.config, self.world.device
-        images = to_float(images_u8.to(device, non_blocking=True), *self.constants)
+        images = to_float(images_u8, *self.constants)
         self.generator.manual_seed(step_seed(c.run.seed, self.world.rank, self.position.epoch, step))
         noise = draw_noise(self.generator, len(images), self.model.num_patches, self.attack)
         dtype = AUTOCAST[c.optim.precision]
-        hold_gradients = self.objective.no_sync() if self.world.size > 1 and not updates else nullcontext()
+        computation = self.computation
+        # 16-bit gradients are averaged over ranks before they are added up in fp32, so never held back
+        held = self.world.size > 1 and not updates and not self.updater.compute
+        hold_gradients = computation.objective.no_sync() if held else nullcontext()
         with hold_gradients:
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                output = pretrain_step(self.objective, self.attacked, images, noise, self.attack, self.attack_loss)
+                objective, attacked, attack_loss = computation[:3]
+                output = pretrain_step(objective, attacked, images, noise, self.attack, attack_loss)
             self.updater.backward(output.loss, c.optim.accum_iter)
         self.skipped_penalties += ~output.penalty_used
         return images, output
@@ -157,6 +162,9 @@ class Trainer:
     def _after_update(self, output: StepOutput, grad_norm: Tensor, lr: float, waited: float) -> None:
         o, p = self.config.optim, self.position
         p.update += 1
+        clock = self.compile_clock
+        if clock.count and p.update == self.first_update:
+            self.log.say(f"compiled {clock.count} functions in {clock.seconds:.0f} s")
         scalars = {
             "loss": output.loss,
             "recon": output.recon,
@@ -224,10 +232,11 @@ class Trainer:
     ) -> None:
         """Write a checkpoint on rank 0; every rank calls.  sums: the unfinished epoch's, None at an epoch's end."""
         skipped = self._skipped_penalties()
+        states = self.computation.states()
         if sums is not None:
             self.position.sums = dict(zip(EPOCH_SUMS, self.world.mean(sums).tolist()))
         if self.folder and self.world.is_main:
-            entries = (self.model, self.updater, self.position, self.config, self.lr, self.stream.name)
+            entries = (*states, self.updater, self.position, self.config, self.lr, self.stream.name)
             ckpt.save_checkpoint(
                 self.folder / name, checkpoint_state(*entries, skipped, self._geometry()) | (extra or {})
             )
@@ -240,7 +249,7 @@ class Trainer:
     def _save_failure(self, images_u8: Tensor, images: Tensor, output: StepOutput, sums: Tensor) -> None:
         p = self.position
         name = f"failed-{p.epoch}-{p.step}.pth"
-        batch = {"images": images_u8.cpu(), "adv": output.adv.cpu(), "mask": output.mask.cpu()}
+        batch = {"images": images_u8.cpu(), "adv": output.adv.cpu(), "ids_removed": output.ids_removed.cpu()}
         self._save(name, images, output, sums, {"batch": batch})
         self.log.say(
             f"error: {self.config.optim.max_bad_steps} updates in a row (max_bad_steps) had a non-finite loss or gradient, "
@@ -285,5 +294,6 @@ class Trainer:
 
     def close(self) -> None:
         """End the data workers and close the logs."""
+        self.compile_clock.stop()
         self.stream.close()
         self.log.close()

@@ -43,7 +43,15 @@ def trained(fp16: bool = False):
 def state_of(model, updater, position=None) -> dict:
     config = PretrainConfig().updated({"eps": 8.0, "alpha": 10.0, "output_dir": "runs/x"})
     return checkpoint_state(
-        model, updater, position or Position(epoch=3), config, 3e-4, "cifar10s", 1, [1, 8, 1, 10, 0]
+        model.state_dict(),
+        updater.optimizer.state_dict(),
+        updater,
+        position or Position(epoch=3),
+        config,
+        3e-4,
+        "cifar10s",
+        1,
+        [1, 8, 1, 10, 0],
     )
 
 

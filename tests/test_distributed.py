@@ -11,7 +11,8 @@ from conftest import BOUNDS, golden_images, small_model
 from runs import finish, load, make_images, run, same_state, start
 from torch.nn.parallel import DistributedDataParallel
 
-from mimir_fast.config import DistConfig
+from mimir_fast.build import build_computation
+from mimir_fast.config import DistConfig, PretrainConfig
 from mimir_fast.distributed import World, find_rank
 from mimir_fast.objective import Objective
 from mimir_fast.optim import Updater, build_optimizer
@@ -92,6 +93,44 @@ def test_two_processes_have_the_gradients_of_one(tmp_path, penalty):
             assert torch.equal(results[0]["grads"][name], results[1]["grads"][name])
             assert (results[0]["grads"][name] - p.grad).abs().max() < 2e-6 * largest, name
     assert all(result["told"] == [True, False, 0.5, True, False] for result in results)
+
+
+def computation_worker(rank: int, port: int, compression: str, folder: str) -> None:
+    """Two accumulated micro-steps and an update, in bf16, from parameters that differ between the processes at first."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+    world, model = World(rank, 2, rank, CPU, dist.group.WORLD), small_model()
+    config = PretrainConfig().updated({"precision": "bf16", "compile": False, "grad_compression": compression})
+    config = config.updated({"attack": "pgd_mae", "mi_train": "plain"})
+    if rank == 1:
+        with torch.no_grad():
+            for p in model.parameters():
+                p += 1
+    updater = Updater(build_optimizer(model, 1e-3, 0.05), CPU, False)
+    objective, attacked, attack_loss, _ = build_computation(config, world, model, updater)
+    for i in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            images = golden_images()[i][4 * rank : 4 * rank + 4]
+            out = pretrain_step(objective, attacked, images, half(the_noise(), rank), ATTACK, attack_loss)
+        updater.backward(out.loss, 2)
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    updater.update()
+    torch.save({"grads": grads, "model": model.state_dict()}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("compression", ["none", "bf16"])
+def test_two_processes_in_bf16_stay_the_same(tmp_path, compression):
+    mp.spawn(computation_worker, (free_port(), compression, str(tmp_path)), nprocs=2)
+    ours, theirs = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(ours["model"][n], theirs["model"][n]) for n in ours["model"])
+    model = small_model()
+    objective = Objective(model, 0.75)
+    for i in range(2):
+        (pretrain_step(objective, model, golden_images()[i], the_noise(), ATTACK).loss / 2).backward()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert (ours["grads"][name] - p.grad).norm() < 0.1 * p.grad.norm() + 1e-5, name
 
 
 def test_non_finite_loss_on_one_rank_skips_the_step_on_all(tmp_path):

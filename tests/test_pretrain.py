@@ -311,11 +311,13 @@ def test_defaults_on_a_gpu_machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     config, notes = settle_defaults(*parse_pretrain_args([]))
     assert (config.run.device, config.optim.precision, config.optim.compile, notes) == ("cuda", "bf16", True, [])
-    assert config.optim.kernels == "triton"
+    assert (config.optim.kernels, config.optim.attention) == ("triton", "short")
     config, _ = settle_defaults(*parse_pretrain_args(["--device", "cpu"]))
     assert (config.optim.precision, config.optim.compile, config.optim.kernels) == ("fp32", False, "reference")
     config, _ = settle_defaults(*parse_pretrain_args(["--kernels", "reference"]))
-    assert config.optim.kernels == "reference"
+    assert (config.optim.kernels, config.optim.attention) == ("reference", "sdpa")
+    with pytest.raises(ValueError, match="attention: short needs a CUDA device"):
+        settle_defaults(*parse_pretrain_args(["--device", "cpu", "--attention", "short"]))
     with pytest.raises(ValueError, match="kernels: triton needs a CUDA device"):
         settle_defaults(*parse_pretrain_args(["--device", "cpu", "--kernels", "triton"]))
     config, _ = settle_defaults(*parse_pretrain_args(["--precision", "fp16", "--no_compile"]))

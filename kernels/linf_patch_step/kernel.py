@@ -39,7 +39,7 @@ def _linf_patch_step_kernel(
 ):  # fmt: skip
     """formula      stepped = clip(x + clip(adv + alpha * sign(g) - x, +-eps), lo, hi); r = ids_restore[b,l];
                  g = grad_visible[b,r] if r < K, else the positive multiple of d loss / d adv that target_gradient gives
-    shapes       images, adv, stepped [B,C,H,W], grad_visible [B,K,P] contiguous, pred [B,L,P] with strides, bounds [4,C]
+    shapes       images, adv, stepped [B,C,H,W], grad_visible [B,K,P] contiguous, pred [B,L-K,P] with strides, bounds [4,C]
     dtypes       any storage, fp32 arithmetic; stepped in the images' dtype
     bytes        images, adv and stepped once, grad_visible once, pred of removed patches once, ids_restore once
     determinism  exact: every pixel has one writer
@@ -57,7 +57,7 @@ def _linf_patch_step_kernel(
     clean_RN = tl.load(images + offsets_RN, mask=exists_RN, other=0).to(tl.float32)
     seen_RN = grad_visible + (image * K + rank_R1) * P + number_1N
     seen_RN = tl.load(seen_RN, mask=exists_RN & visible_R1, other=0).to(tl.float32)
-    pred_RN = pred + image * stride_b + patch_R1 * stride_l + to_prediction_order(number_1N, C, PATCH)
+    pred_RN = pred + image * stride_b + (rank_R1 - K) * stride_l + to_prediction_order(number_1N, C, PATCH)
     pred_RN = tl.load(pred_RN, mask=exists_RN & (rank_R1 >= K), other=0).to(tl.float32)
     if NORM:
         target_RN, _ = normalise(adv_RN, inside_1N, P, FLOOR)
@@ -79,7 +79,7 @@ def linf_patch_step_forward(
     images_BCHW: Tensor,
     adv_BCHW: Tensor,
     grad_visible_BKP: Tensor,
-    pred_BLP: Tensor,
+    pred_BMP: Tensor,
     ids_restore_BL: Tensor,
     bounds_4C: Tensor,
     patch_size: int,
@@ -87,12 +87,13 @@ def linf_patch_step_forward(
 ) -> Tensor:
     """The next adversarial images [B,C,H,W], contiguous."""
     images_BCHW, adv_BCHW = images_BCHW.contiguous(), adv_BCHW.contiguous()
-    pred_BLP = pred_BLP if pred_BLP.stride(2) == 1 else pred_BLP.contiguous()
+    pred_BMP = pred_BMP if pred_BMP.stride(2) == 1 else pred_BMP.contiguous()
     stepped_BCHW = images_BCHW.new_empty(images_BCHW.shape)
     C, width = images_BCHW.shape[1], images_BCHW.shape[3]
-    _linf_patch_step_kernel[tile_grid(*pred_BLP.shape)](
-        images_BCHW, adv_BCHW, grad_visible_BKP.contiguous(), pred_BLP, ids_restore_BL.contiguous(),
-        bounds_4C.contiguous(), stepped_BCHW, *pred_BLP.stride()[:2], pred_BLP.shape[1], grad_visible_BKP.shape[1],
+    (B, L), P = ids_restore_BL.shape, pred_BMP.shape[2]
+    _linf_patch_step_kernel[tile_grid(B, L, P)](
+        images_BCHW, adv_BCHW, grad_visible_BKP.contiguous(), pred_BMP, ids_restore_BL.contiguous(),
+        bounds_4C.contiguous(), stepped_BCHW, *pred_BMP.stride()[:2], L, grad_visible_BKP.shape[1],
         width // patch_size, C, patch_size, NORM=norm_pix_loss, num_warps=NUM_WARPS,
     )  # fmt: skip
     return stepped_BCHW
@@ -111,7 +112,7 @@ def launches() -> list[Launch]:
     def call(p: int, norm: bool, dtype: torch.dtype):
         P, image = 3 * p * p, (8, 3, 4 * p, 4 * p)
         ids_restore, bounds = empty(8, 16, dtype=torch.int64), empty(4, 3)
-        grad_visible, pred = empty(8, 4, P, dtype=dtype), empty(8, 16, P, dtype=dtype)
+        grad_visible, pred = empty(8, 4, P, dtype=dtype), empty(8, 12, P, dtype=dtype)
         linf_patch_step_forward(empty(*image), empty(*image), grad_visible, pred, ids_restore, bounds, p, norm)
 
     return [

@@ -1,4 +1,4 @@
-"""One ascent step of the attack.  Shapes: B batch, C channels, H W sides, L patches, K kept, P = C*p*p numbers per patch."""
+"""One ascent step of the attack.  Shapes: B batch, C channels, H W sides, L patches, K kept, M removed, P = C*p*p each."""
 
 import torch
 from mimir_fast.kernels.linf_patch_step import reference
@@ -27,7 +27,7 @@ def linf_patch_step(
     images_BCHW: Tensor,
     adv_BCHW: Tensor,
     grad_visible_BKP: Tensor,
-    pred_BLP: Tensor,
+    pred_BMP: Tensor,
     ids_restore_BL: Tensor,
     bounds_4C: Tensor,
     patch_size: int,
@@ -39,10 +39,11 @@ def linf_patch_step(
     formula      clip(x + clip(adv + alpha * sign(g) - x, +-eps), lo, hi).  A visible patch (ids_restore < K) has its row of
                  grad_visible as g; a removed one has, up to the positive factor that the sign ignores, with t its numbers,
                  t^ = (t - mean)/s, e = t^ - pred:  g = e - mean(e) - t^ <e, t^>/(P-1), or t - pred without norm_pix_loss
-    shapes       images, adv [B,C,H,W], grad_visible [B,K,P] in (channel, row, column) order, pred [B,L,P] in (row, column,
-                 channel) order, ids_restore [B,L] int64, bounds [4,C] from linf_bounds -> [B,C,H,W]
+    shapes       images, adv [B,C,H,W], grad_visible [B,K,P] in (channel, row, column) order, pred [B,M,P] of the removed
+                 patches, rank K first, in (row, column, channel) order, ids_restore [B,L] int64, bounds [4,C] from
+                 linf_bounds -> [B,C,H,W]
     dtypes       any float storage, at least fp32 arithmetic; output in the images' dtype; not differentiable
-    bytes        images, adv and output once, grad_visible once, pred of removed patches once, ids_restore once
+    bytes        images, adv and output once, grad_visible once, pred once, ids_restore once
     determinism  exact; a gradient of exactly zero (or NaN) leaves the pixel where it was
     source       MIMIR, arXiv 2312.04960, section 4; the gradient patch by patch is derived in docs/fidelity.md
 
@@ -57,11 +58,11 @@ def linf_patch_step(
     expected = {
         "adv": images_BCHW.shape,
         "grad_visible": (B, K, P),
-        "pred": (B, L, P),
+        "pred": (B, L - K, P),
         "ids_restore": (B, L),
         "bounds": (4, C),
     }
-    given = (adv_BCHW, grad_visible_BKP, pred_BLP, ids_restore_BL, bounds_4C)
+    given = (adv_BCHW, grad_visible_BKP, pred_BMP, ids_restore_BL, bounds_4C)
     for (name, shape), tensor in zip(expected.items(), given):
         if tensor.shape != shape:
             raise ValueError(f"{name}: expected {list(shape)}, got {tuple(tensor.shape)}")
@@ -73,7 +74,7 @@ def linf_patch_step(
         images_BCHW,
         adv_BCHW,
         grad_visible_BKP,
-        pred_BLP,
+        pred_BMP,
         ids_restore_BL,
         bounds_4C,
         patch_size,
@@ -82,6 +83,6 @@ def linf_patch_step(
     if choose(impl, images_BCHW) == "triton":
         from mimir_fast.kernels.linf_patch_step import kernel
 
-        check_storage(images=images_BCHW, adv=adv_BCHW, grad_visible=grad_visible_BKP, pred=pred_BLP, bounds=bounds_4C)
+        check_storage(images=images_BCHW, adv=adv_BCHW, grad_visible=grad_visible_BKP, pred=pred_BMP, bounds=bounds_4C)
         return kernel.linf_patch_step(*arguments)
     return reference.linf_patch_step(*arguments)

@@ -9,7 +9,7 @@ def linf_patch_step(
     images_BCHW: Tensor,
     adv_BCHW: Tensor,
     grad_visible_BKP: Tensor,
-    pred_BLP: Tensor,
+    pred_BMP: Tensor,
     ids_restore_BL: Tensor,
     bounds_4C: Tensor,
     patch_size: int,
@@ -18,14 +18,16 @@ def linf_patch_step(
     """See op.py; [B,C,H,W] in the images' dtype."""
     compute = torch.promote_types(images_BCHW.dtype, torch.float32)
     images, adv = images_BCHW.to(compute), adv_BCHW.to(compute)
-    K, sides = grad_visible_BKP.shape[1], images.shape[2:]
-    hidden_BLP = target_gradient(patchify(adv, patch_size), pred_BLP.to(compute), norm_pix_loss)
-    rank_BL1 = ids_restore_BL[:, :, None].clamp(max=K - 1)
-    visible_BLP = grad_visible_BKP.to(compute).gather(1, rank_BL1.expand_as(hidden_BLP))
-    visible_BLP = (
-        visible_BLP.unflatten(2, (images.shape[1], -1)).transpose(2, 3).flatten(2)
-    )  # to (row, column, channel)
-    grad_BLP = torch.where(ids_restore_BL[:, :, None] < K, visible_BLP, hidden_BLP)
+    K, sides, C = grad_visible_BKP.shape[1], images.shape[2:], images.shape[1]
+    patches_BLP = patchify(adv, patch_size)
+    ids_shuffle_BL = ids_restore_BL.argsort(dim=1)
+    removed_BMP = patches_BLP.gather(1, ids_shuffle_BL[:, K:, None].expand_as(pred_BMP))
+    hidden_BMP = target_gradient(removed_BMP, pred_BMP.to(compute), norm_pix_loss)
+    visible_BKP = (
+        grad_visible_BKP.to(compute).unflatten(2, (C, -1)).transpose(2, 3).flatten(2)
+    )  # (row, column, channel)
+    grad_BLP = torch.cat([visible_BKP, hidden_BMP], dim=1)
+    grad_BLP = grad_BLP.gather(1, ids_restore_BL[:, :, None].expand_as(grad_BLP))
     eps, alpha, lo, hi = bounds_4C.to(compute)[:, :, None, None]
     sign = unpatchify(grad_BLP.sign(), patch_size, *sides)
     delta = torch.clamp(adv + alpha * sign - images, -eps, eps)

@@ -14,12 +14,12 @@ NUM_WARPS = 8  # 16 comparisons per thread and chunk
 
 @triton.jit
 def _mask_indices_kernel(
-    noise, ids_keep, ids_restore, mask, stride_b, stride_l, L, K, BLOCK: tl.constexpr, CHUNK: tl.constexpr
+    noise, ids_shuffle, ids_restore, stride_b, stride_l, L, BLOCK: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """formula      rank[b,l] = #{j: noise[b,j] < noise[b,l], or equal and j < l}; ids_restore = rank, mask = rank >= K,
-                 ids_keep[b,rank] = l where rank < K
-    shapes       noise [B,L] with strides -> ids_keep [B,K], ids_restore [B,L], mask [B,L] contiguous
-    dtypes       any float storage, compared as it is; indices int64; mask in the noise's dtype
+    """formula      rank[b,l] = #{j: noise[b,j] < noise[b,l], or equal and j < l}; ids_restore = rank,
+                 ids_shuffle[b,rank] = l
+    shapes       noise [B,L] with strides -> ids_shuffle [B,L], ids_restore [B,L] contiguous
+    dtypes       any float storage, compared as it is; indices int64
     bytes        noise twice (the second time from L1), every output once
     determinism  exact; a NaN counts as +inf, so that ranks are a permutation whatever the noise
     source       rank by counting
@@ -38,37 +38,32 @@ def _mask_indices_kernel(
         before_RC += (((other_C[None, :] < mine_R[:, None]) | earlier_RC) & (place_C < L)[None, :]).to(tl.int32)
     rank_R = tl.sum(before_RC, axis=1)
     tl.store(ids_restore + image * L + place_R, rank_R.to(tl.int64), mask=place_R < L)
-    tl.store(mask + image * L + place_R, (rank_R >= K).to(mask.dtype.element_ty), mask=place_R < L)
-    tl.store(ids_keep + image * K + rank_R, place_R.to(tl.int64), mask=(place_R < L) & (rank_R < K))
+    tl.store(ids_shuffle + image * L + rank_R, place_R.to(tl.int64), mask=place_R < L)
 
 
-def mask_indices_forward(noise_BL: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
-    """ids_keep [B,K], ids_restore [B,L], mask [B,L]."""
-    ids_keep_BK, ids_restore_BL, mask_BL = _fake(noise_BL, keep)
+def mask_indices_forward(noise_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """ids_shuffle [B,L], ids_restore [B,L]."""
+    ids_shuffle_BL, ids_restore_BL = _fake(noise_BL)
     B, L = noise_BL.shape
     block = min(BLOCK, triton.next_power_of_2(L))
     _mask_indices_kernel[(B, triton.cdiv(L, block))](
-        noise_BL, ids_keep_BK, ids_restore_BL, mask_BL, *noise_BL.stride(), L, keep, block, CHUNK, num_warps=NUM_WARPS
+        noise_BL, ids_shuffle_BL, ids_restore_BL, *noise_BL.stride(), L, block, CHUNK, num_warps=NUM_WARPS
     )
-    return ids_keep_BK, ids_restore_BL, mask_BL
+    return ids_shuffle_BL, ids_restore_BL
 
 
-def _fake(noise_BL, keep):
-    B, L = noise_BL.shape
-    indices = [noise_BL.new_empty((B, n), dtype=torch.int64) for n in (keep, L)]
-    return *indices, noise_BL.new_empty((B, L))
+def _fake(noise_BL):
+    return tuple(noise_BL.new_empty(noise_BL.shape, dtype=torch.int64) for _ in range(2))
 
 
-mask_indices = register(
-    "mask_indices", "(Tensor noise, SymInt keep) -> (Tensor, Tensor, Tensor)", mask_indices_forward, _fake
-)
+mask_indices = register("mask_indices", "(Tensor noise) -> (Tensor, Tensor)", mask_indices_forward, _fake)
 
 
 def launches() -> list[Launch]:
     narrow = frozenset(["_mask_indices_kernel"])  # one entry per thread, 18 bytes per patch in all
-    sizes = {"L<=64": (64, 16), "L<=256": (196, 49), "L>256": (576, 144)}
+    sizes = {"L<=64": 64, "L<=256": 196, "L>256": 576}
     return [
-        Launch(config, dtype, lambda L=L, K=K, d=d: mask_indices_forward(empty(8, L, dtype=d), K), narrow)
-        for config, (L, K) in sizes.items()
+        Launch(config, dtype, lambda L=L, d=d: mask_indices_forward(empty(8, L, dtype=d)), narrow)
+        for config, L in sizes.items()
         for dtype, d in STORAGE.items()
     ]

@@ -28,210 +28,193 @@ MEAN_BLOCK = 8192
 
 
 @triton.jit
+def _removed(ids, image, row_R1, M):
+    """Patch number of each row of pred."""
+    return tl.load(ids + image * M + row_R1, mask=row_R1 < M, other=0).to(tl.int32)
+
+
+@triton.jit
 def _patch_error_kernel(
-    pred, images, mask, errors, stride_b, stride_l, L, grid_w, C: tl.constexpr, PATCH: tl.constexpr, NORM: tl.constexpr
-):
-    """formula      errors[b,l] = mask * mean_P (pred - t)^2, t = the image's patch, normalised if NORM
-    shapes       pred [B,L,P] with strides, images [B,C,H,W] and mask [B,L] contiguous -> errors [B,L]
+    pred, images, ids, errors, stride_b, stride_m, M, L, grid_w, C: tl.constexpr, PATCH: tl.constexpr,
+    NORM: tl.constexpr,
+):  # fmt: skip
+    """formula      errors[b,m] = mean_P (pred - t)^2, t = patch ids[b,m] of the image, normalised if NORM
+    shapes       pred [B,M,P] with strides, images [B,C,H,W] and ids [B,M] contiguous -> errors [B,M]
     dtypes       any storage, fp32 accumulation and output
-    bytes        pred and images where mask != 0, mask once, errors once
+    bytes        pred, its patches of the images and ids once, errors once
     determinism  one program per tile, fixed order
     source       He et al., Masked Autoencoders Are Scalable Vision Learners, 2022, section 3
     """
     P: tl.constexpr = C * PATCH * PATCH
-    image, patch_R1 = tile_rows_of(L, tile_rows(P))
+    image, row_R1 = tile_rows_of(M, tile_rows(P))
     number_1N = tl.arange(0, tile_block(P))[None, :]
     inside_1N = number_1N < P
-    weight_R1 = tl.load(mask + image * L + patch_R1, mask=patch_R1 < L, other=0).to(tl.float32)
-    read_RN = (weight_R1 != 0) & inside_1N
-    offsets_RN = image_offsets(image, patch_R1, number_1N, L, grid_w, C, PATCH)
+    read_RN = (row_R1 < M) & inside_1N
+    offsets_RN = image_offsets(image, _removed(ids, image, row_R1, M), number_1N, L, grid_w, C, PATCH)
     target_RN = tl.load(images + offsets_RN, mask=read_RN, other=0).to(tl.float32)
     if NORM:
         target_RN, _ = normalise(target_RN, inside_1N, P, FLOOR)
-    pred_RN = pred + image * stride_b + patch_R1 * stride_l + to_prediction_order(number_1N, C, PATCH)
+    pred_RN = pred + image * stride_b + row_R1 * stride_m + to_prediction_order(number_1N, C, PATCH)
     pred_RN = tl.load(pred_RN, mask=read_RN, other=0).to(tl.float32)
     difference_RN = tl.where(inside_1N, pred_RN - target_RN, 0.0)
     error_R1 = tl.sum(difference_RN * difference_RN, axis=1, keep_dims=True) / P
-    error_R1 = tl.where(weight_R1 != 0, weight_R1 * error_R1, 0.0)
-    tl.store(errors + image * L + patch_R1, error_R1, mask=patch_R1 < L)
+    tl.store(errors + image * M + row_R1, error_R1, mask=row_R1 < M)
 
 
 @triton.jit
-def _mean_kernel(errors, mask, mean, removed, n, BLOCK: tl.constexpr):
-    """formula      removed = sum(mask), mean = sum(errors) / removed
-    shapes       errors [n], mask [n] -> mean [], removed []
-    dtypes       mask in any storage, fp32 accumulation and output
-    bytes        errors and mask once
+def _mean_kernel(errors, mean, n, BLOCK: tl.constexpr):
+    """formula      mean = sum(errors) / n
+    shapes       errors [n] -> mean []
+    dtypes       fp32
+    bytes        errors once
     determinism  one program, fixed order
     source       second stage of _patch_error_kernel
     """
     error_N = tl.zeros([BLOCK], tl.float32)
-    count_N = tl.zeros([BLOCK], tl.float32)
     for start in range(0, n, BLOCK):
         index_N = start + tl.arange(0, BLOCK)
         error_N += tl.load(errors + index_N, mask=index_N < n, other=0)
-        count_N += tl.load(mask + index_N, mask=index_N < n, other=0).to(tl.float32)
-    count = tl.sum(count_N, axis=0)
-    tl.store(removed, count)
-    tl.store(mean, tl.sum(error_N, axis=0) / count)
+    tl.store(mean, tl.sum(error_N, axis=0) / n)
 
 
 def masked_patch_loss_forward(
-    pred_BLP: Tensor, images_BCHW: Tensor, mask_BL: Tensor, patch_size: int, norm_pix_loss: bool
-) -> tuple[Tensor, Tensor]:
-    """The loss and the number of removed patches, both fp32 scalars."""
-    pred_BLP, images_BCHW, mask_BL = _layout(pred_BLP, images_BCHW, mask_BL)
-    B, L, P = pred_BLP.shape
-    errors_BL, mean, removed = (images_BCHW.new_empty(s, dtype=torch.float32) for s in ((B, L), (), ()))
-    _patch_error_kernel[tile_grid(B, L, P)](
-        pred_BLP, images_BCHW, mask_BL, errors_BL, *_geometry(pred_BLP, images_BCHW, patch_size),
+    pred_BMP: Tensor, images_BCHW: Tensor, ids_BM: Tensor, patch_size: int, norm_pix_loss: bool
+) -> Tensor:
+    """The loss, an fp32 scalar."""
+    pred_BMP, images_BCHW, ids_BM = _layout(pred_BMP, images_BCHW, ids_BM)
+    B, M, P = pred_BMP.shape
+    errors_BM, mean = (images_BCHW.new_empty(shape, dtype=torch.float32) for shape in ((B, M), ()))
+    _patch_error_kernel[tile_grid(B, M, P)](
+        pred_BMP, images_BCHW, ids_BM, errors_BM, *_geometry(pred_BMP, images_BCHW, patch_size),
         NORM=norm_pix_loss, num_warps=NUM_WARPS,
     )  # fmt: skip
-    _mean_kernel[(1,)](errors_BL, mask_BL, mean, removed, B * L, BLOCK=MEAN_BLOCK, num_warps=16)
-    return mean, removed
+    _mean_kernel[(1,)](errors_BM, mean, B * M, BLOCK=MEAN_BLOCK, num_warps=16)
+    return mean
 
 
 @triton.jit
 def _grad_pred_kernel(
-    grad, pred, images, mask, removed, grad_pred, stride_b, stride_l, L, grid_w,
+    grad, pred, images, ids, grad_pred, scale, stride_b, stride_m, M, L, grid_w,
     C: tl.constexpr, PATCH: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """formula      grad_pred = grad * mask / removed * 2/P * (pred - t), exactly zero where mask = 0
-    shapes       as _patch_error_kernel; grad, removed [] -> grad_pred [B,L,P] contiguous
+    """formula      grad_pred = grad * scale * (pred - t), scale = 2 / (B M P)
+    shapes       as _patch_error_kernel; grad [] -> grad_pred [B,M,P] contiguous
     dtypes       any storage, fp32 arithmetic; grad_pred in pred's dtype
-    bytes        pred and images where mask != 0, mask once, grad_pred once
+    bytes        pred, its patches of the images and ids once, grad_pred once
     determinism  exact: every element has one writer
     source       derivative of _patch_error_kernel
     """
     P: tl.constexpr = C * PATCH * PATCH
-    image, patch_R1 = tile_rows_of(L, tile_rows(P))
+    image, row_R1 = tile_rows_of(M, tile_rows(P))
     number_1N = tl.arange(0, tile_block(P))[None, :]
     inside_1N = number_1N < P
-    weight_R1 = tl.load(mask + image * L + patch_R1, mask=patch_R1 < L, other=0).to(tl.float32)
-    read_RN = (weight_R1 != 0) & inside_1N
-    offsets_RN = image_offsets(image, patch_R1, to_image_order(number_1N, C, PATCH), L, grid_w, C, PATCH)
+    read_RN = (row_R1 < M) & inside_1N
+    in_image_1N = to_image_order(number_1N, C, PATCH)
+    offsets_RN = image_offsets(image, _removed(ids, image, row_R1, M), in_image_1N, L, grid_w, C, PATCH)
     target_RN = tl.load(images + offsets_RN, mask=read_RN, other=0).to(tl.float32)
     if NORM:
         target_RN, _ = normalise(target_RN, inside_1N, P, FLOOR)
-    pred_RN = tl.load(pred + image * stride_b + patch_R1 * stride_l + number_1N, mask=read_RN, other=0).to(tl.float32)
-    scale_R1 = tl.load(grad).to(tl.float32) / tl.load(removed) * weight_R1 * (2.0 / P)
-    grad_RN = tl.where(read_RN, scale_R1 * (pred_RN - target_RN), 0.0)
-    where_RN = grad_pred + (image * L + patch_R1) * P + number_1N
-    tl.store(where_RN, grad_RN.to(grad_pred.dtype.element_ty), mask=(patch_R1 < L) & inside_1N)
+    pred_RN = tl.load(pred + image * stride_b + row_R1 * stride_m + number_1N, mask=read_RN, other=0).to(tl.float32)
+    grad_RN = tl.load(grad).to(tl.float32) * scale * (pred_RN - target_RN)
+    where_RN = grad_pred + (image * M + row_R1) * P + number_1N
+    tl.store(where_RN, grad_RN.to(grad_pred.dtype.element_ty), mask=read_RN)
 
 
 def masked_patch_loss_grad_pred(
-    grad: Tensor,
-    pred_BLP: Tensor,
-    images_BCHW: Tensor,
-    mask_BL: Tensor,
-    removed: Tensor,
-    patch_size: int,
-    norm_pix_loss: bool,
+    grad: Tensor, pred_BMP: Tensor, images_BCHW: Tensor, ids_BM: Tensor, patch_size: int, norm_pix_loss: bool
 ) -> Tensor:
-    """Gradient in pred [B,L,P]."""
-    pred_BLP, images_BCHW, mask_BL = _layout(pred_BLP, images_BCHW, mask_BL)
-    grad_BLP = pred_BLP.new_empty(pred_BLP.shape)
-    _grad_pred_kernel[tile_grid(*pred_BLP.shape)](
-        grad, pred_BLP, images_BCHW, mask_BL, removed, grad_BLP, *_geometry(pred_BLP, images_BCHW, patch_size),
-        NORM=norm_pix_loss, num_warps=NUM_WARPS,
+    """Gradient in pred [B,M,P]."""
+    pred_BMP, images_BCHW, ids_BM = _layout(pred_BMP, images_BCHW, ids_BM)
+    grad_BMP = pred_BMP.new_empty(pred_BMP.shape)
+    _grad_pred_kernel[tile_grid(*pred_BMP.shape)](
+        grad, pred_BMP, images_BCHW, ids_BM, grad_BMP, 2 / pred_BMP.numel(),
+        *_geometry(pred_BMP, images_BCHW, patch_size), NORM=norm_pix_loss, num_warps=NUM_WARPS,
     )  # fmt: skip
-    return grad_BLP
+    return grad_BMP
 
 
 @triton.jit
 def _grad_images_kernel(
-    grad, pred, images, mask, removed, grad_images, stride_b, stride_l, L, grid_w,
+    grad, pred, images, ids, grad_images, scale, stride_b, stride_m, M, L, grid_w,
     C: tl.constexpr, PATCH: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """formula      with e = t - pred: grad_images = grad * mask / removed * 2/P * (e, or, if NORM, its gradient through t)
-    shapes       as _grad_pred_kernel; -> grad_images [B,C,H,W] contiguous
+    """formula      with e = t - pred: grad_images = grad * scale * (e, or, if NORM, its gradient through t) in removed patches
+    shapes       as _grad_pred_kernel; grad_images [B,C,H,W] contiguous, zero before
     dtypes       any storage, fp32 arithmetic; grad_images in the images' dtype
-    bytes        pred and images where mask != 0, mask once, grad_images once
+    bytes        pred, its patches of the images and ids once, the same patches of grad_images once
     determinism  exact: every element has one writer
     source       docs/fidelity.md: the gradient of the attack, patch by patch
     """
     P: tl.constexpr = C * PATCH * PATCH
-    image, patch_R1 = tile_rows_of(L, tile_rows(P))
+    image, row_R1 = tile_rows_of(M, tile_rows(P))
     number_1N = tl.arange(0, tile_block(P))[None, :]
     inside_1N = number_1N < P
-    weight_R1 = tl.load(mask + image * L + patch_R1, mask=patch_R1 < L, other=0).to(tl.float32)
-    read_RN = (weight_R1 != 0) & inside_1N
-    offsets_RN = image_offsets(image, patch_R1, number_1N, L, grid_w, C, PATCH)
+    read_RN = (row_R1 < M) & inside_1N
+    offsets_RN = image_offsets(image, _removed(ids, image, row_R1, M), number_1N, L, grid_w, C, PATCH)
     target_RN = tl.load(images + offsets_RN, mask=read_RN, other=0).to(tl.float32)
-    pred_RN = pred + image * stride_b + patch_R1 * stride_l + to_prediction_order(number_1N, C, PATCH)
+    pred_RN = pred + image * stride_b + row_R1 * stride_m + to_prediction_order(number_1N, C, PATCH)
     pred_RN = tl.load(pred_RN, mask=read_RN, other=0).to(tl.float32)
-    scale_R1 = tl.load(grad).to(tl.float32) / tl.load(removed) * weight_R1 * (2.0 / P)
     if NORM:
         target_RN, rstd_R1 = normalise(target_RN, inside_1N, P, FLOOR)
         grad_RN = target_gradient(target_RN - pred_RN, target_RN, inside_1N, P) * rstd_R1
     else:
         grad_RN = target_RN - pred_RN
-    grad_RN = tl.where(read_RN, scale_R1 * grad_RN, 0.0)
-    tl.store(grad_images + offsets_RN, grad_RN.to(grad_images.dtype.element_ty), mask=(patch_R1 < L) & inside_1N)
+    grad_RN = tl.load(grad).to(tl.float32) * scale * grad_RN
+    tl.store(grad_images + offsets_RN, grad_RN.to(grad_images.dtype.element_ty), mask=read_RN)
 
 
 def masked_patch_loss_grad_images(
-    grad: Tensor,
-    pred_BLP: Tensor,
-    images_BCHW: Tensor,
-    mask_BL: Tensor,
-    removed: Tensor,
-    patch_size: int,
-    norm_pix_loss: bool,
+    grad: Tensor, pred_BMP: Tensor, images_BCHW: Tensor, ids_BM: Tensor, patch_size: int, norm_pix_loss: bool
 ) -> Tensor:
     """Gradient in the images [B,C,H,W], through the target."""
-    pred_BLP, images_BCHW, mask_BL = _layout(pred_BLP, images_BCHW, mask_BL)
-    grad_BCHW = images_BCHW.new_empty(images_BCHW.shape)
-    _grad_images_kernel[tile_grid(*pred_BLP.shape)](
-        grad, pred_BLP, images_BCHW, mask_BL, removed, grad_BCHW, *_geometry(pred_BLP, images_BCHW, patch_size),
-        NORM=norm_pix_loss, num_warps=NUM_WARPS,
+    pred_BMP, images_BCHW, ids_BM = _layout(pred_BMP, images_BCHW, ids_BM)
+    grad_BCHW = images_BCHW.new_zeros(images_BCHW.shape)
+    _grad_images_kernel[tile_grid(*pred_BMP.shape)](
+        grad, pred_BMP, images_BCHW, ids_BM, grad_BCHW, 2 / pred_BMP.numel(),
+        *_geometry(pred_BMP, images_BCHW, patch_size), NORM=norm_pix_loss, num_warps=NUM_WARPS,
     )  # fmt: skip
     return grad_BCHW
 
 
-def _layout(pred_BLP: Tensor, images_BCHW: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the kernels need: pred contiguous within a patch (the model's slice without class token is), the rest wholly."""
-    return (
-        pred_BLP if pred_BLP.stride(2) == 1 else pred_BLP.contiguous(),
-        images_BCHW.contiguous(),
-        mask_BL.contiguous(),
-    )
+def _layout(pred_BMP: Tensor, images_BCHW: Tensor, ids_BM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the kernels need: pred contiguous within a patch, the rest wholly."""
+    pred_BMP = pred_BMP if pred_BMP.stride(2) == 1 else pred_BMP.contiguous()
+    return pred_BMP, images_BCHW.contiguous(), ids_BM.contiguous()
 
 
-def _geometry(pred_BLP: Tensor, images_BCHW: Tensor, patch_size: int) -> tuple[int, ...]:
-    """stride_b, stride_l, L, grid_w, C, PATCH."""
-    C, width = images_BCHW.shape[1], images_BCHW.shape[3]
-    return *pred_BLP.stride()[:2], pred_BLP.shape[1], width // patch_size, C, patch_size
+def _geometry(pred_BMP: Tensor, images_BCHW: Tensor, patch_size: int) -> tuple[int, ...]:
+    """stride_b, stride_m, M, L, grid_w, C, PATCH."""
+    (_, C, height, width), p = images_BCHW.shape, patch_size
+    return *pred_BMP.stride()[:2], pred_BMP.shape[1], height // p * (width // p), width // p, C, p
 
 
-def _fake_forward(pred_BLP, images_BCHW, mask_BL, patch_size, norm_pix_loss):
-    return images_BCHW.new_empty((), dtype=torch.float32), images_BCHW.new_empty((), dtype=torch.float32)
-
-
-def _fake_grad_pred(grad, pred_BLP, images_BCHW, mask_BL, removed, patch_size, norm_pix_loss):
-    return pred_BLP.new_empty(pred_BLP.shape)
-
-
-def _fake_grad_images(grad, pred_BLP, images_BCHW, mask_BL, removed, patch_size, norm_pix_loss):
-    return images_BCHW.new_empty(images_BCHW.shape)
-
-
-_FORWARD = "(Tensor pred, Tensor images, Tensor mask, int patch_size, bool norm_pix_loss) -> (Tensor, Tensor)"
-_BACKWARD = (
-    "(Tensor grad, Tensor pred, Tensor images, Tensor mask, Tensor removed, int patch_size, bool norm) -> Tensor"
+_ARGUMENTS = "Tensor pred, Tensor images, Tensor ids, int patch_size, bool norm_pix_loss) -> Tensor"
+masked_patch_loss = register(
+    "masked_patch_loss",
+    f"({_ARGUMENTS}",
+    masked_patch_loss_forward,
+    lambda pred, images, *_: images.new_empty((), dtype=torch.float32),
 )
-masked_patch_loss = register("masked_patch_loss", _FORWARD, masked_patch_loss_forward, _fake_forward)
-grad_pred = register("masked_patch_loss_grad_pred", _BACKWARD, masked_patch_loss_grad_pred, _fake_grad_pred)
-grad_images = register("masked_patch_loss_grad_images", _BACKWARD, masked_patch_loss_grad_images, _fake_grad_images)
+grad_pred = register(
+    "masked_patch_loss_grad_pred",
+    f"(Tensor grad, {_ARGUMENTS}",
+    masked_patch_loss_grad_pred,
+    lambda grad, pred, *_: pred.new_empty(pred.shape),
+)
+grad_images = register(
+    "masked_patch_loss_grad_images",
+    f"(Tensor grad, {_ARGUMENTS}",
+    masked_patch_loss_grad_images,
+    lambda grad, pred, images, *_: images.new_empty(images.shape),
+)
 
 
 def _save(ctx, inputs, output):
-    pred_BLP, images_BCHW, mask_BL, ctx.patch_size, ctx.norm_pix_loss = inputs
-    ctx.save_for_backward(pred_BLP, images_BCHW, mask_BL, output[1])
+    *tensors, ctx.patch_size, ctx.norm_pix_loss = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx, grad, _grad_removed):
+def _backward(ctx, grad):
     arguments = (grad, *ctx.saved_tensors, ctx.patch_size, ctx.norm_pix_loss)
     of_pred = grad_pred(*arguments) if ctx.needs_input_grad[0] else None
     of_images = grad_images(*arguments) if ctx.needs_input_grad[1] else None
@@ -247,10 +230,11 @@ def launches() -> list[Launch]:
     configs = [(16, True), (16, False), (14, True), (8, True), (4, True), (2, True)]
 
     def call(p: int, norm: bool, dtype: torch.dtype):
-        pred, images, mask = empty(8, 16, 3 * p * p, dtype=dtype), empty(8, 3, 4 * p, 4 * p), empty(8, 16)
-        loss, removed = masked_patch_loss_forward(pred, images, mask, p, norm)
-        masked_patch_loss_grad_pred(loss, pred, images, mask, removed, p, norm)
-        masked_patch_loss_grad_images(loss, pred, images, mask, removed, p, norm)
+        pred, images = empty(8, 12, 3 * p * p, dtype=dtype), empty(8, 3, 4 * p, 4 * p)
+        arguments = (pred, images, empty(8, 12, dtype=torch.int64), p, norm)
+        loss = masked_patch_loss_forward(*arguments)
+        masked_patch_loss_grad_pred(loss, *arguments)
+        masked_patch_loss_grad_images(loss, *arguments)
 
     return [
         Launch(

@@ -27,14 +27,14 @@ def patch_statistics(patches_BLP: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def masked_patch_loss(
-    pred_BLP: Tensor, images_BCHW: Tensor, mask_BL: Tensor, patch_size: int, norm_pix_loss: bool
+    pred_BMP: Tensor, images_BCHW: Tensor, ids_BM: Tensor, patch_size: int, norm_pix_loss: bool
 ) -> Tensor:
-    """See op.py: pred [B,L,P], images [B,C,H,W], mask [B,L] -> scalar."""
-    compute = torch.promote_types(pred_BLP.dtype, torch.float32)
-    target_BLP = patchify(images_BCHW, patch_size).to(torch.promote_types(images_BCHW.dtype, compute))
+    """See op.py: pred [B,M,P], images [B,C,H,W], ids [B,M] -> scalar."""
+    compute = torch.promote_types(pred_BMP.dtype, torch.float32)
+    patches_BLP = patchify(images_BCHW, patch_size)
+    target_BMP = patches_BLP.gather(1, ids_BM[:, :, None].expand_as(pred_BMP))
+    target_BMP = target_BMP.to(torch.promote_types(images_BCHW.dtype, compute))
     if norm_pix_loss:
-        mean, std = patch_statistics(target_BLP)
-        target_BLP = (target_BLP - mean) / std
-    error_BL = (pred_BLP.to(compute) - target_BLP).square().mean(dim=-1)
-    mask_BL = mask_BL.to(error_BL.dtype)
-    return (error_BL * mask_BL).sum() / mask_BL.sum()
+        mean, std = patch_statistics(target_BMP)
+        target_BMP = (target_BMP - mean) / std
+    return (pred_BMP.to(compute) - target_BMP).square().mean()

@@ -22,11 +22,11 @@ def _pixel_offsets(patch_R1, number_1N, grid_w, stride_c, stride_h, stride_w, PA
 
 @triton.jit
 def _gather_kernel(
-    images, ids_keep, patches, scale, offset, K, grid_w, stride_b, stride_c, stride_h, stride_w,
+    images, ids_keep, patches, scale, offset, K, stride_id, grid_w, stride_b, stride_c, stride_h, stride_w,
     C: tl.constexpr, PATCH: tl.constexpr,
 ):  # fmt: skip
     """formula      patches[b,k] = flatten(scale * patch ids_keep[b,k] of images[b] - offset)
-    shapes       images [B,C,H,W] with strides, ids_keep [B,K] -> patches [B,K,P] contiguous
+    shapes       images [B,C,H,W] with strides, ids_keep [B,K] with row stride -> patches [B,K,P] contiguous
     dtypes       any storage, uint8 included, fp32 arithmetic; patches in any float dtype
     bytes        the kept patches read once and written once, the indices read once
     determinism  exact
@@ -36,7 +36,7 @@ def _gather_kernel(
     image, kept_R1 = tile_rows_of(K, tile_rows(P))
     number_1N = tl.arange(0, tile_block(P))[None, :]
     exists_RN = (kept_R1 < K) & (number_1N < P)
-    patch_R1 = tl.load(ids_keep + image * K + kept_R1, mask=kept_R1 < K, other=0).to(tl.int32)
+    patch_R1 = tl.load(ids_keep + image * stride_id + kept_R1, mask=kept_R1 < K, other=0).to(tl.int32)
     pixels = images + image * stride_b
     pixel_RN = pixels + _pixel_offsets(patch_R1, number_1N, grid_w, stride_c, stride_h, stride_w, PATCH)
     value_RN = scale * tl.load(pixel_RN, mask=exists_RN, other=0).to(tl.float32) - offset
@@ -48,9 +48,10 @@ def patch_gather_forward(
 ) -> Tensor:
     """The kept patches [B,K,P]."""
     patches_BKP = _fake_forward(images_BCHW, ids_keep_BK, patch_size, offset, dtype)
+    ids_keep_BK = ids_keep_BK if ids_keep_BK.stride(1) == 1 else ids_keep_BK.contiguous()
     scale = 1 / 255 if images_BCHW.dtype == torch.uint8 else 1.0
     _gather_kernel[tile_grid(*patches_BKP.shape)](
-        images_BCHW, ids_keep_BK.contiguous(), patches_BKP, scale, offset, ids_keep_BK.shape[1],
+        images_BCHW, ids_keep_BK, patches_BKP, scale, offset, ids_keep_BK.shape[1], ids_keep_BK.stride(0),
         images_BCHW.shape[3] // patch_size, *images_BCHW.stride(), images_BCHW.shape[1], patch_size, num_warps=NUM_WARPS,
     )  # fmt: skip
     return patches_BKP
@@ -58,7 +59,17 @@ def patch_gather_forward(
 
 @triton.jit
 def _scatter_kernel(
-    grad, ids_keep, grad_images, K, L, grid_w, plane, C: tl.constexpr, PATCH: tl.constexpr, CHUNK: tl.constexpr
+    grad,
+    ids_keep,
+    grad_images,
+    K,
+    stride_id,
+    L,
+    grid_w,
+    plane,
+    C: tl.constexpr,
+    PATCH: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """formula      grad_images at patch l of image b = grad[b,k] where ids_keep[b,k] = l, zero where no k keeps l
     shapes       grad [B,K,P], ids_keep [B,K], grad_images [B,C,H,W] contiguous; plane = H*W
@@ -73,7 +84,7 @@ def _scatter_kernel(
     kept_R1 = tl.full(patch_R1.shape, -1, tl.int32)
     for start in range(0, K, CHUNK):
         k_1C = start + tl.arange(0, CHUNK)[None, :]
-        id_1C = tl.load(ids_keep + image * K + k_1C, mask=k_1C < K, other=-1)
+        id_1C = tl.load(ids_keep + image * stride_id + k_1C, mask=k_1C < K, other=-1)
         found_RC = tl.where(id_1C == patch_R1, k_1C, -1)
         kept_R1 = tl.maximum(kept_R1, tl.max(found_RC, axis=1, keep_dims=True))
     exists_RN = (patch_R1 < L) & (number_1N < P)
@@ -90,9 +101,10 @@ def patch_gather_backward(
     """The gradient in the images [B,C,H,W]: zero outside the kept patches."""
     (_, C, H, W), (B, K, P) = shape, grad_BKP.shape
     grad_BCHW = grad_BKP.new_empty(shape, dtype=dtype)
+    ids_keep_BK = ids_keep_BK if ids_keep_BK.stride(1) == 1 else ids_keep_BK.contiguous()
     L = H * W // patch_size**2
     _scatter_kernel[tile_grid(B, L, P)](
-        grad_BKP.contiguous(), ids_keep_BK.contiguous(), grad_BCHW, K, L, W // patch_size, H * W,
+        grad_BKP.contiguous(), ids_keep_BK, grad_BCHW, K, ids_keep_BK.stride(0), L, W // patch_size, H * W,
         C, patch_size, CHUNK, num_warps=NUM_WARPS,
     )  # fmt: skip
     return grad_BCHW

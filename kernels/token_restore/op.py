@@ -6,25 +6,27 @@ from torch import Tensor
 
 
 def token_restore(
-    tokens_BKE: Tensor, mask_token_E: Tensor, pos_embed_LE: Tensor, ids_restore_BL: Tensor, impl: str = "auto"
+    tokens_BKE: Tensor, mask_token_E: Tensor, pos_embed_LE: Tensor, ids_shuffle_BL: Tensor, impl: str = "auto"
 ) -> Tensor:
-    """Put every token back at its patch's position, the mask token elsewhere, and add the position table.
+    """Give the removed patches the mask token and every token its position: class token, kept, then removed patches.
 
-    formula      out[b,0] = tokens[b,0] + pos[0]; out[b,1+l] = (tokens[b,1+r] if r < K else mask_token) + pos[1+l],
-                 r = ids_restore[b,l]
-    shapes       tokens [B,1+K,E] (class token first), mask_token [E], pos_embed [1+L,E], ids_restore [B,L] -> [B,1+L,E]
+    A Transformer does not see the order of its tokens, so none is moved back to where its patch was.
+
+    formula      out[b,0] = tokens[b,0] + pos[0];
+                 out[b,1+r] = (tokens[b,1+r] if r < K else mask_token) + pos[1+ids_shuffle[b,r]]
+    shapes       tokens [B,1+K,E] (class token first), mask_token [E], pos_embed [1+L,E], ids_shuffle [B,L] -> [B,1+L,E]
     dtypes       output in the promoted dtype of tokens and position table; differentiable in tokens and mask token
     bytes        tokens and indices read once, the position table once per image (from cache), the output written once;
-                 backward: its gradient and the indices read once, the tokens' gradient written once
+                 backward: the removed patches' gradient read once; the tokens' gradient is a view
     determinism  exact forward; the mask token's gradient is a sum over B*(L-K) rows in a fixed order
     source       He et al., Masked Autoencoders Are Scalable Vision Learners, 2022, section 3
 
     impl: "triton", "reference" or "auto" (triton on CUDA).  triton takes float storage up to 32 bits.
     Raises ValueError if shapes or devices disagree, or an element type or impl is not on offer.
     """
-    if ids_restore_BL.ndim != 2:
-        raise ValueError(f"ids_restore: expected [B,L], got {tuple(ids_restore_BL.shape)}")
-    B, L = ids_restore_BL.shape
+    if ids_shuffle_BL.ndim != 2:
+        raise ValueError(f"ids_shuffle: expected [B,L], got {tuple(ids_shuffle_BL.shape)}")
+    B, L = ids_shuffle_BL.shape
     E = tokens_BKE.shape[-1]
     if tokens_BKE.ndim != 3 or tokens_BKE.shape[0] != B or not 1 <= tokens_BKE.shape[1] <= L + 1:
         raise ValueError(f"tokens: expected [{B},1+K,E] with K <= {L}, got {tuple(tokens_BKE.shape)}")
@@ -36,5 +38,5 @@ def token_restore(
         from mimir_fast.kernels.token_restore import kernel
 
         check_storage(tokens=tokens_BKE, mask_token=mask_token_E, pos_embed=pos_embed_LE)
-        return kernel.token_restore(tokens_BKE, mask_token_E, pos_embed_LE, ids_restore_BL)
-    return reference.token_restore(tokens_BKE, mask_token_E, pos_embed_LE, ids_restore_BL)
+        return kernel.token_restore(tokens_BKE, mask_token_E, pos_embed_LE, ids_shuffle_BL)
+    return reference.token_restore(tokens_BKE, mask_token_E, pos_embed_LE, ids_shuffle_BL)

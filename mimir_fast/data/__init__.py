@@ -3,6 +3,7 @@
 from mimir_fast.data.augment import to_float
 from mimir_fast.data.datasets import DATASETS
 from mimir_fast.data.errors import DataError
+from mimir_fast.data.prefetch import prefetch
 from mimir_fast.data.stream import BatchStream, build_pretrain_data
 
-__all__ = ["DATASETS", "BatchStream", "DataError", "build_pretrain_data", "to_float"]
+__all__ = ["DATASETS", "BatchStream", "DataError", "build_pretrain_data", "prefetch", "to_float"]

@@ -22,6 +22,8 @@ class MaskedAutoencoderViT(nn.Module):
     The state dict has the original MIMIR's keys, shapes and order.  Positional tables are fixed (requires_grad False).
     kernels: implementation of the operations in mimir_fast.kernels, "auto" (Triton on CUDA), "triton" or "reference".
     activation_checkpointing: keep each encoder block's input only and compute the block again in the backward pass.
+    attention: backend by name, see mimir_fast/models/attention.py.
+    residual_dtype: storage of the tokens between blocks; default: whatever comes out of adding to fp32 tokens, fp32.
     Raises ValueError where sizes do not fit together.
     Source: He et al., Masked Autoencoders Are Scalable Vision Learners, 2022; MIMIR, arXiv 2312.04960.
     """
@@ -40,13 +42,18 @@ class MaskedAutoencoderViT(nn.Module):
         mlp_ratio: float = 4.0,
         norm_pix_loss: bool = False,
         kernels: str = "auto",
+        residual_dtype: torch.dtype | None = None,
+        attention: str = "auto",
         activation_checkpointing: bool = False,
     ):
         super().__init__()
         if patch_size < 1 or img_size % patch_size:
             raise ValueError(f"patch_size: {patch_size} does not divide the image side {img_size}")
+        if decoder_depth < 1:
+            raise ValueError(f"decoder_depth: expected 1 or more, got {decoder_depth}")
         self.img_size, self.patch_size, self.norm_pix_loss = img_size, patch_size, norm_pix_loss
-        self.kernels, self.activation_checkpointing = kernels, activation_checkpointing
+        self.kernels, self.residual_dtype = kernels, residual_dtype
+        self.activation_checkpointing = activation_checkpointing
         self.num_patches = (img_size // patch_size) ** 2
         # declared first: the order of the state dict is part of the checkpoint format
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -54,11 +61,11 @@ class MaskedAutoencoderViT(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.decoder_pos_embed = self._positions(decoder_embed_dim)
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
-        self.blocks = nn.ModuleList([Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth)])
+        self.blocks = nn.ModuleList([Block(embed_dim, num_heads, mlp_ratio, attention) for _ in range(depth)])
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.decoder_blocks = nn.ModuleList(
-            [Block(decoder_embed_dim, decoder_num_heads, mlp_ratio) for _ in range(decoder_depth)]
+            [Block(decoder_embed_dim, decoder_num_heads, mlp_ratio, attention) for _ in range(decoder_depth)]
         )
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * in_chans)
@@ -90,18 +97,23 @@ class MaskedAutoencoderViT(nn.Module):
             raise ValueError(f"adv_images: expected {tuple(imgs.shape)} like imgs, got {tuple(seen.shape)}")
         if noise is None:
             noise = torch.rand(imgs.shape[0], self.num_patches, device=imgs.device)
-        ids_keep, ids_restore, mask = self.hide(noise, mask_ratio)
-        latent = self.encode(self.cut(seen, ids_keep), ids_keep)
-        loss, pred = self.reconstruct(latent, ids_restore, mask, imgs)
-        return loss, pred, mask, latent
+        ids_shuffle, ids_restore, keep = self.hide(noise, mask_ratio)
+        latent = self.encode(self.cut(seen, ids_shuffle[:, :keep]), ids_shuffle[:, :keep])
+        pred = self.decode(latent, ids_shuffle, first=1)
+        loss = self.loss(pred[:, keep:], ids_shuffle[:, keep:], imgs)
+        pred = pred.gather(1, ids_restore[:, :, None].expand_as(pred))
+        return loss, pred, (ids_restore >= keep).to(noise.dtype), latent
 
-    def hide(self, noise_BL: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
-        """noise [B,L], removed share -> ids_keep [B,K], ids_restore [B,L], mask [B,L] (1 = removed)."""
+    def hide(self, noise_BL: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, int]:
+        """noise [B,L], removed share -> ids_shuffle [B,L], kept patches first; ids_restore [B,L], its inverse; K, how many."""
         if not 0 <= mask_ratio < 1:
             raise ValueError(f"mask_ratio: expected 0 <= ratio < 1, got {mask_ratio}")
         if noise_BL.ndim != 2 or noise_BL.shape[1] != self.num_patches:
             raise ValueError(f"noise: expected [B,{self.num_patches}], got {tuple(noise_BL.shape)}")
-        return mask_indices(noise_BL, int(self.num_patches * (1 - mask_ratio)), impl=self.kernels)
+        keep = int(self.num_patches * (1 - mask_ratio))
+        if keep < 1:
+            raise ValueError(f"mask_ratio: {mask_ratio} keeps none of {self.num_patches} patches; lower it")
+        return *mask_indices(noise_BL, impl=self.kernels), keep
 
     def cut(self, images: Tensor, ids_keep: Tensor) -> Tensor:
         """The kept patches of images [B,C,H,W]: [B,K,P] in (channel, row, column) order."""
@@ -111,24 +123,36 @@ class MaskedAutoencoderViT(nn.Module):
         """Kept patches [B,K,P] and where they were [B,K] -> latent [B,1+K,D]."""
         tokens = self.patch_embed(patches) + self.pos_embed[0, 1:][ids_keep]
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
-        tokens = torch.cat([cls_token, tokens], dim=1)
+        tokens = self._residual(torch.cat([cls_token, tokens], dim=1))
         for block in self.blocks:
             tokens = recomputed(block, tokens) if self.activation_checkpointing else block(tokens)
         return self.norm(tokens)
 
-    def reconstruct(self, latent: Tensor, ids_restore: Tensor, mask: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Decode latent [B,1+K,D] and compare with images [B,C,H,W] where mask [B,L] is set: loss, pred [B,L,P]."""
-        pred = self.decode(latent, ids_restore)
-        return masked_patch_loss(pred, images, mask, self.patch_size, self.norm_pix_loss, impl=self.kernels), pred
+    def reconstruct(self, latent: Tensor, ids_shuffle: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """latent [B,1+K,D], ids_shuffle [B,L], images [B,C,H,W] -> loss, predictions of the removed patches [B,L-K,P]."""
+        pred = self.decode(latent, ids_shuffle, first=latent.shape[1])
+        return self.loss(pred, ids_shuffle[:, latent.shape[1] - 1 :], images), pred
 
-    def decode(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
-        """latent [B,1+K,D], ids_restore [B,L] -> predicted patches [B,L,P]."""
+    def decode(self, latent: Tensor, ids_shuffle: Tensor, first: int) -> Tensor:
+        """latent [B,1+K,D], ids_shuffle [B,L] -> predictions [B,1+L-first,P] from token `first` of the shuffled order on.
+
+        1 is the first patch, 1+K the first removed one.  Tokens before `first` are left out of the last block, where they
+        are needed as keys and values only.
+        """
         tokens = self.decoder_embed(latent)
         pos_embed = self.decoder_pos_embed[0]
-        tokens = token_restore(tokens, self.mask_token[0, 0], pos_embed, ids_restore, impl=self.kernels)
-        for block in self.decoder_blocks:
+        tokens = self._residual(token_restore(tokens, self.mask_token[0, 0], pos_embed, ids_shuffle, impl=self.kernels))
+        for block in self.decoder_blocks[:-1]:
             tokens = block(tokens)
-        return self.decoder_pred(self.decoder_norm(tokens))[:, 1:]
+        tokens = self.decoder_blocks[-1](tokens, first)
+        return self.decoder_pred(self.decoder_norm(tokens))
+
+    def loss(self, pred: Tensor, ids: Tensor, images: Tensor) -> Tensor:
+        """Mean squared error of predictions [B,M,P] for patches ids [B,M] of images [B,C,H,W]."""
+        return masked_patch_loss(pred, images, ids, self.patch_size, self.norm_pix_loss, impl=self.kernels)
+
+    def _residual(self, tokens: Tensor) -> Tensor:
+        return tokens if self.residual_dtype is None else tokens.to(self.residual_dtype)
 
     def _check_images(self, name: str, images: Tensor) -> None:
         expected = (self.patch_embed.proj.in_channels, self.img_size, self.img_size)

@@ -42,22 +42,27 @@ def draws(device, sizes, dtype):
     def leaf(*shape):
         return torch.rand(*shape, device=device).to(dtype).requires_grad_()
 
-    ids_keep, ids_restore, mask = mask_indices(torch.rand(B, L, device=device), L // 4, impl="reference")
+    ids_shuffle, ids_restore = mask_indices(torch.rand(B, L, device=device), impl="reference")
+    K = L // 4
     return {
         "images": leaf(B, 3, side, side),
-        "pred": leaf(B, L, P),
-        "tokens": leaf(B, 1 + L // 4, E),
+        "pred": leaf(B, L - K, P),
+        "tokens": leaf(B, 1 + K, E),
         "mask_token": leaf(E),
         "pos": torch.rand(1 + L, E, device=device),
         "x": leaf(sizes["m"], sizes["d"]),
         "y": leaf(sizes["m"], 2 * sizes["d"]),
-    }, (ids_keep, ids_restore, mask)
+    }, {"all": ids_shuffle, "keep": ids_shuffle[:, :K], "removed": ids_shuffle[:, K:], "restore": ids_restore}
 
 
 OPERATIONS = {
-    "patch_gather": lambda t, ids, p, impl: patch_gather(t["images"], ids[0], p, impl=impl),
-    "token_restore": lambda t, ids, p, impl: token_restore(t["tokens"], t["mask_token"], t["pos"], ids[1], impl=impl),
-    "masked_patch_loss": lambda t, ids, p, impl: masked_patch_loss(t["pred"], t["images"], ids[2], p, True, impl=impl),
+    "patch_gather": lambda t, ids, p, impl: patch_gather(t["images"], ids["keep"], p, impl=impl),
+    "token_restore": lambda t, ids, p, impl: token_restore(
+        t["tokens"], t["mask_token"], t["pos"], ids["all"], impl=impl
+    ),
+    "masked_patch_loss": lambda t, ids, p, impl: masked_patch_loss(
+        t["pred"], t["images"], ids["removed"], p, True, impl=impl
+    ),
     "nhsic": lambda t, ids, p, impl: nhsic(t["x"], t["y"], impl=impl),
 }
 
@@ -95,16 +100,16 @@ def test_outputs_and_gradients(name, dtype, place):
 
 def test_exact_operations(place):
     device, sizes = place
-    tensors, (_, ids_restore, _) = draws(device, sizes, torch.float32)
+    tensors, ids = draws(device, sizes, torch.float32)
     images, B, p = tensors["images"].detach(), sizes["B"], sizes["p"]
     bounds = linf_bounds(0.03, 0.04, 0.0, 1.0, 3, device)
-    noise = torch.rand(B, ids_restore.shape[1], device=device)
+    noise = torch.rand(B, ids["all"].shape[1], device=device)
     start = [linf_start(images, bounds, torch.tensor(7, device=device), impl=impl) for impl in ("triton", "reference")]
     assert (start[0] - start[1]).abs().max() < 1e-6
-    for mine, other in zip(*(mask_indices(noise, 3, impl=impl) for impl in ("triton", "reference"))):
+    for mine, other in zip(*(mask_indices(noise, impl=impl) for impl in ("triton", "reference"))):
         assert torch.equal(mine, other)
-    grad = torch.randn(B, sizes["B"], 3 * p * p, device=device)[:, :2]
-    arguments = (images, start[0], grad, tensors["pred"].detach(), ids_restore, bounds, p, False)
+    grad = torch.randn(*ids["keep"].shape, 3 * p * p, device=device)
+    arguments = (images, start[0], grad, tensors["pred"].detach(), ids["restore"], bounds, p, False)
     steps = [linf_patch_step(*arguments, impl=impl) for impl in ("triton", "reference")]
     assert (steps[0] - steps[1]).abs().max() < 1e-6
 

@@ -21,7 +21,7 @@ from mimir_fast.kernels.token_restore import kernel as restore_kernel
 LIMIT = 2**31
 SIDE, PATCH = 32, 16
 L, P = 4, 3 * PATCH**2
-B = LIMIT // (3 * SIDE**2) + 3
+B = LIMIT // (9 * SIDE**2 // 4) + 3  # so that even the removed patches alone are past the limit
 BOUNDS = linf_bounds(0.03, 0.04, 0.0, 1.0, 3, "cpu")
 HALF = torch.bfloat16
 
@@ -55,8 +55,9 @@ def check(function, big, small):
 
 def test_image_operations():
     images, adv = torch.rand(2, 1, 3, SIDE, SIDE).to(HALF)
-    ids_keep, ids_restore, _ = mask_indices(torch.rand(1, L), 1)
-    grad, pred = torch.randn(1, 1, P), torch.randn(1, L, P).to(HALF)
+    ids_shuffle, ids_restore = mask_indices(torch.rand(1, L))
+    ids_keep = ids_shuffle[:, :1]
+    grad, pred = torch.randn(1, 1, P), torch.randn(1, L - 1, P).to(HALF)
     big_images, big_keep, big_restore = with_last(images), with_last(ids_keep), with_last(ids_restore)
     big_pred = with_last(pred)
     assert big_images.numel() > LIMIT < big_pred.numel()
@@ -69,8 +70,9 @@ def test_image_operations():
 
 
 def test_gradients_of_image_operations():
-    images, pred = torch.rand(1, 3, SIDE, SIDE).to(HALF), torch.randn(1, L, P).to(HALF)
-    ids_keep, _, mask = mask_indices(torch.rand(1, L), 1)
+    images, pred = torch.rand(1, 3, SIDE, SIDE).to(HALF), torch.randn(1, L - 1, P).to(HALF)
+    ids_shuffle, _ = mask_indices(torch.rand(1, L))
+    ids_keep, ids_removed = ids_shuffle[:, :1], ids_shuffle[:, 1:]
     grad = torch.randn(1, 1, P).to(HALF)
     with interpret(last=L + 1):
         ours = gather_kernel.patch_gather_backward(
@@ -80,11 +82,17 @@ def test_gradients_of_image_operations():
     patch_gather(leaf, ids_keep, PATCH).backward(grad)
     assert torch.equal(ours[-1:], leaf.grad)
     leaves = pred.clone().requires_grad_(), images.clone().requires_grad_()
-    masked_patch_loss(*leaves[:1], leaves[1], mask, PATCH, True).backward()
-    arguments = (torch.ones(()), with_last(pred), with_last(images), with_last(mask), mask.sum(), PATCH, True)
+    masked_patch_loss(*leaves, ids_removed, PATCH, True).backward()
+    scale = torch.tensor(float(B))  # the mean runs over all images
+    arguments = (scale, with_last(pred), with_last(images), with_last(ids_removed), PATCH, True)
+    of_images = torch.empty(B, 3, SIDE, SIDE, dtype=HALF)
+    of_images[-1:] = 0
+    geometry = loss_kernel._geometry(arguments[1], of_images, PATCH)
     with interpret(last=L + 1):
         of_pred = loss_kernel.masked_patch_loss_grad_pred(*arguments)
-        of_images = loss_kernel.masked_patch_loss_grad_images(*arguments)
+        loss_kernel._grad_images_kernel[(B * (L - 1),)](
+            *arguments[:4], of_images, 2 / arguments[1].numel(), *geometry, NORM=True, num_warps=4
+        )
     for mine, leaf in zip((of_pred, of_images), leaves):
         assert (mine[-1:].float() - leaf.grad.float()).abs().max() < 1e-2 * leaf.grad.abs().max()
 
@@ -110,27 +118,20 @@ def test_token_operations():
     K, E = 1, 128
     rows = LIMIT // (5 * E) + 3
     tokens, mask_token, pos = torch.randn(1, 1 + K, E).to(HALF), torch.randn(E), torch.randn(1 + L, E).to(HALF)
-    _, ids_restore, _ = mask_indices(torch.rand(1, L), K)
-    big_restore = with_last(ids_restore, rows)
-    check(
-        token_restore, (with_last(tokens, rows), mask_token, pos, big_restore), (tokens, mask_token, pos, ids_restore)
-    )
-    grad = torch.randn(1, 1 + L, E).to(HALF)
-    leaf = tokens.clone().requires_grad_()
-    token_restore(leaf, mask_token, pos, ids_restore).backward(grad)
-    grad_rows = torch.empty(rows, 1 + K, E, dtype=HALF)
-    scratch = torch.empty(rows, E)
+    ids_shuffle, _ = mask_indices(torch.rand(1, L))
+    big_shuffle = with_last(ids_shuffle, rows)
+    big = (with_last(tokens, rows), mask_token, pos, big_shuffle)
+    check(token_restore, big, (tokens, mask_token, pos, ids_shuffle))
+    grad, of_mask = torch.randn(1, 1 + L, E).to(HALF), torch.empty(rows, E)
     with interpret(last=L + 1):
-        restore_kernel._restore_grad_kernel[(rows,)](
-            with_last(grad, rows), big_restore, grad_rows, scratch, 5 * E, E, L, K, E, num_warps=4
-        )
-    assert torch.equal(grad_rows[-1:], leaf.grad)
+        restore_kernel._mask_token_grad_kernel[(rows,)](with_last(grad, rows), of_mask, 5 * E, E, L, K, E, num_warps=4)
+    assert torch.allclose(of_mask[-1], grad[0, 1 + K :].float().sum(0), atol=1e-5)
 
 
 def test_mask_indices():
     rows, patches = LIMIT // 256 + 3, 256
     noise = torch.rand(1, patches).to(HALF)
-    check(mask_indices, (with_last(noise, rows), 64), (noise, 64))
+    check(mask_indices, (with_last(noise, rows),), (noise,))
 
 
 def test_rows_of_the_penalty():

@@ -6,6 +6,7 @@ from budget import assert_within_budget
 from interpreter import Sanitizer, interpret
 from mimir_fast.kernels import masked_patch_loss
 from mimir_fast.kernels.masked_patch_loss import kernel
+from mimir_fast.kernels.masked_patch_loss.reference import patchify
 
 SHAPES = [  # B, C, H, W, patch size
     (2, 3, 32, 32, 16),
@@ -19,18 +20,17 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def inputs(B, C, H, W, p, dtype=torch.float32):
-    """pred is a slice as in the model, behind the class token; the mask is neither empty nor full where L > 1."""
+    """pred is a slice, as where predictions of kept patches precede it; some patches are removed, not all where L > 1."""
     L, P = H // p * (W // p), C * p * p
-    pred = torch.randn(B, L + 1, P).to(dtype)[:, 1:]
-    mask = (torch.rand(B, L) < 0.7).float()
-    mask[0, 0], mask[-1, -1] = 0, 1
-    return pred, torch.rand(B, C, H, W).to(dtype), mask
+    ids = torch.rand(B, L).argsort(1)[:, L // 4 :]
+    pred = torch.randn(B, ids.shape[1] + 1, P).to(dtype)[:, 1:]
+    return pred, torch.rand(B, C, H, W).to(dtype), ids
 
 
-def loss_and_gradients(pred, images, mask, p, norm, impl):
+def loss_and_gradients(pred, images, ids, p, norm, impl):
     pred, images = pred.detach().requires_grad_(), images.detach().requires_grad_(images.is_floating_point())
     leaves = [pred, images] if images.is_floating_point() else [pred]
-    loss = masked_patch_loss(pred, images, mask, p, norm, impl=impl)
+    loss = masked_patch_loss(pred, images, ids, p, norm, impl=impl)
     return loss.detach(), *torch.autograd.grad(-1.7 * loss, leaves)
 
 
@@ -38,28 +38,29 @@ def loss_and_gradients(pred, images, mask, p, norm, impl):
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "pix"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_value_and_gradients(shape, norm, dtype):
-    pred, images, mask = inputs(*shape, dtype)
-    truth = loss_and_gradients(pred.double(), images.double(), mask.double(), shape[-1], norm, "reference")
-    eager = loss_and_gradients(pred, images, mask, shape[-1], norm, "reference")
+    pred, images, ids = inputs(*shape, dtype)
+    truth = loss_and_gradients(pred.double(), images.double(), ids, shape[-1], norm, "reference")
+    eager = loss_and_gradients(pred, images, ids, shape[-1], norm, "reference")
     with interpret(Sanitizer()) as s:
-        ours = loss_and_gradients(pred, images, mask, shape[-1], norm, "triton")
-        again = loss_and_gradients(pred, images, mask, shape[-1], norm, "triton")
+        ours = loss_and_gradients(pred, images, ids, shape[-1], norm, "triton")
+        again = loss_and_gradients(pred, images, ids, shape[-1], norm, "triton")
     assert not s.errors
     for name, a, b, c, d in zip(("loss", "grad pred", "grad images"), ours, eager, truth, again):
         assert_within_budget(a, b, c, name)
         assert torch.equal(a, d), name
-    assert (ours[1][mask == 0] == 0).all()
+    kept = torch.ones(shape[0], shape[2] * shape[3] // shape[4] ** 2).scatter(1, ids, 0.0) == 1
+    assert (patchify(ours[2], shape[-1])[kept] == 0).all()
 
 
-@pytest.mark.parametrize("storage", ["uint8", "channels_last", "bool mask", "strided pred", "mixed"])
+@pytest.mark.parametrize("storage", ["uint8", "channels_last", "strided ids", "strided pred", "mixed"])
 def test_layouts_and_storage(storage):
-    pred, images, mask = inputs(3, 3, 16, 24, 8)
+    pred, images, ids = inputs(3, 3, 16, 24, 8)
     other = {
-        "uint8": lambda: (pred, (images * 255).byte(), mask),
-        "channels_last": lambda: (pred, images.to(memory_format=torch.channels_last), mask),
-        "bool mask": lambda: (pred, images, mask.bool()),
-        "strided pred": lambda: (pred.mT.contiguous().mT, images, mask),
-        "mixed": lambda: (pred.bfloat16(), images, mask.half()),
+        "uint8": lambda: (pred, (images * 255).byte(), ids),
+        "channels_last": lambda: (pred, images.to(memory_format=torch.channels_last), ids),
+        "strided ids": lambda: (pred, images, ids.T.contiguous().T),
+        "strided pred": lambda: (pred.mT.contiguous().mT, images, ids),
+        "mixed": lambda: (pred.bfloat16(), images, ids),
     }[storage]()
     truth = loss_and_gradients(*(t.double() if t.is_floating_point() else t for t in other), 8, True, "reference")
     eager = loss_and_gradients(*other, 8, True, "reference")
@@ -71,51 +72,51 @@ def test_layouts_and_storage(storage):
 
 
 def test_permuting_the_batch_permutes_the_gradient():
-    pred, images, mask = inputs(3, 3, 8, 8, 4)
+    pred, images, ids = inputs(3, 3, 8, 8, 4)
     order = torch.tensor([2, 0, 1])
     with interpret():
-        loss, *grads = loss_and_gradients(pred, images, mask, 4, True, "triton")
-        loss2, *grads2 = loss_and_gradients(pred[order], images[order], mask[order], 4, True, "triton")
+        loss, *grads = loss_and_gradients(pred, images, ids, 4, True, "triton")
+        loss2, *grads2 = loss_and_gradients(pred[order], images[order], ids[order], 4, True, "triton")
     assert loss2.item() == pytest.approx(loss.item(), rel=1e-6)
     assert all(torch.equal(g[order], g2) for g, g2 in zip(grads, grads2))
 
 
 def test_a_wide_mean_runs_over_several_blocks():
-    pred, images, mask = inputs(kernel.MEAN_BLOCK // 128 + 1, 1, 32, 64, 4)
-    assert mask.numel() > kernel.MEAN_BLOCK
+    pred, images, ids = inputs(kernel.MEAN_BLOCK // 96 + 1, 1, 32, 64, 4)
+    assert ids.numel() > kernel.MEAN_BLOCK
     with interpret(Sanitizer()) as s:
-        ours = masked_patch_loss(pred, images, mask, 4, True, impl="triton")
+        ours = masked_patch_loss(pred, images, ids, 4, True, impl="triton")
     assert not s.errors
-    truth = masked_patch_loss(pred.double(), images.double(), mask, 4, True)
+    truth = masked_patch_loss(pred.double(), images.double(), ids, 4, True)
     assert ours.item() == pytest.approx(truth.item(), rel=1e-6)
 
 
 def test_traffic_is_the_contracts():
-    pred, images, mask = inputs(2, 3, 64, 64, 16)
-    read = mask.sum().item() * 768 * 4
+    pred, images, ids = inputs(2, 3, 64, 64, 16)
+    read = pred.numel() * 4
     pred.requires_grad_()
     with interpret(Sanitizer()) as s:
-        loss = masked_patch_loss(pred, images, mask, 16, True, impl="triton")
+        loss = masked_patch_loss(pred, images, ids, 16, True, impl="triton")
         moved = s.st["load_bytes"] + s.st["store_bytes"]
-        assert moved < 1.1 * (2 * read + 4 * 4 * mask.numel())
+        assert moved < 1.1 * (2 * read + ids.nbytes + 3 * 4 * ids.numel())
         assert s.used("load") > 0.9
         s.st.clear()
         loss.backward()
-    assert s.st["load_bytes"] < 1.1 * (2 * read + 4 * mask.numel())
+    assert s.st["load_bytes"] < 1.1 * (2 * read + ids.nbytes)
     assert s.st["store_bytes"] == 4 * pred.numel()
     assert s.used("load") > 0.9
     assert s.used("store") > 0.9
 
 
 def test_operator_registration_and_fullgraph_compilation():
-    pred, images, mask = inputs(2, 3, 8, 8, 4)
+    pred, images, ids = inputs(2, 3, 8, 8, 4)
 
     def loss(pred, images):
-        return masked_patch_loss(pred, images, mask, 4, True, impl="triton") * 2
+        return masked_patch_loss(pred, images, ids, 4, True, impl="triton") * 2
 
     pred, images = pred.detach().requires_grad_(), images.requires_grad_()
     with interpret():
-        torch.library.opcheck(kernel.masked_patch_loss, (pred, images, mask, 4, True))
+        torch.library.opcheck(kernel.masked_patch_loss, (pred, images, ids, 4, True))
         eager = torch.autograd.grad(loss(pred, images), (pred, images))
         compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(pred, images)
         assert all(torch.equal(a, b) for a, b in zip(eager, torch.autograd.grad(compiled, (pred, images))))
@@ -124,23 +125,24 @@ def test_operator_registration_and_fullgraph_compilation():
 
 
 def test_reference_passes_gradcheck():
-    pred, images, mask = inputs(2, 2, 4, 4, 2)
-    arguments = (pred.detach().double().requires_grad_(), images.double().requires_grad_(), mask.double(), 2, True)
+    pred, images, ids = inputs(2, 2, 4, 4, 2)
+    arguments = (pred.detach().double().requires_grad_(), images.double().requires_grad_(), ids, 2, True)
     assert torch.autograd.gradcheck(lambda *a: masked_patch_loss(*a, impl="reference"), arguments)
 
 
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"pred": torch.zeros(2, 4, 47)}, "pred"),
-        ({"mask": torch.zeros(2, 5)}, "mask"),
+        ({"pred": torch.zeros(2, 3, 47)}, "pred"),
+        ({"ids": torch.zeros(2, 5, dtype=torch.int64)}, "ids"),
+        ({"ids": torch.zeros(2, 0, dtype=torch.int64)}, "ids"),
         ({"patch_size": 3}, "patch_size"),
         ({"impl": "cuda"}, "impl"),
-        ({"pred": torch.zeros(2, 4, 48, dtype=torch.float64), "impl": "triton"}, "pred"),
+        ({"pred": torch.zeros(2, 3, 48, dtype=torch.float64), "impl": "triton"}, "pred"),
     ],
 )
 def test_errors_name_the_argument(change, word):
-    pred, images, mask = inputs(2, 3, 8, 8, 4)
-    arguments = {"pred": pred, "images": images, "mask": mask, "patch_size": 4, "norm": True, "impl": "auto"} | change
+    pred, images, ids = inputs(2, 3, 8, 8, 4)
+    arguments = {"pred": pred, "images": images, "ids": ids, "patch_size": 4, "norm": True, "impl": "auto"} | change
     with pytest.raises(ValueError, match=f"^{word}"):
         masked_patch_loss(*arguments.values())

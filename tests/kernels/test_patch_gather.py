@@ -21,7 +21,7 @@ WORDS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16:
 
 def inputs(B, C, H, W, p, K, dtype=torch.float32):
     L = H // p * (W // p)
-    ids = torch.stack([torch.randperm(L)[:K] for _ in range(B)])
+    ids = torch.stack([torch.randperm(L) for _ in range(B)])[:, :K]  # strided, as in the step
     return torch.rand(B, C, H, W).to(dtype), ids
 
 

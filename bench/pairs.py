@@ -1,6 +1,6 @@
 """Images per second of the pre-training step against the textbook step, in pairs in one process.
 
-    python -m bench.bench_step --model mae_vit_ti --input_size 32 --patch_size 4 --batch_size 32
+    python -m bench pairs --model mae_vit_ti --input_size 32 --patch_size 4 --batch_size 32
 
 Both steps attack (1 PGD step), run forward and backward, and add the penalty; ours through mimir_fast, the other through
 bench/textbook.py (all patches embedded, tokens gathered afterwards, einsum patches, penalty by matrix inverses).  Rounds
@@ -57,15 +57,15 @@ def build_steps(args: argparse.Namespace, device: torch.device):
     return our_step, their_step
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.bench_step", description=__doc__.splitlines()[0])
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench pairs", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="mae_vit_ti", choices=list(MODELS), help="model (default: mae_vit_ti)")
     parser.add_argument("--input_size", type=int, default=32, help="image side [pixels] (default: 32)")
     parser.add_argument("--patch_size", type=int, default=4, help="patch side [pixels] (default: 4)")
     parser.add_argument("--batch_size", type=int, default=32, help="images per step (default: 32)")
     parser.add_argument("--rounds", type=int, default=7, help="timed pairs after one warm-up pair (default: 7)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     device = torch.device(args.device)
     steps = build_steps(args, device)
     pairs = [[seconds(step, device) for step in steps] for _ in range(args.rounds + 1)][1:]
@@ -76,7 +76,4 @@ def main() -> None:
         print(f"{name:<11} median {args.batch_size / statistics.median(times):8.1f} images/s")
     ratios = sorted(theirs / ours for ours, theirs in pairs)
     print(f"speed ratio median {statistics.median(ratios):.2f} (from {ratios[0]:.2f} to {ratios[-1]:.2f})")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

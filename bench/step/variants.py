@@ -1,0 +1,103 @@
+"""The step of each variant as a function without arguments: attack, forward, backward, optimizer update of one random batch.
+
+ours         as the trainer builds it from its flags
+references   the same, with every kernel's reference implementation, under plain torch.compile
+textbook     bench/textbook.py, eager: all patches embedded and gathered afterwards, penalty by matrix inverses
+
+The images are on the device already, as floats: reading, decoding and copying them is the data pipeline's.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.textbook import TextbookMAE, textbook_step
+from mimir_fast.arguments import parse_pretrain_args
+from mimir_fast.build import build_attack, build_computation, build_model
+from mimir_fast.config import PretrainConfig
+from mimir_fast.distributed import World
+from mimir_fast.models import ALIASES, DECODER, MODELS
+from mimir_fast.optim import Updater, build_optimizer
+from mimir_fast.precision import AUTOCAST
+from mimir_fast.pretrain import settle_defaults
+from mimir_fast.step import draw_noise, pretrain_step
+
+VARIANTS = ("ours", "references", "textbook")
+LEARNING_RATE = 1e-4
+
+
+def configuration(variant: str, words: list[str]) -> PretrainConfig:
+    """The trainer's configuration from its own flags, on top of the ImageNet recipe (attack 1 step, hsic, norm_pix_loss)."""
+    config, explicit = parse_pretrain_args(["--recipe", "imagenet_vit_b", *words])
+    config, _ = settle_defaults(config, explicit)
+    if variant == "references" and "kernels" in config.flat():
+        config = config.updated({"kernels": "reference"})
+    if variant == "textbook":
+        config = config.updated({"compile": False})
+    return config.check()
+
+
+def build_step(variant: str, config: PretrainConfig, device: torch.device) -> Callable[[], None]:
+    """The variant's step, ready to be called any number of times."""
+    side = config.model.input_size
+    images = torch.rand(config.optim.batch_size, 3, side, side, device=device)
+    return (textbook if variant == "textbook" else trainers)(config, images)
+
+
+def trainers(config: PretrainConfig, images: torch.Tensor) -> Callable[[], None]:
+    """The one place that knows how the trainer puts a step together."""
+    world = World(device=images.device)
+    model = build_model(config, world.device)
+    attack, updater = build_attack(config, None, world.device), _updater(config, model, world.device)
+    objective, attacked, attack_loss, _ = build_computation(config, world, model, updater)
+    generator = torch.Generator(world.device)
+    dtype = AUTOCAST[config.optim.precision]
+
+    def step() -> None:
+        generator.manual_seed(config.run.seed)
+        noise = draw_noise(generator, len(images), model.num_patches, attack)
+        with torch.autocast(world.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            output = pretrain_step(objective, attacked, images, noise, attack, attack_loss)
+        updater.backward(output.loss, config.optim.accum_iter)
+        updater.update()
+
+    return step
+
+
+def textbook(config: PretrainConfig, images: torch.Tensor) -> Callable[[], None]:
+    """One attack step whatever the configuration says."""
+    m = config.model
+    sizes = {**MODELS[ALIASES.get(m.model, m.model)], **DECODER, "img_size": m.input_size, "patch_size": m.patch_size}
+    model = TextbookMAE(**sizes, norm_pix_loss=m.norm_pix_loss).to(images.device)
+    updater = _updater(config, model, images.device)
+    numbers = (config.attack.eps / 255, config.attack.alpha / 255, m.mask_ratio, config.penalty.mi_xpl)
+    dtype = AUTOCAST[config.optim.precision]
+
+    def step() -> None:
+        with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            loss = textbook_step(model, images, *numbers)
+        updater.backward(loss, 1)
+        updater.update()
+
+    return step
+
+
+def _updater(config: PretrainConfig, model: torch.nn.Module, device: torch.device) -> Updater:
+    optimizer = build_optimizer(model, LEARNING_RATE, config.optim.weight_decay)
+    return Updater(optimizer, device, config.optim.precision == "fp16")
+
+
+class ConvolutionStandIn(TorchDispatchMode):
+    """For a pretend GPU without cuDNN: convolutions return memory of the right shape; nothing is computed there anyway."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution.default:
+            images, weight, stride = args[0], args[1], args[3]
+            sides = [1 + (side - kernel) // s for side, kernel, s in zip(images.shape[2:], weight.shape[2:], stride)]
+            return images.new_empty(images.shape[0], weight.shape[0], *sides)
+        if func is torch.ops.aten.convolution_backward.default:
+            grad, images, weight, wanted = args[0], args[1], args[2], args[-1]
+            likes = (images, weight, grad[0, :, 0, 0])
+            return tuple(torch.empty_like(like) if want else None for like, want in zip(likes, wanted))
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,51 @@
+"""Attention over a short sequence.  Shapes: B batch, T tokens, N heads, d numbers per head, D = N*d, Q = 3*D."""
+
+import torch
+from mimir_fast.kernels.registration import check_storage, choose
+from mimir_fast.kernels.short_attention import reference
+from torch import Tensor
+
+# Bytes per number -> numbers per head, at most -> tokens, at most.  Past it registers spill on A100 or H100.
+LONGEST = {2: {16: 512, 32: 128, 64: 128, 128: 80}, 4: {16: 128, 32: 64, 64: 64}}
+
+
+def supported(tokens: int, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether impl="triton" takes sequences of this length with heads of this width; the rest is for other backends."""
+    limits = LONGEST.get(dtype.itemsize, {})
+    return 1 <= tokens <= next((longest for width, longest in limits.items() if head_dim <= width), 0)
+
+
+def short_attention(qkv_BTQ: Tensor, num_heads: int, impl: str = "auto") -> Tensor:
+    """Softmax attention of every token to every token, from the packed projection to the heads side by side.
+
+    formula      per image and head: out = softmax(q k^T / sqrt(d)) v; no mask, no dropout
+    shapes       qkv [B,T,3*N*d], of a token first q of all heads, then k, then v -> [B,T,N*d]; differentiable in qkv
+    dtypes       output in qkv's dtype; scores, softmax and sums in fp32, the second product's weights rounded to storage (fp32
+                 storage: products as three tf32 products); autocast is off inside
+    bytes        in units of the output: qkv 3 read, the output 1 written; backward: qkv 3 and the output's gradient 1 read,
+                 qkv's gradient 3 written; nothing but qkv is kept for it
+    determinism  fixed order, no atomics
+    source       Vaswani et al., Attention Is All You Need, 2017, section 3.2; the gradient's row sums as in Dao et al.,
+                 FlashAttention, 2022, appendix B
+
+    impl: "triton" (fp32, fp16 and bf16; sizes for which `supported(T, d, dtype)`), "reference" or "auto" (triton on CUDA).
+    triton copies qkv that is not contiguous; heads narrower than 16 are computed several at a time, so that a number that is
+    not finite may spread to the neighbouring heads.
+    Raises ValueError if qkv is no float [B,T,3*D], num_heads does not divide D, or the size, an element type or impl is not
+    on offer.
+    """
+    if qkv_BTQ.ndim != 3 or qkv_BTQ.shape[1] < 1 or qkv_BTQ.shape[2] % 3 or not qkv_BTQ.is_floating_point():
+        raise ValueError(f"qkv: expected float [B,T,3*D] with T >= 1, got {qkv_BTQ.dtype} {tuple(qkv_BTQ.shape)}")
+    T, D = qkv_BTQ.shape[1], qkv_BTQ.shape[2] // 3
+    if num_heads < 1 or D < 1 or D % num_heads:
+        raise ValueError(f"num_heads: expected a divisor of the width {D}, got {num_heads}")
+    if choose(impl, qkv_BTQ) == "triton":
+        check_storage(qkv=qkv_BTQ)
+        if not supported(T, D // num_heads, qkv_BTQ.dtype):
+            limits = LONGEST[qkv_BTQ.dtype.itemsize].items()
+            longest = ", ".join(f"T <= {tokens} for d <= {width}" for width, tokens in limits)
+            raise ValueError(f"qkv: triton takes {longest} in {qkv_BTQ.dtype}; got T={T}, d={D // num_heads}")
+        from mimir_fast.kernels.short_attention import kernel
+
+        return kernel.short_attention(qkv_BTQ, num_heads)
+    return reference.short_attention(qkv_BTQ, num_heads)

@@ -1,0 +1,88 @@
+"""torch.compile of the step: which functions, where the results are kept, how long it took."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mimir_fast.attack import reconstruction
+from mimir_fast.models import MaskedAutoencoderViT
+
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+REGIONS = ("model", "block")
+CACHE = Path.home() / ".cache" / "mimir_fast" / "inductor"
+
+
+def missing_compiler() -> str | None:
+    """Why nothing can be compiled here, or None: torch.compile needs a C++ compiler, on GPUs too."""
+    from torch._inductor.cpp_builder import get_cpp_compiler  # importing Inductor takes a second
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "no C++ compiler found (install g++, or set CXX)"
+    return None
+
+
+def keep_compiled_code() -> None:
+    """Keep compiled code in the user's cache folder, so that the next run finds it; a folder set by the user stays."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))
+
+
+class Compiled:
+    """The compiled pieces of a step, or the plain ones.
+
+    encode, reconstruct  the model's, for training; fullgraph, static shapes
+    attack_loss          `reconstruction`, a function of its own, for the frozen twin
+    region "block": one graph per width serves every block, in training and in the attack; quick to compile, less fused
+    """
+
+    def __init__(
+        self,
+        model: MaskedAutoencoderViT,
+        twin: MaskedAutoencoderViT,
+        compile: bool = True,
+        mode: str = "default",
+        region: str = "model",
+        backend: str | Callable = "inductor",
+    ):
+        self.encode: Callable[..., Tensor] = model.encode
+        self.reconstruct: Callable[..., tuple[Tensor, Tensor]] = model.reconstruct
+        self.attack_loss: Callable[..., tuple[Tensor, Tensor]] = reconstruction
+        options = {"fullgraph": True, "dynamic": False, "mode": mode, "backend": backend}
+        if compile and region == "block":
+            for block in [b for m in (model, twin) for b in (*m.blocks, *m.decoder_blocks)]:
+                block.compile(**options)
+        elif compile:
+            self.encode, self.reconstruct = (torch.compile(f, **options) for f in (model.encode, model.reconstruct))
+            self.attack_loss = torch.compile(reconstruction, **options)
+
+
+class CompileClock:
+    """Seconds spent compiling and number of compilations between `start` and `stop`."""
+
+    def __init__(self):
+        self.seconds, self.count, self._began = 0.0, 0, 0.0
+
+    def start(self) -> None:
+        from torch._dynamo.callback import callback_handler
+
+        callback_handler.register_start_callback(self._start)
+        callback_handler.register_end_callback(self._end)
+
+    def _start(self, _args) -> None:
+        self._began = time.perf_counter()
+
+    def _end(self, _args) -> None:
+        self.seconds += time.perf_counter() - self._began
+        self.count += 1
+
+    def stop(self) -> None:
+        from torch._dynamo.callback import callback_handler
+
+        callback_handler.remove_start_callback(self._start)
+        callback_handler.remove_end_callback(self._end)

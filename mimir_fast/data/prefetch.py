@@ -1,0 +1,36 @@
+"""Batches on the device ahead of time."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+
+def prefetch(batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[Tensor]:
+    """Images uint8 [B,3,H,W] of every batch on the device.
+
+    On CUDA the next batch is copied on a stream of its own while the current one is worked on (pinned memory makes the copy
+    asynchronous); elsewhere batches pass one by one.
+    """
+    if device.type != "cuda":
+        for images, _ in batches:
+            yield images.to(device)
+        return
+    stream = torch.cuda.Stream(device)
+    upcoming = None
+    for images, _ in batches:
+        with torch.cuda.stream(stream):
+            copied = images.to(device, non_blocking=True), stream.record_event()
+        if upcoming is not None:
+            yield _arrived(*upcoming)
+        upcoming = copied
+    if upcoming is not None:
+        yield _arrived(*upcoming)
+
+
+def _arrived(images: Tensor, copied: torch.cuda.Event) -> Tensor:
+    """What is enqueued from now on waits for the copy, and the memory stays until that is done."""
+    current = torch.cuda.current_stream()
+    current.wait_event(copied)
+    images.record_stream(current)
+    return images

@@ -1,0 +1,81 @@
+"""Self-attention from a packed projection, by backend.  Shapes: B batch, T tokens, N heads, d numbers per head, D = N*d.
+
+A backend is a function (qkv_BTQ, num_heads, first) -> [B,T-first,D]: qkv [B,T,3*D] holds q, k and v, head by head; every token
+is key and value, those from `first` on ask.  Backends are chosen by name; packages other than torch are asked for explicitly.
+"""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from mimir_fast.kernels import short_attention
+from mimir_fast.kernels.short_attention.op import supported
+
+BACKENDS = ("auto", "short", "sdpa", "flash_attn", "xformers", "math")
+PACKAGES = {"flash_attn": "flash-attn", "xformers": "xformers"}
+
+
+def check_backend(name: str) -> None:
+    """Raises ValueError if the backend is unknown or its package is not installed."""
+    if name not in BACKENDS:
+        raise ValueError(f"attention: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    if name in PACKAGES and find_spec(name) is None:
+        raise ValueError(
+            f"attention: {name} needs the package {PACKAGES[name]}: pip install 'mimir-fast[{PACKAGES[name]}]'"
+        )
+
+
+def attention(qkv_BTQ: Tensor, num_heads: int, first: int = 0, backend: str = "auto") -> Tensor:
+    """softmax(q k^T / sqrt(d)) v of every head: [B,T,3*D] -> [B,T-first,D]; auto is torch's scaled_dot_product_attention."""
+    return _FUNCTIONS[backend](qkv_BTQ, num_heads, first)
+
+
+def _split(qkv_BTQ: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+    """q, k, v, each [B,T,N,d]."""
+    return qkv_BTQ.unflatten(2, (3, num_heads, -1)).unbind(2)
+
+
+def _sdpa(qkv_BTQ: Tensor, num_heads: int, first: int) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in _split(qkv_BTQ, num_heads))
+    return F.scaled_dot_product_attention(q[:, :, first:], k, v).transpose(1, 2).flatten(2)
+
+
+def _short(qkv_BTQ: Tensor, num_heads: int, first: int) -> Tensor:
+    """Our kernel, nothing stacked or transposed around it; sizes that it does not offer go to sdpa."""
+    if not supported(qkv_BTQ.shape[1], qkv_BTQ.shape[2] // 3 // num_heads, qkv_BTQ.dtype):
+        return _sdpa(qkv_BTQ, num_heads, first)
+    return short_attention(qkv_BTQ, num_heads, impl="triton")[:, first:]
+
+
+def _math(qkv_BTQ: Tensor, num_heads: int, first: int) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in _split(qkv_BTQ, num_heads))
+    weights = (q[:, :, first:] * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
+    return (weights.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
+
+
+def _flash_attn(qkv_BTQ: Tensor, num_heads: int, first: int) -> Tensor:
+    from flash_attn import flash_attn_kvpacked_func, flash_attn_qkvpacked_func
+
+    qkv = qkv_BTQ.unflatten(2, (3, num_heads, -1))
+    if not first:
+        return flash_attn_qkvpacked_func(qkv).flatten(2)
+    return flash_attn_kvpacked_func(qkv[:, first:, 0], qkv[:, :, 1:]).flatten(2)
+
+
+def _xformers(qkv_BTQ: Tensor, num_heads: int, first: int) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    q, k, v = _split(qkv_BTQ, num_heads)
+    return memory_efficient_attention(q[:, first:], k, v).flatten(2)
+
+
+_FUNCTIONS: dict[str, Callable[[Tensor, int, int], Tensor]] = {
+    "auto": _sdpa,
+    "short": _short,
+    "sdpa": _sdpa,
+    "flash_attn": _flash_attn,
+    "xformers": _xformers,
+    "math": _math,
+}

@@ -1,0 +1,69 @@
+"""The compiled step: same numbers, nothing compiled again, a clock; eager where there is no compiler; batches ahead of time."""
+
+import pytest
+import torch
+import torch._inductor.config
+from conftest import BOUNDS, golden_images, small_model
+
+from mimir_fast import compiling
+from mimir_fast.attack import frozen_twin
+from mimir_fast.compiling import CompileClock, Compiled
+from mimir_fast.data import prefetch
+from mimir_fast.objective import Objective
+from mimir_fast.step import Attack, draw_noise, pretrain_step
+
+
+@pytest.mark.parametrize("region", ["model", "block"])
+def test_compiled_step_is_the_eager_step_and_compiles_once(region):
+    torch._dynamo.reset()
+    noise = draw_noise(torch.Generator().manual_seed(1), 8, 64, Attack(1, BOUNDS))
+    losses, grads, clock = [], [], CompileClock()
+    for compile in (False, True):
+        model = small_model()
+        twin = frozen_twin(model)
+        pieces = Compiled(model, twin, compile, region=region)
+        objective = Objective(model, 0.75, "hsic", 1e-3, pieces.encode, pieces.reconstruct)
+        clock.start()
+        for i in range(2 + compile):
+            loss = pretrain_step(objective, twin, golden_images()[i], noise, Attack(1, BOUNDS), pieces.attack_loss).loss
+            model.zero_grad()
+            loss.backward()
+            if i == 1:
+                losses.append(loss.item())
+                grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+                count = clock.count
+        clock.stop()
+        assert clock.count == count  # the third step compiles nothing
+        assert (clock.count > 0) == compile
+    assert clock.seconds > 0
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    largest = max(g.abs().max() for g in grads[0].values())
+    for name, grad in grads[0].items():
+        assert (grads[1][name] - grad).abs().max() < 1e-4 * largest, name
+
+
+def test_a_missing_compiler_is_told():
+    from mimir_fast.arguments import parse_pretrain_args
+    from mimir_fast.pretrain import settle_defaults
+
+    assert compiling.missing_compiler() is None
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert "no C++ compiler" in compiling.missing_compiler()
+        config, notes = settle_defaults(*parse_pretrain_args(["--device", "cpu", "--compile"]))
+    assert not config.optim.compile
+    assert any("running eager" in note for note in notes)
+
+
+def test_a_users_cache_folder_stays(monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/mine")
+    compiling.keep_compiled_code()
+    assert compiling.os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    compiling.keep_compiled_code()
+    assert compiling.os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(compiling.CACHE)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+
+
+def test_prefetch_passes_every_batch_in_order():
+    batches = [(torch.full((2, 3, 4, 4), i, dtype=torch.uint8), torch.zeros(2)) for i in range(3)]
+    assert [int(images[0, 0, 0, 0]) for images in prefetch(batches, torch.device("cpu"))] == [0, 1, 2]

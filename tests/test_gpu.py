@@ -1,0 +1,33 @@
+"""The training loop on a GPU: it never waits for the device between two log lines."""
+
+import pytest
+import torch
+from runs import make_images
+
+from mimir_fast import pretrain
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+
+
+@needs_gpu
+@pytest.mark.parametrize("extra", ["--no_compile", "--compile"])
+def test_five_steps_without_a_host_synchronisation(tmp_path, monkeypatch, extra):
+    from mimir_fast.trainer import Trainer
+
+    data, steps = make_images(tmp_path / "data"), []
+    original = Trainer._micro_step
+
+    def checked(self, *args):
+        torch.cuda.set_sync_debug_mode("error" if len(steps) >= 2 else "default")  # after compilation
+        try:
+            return original(self, *args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            steps.append(1)
+
+    monkeypatch.setattr(Trainer, "_micro_step", checked)
+    words = f"""--dataset imagefolder --data_root {data} --model mae_vit_ti --input_size 32 --patch_size 4 --norm_pix_loss
+        --batch_size 2 --num_workers 0 --attack pgd_mae --mi_train hsic --max_steps 7 --epochs 9 --warmup_epochs 1
+        --log_every 100 --output_dir {tmp_path / "out"} --log_dir {tmp_path / "out"} {extra}"""
+    assert pretrain.main(words.split()) == 0
+    assert len(steps) == 7
