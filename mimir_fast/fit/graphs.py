@@ -16,8 +16,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 from torch.utils._pytree import tree_leaves
 
-from mimir_fast.cuda_memory import ON_CUDA, Scratch, scratch_of
-from mimir_fast.ledger import Ledger, tensor_growth
+from mimir_fast.fit.cuda import ON_CUDA, Scratch, scratch_of
+from mimir_fast.fit.ledger import Ledger, tensor_growth
 
 aten, prims = torch.ops.aten, torch.ops.prims
 REDUCTIONS = {aten.sum, aten.mean, aten.var_mean, aten.amax, aten.amin, aten.any, aten.all}
@@ -69,7 +69,7 @@ class Plan:
             reused = [] if kernel.extern else self._reused(kernel, dead)
             self._drop(reused, own, given, args)
             own |= {key: self.size[key] for key in kernel.made}
-            self.ledger.note(*self._totals(own), kernel.scratch)
+            self.ledger.note(sum(own.values(), np.zeros(3)), kernel.scratch)
             self._drop(dead, own, given, args)
         args.clear()
         self.ledger.segment += 1
@@ -92,16 +92,6 @@ class Plan:
             if given.pop(key, None) is not None:
                 for i in (i for i, own_key in enumerate(self.inputs) if own_key == key):
                     args[i] = None
-
-    def _totals(self, own: dict) -> tuple[np.ndarray, np.ndarray]:
-        """Temporaries and, in a backward graph, gradients: outputs that do not grow with the batch."""
-        temporaries, gradients = np.zeros(3), np.zeros(3)
-        for key, size in own.items():
-            if self.backward and key in self.kept and size[0]:
-                gradients += size
-            else:
-                temporaries += size
-        return temporaries, gradients
 
     def _output(self, node: fx.Node | None, given: dict, made: dict) -> Tensor | None:
         if not isinstance(node, fx.Node) or not isinstance(node.meta.get("val"), Tensor):

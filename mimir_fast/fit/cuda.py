@@ -3,8 +3,9 @@
 B batch, T tokens, N heads, d width of a head; sizes in bytes.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -107,3 +108,16 @@ def scratch_of(func, batch: int, *args, **kwargs) -> Scratch:
     """Bytes that this operator, called like this, needs while it runs."""
     rule = SCRATCH.get(func) or SCRATCH.get(str(func))
     return rule(batch, *args, **kwargs) if rule else Scratch()
+
+
+@contextlib.contextmanager
+def autocast_like_cuda() -> Iterator[None]:
+    """Inside, autocast on the CPU computes LayerNorm in fp32 from an fp32 copy of its input, as autocast on CUDA does."""
+
+    def layer_norm(x, shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True):
+        with torch.autocast("cpu", enabled=False):
+            return torch.layer_norm(x.float(), shape, weight, bias, eps, cudnn_enable)
+
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("layer_norm", layer_norm, "AutocastCPU")
+        yield

@@ -2,7 +2,7 @@
 
 The fake run has a prime number of images, so that a size tells how it grows: with the batch where the prime divides it, with
 the batch squared where it does so twice.  One run predicts every batch.  Tensors are fake CPU tensors, because autograd
-refuses fake CUDA tensors where there is no GPU; what CUDA does otherwise is replaced (mimir_fast/cuda_memory.py).
+refuses fake CUDA tensors where there is no GPU; what CUDA does otherwise is replaced (mimir_fast/fit/cuda.py).
 """
 
 import weakref
@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mimir_fast.cuda_memory import ON_CUDA, Scratch, scratch_of
+from mimir_fast.fit.cuda import ON_CUDA, Scratch, scratch_of
 
-KINDS = ("parameters", "gradients", "optimizer state", "activations and temporaries")
+KINDS = ("parameters", "optimizer state", "activations and gradients")
 ALLOCATION = 512  # CUDA's caching allocator hands out multiples of this, bytes
 
 
@@ -80,14 +80,14 @@ class Ledger(TorchDispatchMode):
         self.moments.clear()
         self.alive[:], self.segment = 0, 0
 
-    def hold(self, tensors: Iterable[Tensor], kind: str = KINDS[3]) -> None:
+    def hold(self, tensors: Iterable[Tensor], kind: str = KINDS[-1]) -> None:
         """Count these tensors' storages until they die, or count them as another kind from now on."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             key = storage._cdata
             if key not in self.held:
                 weakref.finalize(storage, self._release, key)
-            elif kind == KINDS[3]:
+            elif kind == KINDS[-1]:
                 continue
             self._release(key)
             self.held[key] = (kind, tensor_growth(tensor, self.batch))
@@ -98,9 +98,8 @@ class Ledger(TorchDispatchMode):
             kind, terms = self.held.pop(key)
             self.alive[KINDS.index(kind)] -= terms
 
-    def note(self, temporaries=0.0, gradients=0.0, scratch: Scratch | None = None) -> None:
-        """Record a moment: what is alive, and besides it these temporaries and gradients, [3] each."""
+    def note(self, more=0.0, scratch: Scratch | None = None) -> None:
+        """Record a moment: what is alive, and besides it temporaries that are no tensors, [3] bytes."""
         terms = self.alive.copy()
-        terms[KINDS.index("activations and temporaries")] += temporaries
-        terms[KINDS.index("gradients")] += gradients
+        terms[-1] += more
         self.moments.append(Moment(self.segment, terms, scratch or Scratch()))

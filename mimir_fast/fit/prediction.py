@@ -7,19 +7,19 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mimir_fast.attack import frozen_twin
-from mimir_fast.build import build_attack, build_model, build_objective
+from mimir_fast.build import build_attack, build_computation, build_model
 from mimir_fast.config import PretrainConfig
 from mimir_fast.distributed import World
-from mimir_fast.graph_memory import planning_backend
-from mimir_fast.ledger import KINDS, Ledger, Moment
+from mimir_fast.fit.cuda import autocast_like_cuda
+from mimir_fast.fit.graphs import planning_backend
+from mimir_fast.fit.ledger import KINDS, Ledger, Moment
 from mimir_fast.models import MaskedAutoencoderViT
 from mimir_fast.optim import Updater, build_optimizer
+from mimir_fast.precision import AUTOCAST
 from mimir_fast.step import draw_noise, pretrain_step
 
 PRIMES = (509, 521, 523, 541, 547, 557)
 DEPTHS = (2, 3)  # encoder blocks traced when compiling: every stretch of the step grows linearly with the blocks
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Run(NamedTuple):
@@ -38,7 +38,7 @@ class Run(NamedTuple):
         """[segments,kinds] bytes: what was alive when each segment stood highest."""
         powers = np.array([1, batch, batch**2])
         alive = self.terms @ powers
-        alive[:, 3] += np.minimum(self.scratch[:, :3] @ powers, self.scratch[:, 3])
+        alive[:, 2] += np.minimum(self.scratch[:, :3] @ powers, self.scratch[:, 3])
         total = alive.sum(axis=1)
         segments = (np.flatnonzero(self.segment == i) for i in range(self.segment.max() + 1))
         return np.stack([alive[rows[total[rows].argmax()]] for rows in segments if len(rows)])
@@ -63,7 +63,7 @@ class Prediction(NamedTuple):
 
 
 def predict(config: PretrainConfig) -> Prediction:
-    """Follow one step of this configuration on CUDA; precision, compile and kernels must be settled.
+    """Follow one step of this configuration on CUDA; precision, compile, kernels and attention must be settled.
 
     Data parallelism and the data pipeline are not part of it.  Raises ValueError for a configuration that cannot be built.
     """
@@ -80,12 +80,12 @@ def follow(config: PretrainConfig, depth: int) -> Run:
     model.blocks = model.blocks[:depth]
     ledger = Ledger(_prime(config, model))
     torch.compiler.reset()
-    with FakeTensorMode():
+    with FakeTensorMode(), autocast_like_cuda():
         _fill(model)
         step = _Step(config, model, ledger)
         step()
         ledger.start()
-        ledger.hold([*model.parameters(), *model.buffers()], "parameters")
+        ledger.hold(step.parameters(), "parameters")
         ledger.hold((t for state in step.updater.optimizer.state.values() for t in state.values()), "optimizer state")
         with ledger:
             step()
@@ -98,7 +98,7 @@ def _prime(config: PretrainConfig, model: MaskedAutoencoderViT) -> int:
     L = model.num_patches
     ratios = (config.model.mask_ratio, config.attack.attack_mask_ratio)
     kept = [int(L * (1 - ratio)) for ratio in ratios]
-    sizes = {L, L + 1, config.model.input_size, *kept, *(K + 1 for K in kept)}
+    sizes = {L, L + 1, config.model.input_size, *kept, *(K + 1 for K in kept), *(L - K for K in kept)}
     sizes |= {n for p in model.parameters() for n in p.shape}
     return next(prime for prime in PRIMES if all(n % prime for n in sizes))
 
@@ -116,14 +116,17 @@ class _Step:
 
     def __init__(self, config: PretrainConfig, model: MaskedAutoencoderViT, ledger: Ledger):
         self.config, self.model, self.batch = config, model, ledger.batch
-        self.attack = build_attack(config, None, torch.device("cpu"))
-        self.objective, self.attack_loss = build_objective(config, World(), model, planning_backend(ledger))
-        self.twin, self.dtype = frozen_twin(model), DTYPES[config.optim.precision]
+        cpu = torch.device("cpu")
+        self.attack, self.dtype = build_attack(config, None, cpu), AUTOCAST[config.optim.precision]
         optimizer = build_optimizer(model, 1e-3, config.optim.weight_decay)
-        self.updater = Updater(optimizer, torch.device("cpu"), config.optim.precision == "fp16")
-        for p in model.parameters():
-            if p.requires_grad:
-                p.register_post_accumulate_grad_hook(lambda p: ledger.hold([p.grad], "gradients"))
+        self.updater = Updater(optimizer, cpu, config.optim.precision == "fp16")
+        backend = planning_backend(ledger)
+        self.computation = build_computation(config, World(device=cpu), model, self.updater, backend)
+
+    def parameters(self) -> list[Tensor]:
+        """The parameters, and the 16-bit copies if there are any."""
+        copies = self.updater.compute.copies if self.updater.compute else []
+        return [*self.model.parameters(), *self.model.buffers(), *copies]
 
     def __call__(self) -> None:
         for _ in range(min(self.config.optim.accum_iter, 2)):  # from the second on, gradients are there from the start
@@ -134,6 +137,7 @@ class _Step:
         side = self.config.model.input_size
         images: Tensor = torch.empty(self.batch, 3, side, side)
         noise = draw_noise(torch.Generator(), self.batch, self.model.num_patches, self.attack)
+        objective, attacked, attack_loss, _ = self.computation
         with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
-            output = pretrain_step(self.objective, self.twin, images, noise, self.attack, self.attack_loss)
+            output = pretrain_step(objective, attacked, images, noise, self.attack, attack_loss)
         self.updater.backward(output.loss, self.config.optim.accum_iter)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from mimir_fast.arguments import build_parser, canonical, configuration
 from mimir_fast.build import penalty_name
 from mimir_fast.config import PretrainConfig
-from mimir_fast.prediction import Prediction, predict
+from mimir_fast.fit.prediction import Prediction, predict
 
 GIB = 2**30
 CONTEXT = 1.0  # GiB kept free for the CUDA context, loaded kernels and libraries
