@@ -11,62 +11,85 @@ import numpy as np
 import pytest
 import torch
 from runs import make_images, run
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mimir_fast.config import PretrainConfig
-from mimir_fast.cuda_memory import Scratch
-from mimir_fast.fit import GPUS, Gpu, largest_batch, main, needed, peak
-from mimir_fast.graph_memory import kernels
-from mimir_fast.ledger import Ledger, Moment, growth, tensor_growth
+from mimir_fast.fit.command import GPUS, Gpu, largest_batch, main, needed, peak
+from mimir_fast.fit.cuda import Scratch
+from mimir_fast.fit.graphs import kernels
+from mimir_fast.fit.ledger import KINDS, Ledger, Moment, growth, tensor_growth
+from mimir_fast.fit.prediction import Prediction, Run, predict
 from mimir_fast.models import create_model
-from mimir_fast.prediction import Prediction, Run, predict
 from mimir_fast.trainer import Trainer
 
 REPOSITORY = Path(__file__).parents[1]
 PRETEND_GPU = REPOSITORY.parent / "shared" / "tools" / "drygpu" / "drygpu"
 P = 509
-FULL = {"attack": "pgd_mae", "mi_train": "hsic", "norm_pix_loss": True, "precision": "bf16", "kernels": "triton"}
+FULL = {
+    "attack": "pgd_mae",
+    "mi_train": "hsic",
+    "norm_pix_loss": True,
+    "precision": "bf16",
+    "kernels": "triton",
+    "attention": "short",
+}
 
 # torch.cuda.max_memory_allocated over a whole step, MiB, by torch 2.14's own caching allocator under a simulated H100 (sm_90) whose
-# kernels do nothing: 224/16, attack of one step, hsic, bf16, Triton kernels.  model, compiled, checkpointing: {batch: peak}
+# kernels do nothing: 224/16, attack of one step, hsic, bf16, Triton kernels, cuDNN attention off.
+# model, compiled, residual_dtype, checkpointing: {batch: peak}
 RECORDED = {
-    ("base", True, False): {64: 2533.4, 512: 11691.8},
-    ("base", True, True): {512: 4240.4},
-    ("ti", False, False): {64: 720.2, 256: 2281.4, 512: 4293.0},
+    ("ti", False, "fp32", False): {512: 4138.2},
+    ("ti", False, "bf16", False): {64: 683.4, 512: 4138.7},
+    ("ti", False, "bf16", True): {512: 2211.4},
+    ("base", False, "bf16", False): {64: 2547.5, 512: 11446.6},
+    ("base", False, "bf16", True): {512: 3775.3},
+    ("ti", True, "bf16", False): {512: 3709.9},
 }
 
 
 @functools.cache
-def prediction(model: str, compiled: bool, again: bool, side: int = 224) -> Prediction:
-    flags = {"model": f"mae_vit_{model}", "input_size": side, "compile": compiled, "activation_checkpointing": again}
-    return predict(PretrainConfig().updated(FULL | flags))
+def prediction(model: str, compiled: bool, residual: str, again: bool) -> Prediction:
+    flags = {"model": f"mae_vit_{model}", "compile": compiled, "residual_dtype": residual}
+    return predict(PretrainConfig().updated(FULL | flags | {"activation_checkpointing": again}))
 
 
-@pytest.mark.parametrize(("model", "compiled", "again"), RECORDED, ids=lambda value: str(value))
-def test_within_three_percent_of_the_recorded_peak(model, compiled, again):
-    for batch, recorded in RECORDED[model, compiled, again].items():
-        predicted = sum(peak(prediction(model, compiled, again), GPUS["h100-80"], batch).values()) * 1024
-        assert predicted == pytest.approx(recorded, rel=0.03), batch
+def step_mib(predicted: Prediction, batch: int) -> float:
+    """Without the batches that wait as uint8: the recorded steps have none."""
+    return 1024 * sum(size for kind, size in peak(predicted, GPUS["h100-80"], batch).items() if kind != "uint8 images")
+
+
+@pytest.mark.parametrize("configuration", RECORDED, ids=lambda c: "-".join(map(str, c)))
+def test_within_three_percent_of_the_recorded_peak(configuration):
+    for batch, recorded in RECORDED[configuration].items():
+        assert step_mib(prediction(*configuration), batch) == pytest.approx(recorded, rel=0.03), batch
+
+
+TI = ("ti", False, "bf16", False)
 
 
 def test_parameters_and_optimizer_by_hand():
     with torch.device("meta"):
         model = create_model("mae_vit_ti", img_size=224)
     blocks = [(p.requires_grad, -(-4 * p.numel() // 512) * 512) for p in model.parameters()]
-    at = prediction("ti", False, False).at(64)
-    assert at["parameters"] == sum(size for _, size in blocks)
+    linear = [p for m in model.modules() if isinstance(m, nn.Linear) for p in m.parameters(recurse=False)]
+    copies = sum(-(-2 * p.numel() // 512) * 512 for p in linear)
+    at = prediction(*TI).at(64)
+    assert at["parameters"] == sum(size for _, size in blocks) + copies
     # two moments and a step count for each trainable parameter; the penalty's and the attack's seeds are no state
     assert at["optimizer state"] == sum(2 * size + 512 for trains, size in blocks if trains)
+    assert at["uint8 images"] == 2 * 64 * 3 * 224 * 224
 
 
 def test_grows_with_the_batch_and_a_step_with_one_image_holds_the_gradients():
-    predicted = prediction("ti", False, False)
+    predicted = prediction(*TI)
     totals = [sum(predicted.at(batch).values()) for batch in (1, 2, 3, 8, 63, 64, 65, 500, 4096)]
     assert totals == sorted(totals)
     assert len(set(totals)) == len(totals)
+    # at the end of take_gradients: fp32 gradients, half of the moments, and the 16-bit ones of the linear layers
     trainable = predicted.at(1)["optimizer state"] / 2
-    assert predicted.at(1)["gradients"] == pytest.approx(trainable, rel=0.02)
+    assert 1.4 * trainable < predicted.at(1)["activations and gradients"] < 1.8 * trainable
     with pytest.raises(ValueError, match="batch_size: got 0"):
         predicted.at(0)
 
@@ -74,9 +97,8 @@ def test_grows_with_the_batch_and_a_step_with_one_image_holds_the_gradients():
 def test_accumulation_keeps_gradients():
     flags = {"model": "mae_vit_ti", "input_size": 32, "patch_size": 8, "compile": False}
     once, twice = (predict(PretrainConfig().updated(FULL | flags | {"accum_iter": n})).at(256) for n in (1, 2))
-    assert once["gradients"] < 0.1 * twice["gradients"]
-    assert twice["gradients"] == pytest.approx(twice["optimizer state"] / 2, rel=0.05)
-    assert sum(twice.values()) > sum(once.values())
+    more = twice["activations and gradients"] - once["activations and gradients"]
+    assert more == pytest.approx(twice["optimizer state"] / 2, rel=0.05)
 
 
 def test_sizes_say_how_they_grow():
@@ -98,9 +120,9 @@ def test_ledger_counts_what_lives():
         d = b.sum(0)
         del b
         e = c * 2
-    per_image = [moment.terms[3, 1] for moment in ledger.moments]
+    per_image = [moment.terms[-1, 1] for moment in ledger.moments]
     assert per_image == [40, 40, 80, 84, 84]  # the sum is made while a's memory lives; then a's goes and e's comes
-    assert ledger.alive[3].tolist() == [0, 84, 0]
+    assert ledger.alive[-1].tolist() == [0, 84, 0]
     del c, d, e
     assert not ledger.alive.any()
 
@@ -122,8 +144,8 @@ def graph_size(graph, key: int) -> int:
 
 
 def _by_hand(constant: float, per_image: float) -> Prediction:
-    terms = np.zeros((4, 3))
-    terms[0, 0], terms[3, 1] = constant, per_image
+    terms = np.zeros((len(KINDS), 3))
+    terms[0, 0], terms[-1, 1] = constant, per_image
     return Prediction([Run.of([Moment(0, terms, Scratch())])], [1], 1)
 
 
@@ -137,7 +159,7 @@ def test_largest_batch_leaves_the_reserve():
 def test_fewer_blocks_speak_for_more():
     runs = [_by_hand(10.0 * depth, 5.0).runs[0] for depth in (2, 3)]
     assert Prediction(runs, [2, 3], 12).at(4) == {
-        "parameters": 120, "gradients": 0, "optimizer state": 0, "activations and temporaries": 20
+        "parameters": 120, "optimizer state": 0, "uint8 images": 0, "activations and gradients": 20
     }  # fmt: skip
 
 
@@ -147,7 +169,7 @@ TINY = "--model mae_vit_ti --input_size 32 --patch_size 8 --attack pgd_mae --mi_
 def test_command_line(capsys):
     assert main([*TINY.split(), "--gpu", "a100-40"]) == 0
     text = capsys.readouterr().out
-    assert "mae_vit_ti at 32/8, bf16, eager, kernels triton; attack 1 step(s); penalty hsic" in text
+    assert "mae_vit_ti at 32/8, bf16, eager, kernels triton, attention short, residual fp32; attack 1" in text
     assert "a100-40" in text
     assert "h100-80" not in text
     lines = {line[:30].strip(): float(line.split()[-2]) for line in text.splitlines() if line.endswith(" GiB")}
@@ -162,6 +184,7 @@ def test_command_line(capsys):
         ("--memory_gib 0", "memory_gib: got 0, expected more than 0"),
         ("--memory_gib 8 --gpu a100-40", "memory_gib: got 8 beside --gpu a100-40"),
         ("--device cpu", "device: got cpu, expected cuda"),
+        ("--parallel fsdp --world_size 2", "parallel: got fsdp; fit predicts a process that has the whole model"),
         ("--batch_size 0", "batch_size: got 0, expected 1 or more"),
         ("--model mae_vit_gigantic", "unknown name 'mae_vit_gigantic'"),
         ("--patch_size 9", "patch_size: got 9, expected a divisor of input_size"),
@@ -197,36 +220,22 @@ def test_trainer_lets_go_of_the_last_step(tmp_path, monkeypatch):
 
 STEP = """
 import json, torch
-from mimir_fast.attack import frozen_twin
-from mimir_fast.build import build_attack, build_model, build_objective
+from bench.step.variants import trainers
 from mimir_fast.config import PretrainConfig
-from mimir_fast.distributed import World
-from mimir_fast.optim import Updater, build_optimizer
-from mimir_fast.step import draw_noise, pretrain_step
 torch.backends.cuda.enable_cudnn_sdp(False)
-flags, device = json.loads({flags!r}), torch.device("cuda")
-config = PretrainConfig().updated(flags)
-model = build_model(config, device)
-attack, (objective, loss) = build_attack(config, None, device), build_objective(config, World(), model)
-updater = Updater(build_optimizer(model, 1e-3, 0.05), device, False)
-for step in range(2):
-    torch.cuda.reset_peak_memory_stats()
-    images = torch.empty(flags["batch_size"], 3, 224, 224, device=device)
-    noise = draw_noise(torch.Generator(device), len(images), model.num_patches, attack)
-    with torch.autocast("cuda", torch.bfloat16):
-        output = pretrain_step(objective, frozen_twin(model), images, noise, attack, loss)
-    updater.backward(output.loss, 1)
-    updater.update()
-    del images, noise, output
+flags = json.loads({flags!r})
+step = trainers(PretrainConfig().updated(flags), torch.empty(flags["batch_size"], 3, 224, 224, device="cuda"))
+step()
+torch.cuda.reset_peak_memory_stats()
+step()
 print(torch.cuda.max_memory_allocated())
 """
 
 
 @pytest.mark.skipif(not PRETEND_GPU.exists(), reason=f"no pretend GPU at {PRETEND_GPU}")
 def test_within_three_percent_of_the_pretend_gpu(tmp_path):
-    flags = FULL | {"model": "mae_vit_ti", "compile": False, "batch_size": 128}
+    flags = FULL | {"model": "mae_vit_ti", "compile": False, "residual_dtype": "bf16", "batch_size": 128}
     words = [PRETEND_GPU, "--log", tmp_path / "log", sys.executable, "-c", STEP.format(flags=json.dumps(flags))]
     result = subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=REPOSITORY)
     assert result.returncode == 0, result.stderr
-    predicted = sum(peak(prediction("ti", False, False), GPUS["h100-80"], 128).values()) * 2**30
-    assert predicted == pytest.approx(int(result.stdout), rel=0.03)
+    assert step_mib(prediction(*TI), 128) * 2**20 == pytest.approx(int(result.stdout), rel=0.03)

@@ -11,6 +11,7 @@ from mimir_fast.arguments import build_parser, canonical, configuration
 from mimir_fast.build import penalty_name
 from mimir_fast.config import PretrainConfig
 from mimir_fast.fit.prediction import Prediction, predict
+from mimir_fast.pretrain import settle_defaults
 
 GIB = 2**30
 CONTEXT = 1.0  # GiB kept free for the CUDA context, loaded kernels and libraries
@@ -71,13 +72,17 @@ def parse_fit_args(argv: list[str]) -> tuple[PretrainConfig, dict[str, Gpu]]:
 
 
 def on_cuda(config: PretrainConfig, explicit: set[str]) -> PretrainConfig:
-    """The configuration with the defaults it would have on a CUDA device.  Raises ValueError if it asks for the CPU."""
+    """The configuration with the defaults it would have on a CUDA machine.
+
+    Raises ValueError if it asks for the CPU or for shards of the model, or is wrong in itself.
+    """
     if "device" in explicit and not config.run.device.startswith("cuda"):
         raise ValueError(f"device: got {config.run.device}, expected cuda: fit predicts GPU memory")
-    o = config.optim
-    kernels = "triton" if o.kernels == "auto" else o.kernels
-    compiled = True if o.compile is None else o.compile
-    return replace(config, optim=replace(o, precision=o.precision or "bf16", compile=compiled, kernels=kernels))
+    if config.optim.parallel == "fsdp" and config.dist.world_size > 1:
+        raise ValueError("parallel: got fsdp; fit predicts a process that has the whole model, expected ddp")
+    compiled = config.optim.compile in (None, True)  # whether this machine has a compiler or not
+    settled, _ = settle_defaults(replace(config, run=replace(config.run, device="cuda:0")), explicit)
+    return replace(settled, optim=replace(settled.optim, compile=compiled))
 
 
 def peak(prediction: Prediction, gpu: Gpu, batch: int) -> dict[str, float]:
@@ -105,7 +110,8 @@ def describe(config: PretrainConfig, prediction: Prediction, gpus: dict[str, Gpu
     """The lines of the report."""
     m, o, a = config.model, config.optim, config.attack
     attack = "none" if a.attack == "plain" else f"{a.steps} step(s)"
-    settings = ["compiled" if o.compile else "eager", f"kernels {o.kernels}"]
+    compiled = f"compiled by {o.compile_region}" if o.compile else "eager"
+    settings = [compiled, f"kernels {o.kernels}", f"attention {o.attention}", f"residual {o.residual_dtype}"]
     settings += ["activation checkpointing"] * o.activation_checkpointing
     kinds = peak(prediction, next(iter(gpus.values())), o.batch_size)
     lines = [
@@ -124,7 +130,7 @@ def describe(config: PretrainConfig, prediction: Prediction, gpus: dict[str, Gpu
             f"  {name:<12}{gpu.memory:7.1f} GiB {largest_batch(prediction, gpu):8d}   (batch {o.batch_size} {verdict})"
         )
     if config.dist.world_size > 1:
-        lines.append("world_size: data parallelism keeps one more copy of the gradients, which is not counted here")
+        lines.append("world_size: the gradients' buffers of data parallelism are not counted here")
     return lines
 
 

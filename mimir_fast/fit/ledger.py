@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from mimir_fast.fit.cuda import ON_CUDA, Scratch, scratch_of
 
-KINDS = ("parameters", "optimizer state", "activations and gradients")
+KINDS = ("parameters", "optimizer state", "uint8 images", "activations and gradients")
 ALLOCATION = 512  # CUDA's caching allocator hands out multiples of this, bytes
 
 

@@ -19,11 +19,11 @@ from mimir_fast.precision import AUTOCAST
 from mimir_fast.step import draw_noise, pretrain_step
 
 PRIMES = (509, 521, 523, 541, 547, 557)
-DEPTHS = (2, 3)  # encoder blocks traced when compiling: every stretch of the step grows linearly with the blocks
+DEPTHS = (1, 2)  # encoder blocks traced when compiling: every stretch of the step grows linearly with the blocks
 
 
 class Run(NamedTuple):
-    """A fake step's moments as arrays: segment [n], terms [n,kinds,3], scratch [n,4]."""
+    """A fake step's moments as arrays: segment [n], terms [n,kinds,3], scratch [n,2]."""
 
     segment: np.ndarray
     terms: np.ndarray
@@ -38,7 +38,7 @@ class Run(NamedTuple):
         """[segments,kinds] bytes: what was alive when each segment stood highest."""
         powers = np.array([1, batch, batch**2])
         alive = self.terms @ powers
-        alive[:, 2] += np.minimum(self.scratch[:, :3] @ powers, self.scratch[:, 3])
+        alive[:, -1] += np.minimum(self.scratch[:, 0] * batch, self.scratch[:, 1])
         total = alive.sum(axis=1)
         segments = (np.flatnonzero(self.segment == i) for i in range(self.segment.max() + 1))
         return np.stack([alive[rows[total[rows].argmax()]] for rows in segments if len(rows)])
@@ -87,6 +87,11 @@ def follow(config: PretrainConfig, depth: int) -> Run:
         ledger.start()
         ledger.hold(step.parameters(), "parameters")
         ledger.hold((t for state in step.updater.optimizer.state.values() for t in state.values()), "optimizer state")
+        side = config.model.input_size
+        ahead = [
+            torch.empty(ledger.batch, 3, side, side, dtype=torch.uint8) for _ in range(2)
+        ]  # this step's, the next one's
+        ledger.hold(ahead, "uint8 images")
         with ledger:
             step()
     torch.compiler.reset()
