@@ -36,8 +36,8 @@ FULL = {
     "attention": "short",
 }
 
-# torch.cuda.max_memory_allocated over a whole step, MiB, by torch 2.14's own caching allocator under a simulated H100 (sm_90) whose
-# kernels do nothing: 224/16, attack of one step, hsic, bf16, Triton kernels, cuDNN attention off.
+# torch.cuda.max_memory_allocated over a whole step, MiB, by torch 2.14's own caching allocator under a simulated H100 (sm_90)
+# whose kernels do nothing: 224/16, attack of one step, hsic, bf16, Triton kernels, cuDNN attention off.
 # model, compiled, residual_dtype, checkpointing: {batch: peak}
 RECORDED = {
     ("ti", False, "fp32", False): {512: 4138.2},
@@ -185,6 +185,7 @@ def test_command_line(capsys):
         ("--memory_gib 8 --gpu a100-40", "memory_gib: got 8 beside --gpu a100-40"),
         ("--device cpu", "device: got cpu, expected cuda"),
         ("--parallel fsdp --world_size 2", "parallel: got fsdp; fit predicts a process that has the whole model"),
+        ("--attention math --precision fp32 --residual_dtype bf16", "residual_dtype: bf16 goes with --precision bf16"),
         ("--batch_size 0", "batch_size: got 0, expected 1 or more"),
         ("--model mae_vit_gigantic", "unknown name 'mae_vit_gigantic'"),
         ("--patch_size 9", "patch_size: got 9, expected a divisor of input_size"),

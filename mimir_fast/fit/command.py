@@ -11,8 +11,12 @@ from mimir_fast.arguments import build_parser, canonical, configuration
 from mimir_fast.build import penalty_name
 from mimir_fast.config import PretrainConfig
 from mimir_fast.fit.prediction import Prediction, predict
+from mimir_fast.models.attention import PACKAGES
 from mimir_fast.pretrain import settle_defaults
 
+DESCRIPTION = """Peak GPU memory [GiB, 2^30 bytes] of one process's pre-training step, and the largest batch [images] that fits.
+Needs no GPU, reads no data, takes seconds when eager and a minute or two when compiled.  Exit status: 0 the batch fits a GPU,
+1 it does not, 2 wrong input."""
 GIB = 2**30
 CONTEXT = 1.0  # GiB kept free for the CUDA context, loaded kernels and libraries
 FRAGMENTATION = 0.05  # share of the predicted peak kept free for holes between allocations
@@ -55,7 +59,7 @@ def parse_fit_args(argv: list[str]) -> tuple[PretrainConfig, dict[str, Gpu]]:
 
     Exits with status 2 and one line on a wrong flag (argparse); raises ValueError on a wrong value.
     """
-    parser = build_parser("mimir-fast fit", "Peak GPU memory of a pre-training step, and the largest batch that fits.")
+    parser = build_parser("mimir-fast fit", DESCRIPTION)
     group = parser.add_argument_group("What it must fit (default: every GPU known by name)")
     group.add_argument("--gpu", choices=list(GPUS), help="a GPU by name and memory")
     group.add_argument("--memory_gib", type=float, metavar="FLOAT", help="any other GPU's memory [GiB]")
@@ -74,12 +78,14 @@ def parse_fit_args(argv: list[str]) -> tuple[PretrainConfig, dict[str, Gpu]]:
 def on_cuda(config: PretrainConfig, explicit: set[str]) -> PretrainConfig:
     """The configuration with the defaults it would have on a CUDA machine.
 
-    Raises ValueError if it asks for the CPU or for shards of the model, or is wrong in itself.
+    Raises ValueError if it asks for the CPU, for shards of the model or for a package's attention, or is wrong in itself.
     """
     if "device" in explicit and not config.run.device.startswith("cuda"):
         raise ValueError(f"device: got {config.run.device}, expected cuda: fit predicts GPU memory")
     if config.optim.parallel == "fsdp" and config.dist.world_size > 1:
         raise ValueError("parallel: got fsdp; fit predicts a process that has the whole model, expected ddp")
+    if config.optim.attention in PACKAGES:
+        raise ValueError(f"attention: got {config.optim.attention}; fit predicts auto, short, sdpa and math")
     compiled = config.optim.compile in (None, True)  # whether this machine has a compiler or not
     settled, _ = settle_defaults(replace(config, run=replace(config.run, device="cuda:0")), explicit)
     return replace(settled, optim=replace(settled.optim, compile=compiled))
@@ -129,6 +135,8 @@ def describe(config: PretrainConfig, prediction: Prediction, gpus: dict[str, Gpu
         lines.append(
             f"  {name:<12}{gpu.memory:7.1f} GiB {largest_batch(prediction, gpu):8d}   (batch {o.batch_size} {verdict})"
         )
+    if o.compile and o.compile_mode in ("reduce-overhead", "max-autotune"):
+        lines.append(f"compile_mode: {o.compile_mode} runs CUDA graphs, whose memory pools are not counted here")
     if config.dist.world_size > 1:
         lines.append("world_size: the gradients' buffers of data parallelism are not counted here")
     return lines

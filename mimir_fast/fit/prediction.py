@@ -69,7 +69,8 @@ def predict(config: PretrainConfig) -> Prediction:
     """
     with torch.device("meta"):
         depth = len(build_model(config, torch.device("meta")).blocks)
-    depths = list(DEPTHS) if config.optim.compile and depth > DEPTHS[-1] else [depth]
+    whole = config.optim.compile and config.optim.compile_region == "model"
+    depths = list(DEPTHS) if whole and depth > DEPTHS[-1] else [depth]
     return Prediction([follow(config, blocks) for blocks in depths], depths, depth)
 
 
