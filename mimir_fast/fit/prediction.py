@@ -75,7 +75,7 @@ def predict(config: PretrainConfig) -> Prediction:
 
 
 def follow(config: PretrainConfig, depth: int) -> Run:
-    """Run the step with `depth` encoder blocks on fake tensors: once to make the optimizer's state, once under the ledger."""
+    """Run the step with `depth` encoder blocks on fake tensors, after a warm-up, under the ledger."""
     with torch.device("meta"):
         model = build_model(config, torch.device("meta"))
     model.blocks = model.blocks[:depth]
@@ -84,7 +84,7 @@ def follow(config: PretrainConfig, depth: int) -> Run:
     with FakeTensorMode(), autocast_like_cuda():
         _fill(model)
         step = _Step(config, model, ledger)
-        step()
+        step.warm_up()
         ledger.start()
         ledger.hold(step.parameters(), "parameters")
         ledger.hold((t for state in step.updater.optimizer.state.values() for t in state.values()), "optimizer state")
@@ -133,6 +133,14 @@ class _Step:
         """The parameters, and the 16-bit copies if there are any."""
         copies = self.updater.compute.copies if self.updater.compute else []
         return [*self.model.parameters(), *self.model.buffers(), *copies]
+
+    def warm_up(self) -> None:
+        """Compile what will be compiled, and make the optimizer's state: an eager step needs no more than an update for it."""
+        if self.config.optim.compile:
+            return self()
+        for p in self.model.parameters():
+            p.grad = torch.empty_like(p) if p.requires_grad else None
+        self.updater.update()
 
     def __call__(self) -> None:
         for _ in range(min(self.config.optim.accum_iter, 2)):  # from the second on, gradients are there from the start
