@@ -21,8 +21,14 @@ def parse_pretrain_args(argv: list[str]) -> tuple[PretrainConfig, set[str]]:
 
     Exits with status 2 and one line on a wrong flag (argparse); raises ValueError on a wrong value or configuration file.
     """
-    parser = build_parser()
-    given = vars(parser.parse_args([_canonical(word) for word in argv]))
+    return configuration(vars(build_parser().parse_args([canonical(word) for word in argv])))
+
+
+def configuration(given: dict) -> tuple[PretrainConfig, set[str]]:
+    """What build_parser's parser found -> the checked configuration, and the names of the flags that were set anywhere.
+
+    Raises ValueError on a wrong value or configuration file.
+    """
     recipe, config_file = given.pop("recipe", None), given.pop("config", None)
     config, explicit = PretrainConfig(), set()
     if recipe is not None:
@@ -34,11 +40,14 @@ def parse_pretrain_args(argv: list[str]) -> tuple[PretrainConfig, set[str]]:
     return config.check(), explicit
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(
+    prog: str = "mimir-fast pretrain",
+    description: str = "MIMIR pre-training: a masked autoencoder sees adversarial images and reconstructs the clean ones.",
+) -> argparse.ArgumentParser:
     """One argument group per stage; every default is left out of the result, so that only given flags appear in it."""
     parser = argparse.ArgumentParser(
-        prog="mimir-fast pretrain",
-        description="MIMIR pre-training: a masked autoencoder sees adversarial images and reconstructs the clean ones.",
+        prog=prog,
+        description=description,
         epilog="Flags take _ or - and any unambiguous beginning. (new) marks flags the original does not have.",
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120),
@@ -78,7 +87,7 @@ def _switch(default: bool | None) -> str:
     return {True: "on", False: "off", None: "see above"}[default]
 
 
-def _canonical(word: str) -> str:
+def canonical(word: str) -> str:
     """--local-rank=3 -> --local_rank=3; a beginning shared by one original flag means that flag, whatever is new."""
     if not word.startswith("--"):
         return word

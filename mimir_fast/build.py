@@ -59,6 +59,7 @@ def build_model(config: PretrainConfig, device: torch.device) -> MaskedAutoencod
         "residual_dtype": residual,
         "attention": o.attention,
         "mlp": o.mlp,
+        "activation_checkpointing": o.activation_checkpointing,
     }
     return create_model(m.model, **size, **options).to(device)
 
@@ -101,11 +102,15 @@ class Computation(NamedTuple):
 
 
 def build_computation(
-    config: PretrainConfig, world: World, model: MaskedAutoencoderViT, updater: Updater
+    config: PretrainConfig,
+    world: World,
+    model: MaskedAutoencoderViT,
+    updater: Updater,
+    backend: str | Callable = "inductor",
 ) -> Computation:
     """16-bit copy or shards (told to the updater), frozen twin, compiled pieces, data parallelism: as configured.
 
-    Unless it is sharded, `model` is up to date after every update.
+    Unless it is sharded, `model` is up to date after every update.  backend: torch.compile's.
     """
     o = config.optim
     states = partial(_states, model, updater.optimizer)
@@ -117,7 +122,7 @@ def build_computation(
             updater.compute = ComputeCopy(model, AUTOCAST[o.precision])
             model = updater.compute.module
     attacked = frozen_twin(model)
-    pieces = Compiled(model, attacked, o.compile, o.compile_mode, o.compile_region)
+    pieces = Compiled(model, attacked, o.compile, o.compile_mode, o.compile_region, backend)
     penalty = (penalty_name(config), config.penalty.mi_xpl)
     objective = Objective(model, config.model.mask_ratio, *penalty, pieces.encode, pieces.reconstruct)
     computation = Computation(objective, attacked, pieces.attack_loss, states)

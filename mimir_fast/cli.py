@@ -5,6 +5,7 @@ import sys
 
 VERBS = {
     "pretrain": ("mimir_fast.pretrain", "adversarial masked-autoencoder pre-training"),
+    "fit": ("mimir_fast.fit.command", "peak memory of a pre-training and the largest batch that fits; needs no GPU"),
     "report": ("mimir_fast.report", "HTML report of a run's folder"),
 }
 

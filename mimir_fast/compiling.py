@@ -50,11 +50,12 @@ class Compiled:
         compile: bool = True,
         mode: str = "default",
         region: str = "model",
+        backend: str | Callable = "inductor",
     ):
         self.encode: Callable[..., Tensor] = model.encode
         self.reconstruct: Callable[..., tuple[Tensor, Tensor]] = model.reconstruct
         self.attack_loss: Callable[..., tuple[Tensor, Tensor]] = reconstruction
-        options = {"fullgraph": True, "dynamic": False, "mode": mode}
+        options = {"fullgraph": True, "dynamic": False, "mode": mode, "backend": backend}
         if compile and region == "block":
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, BLOCK_GRAPHS)
             for block in [b for m in (model, twin) for b in (*m.blocks, *m.decoder_blocks)]:

@@ -119,6 +119,9 @@ class OptimConfig:
         choices=("auto", "triton", "reference"),
         new=True,
     )
+    activation_checkpointing: bool = flag(
+        False, "compute each encoder block again in the backward pass: less memory, a third more encoder time", new=True
+    )
     attention: str = flag(
         "auto",
         "attention backend; auto: short on CUDA in 16 bits with --kernels triton, else sdpa; short: our kernel where it offers "

@@ -111,6 +111,7 @@ class Trainer:
             images_u8 = next(batches)
             waited += time.perf_counter() - started
             updates = (step + 1) % o.accum_iter == 0
+            images = output = None  # let go of the last step's before the next one needs the room
             images, output = self._micro_step(images_u8, step, updates)
             grad_norm = self.updater.update() if updates else None
             sums += self._terms(output, grad_norm, lr)

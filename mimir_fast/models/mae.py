@@ -3,11 +3,17 @@
 Shapes: B batch, C channels, L patches, K kept patches, P = p*p*C numbers per patch, D encoder width, E decoder width.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mimir_fast.kernels import mask_indices, masked_patch_loss, patch_gather, token_restore
 from mimir_fast.models.layers import Block, PatchEmbed, add_and_norm, sincos_table
+
+# nothing in a block is random: no generator state to keep, which would wait for the device
+recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 class MaskedAutoencoderViT(nn.Module):
@@ -15,6 +21,7 @@ class MaskedAutoencoderViT(nn.Module):
 
     The state dict has the original MIMIR's keys, shapes and order.  Positional tables are fixed (requires_grad False).
     kernels: implementation of the operations in mimir_fast.kernels, "auto" (Triton on CUDA), "triton" or "reference".
+    activation_checkpointing: keep each encoder block's inputs only and compute the block again in the backward pass.
     attention: backend by name, see mimir_fast/models/attention.py; mlp: implementation of the operation mlp, as for kernels.
     residual_dtype: storage of the tokens between blocks; default: whatever comes out of adding to fp32 tokens, fp32.
     Raises ValueError where sizes do not fit together.
@@ -38,6 +45,7 @@ class MaskedAutoencoderViT(nn.Module):
         residual_dtype: torch.dtype | None = None,
         attention: str = "auto",
         mlp: str = "auto",
+        activation_checkpointing: bool = False,
     ):
         super().__init__()
         if patch_size < 1 or img_size % patch_size:
@@ -46,6 +54,7 @@ class MaskedAutoencoderViT(nn.Module):
             raise ValueError(f"decoder_depth: expected 1 or more, got {decoder_depth}")
         self.img_size, self.patch_size, self.norm_pix_loss = img_size, patch_size, norm_pix_loss
         self.kernels, self.residual_dtype = kernels, residual_dtype
+        self.activation_checkpointing = activation_checkpointing
         self.num_patches = (img_size // patch_size) ** 2
         # declared first: the order of the state dict is part of the checkpoint format
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -122,7 +131,7 @@ class MaskedAutoencoderViT(nn.Module):
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
         stream = (self._residual(torch.cat([cls_token, tokens], dim=1)), None, None)
         for block in self.blocks:
-            stream = block(*stream)
+            stream = recomputed(block, *stream) if self.activation_checkpointing else block(*stream)
         return add_and_norm(*stream, self.norm, self.kernels, self.norm.weight.dtype)[1]
 
     def reconstruct(self, latent: Tensor, ids_shuffle: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -127,6 +127,17 @@ def test_traffic_is_the_contracts():
     assert s.st["dot_flops"] == 2 * 2 * M * D * F
 
 
+def test_sums_of_more_tiles_than_are_added_at_a_time():
+    rows = kernel.HOPPER["BLOCK_M"] * kernel.SUMS["ROWS"] + 1
+    _, _, _, weight2 = inputs((1,), 8, 16)
+    grad, pre = torch.randn(rows, 8).to(BF16), torch.randn(rows, 16).to(BF16)
+    with interpret(Sanitizer()) as s:
+        grad_pre, sums = kernel.gelu_linear_grad(grad, weight2, pre, True)
+    assert not s.errors
+    expected = grad_pre.double().sum(0)
+    assert ((sums - expected).abs() < 0.02 * expected.abs() + 0.5).all()
+
+
 @triton.jit
 def _offsets_of_first_row(out, M, F):
     _, row_M, first = kernel._tile(M, F, 128, 128, 8)

@@ -1,0 +1,1 @@
+"""Peak GPU memory of a pre-training step, predicted without a GPU."""

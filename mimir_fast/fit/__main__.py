@@ -1,0 +1,5 @@
+import sys
+
+from mimir_fast.fit.command import main
+
+sys.exit(main())

@@ -1,0 +1,75 @@
+"""Where CUDA differs from what fake CPU tensors show: attention's layout, and bytes kernels need while they run."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+MULTIPROCESSORS, THREADS = 132, 2048  # of an H100, and of one of its multiprocessors
+
+
+class Scratch(NamedTuple):
+    """Bytes a kernel needs while it runs: per_image times the batch, but no more than `most`."""
+
+    per_image: float = 0.0
+    most: float = math.inf
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+    """What scaled_dot_product_attention leaves on CUDA (flash in 16 bits, memory-efficient in fp32), in place of the CPU's."""
+    if query.dtype == torch.float32:
+        return aten._scaled_dot_product_efficient_attention.default(query, key, value, None, True)[:2]
+    return aten._scaled_dot_product_flash_attention.default(query, key, value)[:2]
+
+
+def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *_, **__):
+    """Gradients of `_attention`: three tensors in CUDA's layout."""
+    seed = query.new_empty((), dtype=torch.int64)
+    if query.dtype == torch.float32:
+        given = (grad, query, key, value, None, out, lse, seed, seed, 0.0, [True, True, True, False])
+        return aten._scaled_dot_product_efficient_attention_backward.default(*given)[:3]
+    lengths = (query.shape[2], key.shape[2])
+    given = (grad, query, key, value, out, lse, None, None, *lengths, 0.0, False, seed, seed)
+    return aten._scaled_dot_product_flash_attention_backward.default(*given)
+
+
+ON_CUDA: dict[object, Callable] = {
+    aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward,
+}
+
+
+def _flash_sums(batch: int, grad: Tensor, query: Tensor, *_, **__) -> Scratch:
+    """fp32 sums of dq [B,N,T,d] and of grad * out [B,N,T], T rounded up to 128 and d to 32."""
+    B, N, T, d = query.shape
+    return Scratch(4 * B * N * math.ceil(T / 128) * 128 * (math.ceil(d / 32) * 32 + 1) / batch)
+
+
+def _column_sums(batch: int, rows: Tensor, dims: list[int] | None = None, *_, **__) -> Scratch:
+    """A bias gradient, ATen's sum over all dimensions but the last: partial sums by blocks of 32 x 4 threads, 4 columns each.
+
+    Room for 128 numbers per column and block row; each thread sums 16 rows or more, and the grid does not exceed what the GPU
+    runs at once.
+    """
+    if not dims or rows.ndim < 2 or sorted(d % rows.ndim for d in dims) != list(range(rows.ndim - 1)):
+        return Scratch()
+    columns = rows.shape[-1]
+    per_thread = rows.numel() // columns / 4
+    if per_thread < 256 or not rows.is_contiguous() or columns % 4:
+        return Scratch()
+    most = math.ceil(MULTIPROCESSORS * (THREADS // 128) / math.ceil(columns / 128))
+    return Scratch(4 * columns * 128 * per_thread / 16 / batch, 4 * columns * 128 * most)
+
+
+SCRATCH: dict[object, Callable[..., Scratch]] = {
+    aten._scaled_dot_product_flash_attention_backward.default: _flash_sums,
+    aten.sum.dim_IntList: _column_sums,
+}
+
+
+def scratch_of(func, batch: int, *args, **kwargs) -> Scratch:
+    """Bytes that this operator, called like this at the prime batch, needs while it runs."""
+    return SCRATCH[func](batch, *args, **kwargs) if func in SCRATCH else Scratch()
