@@ -55,7 +55,7 @@ def test_deep_decoders_compile_by_block(monkeypatch):
 
     compile = torch.nn.Module.compile
     monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda self, mode, **options: compile(self, **options, backend=count)
+        torch.nn.Module, "compile", lambda self, mode, backend, **options: compile(self, **options, backend=count)
     )
     model = MaskedAutoencoderViT(**(SMALL | {"depth": 3, "decoder_depth": 3}))
     twin = frozen_twin(model)

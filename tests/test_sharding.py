@@ -94,7 +94,7 @@ def worker(rank: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def _compile_quickly(module: nn.Module, mode: str, **options) -> None:
+def _compile_quickly(module: nn.Module, mode: str, backend: str, **options) -> None:
     """Graphs and gradients as for Inductor, without generating code."""
     module._compiled_call_impl = torch.compile(module._call_impl, backend="aot_eager", **options)
 
