@@ -36,6 +36,7 @@ class Variant:
     config: str
     dtype: str
     wide: bool  # 16-byte global loads and stores are expected
+    archs: tuple[int, ...] = field(repr=False)
     module: str = field(repr=False)
     signature: dict = field(repr=False)
     constants: dict = field(repr=False)
@@ -50,8 +51,8 @@ def variants(op: str) -> list[Variant]:
         for kernel, arguments, options in _recorded(launch.call):
             wide = kernel.__name__ not in launch.narrow
             source = _source(kernel, arguments)
-            key = repr((kernel.__name__, *source, options))
-            label = (op, kernel.__name__, launch.config, launch.dtype, wide, kernel.__module__)
+            key = repr((kernel.__name__, *source, options, launch.archs))
+            label = (op, kernel.__name__, launch.config, launch.dtype, wide, launch.archs, kernel.__module__)
             found.setdefault(key, Variant(*label, *source, options))
     return list(found.values())
 
@@ -115,7 +116,7 @@ def complaints(record: dict) -> Iterator[str]:
 
 def compile_all(ops: list[str], processes: int = 2) -> list[dict]:
     """Records of every variant of these operations on every architecture."""
-    jobs = [(variant, arch) for op in ops for variant in variants(op) for arch in ARCHS]
+    jobs = [(variant, arch) for op in ops for variant in variants(op) for arch in variant.archs]
     with ProcessPoolExecutor(processes) as pool:
         return list(pool.map(compiled, *zip(*jobs), chunksize=4))
 

@@ -18,12 +18,14 @@ class Launch:
     dtype     the storage it is about, e.g. "bf16"
     call      invokes the launchers, forward and backward
     narrow    kernels (function names) that need no 16-byte loads and stores: few bytes, or rows too short or unaligned
+    archs     where it is launched: 80 is an A100, 90 an H100
     """
 
     config: str
     dtype: str
     call: Callable[[], object]
     narrow: frozenset[str] = frozenset()
+    archs: tuple[int, ...] = (80, 90)
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

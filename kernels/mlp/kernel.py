@@ -1,7 +1,7 @@
 """The MLP in Triton: two of its six products, with GELU where their tiles are in registers, and the autograd around all six.
 
-Shapes: M rows, D width, F hidden width, T tiles of rows.  A tile's epilogue goes column part by column part, so that GELU's
-intermediate values take few registers.
+Shapes: M rows, D width, F hidden width, T tiles of rows.  Tiles end where columns do (op.supported).  A tile's epilogue goes
+column part by column part, so that GELU's intermediate values take few registers.
 """
 
 import torch
@@ -31,24 +31,16 @@ def _tile(M, F, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, GROUP: tl.constexp
 
 @triton.jit
 def _product(
-    left, right, row_M, first, M, F, D, stride_k, stride_f,
-    BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+    left, right, row_M, first, M, D, stride_k, stride_f, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """A tile of left [M,D] right [D,F] in fp32; right has strides.  Rows and columns past the end repeat the last one."""
-    column_F = tl.minimum(first + tl.arange(0, BLOCK_F), F - 1)
-    if EVEN:
-        column_F = tl.max_contiguous(tl.multiple_of(first + tl.arange(0, BLOCK_F), BLOCK_F), BLOCK_F)
+    """A tile of left [M,D] right [D,F] in fp32; right has strides.  Rows past the end repeat the last one."""
+    column_F = first + tl.arange(0, BLOCK_F)
     k_K = tl.arange(0, BLOCK_K)
     left_MK = left + tl.minimum(row_M, M - 1)[:, None] * D + k_K[None, :]
     right_KF = right + k_K[:, None].to(tl.int64) * stride_k + column_F[None, :].to(tl.int64) * stride_f
     sum_MF = tl.zeros([row_M.shape[0], BLOCK_F], tl.float32)
-    for start in range(0, D, BLOCK_K):
-        if EVEN:
-            sum_MF = tl.dot(tl.load(left_MK), tl.load(right_KF), sum_MF)
-        else:
-            exists_K = start + k_K < D
-            left_tile_MK = tl.load(left_MK, mask=exists_K[None, :], other=0)
-            sum_MF = tl.dot(left_tile_MK, tl.load(right_KF, mask=exists_K[:, None], other=0), sum_MF)
+    for _ in range(0, D, BLOCK_K):
+        sum_MF = tl.dot(tl.load(left_MK), tl.load(right_KF), sum_MF)
         left_MK += BLOCK_K
         right_KF += BLOCK_K * stride_k
     return sum_MF
@@ -74,7 +66,7 @@ def _quarters(tile_MF):
 @triton.jit
 def _linear_gelu_kernel(
     x, weight, bias, act, pre, M, F, D,
-    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """formula      pre = x weight^T + bias, act = gelu(pre)
     shapes       x [M,D], weight [F,D], bias [F] -> act, pre [M,F], all contiguous
@@ -84,22 +76,21 @@ def _linear_gelu_kernel(
     source       Hendrycks and Gimpel, Gaussian Error Linear Units, 2016
     """
     _, row_M, first = _tile(M, F, BLOCK_M, BLOCK_F, GROUP)
-    parts = _quarters(_product(x, weight, row_M, first, M, F, D, 1, D, BLOCK_F, BLOCK_K, EVEN))
+    parts = _quarters(_product(x, weight, row_M, first, M, D, 1, D, BLOCK_F, BLOCK_K))
     for i in tl.static_range(4):
         column_1C = (first + i * (BLOCK_F // 4) + tl.arange(0, BLOCK_F // 4))[None, :]
-        exists_MC = (row_M[:, None] < M) & (column_1C < F)
-        bias_1C = tl.load(bias + column_1C, mask=column_1C < F, other=0).to(tl.float32)
+        bias_1C = tl.load(bias + column_1C).to(tl.float32)
         pre_MC = (parts[i] + bias_1C).to(pre.dtype.element_ty)
-        tl.store(pre + row_M[:, None] * F + column_1C, pre_MC, mask=exists_MC)
+        tl.store(pre + row_M[:, None] * F + column_1C, pre_MC, mask=row_M[:, None] < M)
         h_MC = pre_MC.to(tl.float32)
         act_MC = h_MC * (0.5 + 0.5 * tl.math.erf(h_MC * 0.7071067811865476))
-        tl.store(act + row_M[:, None] * F + column_1C, act_MC.to(act.dtype.element_ty), mask=exists_MC)
+        tl.store(act + row_M[:, None] * F + column_1C, act_MC.to(act.dtype.element_ty), mask=row_M[:, None] < M)
 
 
 @triton.jit
 def _gelu_linear_grad_kernel(
     grad, weight, pre, grad_pre, sums, M, F, D,
-    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """formula      grad_pre = (grad weight) gelu'(pre); sums[t] = sum of grad_pre over the rows of tile t, if asked for
     shapes       grad [M,D], weight [D,F], pre [M,F] -> grad_pre [M,F], sums [T,F], all contiguous
@@ -109,18 +100,19 @@ def _gelu_linear_grad_kernel(
     source       derivative of _linear_gelu_kernel
     """
     tile, row_M, first = _tile(M, F, BLOCK_M, BLOCK_F, GROUP)
-    parts = _quarters(_product(grad, weight, row_M, first, M, F, D, F, 1, BLOCK_F, BLOCK_K, EVEN))
+    parts = _quarters(_product(grad, weight, row_M, first, M, D, F, 1, BLOCK_F, BLOCK_K))
     for i in tl.static_range(4):
         column_1C = (first + i * (BLOCK_F // 4) + tl.arange(0, BLOCK_F // 4))[None, :]
-        exists_MC = (row_M[:, None] < M) & (column_1C < F)
-        h_MC = tl.load(pre + row_M[:, None] * F + column_1C, mask=exists_MC, other=0).to(tl.float32)
+        h_MC = tl.load(pre + row_M[:, None] * F + column_1C, mask=row_M[:, None] < M, other=0).to(tl.float32)
         density_MC = 0.3989422804014327 * tl.exp(-0.5 * h_MC * h_MC)
         slope_MC = 0.5 + 0.5 * tl.math.erf(h_MC * 0.7071067811865476) + h_MC * density_MC
         grad_MC = parts[i] * slope_MC
-        tl.store(grad_pre + row_M[:, None] * F + column_1C, grad_MC.to(grad_pre.dtype.element_ty), mask=exists_MC)
+        tl.store(
+            grad_pre + row_M[:, None] * F + column_1C, grad_MC.to(grad_pre.dtype.element_ty), mask=row_M[:, None] < M
+        )
         if sums is not None:
             sum_1C = tl.sum(tl.where(row_M[:, None] < M, grad_MC, 0.0), axis=0, keep_dims=True)
-            tl.store(sums + tile.to(tl.int64) * F + column_1C, sum_1C, mask=column_1C < F)
+            tl.store(sums + tile.to(tl.int64) * F + column_1C, sum_1C)
 
 
 @triton.jit
@@ -136,9 +128,9 @@ def _add_sums_kernel(sums, out, T, F, ROWS: tl.constexpr, COLUMNS: tl.constexpr)
     sum_RC = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, T, ROWS):
         tile_R1 = start + tl.arange(0, ROWS)[:, None]
-        sum_RC += tl.load(sums + tile_R1.to(tl.int64) * F + column_1C, mask=(tile_R1 < T) & (column_1C < F), other=0)
+        sum_RC += tl.load(sums + tile_R1.to(tl.int64) * F + column_1C, mask=tile_R1 < T, other=0)
     sum_1C = tl.sum(sum_RC, axis=0, keep_dims=True)
-    tl.store(out + column_1C, sum_1C.to(out.dtype.element_ty), mask=column_1C < F)
+    tl.store(out + column_1C, sum_1C.to(out.dtype.element_ty))
 
 
 def linear_gelu_forward(x_MD: Tensor, weight_FD: Tensor, bias_F: Tensor, config: dict | None = None) -> tuple:
@@ -146,7 +138,7 @@ def linear_gelu_forward(x_MD: Tensor, weight_FD: Tensor, bias_F: Tensor, config:
     (M, D), F, config = x_MD.shape, weight_FD.shape[0], config or _config(x_MD)
     act_MF, pre_MF = _fake_forward(x_MD, weight_FD, bias_F)
     tensors = (x_MD.contiguous(), weight_FD.contiguous(), bias_F.contiguous(), act_MF, pre_MF)
-    _linear_gelu_kernel[_grid(M, F, config)](*tensors, M, F, D, GROUP=GROUP, EVEN=_even(F, D, config), **config)
+    _linear_gelu_kernel[_grid(M, F, config)](*tensors, M, F, D, GROUP=GROUP, **config)
     return act_MF, pre_MF
 
 
@@ -159,7 +151,7 @@ def gelu_linear_backward(
     tiles = triton.cdiv(M, config["BLOCK_M"])
     sums_TF = grad_MD.new_empty((tiles, F), dtype=torch.float32) if with_sums else None
     tensors = (grad_MD.contiguous(), weight_DF.contiguous(), pre_MF.contiguous(), grad_pre_MF, sums_TF)
-    _gelu_linear_grad_kernel[_grid(M, F, config)](*tensors, M, F, D, GROUP=GROUP, EVEN=_even(F, D, config), **config)
+    _gelu_linear_grad_kernel[_grid(M, F, config)](*tensors, M, F, D, GROUP=GROUP, **config)
     if with_sums:
         _add_sums_kernel[(triton.cdiv(F, SUMS["COLUMNS"]),)](sums_TF, sum_F, tiles, F, **SUMS)
     return grad_pre_MF, sum_F
@@ -173,11 +165,6 @@ def _config(tensor: Tensor) -> dict:
 
 def _grid(M: int, F: int, config: dict) -> tuple[int]:
     return (triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(F, config["BLOCK_F"]),)
-
-
-def _even(F: int, D: int, config: dict) -> bool:
-    """Whether tiles end where the matrices do, rows apart."""
-    return F % config["BLOCK_F"] == 0 and D % config["BLOCK_K"] == 0
 
 
 def _fake_forward(x_MD, weight_FD, bias_F):
@@ -230,11 +217,9 @@ def launches() -> list[Launch]:
         for with_sums in (True, False):
             gelu_linear_backward(x_MD, weight2_DF, pre_MF, with_sums, config)
 
-    sums = frozenset(["_add_sums_kernel"])  # it writes 32 numbers per program
-    odd = sums | {"_linear_gelu_kernel", "_gelu_linear_grad_kernel"}  # rows that are not aligned
-    cases = [(768, 3072, "bf16", sums), (768, 3072, "fp16", sums), (48, 200, "bf16", sums), (50, 193, "bf16", odd)]
+    narrow = frozenset(["_add_sums_kernel"])  # it writes 32 numbers per program
     return [
-        Launch(f"{name} D{D} F{F}", kind, lambda a=(D, F, STORAGE[kind], config): call(*a), narrow)
-        for name, config in (("ampere", AMPERE), ("hopper", HOPPER))
-        for D, F, kind, narrow in cases
+        Launch(f"D{D} F{4 * D}", kind, lambda a=(D, 4 * D, STORAGE[kind], config): call(*a), narrow, archs)
+        for archs, config in (((80,), AMPERE), ((90,), HOPPER))
+        for D, kind in ((768, "bf16"), (768, "fp16"), (192, "bf16"))
     ]

@@ -6,6 +6,12 @@ from mimir_fast.kernels.registration import check_floats, choose
 from torch import Tensor
 
 HALF = (torch.float16, torch.bfloat16)
+TILE_D, TILE_F = 64, 128
+
+
+def supported(width: int, hidden: int, dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether impl="triton" takes these widths and this dtype: whole tiles of columns, 16 bits."""
+    return dtype in HALF and width % TILE_D == 0 and hidden % TILE_F == 0
 
 
 def mlp(x: Tensor, weight1_FD: Tensor, bias1_F: Tensor, weight2_DF: Tensor, impl: str = "auto") -> Tensor:
@@ -20,7 +26,8 @@ def mlp(x: Tensor, weight1_FD: Tensor, bias1_F: Tensor, weight2_DF: Tensor, impl
     determinism  fixed order; tiles depend on the GPU's generation only
     source       Hendrycks and Gimpel, Gaussian Error Linear Units, 2016; Vaswani et al., Attention Is All You Need, 2017
 
-    impl: "triton" (16-bit storage), "reference" or "auto" (triton on CUDA in 16 bits).
+    impl: "triton" (where `supported(D, F, dtype)`: 16 bits, D a multiple of 64, F of 128), "reference" or "auto" (triton on
+    CUDA where supported).
     Raises ValueError if shapes, devices or dtypes disagree, or an element type or impl is not on offer.
     """
     D, F = x.shape[-1], weight1_FD.shape[0]
@@ -34,7 +41,7 @@ def mlp(x: Tensor, weight1_FD: Tensor, bias1_F: Tensor, weight2_DF: Tensor, impl
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         tensors = {name: t.to(dtype) for name, t in tensors.items()}
-    if impl == "auto" and tensors["x"].dtype not in HALF:
+    if impl == "auto" and not supported(D, F, tensors["x"].dtype):
         impl = "reference"
     if choose(impl, x) == "reference":
         return reference.mlp(*tensors.values())
@@ -43,4 +50,6 @@ def mlp(x: Tensor, weight1_FD: Tensor, bias1_F: Tensor, weight2_DF: Tensor, impl
     for name, tensor in tensors.items():
         if tensor.dtype not in HALF or tensor.dtype != tensors["x"].dtype:
             raise ValueError(f"{name}: the triton implementation takes fp16 or bf16, one for all, got {tensor.dtype}")
+    if not supported(D, F):
+        raise ValueError(f"weight1: triton takes D a multiple of {TILE_D} and F of {TILE_F}, got D={D}, F={F}")
     return kernel.MLP.apply(*tensors.values())

@@ -6,6 +6,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from mimir_fast.kernels import add_layer_norm, mlp
+from mimir_fast.kernels.mlp.op import supported
 from mimir_fast.models.attention import attention, check_backend
 
 
@@ -57,7 +58,8 @@ class Block(nn.Module):
         delta_BTD = self.attn(normed_BTD, first)
         x_BTD, normed_BTD = add_and_norm(x_BTD[:, first:], delta_BTD, self.attn.proj.bias, self.norm2, self.kernels)
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
-        return x_BTD, mlp(normed_BTD, fc1.weight, fc1.bias, fc2.weight, self.mlp_kernels), fc2.bias
+        kernels = self.mlp_kernels if supported(fc1.in_features, fc1.out_features) else "reference"
+        return x_BTD, mlp(normed_BTD, fc1.weight, fc1.bias, fc2.weight, kernels), fc2.bias
 
 
 def add_and_norm(

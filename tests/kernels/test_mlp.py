@@ -12,12 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 NAMES = ("x", "weight1", "bias1", "weight2")
 BF16 = torch.bfloat16
-SHAPES = [  # leading sizes, D, F
-    ((1,), 9, 33),
-    ((2, 3), 17, 25),
-    ((3, 45), 64, 128),  # two tiles of rows, whole tiles of columns
-    ((130,), 70, 131),  # two tiles of rows and of columns, neither full
-]
+SHAPES = [((1,), 64, 128), ((2, 3), 128, 128), ((3, 45), 64, 256), ((130,), 192, 384)]  # leading sizes, D, F
 
 
 def inputs(leading, D, F, dtype=BF16):
@@ -56,8 +51,8 @@ def test_values_and_gradients(shape, dtype):
 def test_hidden_values_and_sums_are_close_to_float64_before_they_are_rounded_again(config, monkeypatch):
     """GELU of h as stored, its exact derivative, and sums in fp32: closer than a second rounding would allow."""
     monkeypatch.setattr(kernel, "HOPPER", getattr(kernel, config))
-    x, weight1, bias1, weight2 = inputs((150,), 96, 160)
-    grad = torch.randn(150, 96).to(BF16)
+    x, weight1, bias1, weight2 = inputs((150,), 128, 256)
+    grad = torch.randn(150, 128).to(BF16)
     with interpret(Sanitizer()) as s:
         act, pre = kernel.linear_gelu(x, weight1, bias1)
         grad_pre, sums = kernel.gelu_linear_grad(grad, weight2, pre, True)
@@ -76,7 +71,7 @@ def test_hidden_values_and_sums_are_close_to_float64_before_they_are_rounded_aga
 
 @pytest.mark.parametrize("view", ["transposed", "slice", "weights"])
 def test_strided_inputs(view):
-    x, weight1, bias1, weight2 = inputs((4, 9), 16, 24)
+    x, weight1, bias1, weight2 = inputs((4, 9), 64, 128)
     tensors = {
         "transposed": lambda: [x.mT.contiguous().mT, weight1, bias1, weight2],
         "slice": lambda: [x[:, 3:], weight1, bias1, weight2],
@@ -101,7 +96,7 @@ class Products(TorchDispatchMode):
 
 
 def test_only_what_is_asked_for_is_computed():
-    x, weight1, bias1, weight2 = inputs((5,), 8, 12)
+    x, weight1, bias1, weight2 = inputs((5,), 64, 128)
     x.requires_grad_()
     with interpret(), Products() as counted:
         mlp(x, weight1, bias1, weight2, impl="triton").sum().backward()
@@ -129,8 +124,8 @@ def test_traffic_is_the_contracts():
 
 def test_sums_of_more_tiles_than_are_added_at_a_time():
     rows = kernel.HOPPER["BLOCK_M"] * kernel.SUMS["ROWS"] + 1
-    _, _, _, weight2 = inputs((1,), 8, 16)
-    grad, pre = torch.randn(rows, 8).to(BF16), torch.randn(rows, 16).to(BF16)
+    _, _, _, weight2 = inputs((1,), 64, 128)
+    grad, pre = torch.randn(rows, 64).to(BF16), torch.randn(rows, 128).to(BF16)
     with interpret(Sanitizer()) as s:
         grad_pre, sums = kernel.gelu_linear_grad(grad, weight2, pre, True)
     assert not s.errors
@@ -154,11 +149,11 @@ def test_row_offsets_past_the_range_of_32_bits():
 
 
 def test_operator_registration_and_fullgraph_compilation():
-    tensors = [t.requires_grad_() for t in inputs((5,), 8, 12)]
+    tensors = [t.requires_grad_() for t in inputs((5,), 64, 128)]
     detached = [t.detach() for t in tensors]
     with interpret():
         torch.library.opcheck(kernel.linear_gelu, detached[:3])
-        pre = torch.randn(5, 12).to(BF16)
+        pre = torch.randn(5, 128).to(BF16)
         for with_sums in (True, False):
             torch.library.opcheck(kernel.gelu_linear_grad, (detached[0], detached[3], pre, with_sums))
         compiled = torch.compile(lambda *t: mlp(*t, impl="triton") * 2, fullgraph=True, backend="aot_eager")
@@ -169,7 +164,7 @@ def test_operator_registration_and_fullgraph_compilation():
 
 
 def test_autocast_casts_everything_once():
-    tensors = [t.float() for t in inputs((5,), 8, 12)]
+    tensors = [t.float() for t in inputs((5,), 64, 128)]
     with interpret(), torch.autocast("cpu", BF16):
         wide = mlp(*tensors, impl="triton")
         assert torch.equal(wide, mlp(*(t.to(BF16) for t in tensors), impl="triton"))
@@ -183,20 +178,27 @@ def test_reference_passes_gradcheck_and_is_the_choice_in_fp32():
         mlp(*inputs((3,), 4, 5, torch.float32), impl="triton")
 
 
+def test_widths_that_are_no_whole_tiles_are_for_the_reference():
+    tensors = inputs((3,), 40, 160)
+    with pytest.raises(ValueError, match="weight1: triton takes D a multiple of 64 and F of 128, got D=40, F=160"):
+        mlp(*tensors, impl="triton")
+    assert mlp(*tensors).shape == (3, 40)
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"weight1": torch.zeros(12, 9, dtype=BF16)}, "weight1"),
+        ({"weight1": torch.zeros(128, 9, dtype=BF16)}, "weight1"),
         ({"bias1": torch.zeros(11, dtype=BF16)}, "bias1"),
-        ({"weight2": torch.zeros(12, 8, dtype=BF16)}, "weight2"),
-        ({"x": torch.zeros(5, 8, dtype=torch.int64)}, "x"),
-        ({"weight2": torch.zeros(8, 12), "impl": "triton"}, "weight2"),
-        ({"bias1": torch.zeros(12, dtype=BF16, device="meta")}, "bias1"),
+        ({"weight2": torch.zeros(128, 64, dtype=BF16)}, "weight2"),
+        ({"x": torch.zeros(5, 64, dtype=torch.int64)}, "x"),
+        ({"weight2": torch.zeros(64, 128), "impl": "triton"}, "weight2"),
+        ({"bias1": torch.zeros(128, dtype=BF16, device="meta")}, "bias1"),
         ({"impl": "cuda"}, "impl"),
     ],
 )
 def test_errors_name_the_argument(change, word):
-    arguments = dict(zip(NAMES, inputs((5,), 8, 12))) | change
+    arguments = dict(zip(NAMES, inputs((5,), 64, 128))) | change
     impl = arguments.pop("impl", "reference")
     with pytest.raises(ValueError, match=f"^{word}"):
         mlp(*arguments.values(), impl=impl)
