@@ -143,11 +143,12 @@ def test_rows_of_the_penalty():
         gram._center_kernel[(d // config["BLOCK_D"],)](rows, centred, m, d, d, **config)
     expected = rows[:, -128:].float() - rows[:, -128:].float().mean(0)
     assert (centred[:, -128:] - expected).abs().max() < 1e-5
-    partial = torch.zeros(1, m, m)
+    partial, norms = torch.zeros(1, m, m), torch.zeros(1, m)
     tail = centred[:, -128:]
     with interpret():
-        gram._gram_kernel[(1, 1, 1)](centred[:, d - 128 :], partial, m, d, 128, **gram.GRAM)
+        gram._gram_kernel[(1, 1, 1)](centred[:, d - 128 :], partial, norms, m, d, 128, **gram.GRAM)
     assert (partial[0] - tail @ tail.T).abs().max() < 1e-3
+    assert torch.equal(norms[0], partial[0].diagonal())
     weights, out = torch.randn(m, m), torch.empty(m, d)
     config = nhsic_kernel.MATMUL
     with interpret(last=2):
