@@ -1,5 +1,5 @@
 # make demo   install into .venv and pre-train a small ViT on handwritten digits (3 minutes, no GPU needed)
-# make test   install into .venv and run every test
+# make test   install into .venv and run every test, files on two processes
 # make lint   ruff
 PYTHON ?= python3
 VENV   := .venv
@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/mimir-fast report $(DEMO)
 
 test: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
