@@ -46,7 +46,6 @@ def test_compiled_step_is_the_eager_step_and_compiles_once(region):
 def test_deep_decoders_compile_by_block(monkeypatch):
     """First and other blocks of either width and the decoder's last, in training and in the attack: ten, past torch's limit."""
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     graphs = []
 
     def count(graph, _):
@@ -57,14 +56,18 @@ def test_deep_decoders_compile_by_block(monkeypatch):
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda self, mode, backend, **options: compile(self, **options, backend=count)
     )
-    model = MaskedAutoencoderViT(**(SMALL | {"depth": 3, "decoder_depth": 3}))
+    with torch._dynamo.config.patch(recompile_limit=8):
+        _train_by_block(MaskedAutoencoderViT(**(SMALL | {"depth": 3, "decoder_depth": 3})))
+    assert len(graphs) == 10
+
+
+def _train_by_block(model: MaskedAutoencoderViT) -> None:
     twin = frozen_twin(model)
     pieces = Compiled(model, twin, region="block")
     noise = draw_noise(torch.Generator().manual_seed(1), 8, 64, Attack(1, BOUNDS))
     objective = Objective(model, 0.75, None, 0.0, pieces.encode, pieces.reconstruct)
     for _ in range(2):
         pretrain_step(objective, twin, golden_images()[0], noise, Attack(1, BOUNDS), pieces.attack_loss)
-    assert len(graphs) == 10
 
 
 def test_a_missing_compiler_is_told():

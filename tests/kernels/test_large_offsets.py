@@ -34,8 +34,9 @@ def _untouched_memory_stays_unreal():
 
 
 def with_last(value: torch.Tensor, rows: int = B) -> torch.Tensor:
-    """A tensor of `rows` uninitialised rows, the last of which is `value` [1,...]."""
-    tensor = torch.empty(rows, *value.shape[1:], dtype=value.dtype)
+    """A tensor of `rows` uninitialised rows (of indices: zeros), the last of which is `value` [1,...]."""
+    make = torch.zeros if value.dtype == torch.int64 else torch.empty
+    tensor = make(rows, *value.shape[1:], dtype=value.dtype)
     tensor[-1:] = value
     return tensor
 

@@ -136,7 +136,7 @@ def test_traffic_of_the_value_is_the_contracts():
 
 def test_more_rows_than_the_kernels_take():
     rows = torch.empty(8193, 1)
-    with pytest.raises(ValueError, match="x: .* up to 8192 rows"):
+    with pytest.raises(ValueError, match=r"x: .* up to 8192 rows"):
         nhsic(rows, rows, impl="triton")
 
 
