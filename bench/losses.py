@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.step.command import RESULTS, heading
+from bench.step.command import RESULTS, append, heading, partition
 from mimir_fast import pretrain
 
 DEFAULTS = (
@@ -85,9 +85,7 @@ def _windows(run: np.ndarray) -> np.ndarray:
 
 def main(arguments: list[str]) -> int:
     """Run, print, append to the results; returns the exit status: 0, or 2 with one line on wrong input."""
-    own, flags = arguments, []
-    if "--" in arguments:
-        own, flags = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
+    own, flags = partition(arguments)
     parser = argparse.ArgumentParser(prog="python -m bench losses", description=__doc__.splitlines()[0])
     parser.add_argument("--data_root", required=True, help="folder of class folders with images")
     parser.add_argument("--steps", type=int, default=300, help="updates of each run (default: 300)")
@@ -113,8 +111,7 @@ def main(arguments: list[str]) -> int:
     record = {**heading(device, ""), "flags": words[len(DEFAULTS.split()) + 2 :], **compare(traces)}
     for line in report(record):
         print(line)
-    with open(args.results, "a") as file:
-        file.write(json.dumps(record) + "\n")
+    append(record, Path(args.results))
     return 0
 
 

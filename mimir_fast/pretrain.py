@@ -13,7 +13,7 @@ import torch
 from mimir_fast.arguments import parse_pretrain_args
 from mimir_fast.checkpoint import CheckpointError
 from mimir_fast.compiling import keep_compiled_code, missing_compiler
-from mimir_fast.config import PretrainConfig
+from mimir_fast.config import OptimConfig, PretrainConfig
 from mimir_fast.data import DataError
 from mimir_fast.distributed import World, join_world
 from mimir_fast.mi import PENALTIES
@@ -63,14 +63,33 @@ def settle_defaults(config: PretrainConfig, explicit: set[str]) -> tuple[Pretrai
     if optim.compile and (reason := missing_compiler()):
         notes.append(f"compile: {reason}; running eager")
         optim = replace(optim, compile=False)
-    if optim.parallel == "fsdp":
-        if optim.precision == "fp16":
-            raise ValueError("parallel: fsdp goes with --precision bf16 or fp32, not with fp16")
-        if optim.compile_region == "model" and "compile_region" in explicit:
-            raise ValueError(
-                "compile_region: fsdp gathers parameters block by block and compiles so too; leave the flag out"
-            )
-        optim = replace(optim, compile_region="block")
+    optim = _settle_implementations(_settle_parallel(optim, explicit), on_cuda)
+    if config.penalty.mi_train not in (*PENALTIES, "plain"):
+        notes.append(
+            f"mi_train: {config.penalty.mi_train!r} is none of {', '.join(PENALTIES)}: NO penalty, as in the original"
+        )
+    if config.attack.attack == "plain" and config.penalty.mi_train in PENALTIES:
+        notes.append(
+            "attack: plain switches the penalty off too, as in the original; --attack pgd_mae switches both on"
+        )
+    return replace(config, run=run, optim=optim), notes
+
+
+def _settle_parallel(optim: OptimConfig, explicit: set[str]) -> OptimConfig:
+    """What goes with shards of a model."""
+    if optim.parallel != "fsdp":
+        return optim
+    if optim.precision == "fp16":
+        raise ValueError("parallel: fsdp goes with --precision bf16 or fp32, not with fp16")
+    if optim.compile_region == "model" and "compile_region" in explicit:
+        raise ValueError(
+            "compile_region: fsdp gathers parameters block by block and compiles so too; leave the flag out"
+        )
+    return replace(optim, compile_region="block")
+
+
+def _settle_implementations(optim: OptimConfig, on_cuda: bool) -> OptimConfig:
+    """Operations, attention and MLP: ours on CUDA, attention and MLP in 16 bits."""
     if optim.kernels == "auto":
         optim = replace(optim, kernels="triton" if on_cuda else "reference")
     elif optim.kernels == "triton" and not on_cuda:
@@ -84,15 +103,7 @@ def settle_defaults(config: PretrainConfig, explicit: set[str]) -> tuple[Pretrai
         optim = replace(optim, mlp="triton" if half else "reference")
     elif optim.mlp == "triton" and not (on_cuda and optim.precision != "fp32"):
         raise ValueError("mlp: triton needs a CUDA device and 16 bits; pass --mlp reference or leave the default")
-    if config.penalty.mi_train not in (*PENALTIES, "plain"):
-        notes.append(
-            f"mi_train: {config.penalty.mi_train!r} is none of {', '.join(PENALTIES)}: NO penalty, as in the original"
-        )
-    if config.attack.attack == "plain" and config.penalty.mi_train in PENALTIES:
-        notes.append(
-            "attack: plain switches the penalty off too, as in the original; --attack pgd_mae switches both on"
-        )
-    return replace(config, run=run, optim=optim), notes
+    return optim
 
 
 def seed_everything(seed: int) -> None:

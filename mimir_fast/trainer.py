@@ -232,7 +232,7 @@ class Trainer:
     ) -> None:
         """Write a checkpoint on rank 0; every rank calls.  sums: the unfinished epoch's, None at an epoch's end."""
         skipped = self._skipped_penalties()
-        states = self.computation.states()
+        states = self.computation.states() if self.folder else ()
         if sums is not None:
             self.position.sums = dict(zip(EPOCH_SUMS, self.world.mean(sums).tolist()))
         if self.folder and self.world.is_main:

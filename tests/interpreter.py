@@ -85,7 +85,7 @@ class Sanitizer:
     def access(self, kind: str, pointers: stock.TensorHandle, mask: stock.TensorHandle, program: int):
         """Check and count one load, store or atomic of a program."""
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        addresses, active = np.broadcast_arrays(pointers.data, mask.data)
+        addresses, active = np.broadcast_arrays(pointers.data, mask.data.astype(bool))  # conditions can be int8
         addresses = addresses[active]
         distinct = np.unique(addresses)
         if kind == "atomic":

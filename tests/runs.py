@@ -1,6 +1,7 @@
 """Small complete runs for the tests: a folder of images made on the spot, in-process and as a child process."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -67,3 +68,8 @@ def same_state(a: dict, b: dict) -> bool:
     return first.keys() == second.keys() and all(
         torch.equal(first[i][key], second[i][key]) for i in first for key in first[i]
     )
+
+
+def lines(path) -> list[dict]:
+    """The records of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text().splitlines()]

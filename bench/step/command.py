@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str]) -> int:
     """Print the table and append the record; returns the exit status: 0, or 2 with one line on wrong input."""
-    own, _, flags = _partition(arguments)
+    own, flags = partition(arguments)
     args = build_parser().parse_args(own)
     try:
         if args.flags:
@@ -66,11 +66,10 @@ def main(arguments: list[str]) -> int:
         return 2
 
 
-def _partition(arguments: list[str]) -> tuple[list[str], bool, list[str]]:
-    if "--" not in arguments:
-        return arguments, False, []
-    where = arguments.index("--")
-    return arguments[:where], True, arguments[where + 1 :]
+def partition(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """This program's own words, and the trainer's after --."""
+    where = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:where], arguments[where + 1 :]
 
 
 def start_again(args: argparse.Namespace, arguments: list[str]) -> int:
@@ -112,10 +111,15 @@ def run(args: argparse.Namespace, flags: list[str]) -> int:
           f"{config.optim.precision}, compile {'on' if config.optim.compile else 'off'}; {device}")  # fmt: skip
     print(f"peaks of {gpu}: {PEAKS[gpu].source}\n")
     print(*table.lines(record), sep="\n")
-    Path(args.results).parent.mkdir(parents=True, exist_ok=True)
-    with open(args.results, "a") as file:
-        file.write(json.dumps(record) + "\n")
+    append(record, Path(args.results))
     return 0
+
+
+def append(record: dict, results: Path) -> None:
+    """One more line of JSON."""
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with results.open("a") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 def heading(device: str, gpu: str) -> dict:

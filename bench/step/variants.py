@@ -29,10 +29,10 @@ LEARNING_RATE = 1e-4
 
 def configuration(variant: str, words: list[str]) -> PretrainConfig:
     """The trainer's configuration from its own flags, on top of the ImageNet recipe (attack 1 step, hsic, norm_pix_loss)."""
+    if variant == "references":
+        words = [*words, "--kernels", "reference"]  # attention and MLP follow
     config, explicit = parse_pretrain_args(["--recipe", "imagenet_vit_b", *words])
     config, _ = settle_defaults(config, explicit)
-    if variant == "references" and "kernels" in config.flat():
-        config = config.updated({"kernels": "reference"})
     if variant == "textbook":
         config = config.updated({"compile": False})
     return config.check()

@@ -9,7 +9,7 @@ two sums over the row, each a wait of all warps for each other, before the two t
 import torch
 import triton
 import triton.language as tl
-from mimir_fast.kernels.add_layer_norm.column_sums import add_partials
+from mimir_fast.kernels.column_sums import add_partials
 from mimir_fast.kernels.launch import STORAGE, Launch, empty
 from mimir_fast.kernels.patch_tile import tile_block, tile_rows
 from mimir_fast.kernels.registration import register
@@ -167,7 +167,7 @@ def add_layer_norm_backward(
         dx, None if delta_dtype is None else d_delta, partials, rows, D=D, **flags, num_warps=_warps(D), maxnreg=REGISTERS,
     )  # fmt: skip
     if count:
-        add_partials(partials, *sums, of_norm)
+        add_partials(partials, [t for t in sums if t.numel()])
     return dx, d_delta, *sums
 
 

@@ -7,6 +7,7 @@ column part by column part, so that GELU's intermediate values take few register
 import torch
 import triton
 import triton.language as tl
+from mimir_fast.kernels.column_sums import add_partials
 from mimir_fast.kernels.launch import STORAGE, Launch, empty
 from mimir_fast.kernels.registration import register
 from torch import Tensor
@@ -15,7 +16,6 @@ GROUP = 8  # tiles of rows whose programs run together and share weights
 # two programs share a multiprocessor: one computes GELU and writes while the other multiplies
 AMPERE = {"BLOCK_M": 128, "BLOCK_F": 128, "BLOCK_K": 32, "num_warps": 4, "num_stages": 4}
 HOPPER = {"BLOCK_M": 128, "BLOCK_F": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
-SUMS = {"ROWS": 64, "COLUMNS": 32, "num_warps": 8}
 
 
 @triton.jit
@@ -115,24 +115,6 @@ def _gelu_linear_grad_kernel(
             tl.store(sums + tile.to(tl.int64) * F + column_1C, sum_1C)
 
 
-@triton.jit
-def _add_sums_kernel(sums, out, T, F, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """formula      out = sum of sums over T
-    shapes       sums [T,F] -> out [F]
-    dtypes       fp32 sums, any float storage of the result
-    bytes        sums once, out once
-    determinism  fixed order
-    source       second stage of _gelu_linear_grad_kernel
-    """
-    column_1C = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    sum_RC = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, T, ROWS):
-        tile_R1 = start + tl.arange(0, ROWS)[:, None]
-        sum_RC += tl.load(sums + tile_R1.to(tl.int64) * F + column_1C, mask=tile_R1 < T, other=0)
-    sum_1C = tl.sum(sum_RC, axis=0, keep_dims=True)
-    tl.store(out + column_1C, sum_1C.to(out.dtype.element_ty))
-
-
 def linear_gelu_forward(x_MD: Tensor, weight_FD: Tensor, bias_F: Tensor, config: dict | None = None) -> tuple:
     """gelu(pre) and pre = x weight^T + bias, both [M,F]."""
     (M, D), F, config = x_MD.shape, weight_FD.shape[0], config or _config(x_MD)
@@ -153,7 +135,7 @@ def gelu_linear_backward(
     tensors = (grad_MD.contiguous(), weight_DF.contiguous(), pre_MF.contiguous(), grad_pre_MF, sums_TF)
     _gelu_linear_grad_kernel[_grid(M, F, config)](*tensors, M, F, D, GROUP=GROUP, **config)
     if with_sums:
-        _add_sums_kernel[(triton.cdiv(F, SUMS["COLUMNS"]),)](sums_TF, sum_F, tiles, F, **SUMS)
+        add_partials(sums_TF[None], [sum_F])
     return grad_pre_MF, sum_F
 
 
@@ -217,7 +199,7 @@ def launches() -> list[Launch]:
         for with_sums in (True, False):
             gelu_linear_backward(x_MD, weight2_DF, pre_MF, with_sums, config)
 
-    narrow = frozenset(["_add_sums_kernel"])  # it writes 32 numbers per program
+    narrow = frozenset(["_add_partials_kernel"])  # it writes 32 numbers per program
     return [
         Launch(f"D{D} F{4 * D}", kind, lambda a=(D, 4 * D, STORAGE[kind], config): call(*a), narrow, archs)
         for archs, config in (((80,), AMPERE), ((90,), HOPPER))

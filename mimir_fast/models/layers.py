@@ -44,11 +44,13 @@ class Block(nn.Module):
         mlp: str = "auto",
     ):
         super().__init__()
-        self.kernels, self.mlp_kernels = kernels, mlp
+        self.kernels = kernels
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, num_heads, attention)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = Mlp(width, hidden_features=int(width * mlp_ratio), act_layer=nn.GELU)
+        hidden = int(width * mlp_ratio)
+        self.mlp = Mlp(width, hidden_features=hidden, act_layer=nn.GELU)
+        self.mlp_kernels = mlp if supported(width, hidden) else "reference"
 
     def forward(
         self, x_BTD: Tensor, delta_BTD: Tensor | None = None, delta_bias_D: Tensor | None = None, first: int = 0
@@ -58,8 +60,7 @@ class Block(nn.Module):
         delta_BTD = self.attn(normed_BTD, first)
         x_BTD, normed_BTD = add_and_norm(x_BTD[:, first:], delta_BTD, self.attn.proj.bias, self.norm2, self.kernels)
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
-        kernels = self.mlp_kernels if supported(fc1.in_features, fc1.out_features) else "reference"
-        return x_BTD, mlp(normed_BTD, fc1.weight, fc1.bias, fc2.weight, kernels), fc2.bias
+        return x_BTD, mlp(normed_BTD, fc1.weight, fc1.bias, fc2.weight, self.mlp_kernels), fc2.bias
 
 
 def add_and_norm(

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from budget import assert_within_budget
 from interpreter import Sanitizer, interpret
-from mimir_fast.kernels import mlp
+from mimir_fast.kernels import column_sums, mlp
 from mimir_fast.kernels.mlp import kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -123,7 +123,7 @@ def test_traffic_is_the_contracts():
 
 
 def test_sums_of_more_tiles_than_are_added_at_a_time():
-    rows = kernel.HOPPER["BLOCK_M"] * kernel.SUMS["ROWS"] + 1
+    rows = kernel.HOPPER["BLOCK_M"] * column_sums.TILE["ROWS"] + 1
     _, _, _, weight2 = inputs((1,), 64, 128)
     grad, pre = torch.randn(rows, 64).to(BF16), torch.randn(rows, 128).to(BF16)
     with interpret(Sanitizer()) as s:
