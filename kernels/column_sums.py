@@ -5,6 +5,7 @@ Shapes: K sums at once, G groups of rows, D columns, [ROWS, COLUMNS] a tile.
 
 import triton
 import triton.language as tl
+from mimir_fast.kernels.launch import FUSED
 from torch import Tensor
 
 TILE = {"ROWS": 128, "COLUMNS": 32, "num_warps": 8}
@@ -40,4 +41,4 @@ def add_partials(partials_KGD: Tensor, sums: list[Tensor]) -> None:
     """Sum each of the K partials over the groups into its [D]; K is 1, 2 or 3."""
     K, G, D = partials_KGD.shape
     results = [*sums, *[None] * (SUMS - K)]
-    _add_partials_kernel[(triton.cdiv(D, TILE["COLUMNS"]), K)](partials_KGD, *results, G, D, **TILE)
+    _add_partials_kernel[(triton.cdiv(D, TILE["COLUMNS"]), K)](partials_KGD, *results, G, D, **TILE, **FUSED)

@@ -1,4 +1,4 @@
-"""How an operation tells the compile gate (bench/compile.py) which kernels it can launch."""
+"""What launches share, and how an operation tells the compile gate (bench/compile.py) which kernels it can launch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 STORAGE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FUSED = {"enable_fp_fusion": True}  # multiply-adds: always said, since Triton's default depends on its version
 
 
 @dataclass(frozen=True)

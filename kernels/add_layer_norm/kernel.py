@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from mimir_fast.kernels.column_sums import add_partials
-from mimir_fast.kernels.launch import STORAGE, Launch, empty
+from mimir_fast.kernels.launch import FUSED, STORAGE, Launch, empty
 from mimir_fast.kernels.patch_tile import tile_block, tile_rows
 from mimir_fast.kernels.registration import register
 from torch import Tensor
@@ -136,7 +136,7 @@ def add_layer_norm_forward(
     delta, delta_bias_D = (t if t is None else t.contiguous() for t in (delta, delta_bias_D))
     _add_norm_kernel[(groups(rows, D, sums=False),)](
         x, delta, delta_bias_D, weight_D.contiguous(), bias_D.contiguous(), None if delta is None else s, n, statistics,
-        rows, *strides, eps, D=D, num_warps=_warps(D),
+        rows, *strides, eps, D=D, num_warps=_warps(D), **FUSED,
     )  # fmt: skip
     return s, n, statistics
 
@@ -165,6 +165,7 @@ def add_layer_norm_backward(
     _add_norm_grad_kernel[(programs,)](
         ds if ds is None else ds.contiguous(), dn.contiguous(), s.contiguous(), statistics, weight_D.contiguous(),
         dx, None if delta_dtype is None else d_delta, partials, rows, D=D, **flags, num_warps=_warps(D), maxnreg=REGISTERS,
+        **FUSED,
     )  # fmt: skip
     if count:
         add_partials(partials, [t for t in sums if t.numel()])

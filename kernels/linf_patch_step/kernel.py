@@ -3,7 +3,7 @@
 import torch
 import triton
 import triton.language as tl
-from mimir_fast.kernels.launch import STORAGE, Launch, empty
+from mimir_fast.kernels.launch import FUSED, STORAGE, Launch, empty
 from mimir_fast.kernels.masked_patch_loss.reference import VARIANCE_FLOOR
 from mimir_fast.kernels.patch_tile import (
     NUM_WARPS,
@@ -94,7 +94,7 @@ def linf_patch_step_forward(
     _linf_patch_step_kernel[tile_grid(B, L, P)](
         images_BCHW, adv_BCHW, grad_visible_BKP.contiguous(), pred_BMP, ids_restore_BL.contiguous(),
         bounds_4C.contiguous(), stepped_BCHW, *pred_BMP.stride()[:2], L, grad_visible_BKP.shape[1],
-        width // patch_size, C, patch_size, NORM=norm_pix_loss, num_warps=NUM_WARPS,
+        width // patch_size, C, patch_size, NORM=norm_pix_loss, num_warps=NUM_WARPS, **FUSED,
     )  # fmt: skip
     return stepped_BCHW
 

@@ -3,7 +3,7 @@
 import torch
 import triton
 import triton.language as tl
-from mimir_fast.kernels.launch import STORAGE, Launch, empty
+from mimir_fast.kernels.launch import FUSED, STORAGE, Launch, empty
 from mimir_fast.kernels.registration import register
 from torch import Tensor
 
@@ -47,7 +47,7 @@ def mask_indices_forward(noise_BL: Tensor) -> tuple[Tensor, Tensor]:
     B, L = noise_BL.shape
     block = min(BLOCK, triton.next_power_of_2(L))
     _mask_indices_kernel[(B, triton.cdiv(L, block))](
-        noise_BL, ids_shuffle_BL, ids_restore_BL, *noise_BL.stride(), L, block, CHUNK, num_warps=NUM_WARPS
+        noise_BL, ids_shuffle_BL, ids_restore_BL, *noise_BL.stride(), L, block, CHUNK, num_warps=NUM_WARPS, **FUSED
     )
     return ids_shuffle_BL, ids_restore_BL
 

@@ -6,7 +6,7 @@ The target is never stored: each program reads its patches from the image and no
 import torch
 import triton
 import triton.language as tl
-from mimir_fast.kernels.launch import STORAGE, Launch, empty
+from mimir_fast.kernels.launch import FUSED, STORAGE, Launch, empty
 from mimir_fast.kernels.masked_patch_loss.reference import VARIANCE_FLOOR
 from mimir_fast.kernels.patch_tile import (
     NUM_WARPS,
@@ -95,9 +95,9 @@ def masked_patch_loss_forward(
     errors_BM, mean = (images_BCHW.new_empty(shape, dtype=torch.float32) for shape in ((B, M), ()))
     _patch_error_kernel[tile_grid(B, M, P)](
         pred_BMP, images_BCHW, ids_BM, errors_BM, *_geometry(pred_BMP, images_BCHW, patch_size),
-        NORM=norm_pix_loss, num_warps=NUM_WARPS,
+        NORM=norm_pix_loss, num_warps=NUM_WARPS, **FUSED,
     )  # fmt: skip
-    _mean_kernel[(1,)](errors_BM, mean, B * M, BLOCK=MEAN_BLOCK, num_warps=16)
+    _mean_kernel[(1,)](errors_BM, mean, B * M, BLOCK=MEAN_BLOCK, num_warps=16, **FUSED)
     return mean
 
 
@@ -139,7 +139,7 @@ def masked_patch_loss_grad_pred(
     grad_BMP = pred_BMP.new_empty(pred_BMP.shape)
     _grad_pred_kernel[tile_grid(*pred_BMP.shape)](
         grad, pred_BMP, images_BCHW, ids_BM, grad_BMP, 2 / pred_BMP.numel(),
-        *_geometry(pred_BMP, images_BCHW, patch_size), NORM=norm_pix_loss, num_warps=NUM_WARPS,
+        *_geometry(pred_BMP, images_BCHW, patch_size), NORM=norm_pix_loss, num_warps=NUM_WARPS, **FUSED,
     )  # fmt: skip
     return grad_BMP
 
@@ -182,7 +182,7 @@ def masked_patch_loss_grad_images(
     grad_BCHW = images_BCHW.new_zeros(images_BCHW.shape)
     _grad_images_kernel[tile_grid(*pred_BMP.shape)](
         grad, pred_BMP, images_BCHW, ids_BM, grad_BCHW, 2 / pred_BMP.numel(),
-        *_geometry(pred_BMP, images_BCHW, patch_size), NORM=norm_pix_loss, num_warps=NUM_WARPS,
+        *_geometry(pred_BMP, images_BCHW, patch_size), NORM=norm_pix_loss, num_warps=NUM_WARPS, **FUSED,
     )  # fmt: skip
     return grad_BCHW
 

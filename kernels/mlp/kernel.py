@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from mimir_fast.kernels.column_sums import add_partials
-from mimir_fast.kernels.launch import STORAGE, Launch, empty
+from mimir_fast.kernels.launch import FUSED, STORAGE, Launch, empty
 from mimir_fast.kernels.registration import register
 from torch import Tensor
 
@@ -120,7 +120,7 @@ def linear_gelu_forward(x_MD: Tensor, weight_FD: Tensor, bias_F: Tensor, config:
     (M, D), F, config = x_MD.shape, weight_FD.shape[0], config or _config(x_MD)
     act_MF, pre_MF = _fake_forward(x_MD, weight_FD, bias_F)
     tensors = (x_MD.contiguous(), weight_FD.contiguous(), bias_F.contiguous(), act_MF, pre_MF)
-    _linear_gelu_kernel[_grid(M, F, config)](*tensors, M, F, D, GROUP=GROUP, **config)
+    _linear_gelu_kernel[_grid(M, F, config)](*tensors, M, F, D, GROUP=GROUP, **config, **FUSED)
     return act_MF, pre_MF
 
 
@@ -133,7 +133,7 @@ def gelu_linear_backward(
     tiles = triton.cdiv(M, config["BLOCK_M"])
     sums_TF = grad_MD.new_empty((tiles, F), dtype=torch.float32) if with_sums else None
     tensors = (grad_MD.contiguous(), weight_DF.contiguous(), pre_MF.contiguous(), grad_pre_MF, sums_TF)
-    _gelu_linear_grad_kernel[_grid(M, F, config)](*tensors, M, F, D, GROUP=GROUP, **config)
+    _gelu_linear_grad_kernel[_grid(M, F, config)](*tensors, M, F, D, GROUP=GROUP, **config, **FUSED)
     if with_sums:
         add_partials(sums_TF[None], [sum_F])
     return grad_pre_MF, sum_F

@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from mimir_fast.kernels.launch import FUSED
 from torch import Tensor
 
 PROGRAMS = 512  # about four per SM on A100 and H100; a constant, so that results do not depend on the device
@@ -112,11 +113,13 @@ def gaussian_gram(rows_md: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
     parts, part = _split(m, d)
     shapes = ((m, d), (parts, m, m), (parts, m), (m, m))
     centred_md, partial_Smm, norms_Sm, k_mm = (rows_md.new_empty(shape, dtype=torch.float32) for shape in shapes)
-    _center_kernel[(triton.cdiv(d, CENTER["BLOCK_D"]),)](rows_md, centred_md, m, d, rows_md.stride(0), **CENTER)
+    _center_kernel[(triton.cdiv(d, CENTER["BLOCK_D"]),)](
+        rows_md, centred_md, m, d, rows_md.stride(0), **CENTER, **FUSED
+    )
     tiles = triton.cdiv(m, GRAM["BLOCK_M"])
-    _gram_kernel[(tiles, tiles, parts)](centred_md, partial_Smm, norms_Sm, m, d, part, **GRAM)
+    _gram_kernel[(tiles, tiles, parts)](centred_md, partial_Smm, norms_Sm, m, d, part, **GRAM, **FUSED)
     tiles = triton.cdiv(m, GAUSSIAN["BLOCK_M"])
-    _gaussian_kernel[(tiles, tiles)](partial_Smm, norms_Sm, k_mm, m, parts, 1 / (2 * sigma**2 * d), **GAUSSIAN)
+    _gaussian_kernel[(tiles, tiles)](partial_Smm, norms_Sm, k_mm, m, parts, 1 / (2 * sigma**2 * d), **GAUSSIAN, **FUSED)
     return centred_md, k_mm
 
 

@@ -15,7 +15,7 @@ difference of large terms.
 import torch
 import triton
 import triton.language as tl
-from mimir_fast.kernels.launch import STORAGE, Launch, empty
+from mimir_fast.kernels.launch import FUSED, STORAGE, Launch, empty
 from mimir_fast.kernels.nhsic.gram import gaussian_gram
 from mimir_fast.kernels.nhsic.reference import RIDGE
 from mimir_fast.kernels.registration import register
@@ -106,7 +106,7 @@ def nhsic_forward(x_md: Tensor, y_me: Tensor, sigma: float) -> tuple[Tensor, ...
     m = x_md.shape[0]
     (x_md, kx, px), (y_me, ky, py) = _ridge_inverse(x_md, sigma), _ridge_inverse(y_me, sigma)
     rows_value = px.new_empty(m)
-    _value_kernel[(m,)](px, py, rows_value, m, RIDGE * m, BLOCK=triton.next_power_of_2(m), num_warps=4)
+    _value_kernel[(m,)](px, py, rows_value, m, RIDGE * m, BLOCK=triton.next_power_of_2(m), num_warps=4, **FUSED)
     return rows_value.sum(), x_md, kx, px, y_me, ky, py
 
 
@@ -116,7 +116,7 @@ def _ridge_inverse(rows_md: Tensor, sigma: float) -> tuple[Tensor, Tensor, Tenso
     m = k_mm.shape[0]
     ridged_mm, means_m = torch.empty_like(k_mm), k_mm.mean(1)
     block = triton.next_power_of_2(m)
-    _double_center_kernel[(m,)](k_mm, means_m, ridged_mm, m, RIDGE * m, BLOCK=block, num_warps=4)
+    _double_center_kernel[(m,)](k_mm, means_m, ridged_mm, m, RIDGE * m, BLOCK=block, num_warps=4, **FUSED)
     factor_mm, info = torch.linalg.cholesky_ex(ridged_mm)
     inverse_mm = torch.cholesky_inverse(factor_mm) - 1 / (m * (RIDGE * m - means_m.mean()))
     p_mm = torch.where(info == 0, inverse_mm, torch.nan)
@@ -133,7 +133,7 @@ def nhsic_backward(
     weights_mm = torch.empty_like(k_mm)
     scale = RIDGE * m / (2 * sigma**2 * d)
     block = triton.next_power_of_2(m)
-    _weights_kernel[(m,)](grad, a_mm, k_mm, weights_mm, m, scale, BLOCK=block, num_warps=4)
+    _weights_kernel[(m,)](grad, a_mm, k_mm, weights_mm, m, scale, BLOCK=block, num_warps=4, **FUSED)
     return _matmul(weights_mm, rows_md, dtype)
 
 
@@ -141,7 +141,7 @@ def _matmul(a_mm: Tensor, b_mn: Tensor, dtype: torch.dtype) -> Tensor:
     m, n = b_mn.shape
     a_mm, out_mn = a_mm.contiguous(), b_mn.new_empty((m, n), dtype=dtype)
     grid = (triton.cdiv(n, MATMUL["BLOCK_N"]), triton.cdiv(m, MATMUL["BLOCK_M"]))
-    _matmul_kernel[grid](a_mm, b_mn.contiguous(), out_mn, m, n, **MATMUL)
+    _matmul_kernel[grid](a_mm, b_mn.contiguous(), out_mn, m, n, **MATMUL, **FUSED)
     return out_mn
 
 

@@ -3,7 +3,7 @@
 import torch
 import triton
 import triton.language as tl
-from mimir_fast.kernels.launch import STORAGE, Launch, empty
+from mimir_fast.kernels.launch import FUSED, STORAGE, Launch, empty
 from mimir_fast.kernels.patch_tile import NUM_WARPS, tile_block, tile_grid, tile_rows, tile_rows_of
 from mimir_fast.kernels.registration import register
 from torch import Tensor
@@ -54,7 +54,8 @@ def patch_gather_forward(
     scale = 1 / 255 if images_BCHW.dtype == torch.uint8 else 1.0
     _gather_kernel[tile_grid(*patches_BKP.shape)](
         images_BCHW, ids_keep_BK, patches_BKP, scale, offset, ids_keep_BK.shape[1], ids_keep_BK.stride(0),
-        images_BCHW.shape[3] // patch_size, *images_BCHW.stride(), images_BCHW.shape[1], patch_size, num_warps=NUM_WARPS,
+        images_BCHW.shape[3] // patch_size, *images_BCHW.stride(), images_BCHW.shape[1], patch_size,
+        num_warps=NUM_WARPS, **FUSED,
     )  # fmt: skip
     return patches_BKP
 
@@ -107,7 +108,7 @@ def patch_gather_backward(
     L = H * W // patch_size**2
     _scatter_kernel[tile_grid(B, L, P)](
         grad_BKP.contiguous(), ids_keep_BK, grad_BCHW, K, ids_keep_BK.stride(0), L, W // patch_size, H * W,
-        C, patch_size, CHUNK, num_warps=NUM_WARPS,
+        C, patch_size, CHUNK, num_warps=NUM_WARPS, **FUSED,
     )  # fmt: skip
     return grad_BCHW
 

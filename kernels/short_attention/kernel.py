@@ -14,7 +14,7 @@ import math
 import torch
 import triton
 import triton.language as tl
-from mimir_fast.kernels.launch import STORAGE, Launch, empty
+from mimir_fast.kernels.launch import FUSED, STORAGE, Launch, empty
 from mimir_fast.kernels.registration import register
 from torch import Tensor
 
@@ -227,7 +227,7 @@ def short_attention_forward(qkv_BTQ: Tensor, num_heads: int) -> Tensor:
     B, T, D = out_BTD.shape
     head = D // num_heads
     _attend_kernel[_grid(B, num_heads, head)](
-        qkv_BTQ.contiguous(), out_BTD, num_heads, T=T, HEAD=head, **forward_tiles(T, head, qkv_BTQ.itemsize)
+        qkv_BTQ.contiguous(), out_BTD, num_heads, T=T, HEAD=head, **forward_tiles(T, head, qkv_BTQ.itemsize), **FUSED
     )
     return out_BTD
 
@@ -239,7 +239,7 @@ def short_attention_backward(grad_BTD: Tensor, qkv_BTQ: Tensor, num_heads: int) 
     head = D // num_heads
     _attend_grad_kernel[_grid(B, num_heads, head)](
         grad_BTD.contiguous(), qkv_BTQ.contiguous(), grad_qkv_BTQ, num_heads, head**-0.5, T=T, HEAD=head,
-        **backward_tiles(T, head, qkv_BTQ.itemsize),
+        **backward_tiles(T, head, qkv_BTQ.itemsize), **FUSED,
     )  # fmt: skip
     return grad_qkv_BTQ
 
@@ -258,7 +258,8 @@ def forward_tiles(tokens: int, head: int, itemsize: int) -> dict[str, int]:
 
 
 def backward_tiles(tokens: int, head: int, itemsize: int) -> dict[str, int]:
-    """As forward_tiles, of the backward; KEYS >= 16 * num_warps where there are several parts, so that no warp idles."""
+    """As forward_tiles, of the backward; KEYS >= 16 * num_warps where there are several parts, so that no warp idles: heads
+    wider than 64 have no registers left for that."""
     needed = max(16, triton.next_power_of_2(tokens))
     if itemsize == 4:
         return {"ROWS": 16, "KEYS": 64, "num_warps": 8 if head > 32 else 4}
@@ -267,7 +268,9 @@ def backward_tiles(tokens: int, head: int, itemsize: int) -> dict[str, int]:
         return {"ROWS": needed, "KEYS": 64, "num_warps": warps}
     if tokens > (272 if head <= 16 else 80) and not 16 < head <= 32:
         return {"ROWS": 16, "KEYS": 128, "num_warps": 8}
-    return {"ROWS": 32 if 32 < head <= 64 else 16, "KEYS": 64, "num_warps": 8 if head > 64 else 4}
+    if head > 64:
+        return {"ROWS": 16, "KEYS": 32, "num_warps": 8}
+    return {"ROWS": 32 if head > 32 else 16, "KEYS": 64, "num_warps": 4}
 
 
 def _fake_forward(qkv_BTQ, num_heads):

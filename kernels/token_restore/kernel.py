@@ -3,7 +3,7 @@
 import torch
 import triton
 import triton.language as tl
-from mimir_fast.kernels.launch import STORAGE, Launch, empty
+from mimir_fast.kernels.launch import FUSED, STORAGE, Launch, empty
 from mimir_fast.kernels.patch_tile import NUM_WARPS, tile_block, tile_grid, tile_rows, tile_rows_of
 from mimir_fast.kernels.registration import register
 from torch import Tensor
@@ -40,7 +40,7 @@ def token_restore_forward(
     K, E = tokens_BKE.shape[1] - 1, tokens_BKE.shape[2]
     _restore_kernel[tile_grid(*out_BLE.shape)](
         tokens_BKE, mask_token_E.contiguous(), pos_embed_LE.contiguous(), ids_shuffle_BL.contiguous(), out_BLE,
-        *tokens_BKE.stride()[:2], ids_shuffle_BL.shape[1], K, E, num_warps=NUM_WARPS,
+        *tokens_BKE.stride()[:2], ids_shuffle_BL.shape[1], K, E, num_warps=NUM_WARPS, **FUSED,
     )  # fmt: skip
     return out_BLE
 
@@ -72,7 +72,7 @@ def mask_token_gradient(grad_BLE: Tensor, kept: int, dtype: torch.dtype) -> Tens
     B, rows, E = grad_BLE.shape
     grad_mask_BE = grad_BLE.new_empty((B, E), dtype=torch.float32)
     _mask_token_grad_kernel[(B,)](
-        grad_BLE, grad_mask_BE, *grad_BLE.stride()[:2], rows - 1, kept, E, num_warps=NUM_WARPS
+        grad_BLE, grad_mask_BE, *grad_BLE.stride()[:2], rows - 1, kept, E, num_warps=NUM_WARPS, **FUSED
     )
     return grad_mask_BE.sum(0).to(dtype)
 

@@ -63,6 +63,13 @@ def test_every_kernel_of_an_operation_is_launched_by_its_launches():
     assert used == shared
 
 
+def test_every_launch_says_whether_multiply_adds_may_be_fused():
+    """Triton's own default changes between versions."""
+    said = {variant.kernel: variant.options.get("enable_fp_fusion") for op in gate.OPS for variant in gate.variants(op)}
+    assert None not in said.values(), said
+    assert [kernel for kernel, fused in said.items() if not fused] == ["_linf_start_kernel"]
+
+
 def kernels_of(module) -> set[str]:
     return {n for n, k in vars(module).items() if isinstance(k, gate.JITFunction) and n.endswith("_kernel")}
 
