@@ -15,7 +15,8 @@ import time
 import torch
 
 from bench.textbook import TextbookMAE, textbook_step
-from mimir_fast.attack import linf_bounds
+from mimir_fast.attack import frozen_twin, linf_bounds
+from mimir_fast.compiling import Compiled
 from mimir_fast.models import DECODER, MODELS, create_model
 from mimir_fast.objective import Objective
 from mimir_fast.step import Attack, draw_noise, pretrain_step
@@ -37,17 +38,20 @@ def seconds(step, device: torch.device) -> float:
 def build_steps(args: argparse.Namespace, device: torch.device):
     """The two steps as functions without arguments: forward and backward of one random batch, gradients cleared."""
     size = {"img_size": args.input_size, "patch_size": args.patch_size, "norm_pix_loss": True}
-    ours = create_model(args.model, **size).to(device)
+    attention = "narrow" if args.compile and device.type == "cpu" else "auto"
+    ours = create_model(args.model, attention=attention, **size).to(device)
     textbook = TextbookMAE(**{**MODELS[args.model], **DECODER, **size}).to(device)
     textbook.load_state_dict(ours.state_dict())
     images = torch.rand(args.batch_size, 3, args.input_size, args.input_size, device=device)
     generator = torch.Generator(device).manual_seed(0)
     attack = Attack(1, linf_bounds(EPS, ALPHA, 0.0, 1.0, 3, device))
-    objective = Objective(ours, RATIO, "hsic", WEIGHT)
+    twin = frozen_twin(ours)
+    pieces = Compiled(ours, twin, args.compile)
+    objective = Objective(ours, RATIO, "hsic", WEIGHT, pieces.encode, pieces.reconstruct)
 
     def our_step() -> None:
         noise = draw_noise(generator, len(images), ours.num_patches, attack)
-        pretrain_step(objective, ours, images, noise, attack).loss.backward()
+        pretrain_step(objective, twin, images, noise, attack, pieces.attack_loss).loss.backward()
         ours.zero_grad(set_to_none=True)
 
     def their_step() -> None:
@@ -64,13 +68,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--patch_size", type=int, default=4, help="patch side [pixels] (default: 4)")
     parser.add_argument("--batch_size", type=int, default=32, help="images per step (default: 32)")
     parser.add_argument("--rounds", type=int, default=7, help="timed pairs after one warm-up pair (default: 7)")
+    parser.add_argument("--compile", action="store_true", help="compile our step; the textbook's stays eager")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     args = parser.parse_args(arguments)
     device = torch.device(args.device)
     steps = build_steps(args, device)
     pairs = [[seconds(step, device) for step in steps] for _ in range(args.rounds + 1)][1:]
+    how = "ours compiled, textbook eager" if args.compile else "eager"
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{args.model} {args.input_size}/{args.patch_size}, batch {args.batch_size}, fp32, eager; {where}")
+    print(f"{args.model} {args.input_size}/{args.patch_size}, batch {args.batch_size}, fp32, {how}; {where}")
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {args.rounds} pairs")
     for name, times in zip(("mimir_fast", "textbook"), zip(*pairs)):
         print(f"{name:<11} median {args.batch_size / statistics.median(times):8.1f} images/s")

@@ -89,16 +89,19 @@ def _settle_parallel(optim: OptimConfig, explicit: set[str]) -> OptimConfig:
 
 
 def _settle_implementations(optim: OptimConfig, on_cuda: bool) -> OptimConfig:
-    """Operations, attention and MLP: ours on CUDA, attention and MLP in 16 bits."""
+    """Operations, attention and MLP: ours on CUDA, attention and MLP in 16 bits; on a CPU, attention of its own if compiled."""
     if optim.kernels == "auto":
         optim = replace(optim, kernels="triton" if on_cuda else "reference")
     elif optim.kernels == "triton" and not on_cuda:
         raise ValueError("kernels: triton needs a CUDA device; pass --kernels reference or leave the default")
     half = optim.kernels == "triton" and optim.precision != "fp32"
+    narrow = not on_cuda and optim.precision == "fp32"
     if optim.attention == "auto":
-        optim = replace(optim, attention="short" if half else "sdpa")
+        optim = replace(optim, attention="short" if half else "narrow" if narrow and optim.compile else "sdpa")
     elif optim.attention == "short" and not on_cuda:
         raise ValueError("attention: short needs a CUDA device; pass --attention sdpa or leave the default")
+    elif optim.attention == "narrow" and (reason := missing_compiler() if narrow else "it is for CPUs in fp32"):
+        raise ValueError(f"attention: narrow: {reason}; pass --attention sdpa or leave the default")
     if optim.mlp == "auto":
         optim = replace(optim, mlp="triton" if half else "reference")
     elif optim.mlp == "triton" and not (on_cuda and optim.precision != "fp32"):

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from budget import assert_within_budget
 from conftest import small_model
 from interpreter import Sanitizer, interpret
 
 from mimir_fast.models import create_model
 from mimir_fast.models.attention import BACKENDS, PACKAGES, attention, check_backend
 
-HERE = [name for name in BACKENDS if name not in (*PACKAGES, "short")]
+HERE = [name for name in BACKENDS if name not in (*PACKAGES, "short", "narrow")]
 
 
 @pytest.mark.parametrize("first", [0, 3, 6])
@@ -66,3 +67,29 @@ def test_short_attention_in_the_seam():
     expected = attention(qkv, 2, 3, "sdpa")
     assert torch.allclose(out, expected, atol=1e-5)
     assert torch.allclose(grad, torch.autograd.grad(expected, qkv, upstream)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "head", "first"), [(17, 8, 0), (21, 5, 4)])
+def test_narrow_attention_in_the_seam(tokens, head, first):
+    B, N = 2, 3
+    qkv = torch.randn(tokens, B, 3 * N * head).transpose(0, 1) * 3  # not contiguous, some weights as small as 2^-126
+    qkv[0, -1] *= 4
+    upstream = torch.randn(B, tokens - first, N * head)
+
+    def both(backend: str, dtype: torch.dtype) -> dict:
+        x = qkv.to(dtype).requires_grad_()
+        out = attention(x, N, first, backend)
+        return {"out": out, "grad": torch.autograd.grad(out, x, upstream.to(dtype))[0]}
+
+    ours, eager, truth = both("narrow", torch.float32), both("math", torch.float32), both("math", torch.float64)
+    for name in ours:
+        assert_within_budget(ours[name], eager[name], truth[name], name)
+    assert not ours["grad"][:, :first, : N * head].any()
+    arguments = qkv.contiguous().requires_grad_(), N, first
+    torch.library.opcheck(torch.ops.mimir_fast.narrow_attention.default, arguments)
+
+
+def test_narrow_attention_leaves_other_sizes_and_types_to_torch():
+    wide, double = torch.randn(1, 9, 3 * 2 * 32), torch.randn(1, 9, 3 * 2 * 8, dtype=torch.float64)
+    for qkv in (wide, double):
+        assert torch.equal(attention(qkv, 2, 3, "narrow"), attention(qkv, 2, 3, "sdpa"))

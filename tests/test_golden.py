@@ -6,8 +6,10 @@ import pytest
 import torch
 from conftest import golden_images, load_golden, relative_error, small_model
 from interpreter import Sanitizer, interpret
+from torch._dynamo.utils import counters
 
 from mimir_fast.attack import frozen_twin, linf_bounds, pgd_mae
+from mimir_fast.compiling import Compiled
 from mimir_fast.mi import bandwidth, nhsic, renyi_mi
 from mimir_fast.objective import Objective
 from mimir_fast.optim import Updater, build_optimizer, learning_rate, parameter_groups, set_learning_rate
@@ -144,7 +146,7 @@ def test_parameter_groups():
     assert [list(optimizer.defaults["betas"]), optimizer.defaults["eps"]] == [record["betas"], record["eps"]]
 
 
-def replay(name: str, model):
+def replay(name: str, model, compile: bool):
     """Train the model on a recorded trajectory; yields (micro-step, updated, x, output, lr, gradients) of each micro-step."""
     tensors, r = load_golden(f"traj_{name}_noise")
     images, eps, alpha, lo, hi = golden_images(), r["eps"] / 255, r["alpha"] / 255, 0.0, 1.0
@@ -153,7 +155,9 @@ def replay(name: str, model):
         mean, std = (torch.tensor(record[k]).view(3, 1, 1) for k in ("mean", "std"))
         images, eps, alpha, lo, hi = (images - mean) / std, eps / std, alpha / std, (0 - mean) / std, (1 - mean) / std
     attack = Attack(r["steps"], linf_bounds(eps, alpha, lo, hi, 3, "cpu"))
-    objective = Objective(model, r["mask_ratio"], r["mi_train"], r["mi_xpl"])
+    attacked = frozen_twin(model) if compile else model
+    pieces = Compiled(model, attacked, compile)
+    objective = Objective(model, r["mask_ratio"], r["mi_train"], r["mi_xpl"], pieces.encode, pieces.reconstruct)
     updater = Updater(build_optimizer(model, r["lr"], r["weight_decay"]), torch.device("cpu"), fp16=False)
     for step in range(4):
         where = r["start_epoch"] + step / 4
@@ -163,7 +167,7 @@ def replay(name: str, model):
         noise = Noise(
             tensors["start_noise"][step], list(tensors["attack_mask_noise"][step]), tensors["train_mask_noise"][step]
         )
-        out = pretrain_step(objective, model, images[step], noise, attack)
+        out = pretrain_step(objective, attacked, images[step], noise, attack, pieces.attack_loss)
         updater.backward(out.loss, r["accum"])
         updates = (step + 1) % r["accum"] == 0
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
@@ -172,12 +176,28 @@ def replay(name: str, model):
         yield step, updates, int(1000 * where), out, lr, grads
 
 
-@pytest.mark.parametrize(("name", "grad_bound", "mi_bound"), [("A", 5e-6, 1e-5), ("B", 2e-3, 1e-4)])
+TRAJECTORIES = pytest.mark.parametrize(("name", "grad_bound", "mi_bound"), [("A", 5e-6, 1e-5), ("B", 2e-3, 1e-4)])
+
+
+@TRAJECTORIES
 def test_trajectory(name, grad_bound, mi_bound, kernels):
+    follow(name, grad_bound, mi_bound, kernels)
+
+
+@TRAJECTORIES
+def test_compiled_trajectory(name, grad_bound, mi_bound):
+    torch._dynamo.reset()
+    counters.clear()
+    follow(name, grad_bound, mi_bound, "reference", compile=True)
+    assert counters["stats"]["unique_graphs"] >= 3  # encoder, decoder with its loss, and both in the attack
+
+
+def follow(name: str, grad_bound: float, mi_bound: float, kernels: str, compile: bool = False) -> None:
+    """Train on a recorded trajectory and compare everything that was recorded."""
     record = load_golden(f"traj_{name}_noise")[1]
     logged, losses, lrs, first_grads = [], [], [], None
     model = small_model(record["norm_pix_loss"], kernels=kernels)
-    for step, updates, x, out, lr, grads in replay(name, model):
+    for step, updates, x, out, lr, grads in replay(name, model, compile):
         losses.append(out.loss.item())
         lrs.append(lr)
         if step == 0:

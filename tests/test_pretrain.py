@@ -226,6 +226,10 @@ def test_defaults_on_a_gpu_machine(monkeypatch):
         settle_defaults(*parse_pretrain_args(["--device", "cpu", "--attention", "short"]))
     with pytest.raises(ValueError, match="kernels: triton needs a CUDA device"):
         settle_defaults(*parse_pretrain_args(["--device", "cpu", "--kernels", "triton"]))
+    config, _ = settle_defaults(*parse_pretrain_args(["--device", "cpu", "--compile"]))
+    assert (config.optim.compile, config.optim.attention) == (True, "narrow")
+    with pytest.raises(ValueError, match="attention: narrow: it is for CPUs in fp32; pass --attention sdpa"):
+        settle_defaults(*parse_pretrain_args(["--attention", "narrow"]))
     config, _ = settle_defaults(*parse_pretrain_args(["--precision", "fp16", "--no_compile"]))
     assert (config.optim.precision, config.optim.compile) == ("fp16", False)
 

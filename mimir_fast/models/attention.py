@@ -12,8 +12,9 @@ from torch import Tensor
 
 from mimir_fast.kernels import short_attention
 from mimir_fast.kernels.short_attention.op import supported
+from mimir_fast.models import narrow_attention
 
-BACKENDS = ("auto", "short", "sdpa", "flash_attn", "xformers", "math")
+BACKENDS = ("auto", "short", "narrow", "sdpa", "flash_attn", "xformers", "math")
 PACKAGES = {"flash_attn": "flash-attn", "xformers": "xformers"}
 
 
@@ -49,6 +50,13 @@ def _short(qkv_BTQ: Tensor, num_heads: int, first: int) -> Tensor:
     return short_attention(qkv_BTQ, num_heads, impl="triton")[:, first:]
 
 
+def _narrow(qkv_BTQ: Tensor, num_heads: int, first: int) -> Tensor:
+    """Loops over narrow heads on a CPU; sizes and devices that they are not for go to sdpa."""
+    if not narrow_attention.supported(qkv_BTQ.shape[2] // 3 // num_heads, qkv_BTQ):
+        return _sdpa(qkv_BTQ, num_heads, first)
+    return narrow_attention.narrow_attention(qkv_BTQ, num_heads, first)
+
+
 def _math(qkv_BTQ: Tensor, num_heads: int, first: int) -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in _split(qkv_BTQ, num_heads))
     weights = (q[:, :, first:] * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
@@ -74,6 +82,7 @@ def _xformers(qkv_BTQ: Tensor, num_heads: int, first: int) -> Tensor:
 _FUNCTIONS: dict[str, Callable[[Tensor, int, int], Tensor]] = {
     "auto": _sdpa,
     "short": _short,
+    "narrow": _narrow,
     "sdpa": _sdpa,
     "flash_attn": _flash_attn,
     "xformers": _xformers,

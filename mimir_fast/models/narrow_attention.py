@@ -1,0 +1,161 @@
+"""Attention of narrow heads on a CPU, in fp32: loops over pairs of tokens that Inductor writes, nothing stored for a pair.
+
+A decoder's heads have 8 numbers.  torch's own CPU attention calls a matrix product per head and block, which at that width is
+mostly overhead; here the 8 products of a pair are taken one by one, in registers, all keys of a query in the inner loop.
+
+Shapes: B batch, T tokens, R of them ask (the last ones), N heads, d numbers per head; Q = 3*N*d packed as q, k, v.  q, k, v
+and what belongs to them are [B,N,d,tokens], so that neighbouring tokens are neighbours in memory.
+"""
+
+import math
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+WIDEST = 16  # numbers per head: beyond that, matrix products win
+# a loop's whole body stays inside of it, however often a value is read; multiply-adds may be fused
+INLINE = {
+    "realize_reads_threshold": 10**6,
+    "realize_acc_reads_threshold": 10**6,
+    "realize_opcount_threshold": 10**6,
+    "cpp.enable_floating_point_contract_flag": "fast",
+}
+# 2^f = sum of EXP2[i] f^(5-i) for 0 <= f < 1, with the least relative error of that degree, 7.5e-8
+EXP2 = (0.0018775767, 0.0089893397, 0.055826318, 0.24015361, 0.69315308, 0.99999994)
+
+
+def supported(head_dim: int, tensor: Tensor) -> bool:
+    """Whether `narrow_attention` is for heads of this width in this tensor."""
+    return head_dim <= WIDEST and tensor.device.type == "cpu" and tensor.dtype == torch.float32
+
+
+@torch.library.custom_op("mimir_fast::narrow_attention", mutates_args=(), device_types="cpu")
+def _attend(qkv_BTQ: Tensor, num_heads: int, first: int) -> tuple[Tensor, Tensor]:
+    """Mixed values [B,R,N*d] and, for the backward, log2 of the softmax's denominators [B,N,R]."""
+    out, lse_BNR = _run(_forward, *_queries(qkv_BTQ, num_heads, first))
+    return _tokens(out), lse_BNR
+
+
+@torch.library.custom_op("mimir_fast::narrow_attention_grad", mutates_args=(), device_types="cpu")
+def _attend_grad(
+    grad_BRD: Tensor, qkv_BTQ: Tensor, out_BRD: Tensor, lse_BNR: Tensor, num_heads: int, first: int
+) -> Tensor:
+    """Gradient in qkv, [B,T,Q]."""
+    mean_BNR = (grad_BRD * out_BRD).unflatten(2, (num_heads, -1)).sum(3).transpose(1, 2).contiguous()
+    q, k, v = _queries(qkv_BTQ, num_heads, first)
+    grads = _run(_backward, q, k, v, _heads(grad_BRD, num_heads), mean_BNR, lse_BNR)
+    grad_qkv_BTQ = torch.empty_like(qkv_BTQ, memory_format=torch.contiguous_format)
+    for part, grad in zip(grad_qkv_BTQ.chunk(3, dim=2), grads):
+        part[:, : part.shape[1] - grad.shape[3]] = 0
+        part[:, part.shape[1] - grad.shape[3] :] = _tokens(grad)
+    return grad_qkv_BTQ
+
+
+def narrow_attention(qkv_BTQ: Tensor, num_heads: int, first: int) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v of every head: [B,T,3*N*d] -> [B,T-first,N*d], fp32 on the CPU; differentiable.
+
+    Raises RuntimeError where no C++ compiler is found.  The first call at a shape compiles for about ten seconds.
+    """
+    return _attend(qkv_BTQ, num_heads, first)[0]
+
+
+def _run(function: Callable, *tensors: Tensor) -> list[Tensor]:
+    """function(*tensors) through Inductor."""
+    return _compiled(function, *(t.shape for t in tensors))(*tensors)
+
+
+@cache
+def _compiled(function: Callable, *shapes: torch.Size) -> Callable:
+    """The function for contiguous tensors of these shapes."""
+    with FakeTensorMode():
+        inputs = [torch.empty(shape) for shape in shapes]
+        return torch._inductor.compile(make_fx(function)(*inputs), inputs, INLINE)
+
+
+def _heads(x_BTD: Tensor, num_heads: int) -> Tensor:
+    """[B,T,N*d] -> [B,N,d,T], contiguous."""
+    return x_BTD.unflatten(2, (num_heads, -1)).permute(0, 2, 3, 1).contiguous()
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """[B,N,d,T] -> [B,T,N*d], contiguous."""
+    return x.permute(0, 3, 1, 2).flatten(2).contiguous()
+
+
+def _queries(qkv_BTQ: Tensor, num_heads: int, first: int) -> tuple[Tensor, ...]:
+    """q [B,N,d,R] times log2(e) / sqrt(d), k and v [B,N,d,T]."""
+    q, k, v = qkv_BTQ.chunk(3, dim=2)
+    scale = math.log2(math.e) / math.sqrt(q.shape[2] // num_heads)
+    return _heads(q[:, first:] * scale, num_heads), _heads(k, num_heads), _heads(v, num_heads)
+
+
+def _exp2(x: Tensor) -> Tensor:
+    """2^x for x <= 0, to 2e-7; what underflows comes out as 2^-126 at most."""
+    x = x.clamp(min=-126.0)
+    whole = x.floor()
+    part = x - whole
+    power = torch.full_like(part, EXP2[0])
+    for factor in EXP2[1:]:
+        power = power * part + factor
+    return ((whole.to(torch.int32) + 127) << 23).view(torch.float32) * power
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """Every column of a [B,N,d,X] with every column of b [B,N,d,Y]: [B,N,X,Y]."""
+    total = a[:, :, 0, :, None] * b[:, :, 0, None, :]
+    for c in range(1, a.shape[2]):
+        total = total + a[:, :, c, :, None] * b[:, :, c, None, :]
+    return total
+
+
+def _mix(weights: Tensor, b: Tensor) -> Tensor:
+    """Sums of b's columns [B,N,d,Y] with weights [B,N,X,Y]: [B,N,d,X]."""
+    return torch.stack([(weights * b[:, :, c, None, :]).sum(-1) for c in range(b.shape[2])], dim=2)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Mixed values [B,N,d,R] and log2 of the softmax's denominators [B,N,R]."""
+    scores = _products(q, k)
+    highest = scores.amax(-1)
+    weights = _exp2(scores - highest[..., None])
+    total = weights.sum(-1)
+    return _mix(weights, v) / total[:, :, None], highest + total.log2()
+
+
+def _backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, mean: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+    """Gradients in the unscaled q, k and v; mean [B,N,R] is grad . out.
+
+    The weights are computed twice: with the keys of a query in the inner loop, and with the queries of a key.
+    """
+    weights = _exp2(_products(q, k) - lse[..., None])
+    dq = _mix(weights * (_products(grad, v) - mean[..., None]), k) / math.sqrt(q.shape[2])
+    weights = _exp2(_products(k, q) - lse[:, :, None])
+    dk = _mix(weights * (_products(v, grad) - mean[:, :, None]), q) * math.log(2)
+    return dq, dk, _mix(weights, grad)
+
+
+@_attend.register_fake
+def _(qkv_BTQ, num_heads, first):
+    B, T, Q = qkv_BTQ.shape
+    return qkv_BTQ.new_empty(B, T - first, Q // 3), qkv_BTQ.new_empty(B, num_heads, T - first)
+
+
+@_attend_grad.register_fake
+def _(grad_BRD, qkv_BTQ, out_BRD, lse_BNR, num_heads, first):
+    return torch.empty_like(qkv_BTQ, memory_format=torch.contiguous_format)
+
+
+def _save(ctx, inputs, output):
+    qkv_BTQ, ctx.num_heads, ctx.first = inputs
+    ctx.save_for_backward(qkv_BTQ, *output)
+
+
+def _differentiate(ctx, grad_BRD, _):
+    return _attend_grad(grad_BRD, *ctx.saved_tensors, ctx.num_heads, ctx.first), None, None
+
+
+_attend.register_autograd(_differentiate, setup_context=_save)
