@@ -51,7 +51,7 @@ def build_steps(args: argparse.Namespace, device: torch.device):
 
     def our_step() -> None:
         noise = draw_noise(generator, len(images), ours.num_patches, attack)
-        pretrain_step(objective, twin, images, noise, attack, pieces.attack_loss).loss.backward()
+        pretrain_step(objective, twin, images, noise, attack, pieces.attack).loss.backward()
         ours.zero_grad(set_to_none=True)
 
     def their_step() -> None:

@@ -7,6 +7,7 @@ closed form, taken where the pixels are moved (mimir_fast.kernels.linf_patch_ste
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from mimir_fast.kernels import linf_bounds, linf_patch_step, linf_start
 from mimir_fast.models import MaskedAutoencoderViT
 
-__all__ = ["frozen_twin", "linf_bounds", "pgd_mae", "reconstruction", "starting_point"]
+__all__ = ["AttackFunctions", "frozen_twin", "linf_bounds", "pgd_mae", "reconstruction", "starting_point"]
 
 
 def frozen_twin(model: nn.Module) -> nn.Module:
@@ -41,6 +42,14 @@ def starting_point(images: Tensor, bounds: Tensor, start: Tensor, kernels: str =
     return torch.clamp(images + start, lo, hi)
 
 
+class AttackFunctions(NamedTuple):
+    """What an attack computes with: as they are, or compiled (mimir_fast.compiling)."""
+
+    loss: Callable[..., tuple[Tensor, Tensor]] = reconstruction
+    start: Callable[..., Tensor] = starting_point
+    step: Callable[..., Tensor] = linf_patch_step
+
+
 def pgd_mae(
     model: MaskedAutoencoderViT,
     images: Tensor,
@@ -50,7 +59,7 @@ def pgd_mae(
     start: Tensor | None = None,
     mask_noise: Sequence[Tensor] | Tensor | None = None,
     loss_scale: float = 1.0,
-    loss_fn: Callable[..., tuple[Tensor, Tensor]] = reconstruction,
+    functions: AttackFunctions = AttackFunctions(),  # noqa: B008 (immutable)
 ) -> Tensor:
     """Adversarial images that a masked autoencoder reconstructs badly from themselves.
 
@@ -59,8 +68,8 @@ def pgd_mae(
     steps          ascent steps, each under a fresh mask that removes `mask_ratio` of the patches
     start          see `starting_point` (default: a seed drawn from torch's generator); mask_noise: one [B,L] per step
     loss_scale     multiplies the loss before its backward pass: fp16 gradients underflow without; the sign ignores it
-    loss_fn        `reconstruction`, possibly compiled.  Compiled code computes every gradient that it could be asked for:
-                   give it a model without trainable parameters (`frozen_twin`), or weight gradients are built in vain
+    functions      plain or compiled.  A compiled loss computes every gradient that it could be asked for: give it a model
+                   without trainable parameters (`frozen_twin`), or weight gradients are built in vain
     Returns [B,C,H,W], detached, within eps of the images and within [lo, hi].
     Raises ValueError if steps < 0 or mask_noise does not hold one entry per step.  Source: MIMIR, arXiv 2312.04960, section 4.
     """
@@ -73,13 +82,13 @@ def pgd_mae(
     if start is None:
         start = torch.randint(2**63 - 1, (), device=images.device)
     images = images.detach()
-    adv = starting_point(images, bounds, start, model.kernels)
+    adv = functions.start(images, bounds, start, model.kernels)
     for noise in mask_noise:
         ids_shuffle, ids_restore, keep = model.hide(noise, mask_ratio)
         patches = model.cut(adv, ids_shuffle[:, :keep]).requires_grad_(True)
         with torch.enable_grad():
-            loss, pred = loss_fn(model, patches, ids_shuffle, adv)
+            loss, pred = functions.loss(model, patches, ids_shuffle, adv)
             (grad,) = torch.autograd.grad(loss * loss_scale, patches)
         shape = (model.patch_size, model.norm_pix_loss)
-        adv = linf_patch_step(images, adv, grad, pred.detach(), ids_restore, bounds, *shape, impl=model.kernels)
+        adv = functions.step(images, adv, grad, pred.detach(), ids_restore, bounds, *shape, impl=model.kernels)
     return adv

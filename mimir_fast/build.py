@@ -5,10 +5,10 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mimir_fast.attack import frozen_twin, linf_bounds
+from mimir_fast.attack import AttackFunctions, frozen_twin, linf_bounds
 from mimir_fast.compiling import Compiled
 from mimir_fast.config import PretrainConfig
 from mimir_fast.data import BatchStream, build_pretrain_data
@@ -90,14 +90,14 @@ def peak_learning_rate(config: PretrainConfig, world: World) -> float:
 
 
 class Computation(NamedTuple):
-    """What a step runs: the objective to train, the frozen model to attack and the attack's loss function.
+    """What a step runs: the objective to train, the frozen model to attack and the attack's functions.
 
     states() returns the state dicts of the whole model and optimizer; every process calls it.
     """
 
     objective: nn.Module
     attacked: MaskedAutoencoderViT
-    attack_loss: Callable[..., tuple[Tensor, Tensor]]
+    functions: AttackFunctions
     states: Callable[[], tuple[dict, dict]]
 
 
@@ -125,7 +125,7 @@ def build_computation(
     pieces = Compiled(model, attacked, o.compile, o.compile_mode, o.compile_region, backend)
     penalty = (penalty_name(config), config.penalty.mi_xpl)
     objective = Objective(model, config.model.mask_ratio, *penalty, pieces.encode, pieces.reconstruct)
-    computation = Computation(objective, attacked, pieces.attack_loss, states)
+    computation = Computation(objective, attacked, pieces.attack, states)
     if sharded(config, world):
         return _shard(config, world, computation, updater)
     return _replicate(config, world, computation, updater) if world.size > 1 else computation
@@ -155,7 +155,8 @@ def _shard(config: PretrainConfig, world: World, computation: Computation, updat
     loss = Reconstruction(computation.attacked)
     reduce_dtype = torch.bfloat16 if o.grad_compression == "bf16" else torch.float32
     shards = Shards(computation.objective, loss, updater, world, AUTOCAST[o.precision], reduce_dtype)
-    return computation._replace(attack_loss=lambda _, *inputs: loss(*inputs), states=shards.states)
+    functions = computation.functions._replace(loss=lambda _, *inputs: loss(*inputs))
+    return computation._replace(functions=functions, states=shards.states)
 
 
 def describe(

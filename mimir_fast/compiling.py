@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mimir_fast.attack import reconstruction
+from mimir_fast.attack import AttackFunctions
+from mimir_fast.kernels.registration import choose
 from mimir_fast.models import MaskedAutoencoderViT
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -38,7 +39,8 @@ class Compiled:
     """The compiled pieces of a step, or the plain ones.
 
     encode, reconstruct  the model's, for training; fullgraph, static shapes
-    attack_loss          `reconstruction`, a function of its own, for the frozen twin
+    attack               the attack's functions: its loss for the frozen twin; start and step only where they are not one kernel
+                         each already
     region "block": one graph per width for the first block, which has nothing to add, one for all others and one for the
     decoder's last, in training and in the attack; quick to compile, less fused
     """
@@ -54,7 +56,7 @@ class Compiled:
     ):
         self.encode: Callable[..., Tensor] = model.encode
         self.reconstruct: Callable[..., tuple[Tensor, Tensor]] = model.reconstruct
-        self.attack_loss: Callable[..., tuple[Tensor, Tensor]] = reconstruction
+        self.attack = AttackFunctions()
         options = {"fullgraph": True, "dynamic": False, "mode": mode, "backend": backend}
         if compile and region == "block":
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, BLOCK_GRAPHS)
@@ -62,7 +64,10 @@ class Compiled:
                 block.compile(**options)
         elif compile:
             self.encode, self.reconstruct = (torch.compile(f, **options) for f in (model.encode, model.reconstruct))
-            self.attack_loss = torch.compile(reconstruction, **options)
+            self.attack = self.attack._replace(loss=torch.compile(self.attack.loss, **options))
+        if compile and choose(model.kernels, model.mask_token) == "reference":
+            start, step = (torch.compile(f, **options) for f in (self.attack.start, self.attack.step))
+            self.attack = self.attack._replace(start=start, step=step)
 
 
 class CompileClock:

@@ -3,14 +3,13 @@
 Shapes: B batch, C channels, H W sides, L patches.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.attack import pgd_mae, reconstruction
+from mimir_fast.attack import AttackFunctions, pgd_mae
 from mimir_fast.models import MaskedAutoencoderViT
 from mimir_fast.objective import StepOutput
 
@@ -55,12 +54,12 @@ def pretrain_step(
     images: Tensor,
     noise: Noise,
     attack: Attack,
-    attack_loss: Callable[..., tuple[Tensor, Tensor]] = reconstruction,
+    functions: AttackFunctions = AttackFunctions(),  # noqa: B008 (immutable)
 ) -> StepOutput:
     """Attack, encode, decode, loss and penalty of one micro-batch; the caller runs the backward pass.
 
     objective    an Objective, possibly wrapped in DDP
-    model        what the attack runs on: the objective's model, or its frozen_twin where attack_loss is compiled
+    model        what the attack runs on: the objective's model, or its frozen_twin where the functions are compiled
     images       [B,C,H,W] float, clean; the loss reconstructs them from their adversarial version
     """
     if attack.steps is None:
@@ -74,6 +73,6 @@ def pretrain_step(
         start=noise.start,
         mask_noise=noise.attack_masks,
         loss_scale=attack.loss_scale,
-        loss_fn=attack_loss,
+        functions=functions,
     )
     return objective(images, adv, noise.train_mask)

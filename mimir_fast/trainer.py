@@ -135,8 +135,8 @@ class Trainer:
         hold_gradients = computation.objective.no_sync() if held else nullcontext()
         with hold_gradients:
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                objective, attacked, attack_loss = computation[:3]
-                output = pretrain_step(objective, attacked, images, noise, self.attack, attack_loss)
+                objective, attacked, functions = computation[:3]
+                output = pretrain_step(objective, attacked, images, noise, self.attack, functions)
             self.updater.backward(output.loss, c.optim.accum_iter)
         self.skipped_penalties += ~output.penalty_used
         return images, output

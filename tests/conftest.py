@@ -1,6 +1,7 @@
-"""Shared by all tests: two threads, fixed seeds, NaN in uninitialised memory, recorded fixtures."""
+"""Shared by all tests: two threads in all, fixed seeds, NaN in uninitialised memory, recorded fixtures."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from safetensors.torch import load_file
 from mimir_fast.attack import linf_bounds
 from mimir_fast.models import MaskedAutoencoderViT
 
+THREADS = max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+os.environ["OMP_NUM_THREADS"] = str(THREADS)  # for runs in processes of their own: sums depend on the number of threads
 BOUNDS = linf_bounds(8 / 255, 10 / 255, 0.0, 1.0, 3, "cpu")  # eps, alpha, lo, hi
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = {
@@ -27,7 +30,7 @@ SMALL = {
 
 @pytest.fixture(autouse=True)
 def _deterministic():
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)  # also fills uninitialised memory with NaN
     yield

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from mimir_fast.attack import frozen_twin, linf_bounds, pgd_mae, reconstruction
+from mimir_fast.attack import frozen_twin, linf_bounds, pgd_mae
 from mimir_fast.build import build_model
 from mimir_fast.config import PretrainConfig
 from mimir_fast.models import create_model
@@ -65,7 +65,7 @@ def test_blocks_run_twice_and_the_attack_benefits():
         for block in twin.blocks:
             block.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
         start = torch.zeros(B, 3, SIDE, SIDE)
-        adversarial.append(pgd_mae(twin, images, bounds, start=start, mask_noise=[noise], loss_fn=reconstruction))
+        adversarial.append(pgd_mae(twin, images, bounds, start=start, mask_noise=[noise]))
         calls.append(len(runs))
     assert torch.equal(*adversarial)
     assert calls == [3, 6]

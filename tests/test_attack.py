@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import BOUNDS, golden_images, load_golden, small_model
 
-from mimir_fast.attack import linf_bounds, pgd_mae, reconstruction, starting_point
+from mimir_fast.attack import AttackFunctions, linf_bounds, pgd_mae, reconstruction, starting_point
 
 EPS = 8 / 255
 WHOLE_STEP = linf_bounds(EPS, EPS, 0.0, 1.0, 3, "cpu")
@@ -74,7 +74,7 @@ def test_mask_ratio_is_its_own():
         seen.append(patches.shape[1])
         return reconstruction(model, patches, *rest)
 
-    pgd_mae(small_model(), golden_images()[0], BOUNDS, steps=2, mask_ratio=0.5, loss_fn=spy)
+    pgd_mae(small_model(), golden_images()[0], BOUNDS, steps=2, mask_ratio=0.5, functions=AttackFunctions(spy))
     assert seen == [32, 32]
 
 
@@ -107,7 +107,9 @@ def visible_agreement(loss_scale: float) -> float:
     draws = {"start": torch.zeros_like(images), "mask_noise": [noise]}
     full = pgd_mae(model, images, WHOLE_STEP, **draws)
     with torch.autocast("cpu", dtype=torch.float16):
-        half = pgd_mae(model, images, WHOLE_STEP, **draws, loss_scale=loss_scale, loss_fn=small_gradients)
+        half = pgd_mae(
+            model, images, WHOLE_STEP, **draws, loss_scale=loss_scale, functions=AttackFunctions(small_gradients)
+        )
     visible = (model(images, noise=noise)[2] == 0).view(8, 1, 8, 8).repeat_interleave(4, 2).repeat_interleave(4, 3)
     agree = ((half - images).sign() == (full - images).sign()) & ((half - images).abs() > 0.5 * EPS)
     return agree[visible.expand_as(agree)].float().mean().item()

@@ -26,7 +26,7 @@ def test_compiled_step_is_the_eager_step_and_compiles_once(region):
         objective = Objective(model, 0.75, "hsic", 1e-3, pieces.encode, pieces.reconstruct)
         clock.start()
         for i in range(2 + compile):
-            loss = pretrain_step(objective, twin, golden_images()[i], noise, Attack(1, BOUNDS), pieces.attack_loss).loss
+            loss = pretrain_step(objective, twin, golden_images()[i], noise, Attack(1, BOUNDS), pieces.attack).loss
             model.zero_grad()
             loss.backward()
             if i == 1:
@@ -67,7 +67,7 @@ def _train_by_block(model: MaskedAutoencoderViT) -> None:
     noise = draw_noise(torch.Generator().manual_seed(1), 8, 64, Attack(1, BOUNDS))
     objective = Objective(model, 0.75, None, 0.0, pieces.encode, pieces.reconstruct)
     for _ in range(2):
-        pretrain_step(objective, twin, golden_images()[0], noise, Attack(1, BOUNDS), pieces.attack_loss)
+        pretrain_step(objective, twin, golden_images()[0], noise, Attack(1, BOUNDS), pieces.attack)
 
 
 def test_a_missing_compiler_is_told():

@@ -107,11 +107,11 @@ def computation_worker(rank: int, port: int, compression: str, folder: str) -> N
             for p in model.parameters():
                 p += 1
     updater = Updater(build_optimizer(model, 1e-3, 0.05), CPU, False)
-    objective, attacked, attack_loss, _ = build_computation(config, world, model, updater)
+    objective, attacked, functions, _ = build_computation(config, world, model, updater)
     for i in range(2):
         with torch.autocast("cpu", torch.bfloat16):
             images = golden_images()[i][4 * rank : 4 * rank + 4]
-            out = pretrain_step(objective, attacked, images, half(the_noise(), rank), ATTACK, attack_loss)
+            out = pretrain_step(objective, attacked, images, half(the_noise(), rank), ATTACK, functions)
         updater.backward(out.loss, 2)
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
     updater.update()

@@ -167,7 +167,7 @@ def replay(name: str, model, compile: bool):
         noise = Noise(
             tensors["start_noise"][step], list(tensors["attack_mask_noise"][step]), tensors["train_mask_noise"][step]
         )
-        out = pretrain_step(objective, attacked, images[step], noise, attack, pieces.attack_loss)
+        out = pretrain_step(objective, attacked, images[step], noise, attack, pieces.attack)
         updater.backward(out.loss, r["accum"])
         updates = (step + 1) % r["accum"] == 0
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}

@@ -10,7 +10,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from bench.textbook import textbook_step
 from mimir_fast import objective as objective_module
-from mimir_fast.attack import frozen_twin, linf_bounds, pgd_mae, reconstruction, starting_point
+from mimir_fast.attack import AttackFunctions, frozen_twin, linf_bounds, pgd_mae, reconstruction, starting_point
 from mimir_fast.objective import Objective
 from mimir_fast.optim import Updater, build_optimizer
 from mimir_fast.step import Attack, Noise, draw_noise, pretrain_step, step_seed
@@ -191,7 +191,7 @@ def test_compiled_attack_has_the_same_result_and_no_weight_gradient():
 
     compiled = torch.compile(reconstruction, fullgraph=True, backend=aot_autograd(fw_compiler=recording))
     twin = frozen_twin(model)
-    ours = pgd_mae(twin, images, BOUNDS, **noise, loss_fn=compiled)
+    ours = pgd_mae(twin, images, BOUNDS, **noise, functions=AttackFunctions(compiled))
     assert ((ours - eager).abs() > 1e-6).sum() <= 4  # pixels whose gradient is rounding noise
     products = [sum(node.target in PRODUCTS for node in graph.graph.nodes) for graph in graphs]
     linears = sum(isinstance(m, torch.nn.Linear) for m in model.modules()) + 1

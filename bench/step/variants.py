@@ -50,7 +50,7 @@ def trainers(config: PretrainConfig, images: torch.Tensor) -> Callable[[], None]
     world = World(device=images.device)
     model = build_model(config, world.device)
     attack, updater = build_attack(config, None, world.device), _updater(config, model, world.device)
-    objective, attacked, attack_loss, _ = build_computation(config, world, model, updater)
+    objective, attacked, functions, _ = build_computation(config, world, model, updater)
     generator = torch.Generator(world.device)
     dtype = AUTOCAST[config.optim.precision]
 
@@ -58,7 +58,7 @@ def trainers(config: PretrainConfig, images: torch.Tensor) -> Callable[[], None]
         generator.manual_seed(config.run.seed)
         noise = draw_noise(generator, len(images), model.num_patches, attack)
         with torch.autocast(world.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            output = pretrain_step(objective, attacked, images, noise, attack, attack_loss)
+            output = pretrain_step(objective, attacked, images, noise, attack, functions)
         updater.backward(output.loss, config.optim.accum_iter)
         updater.update()
 

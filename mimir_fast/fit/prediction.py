@@ -150,7 +150,7 @@ class _Step:
         side = self.config.model.input_size
         images: Tensor = torch.empty(self.batch, 3, side, side)
         noise = draw_noise(torch.Generator(), self.batch, self.model.num_patches, self.attack)
-        objective, attacked, attack_loss, _ = self.computation
+        objective, attacked, functions, _ = self.computation
         with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
-            output = pretrain_step(objective, attacked, images, noise, self.attack, attack_loss)
+            output = pretrain_step(objective, attacked, images, noise, self.attack, functions)
         self.updater.backward(output.loss, self.config.optim.accum_iter)
