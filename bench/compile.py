@@ -20,11 +20,12 @@ from triton.backends.compiler import BaseBackend, GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from bench.records import RESULTS
 from bench.sass import SHARED_PER_BLOCK, read
 
 ARCHS = (80, 90)  # A100, H100
 OPS = sorted(path.parent.name for path in (Path(__file__).parents[1] / "kernels").glob("*/kernel.py"))
-RESULTS = Path(__file__).parent / "results" / "compile.jsonl"
+TABLE = RESULTS / "compile.jsonl"
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,8 @@ def main(arguments: list[str]) -> int:
     records = compile_all(OPS)
     print(*table(records), sep="\n")
     versions = {"torch": torch.__version__, "triton": triton.__version__}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text("".join(json.dumps(line) + "\n" for line in [versions, *records]))
+    TABLE.parent.mkdir(exist_ok=True)
+    TABLE.write_text("".join(json.dumps(line) + "\n" for line in [versions, *records]))
     failed = sum(bool(list(complaints(record))) for record in records)
-    print(f"{len(records)} kernels compiled, {failed} fail the gate; {RESULTS.name} written")
+    print(f"{len(records)} kernels compiled, {failed} fail the gate; {TABLE.name} written")
     return min(failed, 1)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.step.command import RESULTS, append, heading, partition
+from bench.records import RESULTS, append, heading, partition
 from mimir_fast import pretrain
 
 DEFAULTS = (
@@ -92,7 +92,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="fp32 runs with seeds 0, 1, ... (default: 3)")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help="cuda or cpu (default: cuda if there is one)")
-    parser.add_argument("--results", default=str(RESULTS.with_name("losses.jsonl")), help="JSON lines to append to")
+    parser.add_argument("--results", default=str(RESULTS / "losses.jsonl"), help="JSON lines to append to")
     args = parser.parse_args(own)
     words = [*DEFAULTS.split(), "--data_root", args.data_root, "--max_steps", str(args.steps), *flags]
     traces = {}
@@ -108,7 +108,7 @@ def main(arguments: list[str]) -> int:
         print(f"python -m bench losses: error: {error}", file=sys.stderr)
         return 2
     device = torch.cuda.get_device_name() if args.device != "cpu" else "cpu"
-    record = {**heading(device, ""), "flags": words[len(DEFAULTS.split()) + 2 :], **compare(traces)}
+    record = {**heading(device), "flags": words[len(DEFAULTS.split()) + 2 :], **compare(traces)}
     for line in report(record):
         print(line)
     append(record, Path(args.results))

@@ -8,12 +8,13 @@ alternate, so that a drifting machine slows both; the ratio is taken pair by pai
 """
 
 import argparse
-import platform
 import statistics
 import time
+from pathlib import Path
 
 import torch
 
+from bench.records import RESULTS, append, heading
 from bench.textbook import TextbookMAE, textbook_step
 from mimir_fast.attack import frozen_twin, linf_bounds
 from mimir_fast.compiling import Compiled
@@ -70,16 +71,33 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=7, help="timed pairs after one warm-up pair (default: 7)")
     parser.add_argument("--compile", action="store_true", help="compile our step; the textbook's stays eager")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--results", default=str(RESULTS / "pairs.jsonl"), help="JSON lines to append to")
     args = parser.parse_args(arguments)
     device = torch.device(args.device)
     steps = build_steps(args, device)
     pairs = [[seconds(step, device) for step in steps] for _ in range(args.rounds + 1)][1:]
-    how = "ours compiled, textbook eager" if args.compile else "eager"
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{args.model} {args.input_size}/{args.patch_size}, batch {args.batch_size}, fp32, {how}; {where}")
-    print(f"torch {torch.__version__}, Python {platform.python_version()}, {args.rounds} pairs")
-    for name, times in zip(("mimir_fast", "textbook"), zip(*pairs)):
-        print(f"{name:<11} median {args.batch_size / statistics.median(times):8.1f} images/s")
-    ratios = sorted(theirs / ours for ours, theirs in pairs)
-    print(f"speed ratio median {statistics.median(ratios):.2f} (from {ratios[0]:.2f} to {ratios[-1]:.2f})")
+    record = measured(args, device, pairs)
+    how = "ours compiled, textbook eager" if args.compile else "both eager"
+    size = f"{args.model} {args.input_size}/{args.patch_size}, batch {args.batch_size}"
+    print(f"{size}, fp32, {how}; {record['device']}, {record['threads']} threads, {args.rounds} pairs")
+    for name, rate in record["images/s"].items():
+        print(f"{name:<11} median {rate:8.1f} images/s")
+    ratios = record["ratios"]
+    print(f"speed ratio median {record['ratio']:.2f} (from {ratios[0]:.2f} to {ratios[-1]:.2f})")
+    append(record, Path(args.results))
     return 0
+
+
+def measured(args: argparse.Namespace, device: torch.device, pairs: list[list[float]]) -> dict:
+    """The record of these pairs of seconds (ours, the textbook's)."""
+    names = ("model", "input_size", "patch_size", "batch_size", "rounds", "compile")
+    ratios = sorted(theirs / ours for ours, theirs in pairs)
+    rates = [args.batch_size / statistics.median(times) for times in zip(*pairs)]
+    return {
+        **heading(torch.cuda.get_device_name() if device.type == "cuda" else "cpu"),
+        "threads": torch.get_num_threads(),
+        "config": {name: getattr(args, name) for name in names},
+        "images/s": dict(zip(("mimir_fast", "textbook"), rates)),
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+    }

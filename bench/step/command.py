@@ -2,24 +2,19 @@
 
 import argparse
 import contextlib
-import datetime
-import json
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
-import triton
 
+from bench.records import RESULTS, append, heading, partition
 from bench.step import counts, table
 from bench.step.peaks import PEAKS, peak_of
 from bench.step.roofline import roofline_on_gpu, roofline_on_pretend_gpu
 from bench.step.variants import VARIANTS, configuration
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "bench" / "results" / "step.jsonl"
 EPILOG = """Trainer flags may follow --, for instance: python -m bench step --batch 256 -- --mask_ratio 0.6
 Units: GB 1e9 bytes, GiB 2**30 bytes, TFLOP 1e12 operations (a multiply-add is two), ms of one step; syncs, copies: per step.
 Bounds are what the calls of this step cannot undercut at the GPU's peaks; they are no predictions.  Only "measured" lines, on
@@ -42,7 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--gpu", choices=list(PEAKS), help="whose peaks (default: the GPU found; h100 on a pretend one)")
     add("--pretend", metavar="WRAPPER", help="run on a pretend GPU: path of the program that provides one")
     add("--rounds", type=int, default=20, help="measured steps on a real GPU (default: %(default)s)")
-    add("--results", default=str(RESULTS), metavar="FILE", help="JSON lines to append to (default: %(default)s)")
+    default = str(RESULTS / "step.jsonl")
+    add("--results", default=default, metavar="FILE", help="JSON lines to append to (default: %(default)s)")
     add("--pretend_log", help=argparse.SUPPRESS)  # where the wrapper writes; set when this program starts itself again
     add("flags", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
@@ -64,12 +60,6 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         print(f"python -m bench step: error: {error}", file=sys.stderr)
         return 2
-
-
-def partition(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """This program's own words, and the trainer's after --."""
-    where = arguments.index("--") if "--" in arguments else len(arguments)
-    return arguments[:where], arguments[where + 1 :]
 
 
 def start_again(args: argparse.Namespace, arguments: list[str]) -> int:
@@ -106,35 +96,10 @@ def run(args: argparse.Namespace, flags: list[str]) -> int:
         else:
             roofline = roofline_on_gpu(args.variant, config, PEAKS[gpu], args.rounds)
     device = f"pretend-{gpu}" if mark else torch.cuda.get_device_name()
-    record = {**heading(device, gpu), "variant": args.variant, "config": config.flat(), **roofline.record()}
+    record = {**heading(device), "peaks": gpu, "variant": args.variant, "config": config.flat(), **roofline.record()}
     print(f"{args.variant}: {args.model} {args.input_size}/{args.patch_size}, batch {args.batch}, "
           f"{config.optim.precision}, compile {'on' if config.optim.compile else 'off'}; {device}")  # fmt: skip
     print(f"peaks of {gpu}: {PEAKS[gpu].source}\n")
     print(*table.lines(record), sep="\n")
     append(record, Path(args.results))
     return 0
-
-
-def append(record: dict, results: Path) -> None:
-    """One more line of JSON."""
-    results.parent.mkdir(parents=True, exist_ok=True)
-    with results.open("a") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def heading(device: str, gpu: str) -> dict:
-    """Where and when a record comes from; the commit ends in + if files differ from it."""
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else ""),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "device": device,
-        "peaks": gpu,
-    }
-
-
-def _git(*words: str) -> str:
-    done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
-    return done.stdout.strip()

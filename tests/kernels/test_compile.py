@@ -22,7 +22,7 @@ def test_every_kernel_passes_the_gate(op):
         (r["kernel"], r["config"], r["dtype"], r["arch"], *wrong) for r in records if (wrong := [*gate.complaints(r)])
     ]
     assert not failures
-    versions, *table = map(json.loads, gate.RESULTS.read_text().splitlines())
+    versions, *table = map(json.loads, gate.TABLE.read_text().splitlines())
     if versions["triton"] == gate.triton.__version__:
         recorded = [r for r in table if r["op"] == op]
         assert [labels(r) for r in recorded] == [labels(r) for r in records], "out of date: python -m bench compile"
