@@ -232,6 +232,7 @@ class _Executor(stock.GridExecutor):
 
 def _run(self, *args, grid, warmup=False, **kwargs):
     function, builder = _interpreted(self), stock.interpreter_builder
+    builder.patched = set()
     if builder.sanitizer:
         builder.sanitizer.launches[self.fn.__name__] += 1
     if builder.last:
@@ -241,7 +242,12 @@ def _run(self, *args, grid, warmup=False, **kwargs):
 
 
 def _call(self, *args, **kwargs):
-    return _interpreted(self)(*args, **kwargs)
+    """A call inside of a kernel; the language is patched once per launch and module, not at every call."""
+    function, patched = _interpreted(self), stock.interpreter_builder.patched
+    if function.fn.__module__ not in patched:
+        stock._patch_lang(function.fn)
+        patched.add(function.fn.__module__)
+    return function.rewrite()(*args, **kwargs)
 
 
 def _reduce(self, value, original=stock.ReduceScanOpInterface.apply):

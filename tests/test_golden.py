@@ -181,7 +181,7 @@ TRAJECTORIES = pytest.mark.parametrize(("name", "grad_bound", "mi_bound"), [("A"
 
 @TRAJECTORIES
 def test_trajectory(name, grad_bound, mi_bound, kernels):
-    follow(name, grad_bound, mi_bound, kernels)
+    follow(name, grad_bound, mi_bound, kernels, first_only=kernels == "triton" and name == "B")  # B takes minutes
 
 
 @TRAJECTORIES
@@ -192,8 +192,10 @@ def test_compiled_trajectory(name, grad_bound, mi_bound):
     assert counters["stats"]["unique_graphs"] >= 3  # encoder, decoder with its loss, and both in the attack
 
 
-def follow(name: str, grad_bound: float, mi_bound: float, kernels: str, compile: bool = False) -> None:
-    """Train on a recorded trajectory and compare everything that was recorded."""
+def follow(
+    name: str, grad_bound: float, mi_bound: float, kernels: str, compile: bool = False, first_only: bool = False
+) -> None:
+    """Train on a recorded trajectory and compare everything that was recorded, or up to the first update only."""
     record = load_golden(f"traj_{name}_noise")[1]
     logged, losses, lrs, first_grads = [], [], [], None
     model = small_model(record["norm_pix_loss"], kernels=kernels)
@@ -205,15 +207,20 @@ def follow(name: str, grad_bound: float, mi_bound: float, kernels: str, compile:
         if updates:
             first_grads = first_grads or grads
             logged += [["train_loss", out.loss.item(), x], ["lr", lr, x], ["mi", out.mi.item(), x]]
-    for (tag, value, x), (tag0, value0, x0) in zip(logged, record["log_records"], strict=True):
+            if first_only:
+                break
+    expected = record["log_records"][:3] if first_only else record["log_records"]
+    for (tag, value, x), (tag0, value0, x0) in zip(logged, expected, strict=True):
         assert (tag, x) == (tag0, x0)
         assert value == pytest.approx(value0, rel=mi_bound if tag == "mi" else 5e-6), (tag, x)
-    assert sum(losses) / 4 == pytest.approx(record["epoch_stats"]["loss"], rel=5e-6)
-    assert sum(lrs) / 4 == pytest.approx(record["epoch_stats"]["lr"], rel=1e-9)
     truth = load_golden(f"traj_{name}_grad1")[0]
     largest = max(t.abs().max() for t in truth.values())
     for key, grad in first_grads.items():
         assert (grad - truth[f"grad/{key}"]).abs().max() < grad_bound * largest, key
+    if first_only:
+        return
+    assert sum(losses) / 4 == pytest.approx(record["epoch_stats"]["loss"], rel=5e-6)
+    assert sum(lrs) / 4 == pytest.approx(record["epoch_stats"]["lr"], rel=1e-9)
     final = load_golden(f"traj_{name}_final")[0]
     trained = [(n, p.detach()) for n, p in model.named_parameters() if p.requires_grad]
     errors = torch.cat([(p - final[f"param/{n}"]).abs().flatten() for n, p in trained])
