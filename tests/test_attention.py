@@ -91,5 +91,6 @@ def test_narrow_attention_in_the_seam(tokens, head, first):
 
 def test_narrow_attention_leaves_other_sizes_and_types_to_torch():
     wide, double = torch.randn(1, 9, 3 * 2 * 32), torch.randn(1, 9, 3 * 2 * 8, dtype=torch.float64)
-    for qkv in (wide, double):
-        assert torch.equal(attention(qkv, 2, 3, "narrow"), attention(qkv, 2, 3, "sdpa"))
+    long = torch.randn(1, 130, 3 * 2 * 32)
+    for qkv, backend in ((wide, "math"), (double, "math"), (long, "sdpa")):
+        assert torch.equal(attention(qkv, 2, 3, "narrow"), attention(qkv, 2, 3, backend))

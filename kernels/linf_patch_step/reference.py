@@ -1,7 +1,7 @@
 """linf_patch_step in plain PyTorch, by way of the whole gradient image."""
 
 import torch
-from mimir_fast.kernels.masked_patch_loss.reference import patch_statistics, patchify, unpatchify
+from mimir_fast.kernels.masked_patch_loss.reference import assemble, cut, patch_statistics, predicted, select
 from torch import Tensor
 
 
@@ -18,28 +18,25 @@ def linf_patch_step(
     """See op.py; [B,C,H,W] in the images' dtype."""
     compute = torch.promote_types(images_BCHW.dtype, torch.float32)
     images, adv = images_BCHW.to(compute), adv_BCHW.to(compute)
-    K, sides, C = grad_visible_BKP.shape[1], images.shape[2:], images.shape[1]
-    patches_BLP = patchify(adv, patch_size)
+    K, C, p = grad_visible_BKP.shape[1], images.shape[1], patch_size
     ids_shuffle_BL = ids_restore_BL.argsort(dim=1)
-    removed_BMP = patches_BLP.gather(1, ids_shuffle_BL[:, K:, None].expand_as(pred_BMP))
-    hidden_BMP = target_gradient(removed_BMP, pred_BMP.to(compute), norm_pix_loss)
-    visible_BKP = (
-        grad_visible_BKP.to(compute).unflatten(2, (C, -1)).transpose(2, 3).flatten(2)
-    )  # (row, column, channel)
-    grad_BLP = torch.cat([visible_BKP, hidden_BMP], dim=1)
-    grad_BLP = grad_BLP.gather(1, ids_restore_BL[:, :, None].expand_as(grad_BLP))
-    eps, alpha, lo, hi = bounds_4C.to(compute)[:, :, None, None]
-    sign = unpatchify(grad_BLP.sign(), patch_size, *sides)
+    removed = select(cut(adv, p), ids_shuffle_BL[:, K:])
+    hidden = target_gradient(removed, predicted(pred_BMP, p).to(compute), norm_pix_loss)
+    grad = torch.cat([grad_visible_BKP.to(compute).unflatten(2, (C, p, p)), hidden], dim=1)
+    sign = assemble(select(grad, ids_restore_BL).sign(), images.shape[2] // p)
+    eps, alpha, lo, hi = bounds_4C.to(compute)[:, :, None, None, None, None]
+    images, adv = (t.unflatten(3, (-1, p)).unflatten(2, (-1, p)) for t in (images, adv))  # [B,C,rows,p,columns,p]
     delta = torch.clamp(adv + alpha * sign - images, -eps, eps)
-    return torch.clamp(images + delta, lo, hi).to(images_BCHW.dtype)
+    return torch.clamp(images + delta, lo, hi).to(images_BCHW.dtype).reshape(images_BCHW.shape)
 
 
-def target_gradient(patches_BLP: Tensor, pred_BLP: Tensor, norm_pix_loss: bool) -> Tensor:
-    """A positive multiple of d |pred - target(patch)|^2 / d patch, for every patch; [B,L,P]."""
+def target_gradient(patches: Tensor, pred: Tensor, norm_pix_loss: bool) -> Tensor:
+    """A positive multiple of d |pred - target(patch)|^2 / d patch, for every patch of [B,L,...]."""
     if not norm_pix_loss:
-        return patches_BLP - pred_BLP
-    mean, std = patch_statistics(patches_BLP)
-    target_BLP = (patches_BLP - mean) / std
-    error_BLP = target_BLP - pred_BLP
-    along = (error_BLP * target_BLP).sum(dim=-1, keepdim=True) / (error_BLP.shape[-1] - 1)
-    return error_BLP - error_BLP.mean(dim=-1, keepdim=True) - target_BLP * along
+        return patches - pred
+    numbers = tuple(range(2, patches.ndim))
+    mean, std = patch_statistics(patches)
+    target = (patches - mean) / std
+    error = target - pred
+    along = (error * target).sum(numbers, keepdim=True) / (patches.shape[2:].numel() - 1)
+    return error - error.mean(numbers, keepdim=True) - target * along

@@ -36,7 +36,6 @@ def philox(seed: Tensor, block: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a 32 x 32 bit product, whose halves fit in int64."""
-    upper, lower = constant * (word >> 16), constant * (word & 0xFFFF)
-    total = (upper & 0xFFFF) * 0x10000 + lower
-    return (upper >> 16) + (total >> 32) & LOW, total & LOW
+    """High and low 32 bits of constant * word, from (constant - 2^32) * word, which fits in int64."""
+    product = (constant - (1 << 32)) * word
+    return (product >> 32) + word & LOW, product & LOW

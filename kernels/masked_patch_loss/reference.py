@@ -6,23 +6,42 @@ from torch import Tensor
 VARIANCE_FLOOR = 1e-6
 
 
+def cut(images_BCHW: Tensor, patch_size: int) -> Tensor:
+    """[B,C,H,W] -> [B,L,C,p,p]: the patches, row by row of the grid."""
+    grid = images_BCHW.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # [B,C,rows,p,columns,p]
+    return grid.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+
+
+def assemble(patches_BLCpp: Tensor, rows: int) -> Tensor:
+    """[B,L,C,p,p] -> [B,C,rows,p,L/rows,p], an image when its last four are flattened by two: the inverse of `cut`."""
+    return patches_BLCpp.unflatten(1, (rows, -1)).permute(0, 3, 1, 4, 2, 5)
+
+
+def predicted(pred_BMP: Tensor, patch_size: int) -> Tensor:
+    """[B,M,p*p*C], which the decoder predicts in (row, column, channel) order -> [B,M,C,p,p]."""
+    return pred_BMP.unflatten(2, (patch_size, patch_size, -1)).permute(0, 1, 4, 2, 3)
+
+
 def patchify(images_BCHW: Tensor, patch_size: int) -> Tensor:
     """[B,C,H,W] -> [B,L,p*p*C], each patch flattened in (row, column, channel) order."""
-    B, C, H, W = images_BCHW.shape
-    p = patch_size
-    return images_BCHW.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1).reshape(B, -1, p * p * C)
+    return cut(images_BCHW, patch_size).permute(0, 1, 3, 4, 2).flatten(2)
 
 
 def unpatchify(patches_BLP: Tensor, patch_size: int, height: int, width: int) -> Tensor:
     """[B,L,p*p*C] -> [B,C,H,W]: the inverse of `patchify`."""
-    B, p = patches_BLP.shape[0], patch_size
-    grid = patches_BLP.reshape(B, height // p, width // p, p, p, -1)
-    return grid.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, height, width)
+    grid = assemble(predicted(patches_BLP, patch_size), height // patch_size)
+    return grid.reshape(*grid.shape[:2], height, width)
 
 
-def patch_statistics(patches_BLP: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and floored standard deviation of each patch, both [B,L,1]: what norm_pix_loss normalises with."""
-    var, mean = torch.var_mean(patches_BLP, dim=-1, keepdim=True)
+def select(patches: Tensor, ids_BM: Tensor) -> Tensor:
+    """Patches ids of [B,L,...]: [B,M,...]."""
+    places = ids_BM.reshape(*ids_BM.shape, *[1] * (patches.ndim - 2))
+    return patches.gather(1, places.expand(-1, -1, *patches.shape[2:]))
+
+
+def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and floored standard deviation of each patch of [B,L,...], both [B,L,1...]: what norm_pix_loss normalises with."""
+    var, mean = torch.var_mean(patches, dim=tuple(range(2, patches.ndim)), keepdim=True)
     return mean, (var + VARIANCE_FLOOR).sqrt()
 
 
@@ -31,10 +50,10 @@ def masked_patch_loss(
 ) -> Tensor:
     """See op.py: pred [B,M,P], images [B,C,H,W], ids [B,M] -> scalar."""
     compute = torch.promote_types(pred_BMP.dtype, torch.float32)
-    patches_BLP = patchify(images_BCHW if images_BCHW.is_floating_point() else images_BCHW.float() / 255, patch_size)
-    target_BMP = patches_BLP.gather(1, ids_BM[:, :, None].expand_as(pred_BMP))
-    target_BMP = target_BMP.to(torch.promote_types(patches_BLP.dtype, compute))
+    images = images_BCHW if images_BCHW.is_floating_point() else images_BCHW.float() / 255
+    target = select(cut(images, patch_size), ids_BM)
+    target = target.to(torch.promote_types(images.dtype, compute))
     if norm_pix_loss:
-        mean, std = patch_statistics(target_BMP)
-        target_BMP = (target_BMP - mean) / std
-    return (pred_BMP.to(compute) - target_BMP).square().mean()
+        mean, std = patch_statistics(target)
+        target = (target - mean) / std
+    return (predicted(pred_BMP, patch_size).to(compute) - target).square().mean()

@@ -15,6 +15,7 @@ from mimir_fast.kernels.short_attention.op import supported
 from mimir_fast.models import narrow_attention
 
 BACKENDS = ("auto", "short", "narrow", "sdpa", "flash_attn", "xformers", "math")
+FEW_TOKENS = 64  # on a CPU sdpa's tiles pay only beyond
 PACKAGES = {"flash_attn": "flash-attn", "xformers": "xformers"}
 
 
@@ -51,10 +52,11 @@ def _short(qkv_BTQ: Tensor, num_heads: int, first: int) -> Tensor:
 
 
 def _narrow(qkv_BTQ: Tensor, num_heads: int, first: int) -> Tensor:
-    """Loops over narrow heads on a CPU; sizes and devices that they are not for go to sdpa."""
-    if not narrow_attention.supported(qkv_BTQ.shape[2] // 3 // num_heads, qkv_BTQ):
-        return _sdpa(qkv_BTQ, num_heads, first)
-    return narrow_attention.narrow_attention(qkv_BTQ, num_heads, first)
+    """For fp32 on a CPU: loops over narrow heads, plain matrix products in short sequences; the rest goes to sdpa."""
+    if narrow_attention.supported(qkv_BTQ.shape[2] // 3 // num_heads, qkv_BTQ):
+        return narrow_attention.narrow_attention(qkv_BTQ, num_heads, first)
+    plain = qkv_BTQ.device.type == "cpu" and qkv_BTQ.shape[1] <= FEW_TOKENS
+    return (_math if plain else _sdpa)(qkv_BTQ, num_heads, first)
 
 
 def _math(qkv_BTQ: Tensor, num_heads: int, first: int) -> Tensor:

@@ -34,25 +34,26 @@ def supported(head_dim: int, tensor: Tensor) -> bool:
 
 
 @torch.library.custom_op("mimir_fast::narrow_attention", mutates_args=(), device_types="cpu")
-def _attend(qkv_BTQ: Tensor, num_heads: int, first: int) -> tuple[Tensor, Tensor]:
-    """Mixed values [B,R,N*d] and, for the backward, log2 of the softmax's denominators [B,N,R]."""
-    out, lse_BNR = _run(_forward, *_queries(qkv_BTQ, num_heads, first))
-    return _tokens(out), lse_BNR
+def _attend(qkv_BTQ: Tensor, num_heads: int, first: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Mixed values [B,R,N*d] and for the backward q, k, v and log2 of the softmax's denominators [B,N,R]."""
+    q, k, v = qkv_BTQ.chunk(3, dim=2)
+    scale = math.log2(math.e) / math.sqrt(q.shape[2] // num_heads)
+    heads = _heads(q[:, first:], num_heads, scale), _heads(k, num_heads), _heads(v, num_heads)
+    out, lse_BNR = _run(_forward, *heads)
+    return out.permute(0, 3, 1, 2).flatten(2).contiguous(), *heads, lse_BNR
 
 
 @torch.library.custom_op("mimir_fast::narrow_attention_grad", mutates_args=(), device_types="cpu")
-def _attend_grad(
-    grad_BRD: Tensor, qkv_BTQ: Tensor, out_BRD: Tensor, lse_BNR: Tensor, num_heads: int, first: int
-) -> Tensor:
-    """Gradient in qkv, [B,T,Q]."""
-    mean_BNR = (grad_BRD * out_BRD).unflatten(2, (num_heads, -1)).sum(3).transpose(1, 2).contiguous()
-    q, k, v = _queries(qkv_BTQ, num_heads, first)
-    grads = _run(_backward, q, k, v, _heads(grad_BRD, num_heads), mean_BNR, lse_BNR)
-    grad_qkv_BTQ = torch.empty_like(qkv_BTQ, memory_format=torch.contiguous_format)
-    for part, grad in zip(grad_qkv_BTQ.chunk(3, dim=2), grads):
-        part[:, : part.shape[1] - grad.shape[3]] = 0
-        part[:, part.shape[1] - grad.shape[3] :] = _tokens(grad)
-    return grad_qkv_BTQ
+def _attend_grad(grad_BRD: Tensor, out_BRD: Tensor, q: Tensor, k: Tensor, v: Tensor, lse_BNR: Tensor) -> Tensor:
+    """Gradient in qkv, [B,T,Q]; q, k, v as the forward made them."""
+    B, N, d, T = k.shape
+    mean_BNR = (grad_BRD * out_BRD).unflatten(2, (N, d)).sum(3).transpose(1, 2).contiguous()
+    grads = _run(_backward, q, k, v, _heads(grad_BRD, N), mean_BNR, lse_BNR)
+    grad_qkv = grad_BRD.new_empty(B, T, 3, N, d)
+    grad_qkv[:, : T - q.shape[3], 0] = 0
+    for i, grad in enumerate(grads):
+        grad_qkv[:, T - grad.shape[3] :, i] = grad.permute(0, 3, 1, 2)
+    return grad_qkv.flatten(2)
 
 
 def narrow_attention(qkv_BTQ: Tensor, num_heads: int, first: int) -> Tensor:
@@ -76,21 +77,10 @@ def _compiled(function: Callable, *shapes: torch.Size) -> Callable:
         return torch._inductor.compile(make_fx(function)(*inputs), inputs, INLINE)
 
 
-def _heads(x_BTD: Tensor, num_heads: int) -> Tensor:
-    """[B,T,N*d] -> [B,N,d,T], contiguous."""
-    return x_BTD.unflatten(2, (num_heads, -1)).permute(0, 2, 3, 1).contiguous()
-
-
-def _tokens(x: Tensor) -> Tensor:
-    """[B,N,d,T] -> [B,T,N*d], contiguous."""
-    return x.permute(0, 3, 1, 2).flatten(2).contiguous()
-
-
-def _queries(qkv_BTQ: Tensor, num_heads: int, first: int) -> tuple[Tensor, ...]:
-    """q [B,N,d,R] times log2(e) / sqrt(d), k and v [B,N,d,T]."""
-    q, k, v = qkv_BTQ.chunk(3, dim=2)
-    scale = math.log2(math.e) / math.sqrt(q.shape[2] // num_heads)
-    return _heads(q[:, first:] * scale, num_heads), _heads(k, num_heads), _heads(v, num_heads)
+def _heads(x_BTD: Tensor, num_heads: int, scale: float = 1.0) -> Tensor:
+    """scale * x [B,T,N*d] as [B,N,d,T], contiguous."""
+    x = x_BTD.unflatten(2, (num_heads, -1)).permute(0, 2, 3, 1)
+    return torch.mul(x, scale, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
 
 
 def _exp2(x: Tensor) -> Tensor:
@@ -141,21 +131,23 @@ def _backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, mean: Tensor, lse: 
 @_attend.register_fake
 def _(qkv_BTQ, num_heads, first):
     B, T, Q = qkv_BTQ.shape
-    return qkv_BTQ.new_empty(B, T - first, Q // 3), qkv_BTQ.new_empty(B, num_heads, T - first)
+    heads = [qkv_BTQ.new_empty(B, num_heads, Q // 3 // num_heads, tokens) for tokens in (T - first, T, T)]
+    return qkv_BTQ.new_empty(B, T - first, Q // 3), *heads, qkv_BTQ.new_empty(B, num_heads, T - first)
 
 
 @_attend_grad.register_fake
-def _(grad_BRD, qkv_BTQ, out_BRD, lse_BNR, num_heads, first):
-    return torch.empty_like(qkv_BTQ, memory_format=torch.contiguous_format)
+def _(grad_BRD, out_BRD, q, k, v, lse_BNR):
+    B, N, d, T = k.shape
+    return grad_BRD.new_empty(B, T, 3 * N * d)
 
 
 def _save(ctx, inputs, output):
-    qkv_BTQ, ctx.num_heads, ctx.first = inputs
-    ctx.save_for_backward(qkv_BTQ, *output)
+    ctx.save_for_backward(*output)
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _differentiate(ctx, grad_BRD, _):
-    return _attend_grad(grad_BRD, *ctx.saved_tensors, ctx.num_heads, ctx.first), None, None
+def _differentiate(ctx, grad_BRD, *_):
+    return _attend_grad(grad_BRD, *ctx.saved_tensors), None, None
 
 
 _attend.register_autograd(_differentiate, setup_context=_save)
