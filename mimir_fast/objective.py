@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mimir_fast.mi import penalty_value
 from mimir_fast.models import MaskedAutoencoderViT
+from mimir_fast.stages import stage
 
 
 class StepOutput(NamedTuple):
@@ -55,16 +56,19 @@ class Objective(nn.Module):
     def forward(self, images: Tensor, adv: Tensor | None, noise_BL: Tensor) -> StepOutput:
         """images [B,C,H,W]; adv, their adversarial version or None; noise [B,L] decides the mask."""
         seen = images if adv is None else adv
-        ids_shuffle, _, keep = self.model.hide(noise_BL, self.mask_ratio)
-        ids_keep, ids_removed = ids_shuffle[:, :keep], ids_shuffle[:, keep:]
-        latent = self.encode(self.model.cut(seen, ids_keep), ids_keep)
+        with stage("encoder"):
+            ids_shuffle, _, keep = self.model.hide(noise_BL, self.mask_ratio)
+            ids_keep, ids_removed = ids_shuffle[:, :keep], ids_shuffle[:, keep:]
+            latent = self.encode(self.model.cut(seen, ids_keep), ids_keep)
         if self.penalty is None or adv is None:
-            recon, pred = self.reconstruct(latent, ids_shuffle, images)
+            with stage("decoder"):
+                recon, pred = self.reconstruct(latent, ids_shuffle, images)
             none, used = torch.zeros_like(recon), torch.ones_like(recon, dtype=torch.bool)
             return StepOutput(recon, recon.detach(), none, used, seen, pred.detach(), ids_removed)
-        with self._on_the_side():
+        with self._on_the_side(), stage("penalty"):
             mi, used, grad = guarded_penalty(self.penalty, latent, images, adv, self.model.kernels)
-        recon, pred = self.reconstruct(latent, ids_shuffle, images)
+        with stage("decoder"):
+            recon, pred = self.reconstruct(latent, ids_shuffle, images)
         if self.side:
             torch.cuda.current_stream().wait_stream(self.side)
         term = torch.where(used, mi, 0) + InjectGradient.apply(latent, grad)

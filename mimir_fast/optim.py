@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from mimir_fast.stages import stage
+
 if TYPE_CHECKING:
     from mimir_fast.precision import ComputeCopy
     from mimir_fast.sharding import Shards
@@ -72,14 +74,19 @@ class Updater:
 
     def backward(self, loss: Tensor, accum_iter: int) -> None:
         """Accumulate the gradients of one micro-batch's loss / accum_iter."""
-        loss = loss / accum_iter
-        poisoned = loss * torch.where(loss.isfinite(), 1.0, torch.nan)
-        self.scaler.scale(poisoned).backward()
-        if self.compute:
-            self.compute.take_gradients()
+        with stage("backward"):
+            loss = loss / accum_iter
+            poisoned = loss * torch.where(loss.isfinite(), 1.0, torch.nan)
+            self.scaler.scale(poisoned).backward()
+            if self.compute:
+                self.compute.take_gradients()
 
     def update(self) -> Tensor:
         """Step the optimizer, clear the gradients; returns the gradients' global L2 norm (device scalar, unscaled)."""
+        with stage("optimizer"):
+            return self._update()
+
+    def _update(self) -> Tensor:
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = self.total_norm(gradients)

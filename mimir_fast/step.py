@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mimir_fast.attack import AttackFunctions, pgd_mae
 from mimir_fast.models import MaskedAutoencoderViT
 from mimir_fast.objective import StepOutput
+from mimir_fast.stages import stage
 
 
 class Noise(NamedTuple):
@@ -64,15 +65,16 @@ def pretrain_step(
     """
     if attack.steps is None:
         return objective(images, None, noise.train_mask)
-    adv = pgd_mae(
-        model,
-        images,
-        attack.bounds,
-        attack.steps,
-        mask_ratio=attack.mask_ratio,
-        start=noise.start,
-        mask_noise=noise.attack_masks,
-        loss_scale=attack.loss_scale,
-        functions=functions,
-    )
+    with stage("attack"):
+        adv = pgd_mae(
+            model,
+            images,
+            attack.bounds,
+            attack.steps,
+            mask_ratio=attack.mask_ratio,
+            start=noise.start,
+            mask_noise=noise.attack_masks,
+            loss_scale=attack.loss_scale,
+            functions=functions,
+        )
     return objective(images, adv, noise.train_mask)

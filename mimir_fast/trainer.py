@@ -29,6 +29,7 @@ from mimir_fast.precision import AUTOCAST
 from mimir_fast.run_state import EPOCH_SUMS, Position, checkpoint_state, find_state, restore
 from mimir_fast.samples import save_samples
 from mimir_fast.signals import StopSignals
+from mimir_fast.stages import stage
 from mimir_fast.step import StepOutput, draw_noise, pretrain_step, step_seed
 
 CHECKPOINT_EVERY = 20  # epochs, the original's cadence
@@ -108,7 +109,8 @@ class Trainer:
                 lr = learning_rate(where, self.lr, o.min_lr, o.warmup_epochs, o.epochs)
                 set_learning_rate(self.updater.optimizer, lr)
             started = time.perf_counter()
-            images_u8 = next(batches)
+            with stage("data"):
+                images_u8 = next(batches)
             waited += time.perf_counter() - started
             updates = (step + 1) % o.accum_iter == 0
             images = output = None  # let go of the last step's before the next one needs the room
@@ -125,9 +127,10 @@ class Trainer:
 
     def _micro_step(self, images_u8: Tensor, step: int, updates: bool) -> tuple[Tensor, StepOutput]:
         c, device = self.config, self.world.device
-        images = to_float(images_u8, *self.constants)
-        self.generator.manual_seed(step_seed(c.run.seed, self.world.rank, self.position.epoch, step))
-        noise = draw_noise(self.generator, len(images), self.model.num_patches, self.attack)
+        with stage("prepare"):
+            images = to_float(images_u8, *self.constants)
+            self.generator.manual_seed(step_seed(c.run.seed, self.world.rank, self.position.epoch, step))
+            noise = draw_noise(self.generator, len(images), self.model.num_patches, self.attack)
         dtype = AUTOCAST[c.optim.precision]
         computation = self.computation
         # 16-bit gradients are averaged over ranks before they are added up in fp32, so never held back

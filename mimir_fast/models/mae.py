@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mimir_fast.kernels import mask_indices, masked_patch_loss, patch_gather, token_restore
 from mimir_fast.models.layers import Block, PatchEmbed, add_and_norm, sincos_table
+from mimir_fast.stages import stage
 
 # nothing in a block is random: no generator state to keep, which would wait for the device
 recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
@@ -137,7 +138,8 @@ class MaskedAutoencoderViT(nn.Module):
     def reconstruct(self, latent: Tensor, ids_shuffle: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         """latent [B,1+K,D], ids_shuffle [B,L], images [B,C,H,W] -> loss, predictions of the removed patches [B,L-K,P]."""
         pred = self.decode(latent, ids_shuffle, first=latent.shape[1])
-        return self.loss(pred, ids_shuffle[:, latent.shape[1] - 1 :], images), pred
+        with stage("loss"):
+            return self.loss(pred, ids_shuffle[:, latent.shape[1] - 1 :], images), pred
 
     def decode(self, latent: Tensor, ids_shuffle: Tensor, first: int) -> Tensor:
         """latent [B,1+K,D], ids_shuffle [B,L] -> predictions [B,1+L-first,P] from token `first` of the shuffled order on.
