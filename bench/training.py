@@ -1,0 +1,118 @@
+"""The real trainer for a number of updates, listened to: what `bench train` and `bench profile` share."""
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import torch
+
+from bench.images import write_images
+from bench.step.counts import pretend_gpu
+from bench.step.peaks import PEAKS, peak_of
+from mimir_fast.arguments import parse_pretrain_args
+from mimir_fast.compiling import keep_compiled_code
+from mimir_fast.distributed import World, join_world
+from mimir_fast.pretrain import seed_everything, settle_defaults
+from mimir_fast.stages import listening
+from mimir_fast.trainer import Trainer
+
+SYNTHETIC_BATCHES = 4  # an epoch's, of synthetic images
+QUIET = "--recipe imagenet_vit_b --dataset imagefolder --output_dir= --log_dir= --checkpoint_steps 0".split()
+
+
+def add_arguments(parser: argparse.ArgumentParser, updates: int, warmup: int) -> None:
+    """The flags that say what is trained and for how long."""
+    add = parser.add_argument
+    add("--data_root", default="", help="folder of class folders with images (default: synthetic JPEG files)")
+    add("--model", default="mae_vit_base", help="model name (default: %(default)s)")
+    add("--batch", type=int, default=512, help="images per micro-batch (default: %(default)s)")
+    add("--input_size", type=int, default=224, help="image side [pixels] (default: %(default)s)")
+    add("--patch_size", type=int, default=16, help="patch side [pixels] (default: %(default)s)")
+    add("--updates", type=int, default=updates, help="observed updates (default: %(default)s)")
+    add("--warmup", type=int, default=warmup, help="updates before them, compilation included (default: %(default)s)")
+    add("--gpu", choices=list(PEAKS), help="whose peaks (default: the GPU found; h100 on a pretend one)")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError naming the number that is too small."""
+    for name in ("batch", "updates", "warmup"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name}: expected 1 or more, got {getattr(args, name)}")
+
+
+@contextmanager
+def open_trainer(args: argparse.Namespace, flags: list[str]) -> Iterator[Trainer]:
+    """The trainer of these flags, about to run warmup + updates; closed at the end.
+
+    flags: the trainer's own, over everything else.  Raises ValueError if they do not fit, or end the run earlier.
+    """
+    count = args.warmup + args.updates
+    with tempfile.TemporaryDirectory() as folder:
+        root = args.data_root or str(write_images(Path(folder), args.batch * SYNTHETIC_BATCHES))
+        sizes = {"model": args.model, "input_size": args.input_size, "patch_size": args.patch_size}
+        words = {**sizes, "batch_size": args.batch, "data_root": root, "max_steps": count}
+        own = [word for name, value in words.items() for word in (f"--{name}", str(value))]
+        config, explicit = parse_pretrain_args([*QUIET, *own, *flags])
+        config, notes = settle_defaults(config, explicit)
+        world = join_world(config.dist, config.run.device)
+        try:
+            if world.size > 1:
+                raise ValueError(f"processes: expected one, got {world.size}; start it without torchrun")
+            if pretend_gpu():
+                torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN is not there
+            seed_everything(config.run.seed)
+            keep_compiled_code()
+            trainer = Trainer(config, world, notes)
+            try:
+                if trainer.total_updates - trainer.position.update != count:
+                    raise ValueError(
+                        f"updates: the trainer's flags end the run after {trainer.total_updates} updates, "
+                        f"{count} are needed (warmup + updates); raise --epochs or leave --max_steps out"
+                    )
+                yield trainer
+            finally:
+                trainer.close()
+        finally:
+            world.close()
+
+
+def run(
+    trainer: Trainer, opened: Callable[[str], AbstractContextManager], updated: Callable[[int], None] | None = None
+) -> None:
+    """Train to the end; updated(n) is called after the n-th update, outside of every stage.
+
+    Raises RuntimeError if the training ends in an error.
+    """
+    done = 0
+
+    @contextmanager
+    def counted(name: str) -> Iterator[None]:
+        nonlocal done
+        with opened(name):
+            yield
+        if name == "optimizer":
+            done += 1
+            if updated:
+                updated(done)
+
+    with listening(counted):
+        status = trainer.run()
+    if status:
+        raise RuntimeError(f"the training ended with status {status}")
+
+
+def device_name(world: World, gpu: str | None) -> str:
+    """As records call it: cpu, the GPU's own name, or pretend-NAME."""
+    if world.device.type != "cuda":
+        return "cpu"
+    return f"pretend-{gpu or 'h100'}" if pretend_gpu() else torch.cuda.get_device_name(world.device)
+
+
+def peaks_name(device: str, gpu: str | None) -> str | None:
+    """Key of bench.step.peaks.PEAKS for the record's device, None where the peaks are not known."""
+    try:
+        return gpu or peak_of(device)
+    except ValueError:
+        return None
