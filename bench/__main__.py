@@ -4,12 +4,16 @@ compile   every kernel compiled for A100 and H100, its machine code read (no GPU
 step      one pre-training step priced against a GPU's limits, and measured where the GPU is there
 pairs     images per second of the step against the textbook step, in pairs in one process
 losses    the training loss in fp32, over seeds, and with the 16-bit options, on real images
+train     images per second of the real training loop from a folder of images, and the share of every stage
+profile   a trace of some updates, their ten most expensive kernels, and commands for NVIDIA's profilers
+gpu       tests, step, training loop and profile in one go on one GPU, with a summary: what to run there first
 """
 
 import importlib
 import sys
 
 VERBS = {"compile": "bench.compile", "step": "bench.step.command", "pairs": "bench.pairs", "losses": "bench.losses"}
+VERBS |= {"train": "bench.train", "profile": "bench.profile", "gpu": "bench.gpu.command"}
 
 
 def main(arguments: list[str]) -> int:
