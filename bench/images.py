@@ -1,6 +1,7 @@
 """A folder of class folders with synthetic photographs, for where no data set is at hand."""
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,18 @@ WIDTH, HEIGHT = 500, 375  # of ImageNet's photographs, typically
 
 
 def write_images(folder: Path, count: int, width: int = WIDTH, height: int = HEIGHT) -> Path:
-    """Write `count` JPEG files below folder/train/CLASS and return the folder.  Files are smooth colours with fine noise."""
+    """Make `count` JPEG files below folder/train/CLASS, smooth colours with fine noise, and return the folder.
+
+    Past DISTINCT they are hard links: they take no room.
+    """
     random = np.random.default_rng(0)
-    pictures = [_picture(random, width, height) for _ in range(min(count, DISTINCT))]
-    for number in range(count):
-        path = folder / "train" / f"class{number % CLASSES}" / f"{number}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(pictures[number % len(pictures)])
+    paths = [folder / "train" / f"class{number % CLASSES}" / f"{number}.jpg" for number in range(count)]
+    for path in paths[:CLASSES]:
+        path.parent.mkdir(parents=True)
+    for path in paths[:DISTINCT]:
+        path.write_bytes(_picture(random, width, height))
+    for number, path in enumerate(paths[DISTINCT:]):
+        os.link(paths[number % DISTINCT], path)
     return folder
 
 

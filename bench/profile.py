@@ -36,7 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
     how = parser.add_mutually_exclusive_group()
     ranges = "NVTX ranges, and the start and stop signals that nsys and ncu wait for; no trace of its own (needs nvtx)"
     how.add_argument("--ranges_only", action="store_true", help=ranges)
-    how.add_argument("--proton", action="store_true", help="Triton's profiler in place of torch's: kernels by stage (GPU)")
+    how.add_argument(
+        "--proton", action="store_true", help="Triton's profiler in place of torch's: kernels by stage (GPU)"
+    )
     return parser
 
 
@@ -75,10 +77,9 @@ class Profiler(NamedTuple):
 
 def choose(args: argparse.Namespace) -> Profiler:
     """The profiler asked for.  Raises ValueError naming what is missing for it."""
-    output = Path(args.output)
     if args.ranges_only:
         return nvtx_ranges()
-    output.mkdir(parents=True, exist_ok=True)
+    output = Path(args.output)
     if args.proton:
         session = proton.Session(output / "proton")
         return Profiler(session.opened, session.start, session.stop, lambda: session.lines(TOP))
@@ -120,6 +121,7 @@ def torch_profiler(trace: Path) -> Profiler:
     profile = torch.profiler.profile(activities=activities)
 
     def lines() -> list[str]:
+        trace.parent.mkdir(parents=True, exist_ok=True)
         profile.export_chrome_trace(str(trace))
         return [*most_expensive(profile.key_averages()), f"trace: {trace}"]
 
@@ -154,11 +156,11 @@ def commands(own: list[str], flags: list[str], output: str, on_gpu: bool) -> lis
     rest = ["--", *flags] if flags else []
     if not on_gpu:
         return ["nsys: needs a GPU to tell more than this trace does; there, this command prints the line to paste"]
-    nsys = f"nsys profile --trace=cuda,nvtx,osrt --capture-range=cudaProfilerApi --capture-range-end=stop --output={output}/nsys"
-    ncu = f"ncu --profile-from-start off --nvtx --nvtx-include {DOMAIN}@attack/ --set full --launch-count 40 --export {output}/ncu"
+    nsys = "nsys profile --trace=cuda,nvtx,osrt --capture-range=cudaProfilerApi --capture-range-end=stop"
+    ncu = f"ncu --profile-from-start off --nvtx --nvtx-include {DOMAIN}@attack/ --set full --launch-count 40"
     return [
         "timeline with the stages as NVTX rows:",
-        f"  {nsys} --force-overwrite=true {shlex.join([*again, *rest])}",
+        f"  {nsys} --force-overwrite=true --output={output}/nsys {shlex.join([*again, *rest])}",
         "the attack's first 40 kernels in detail (any other stage's name in its place):",
-        f"  {ncu} --force-overwrite {shlex.join([*again, '--updates', '1', *rest])}",
+        f"  {ncu} --force-overwrite --export {output}/ncu {shlex.join([*again, '--updates', '1', *rest])}",
     ]

@@ -24,13 +24,16 @@ class Session:
         try:
             self.proton = importlib.import_module("triton.profiler")
         except ImportError as error:
-            raise ValueError(f"proton: this Triton comes without triton.profiler ({error}); leave the flag out") from error
+            raise ValueError(
+                f"proton: this Triton comes without triton.profiler ({error}); leave the flag out"
+            ) from error
         self.name, self.session = name, None
 
     def opened(self, stage: str) -> AbstractContextManager:
         return self.proton.scope(stage)
 
     def start(self) -> None:
+        self.name.parent.mkdir(parents=True, exist_ok=True)
         self.session = self.proton.start(str(self.name), context="shadow", data="tree")
 
     def stop(self) -> None:

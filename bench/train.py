@@ -19,8 +19,9 @@ from mimir_fast.trainer import Trainer
 
 EPILOG = f"""Trainer flags may follow --, for instance: python -m bench train --data_root FOLDER -- --num_workers 8
 Nothing is saved unless --output_dir is among them.  Stages (mimir_fast/stages.py):
-{stages.__doc__.split(chr(10), 2)[2]}rest: logs, sums, and on CUDA the wait for the penalty.  A share is the time between a stage's ends on its stream, the device's
-idle time included.  Shares add up to 1; on CUDA the penalty runs beside the decoder and comes on top.
+{stages.__doc__.split(chr(10), 2)[2].strip()}
+rest: logs, sums, and on CUDA the wait for the penalty.  A share is the time between a stage's ends on its stream, where the
+device had nothing to do included.  Shares add up to 1; on CUDA the penalty runs beside the decoder and comes on top.
 data wait is the host's: the device may have had work meanwhile.  MFU: products and attention of attack, forward and backward
 pass, without the penalty, against the dense peak of the arithmetic used."""
 
@@ -34,7 +35,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_arguments(parser, updates=50, warmup=10)
     default = str(RESULTS / "train.jsonl")
-    parser.add_argument("--results", default=default, metavar="FILE", help="JSON lines to append to (default: %(default)s)")
+    parser.add_argument(
+        "--results", default=default, metavar="FILE", help="JSON lines to append to (default: %(default)s)"
+    )
     return parser
 
 
@@ -67,7 +70,7 @@ def measured(args: argparse.Namespace, trainer: Trainer, times: StageTimes) -> d
         **heading(device),
         "threads": torch.get_num_threads(),
         "peaks": peaks_name(device, args.gpu),
-        "config": config.flat() | {"data_root": Path(args.data_root).name if args.data_root else "synthetic"},
+        "config": config.flat() | {"data_root": Path(config.data.data_root).name},
         "updates": args.updates,
         "warmup": args.warmup,
         "images": trainer.stream.num_images,
@@ -99,7 +102,7 @@ def mfu(record: dict, rate: float, precision: str) -> float | None:
 
 def lines(record: dict) -> list[str]:
     """The record for people."""
-    config, device, unknown = record["config"], record["device"], "unknown"
+    config, device = record["config"], record["device"]
     size = f"{config['model']} {config['input_size']}/{config['patch_size']}, batch {config['batch_size']}"
     times_what = f" x {config['accum_iter']}" if config["accum_iter"] > 1 else ""
     found = [
@@ -109,12 +112,11 @@ def lines(record: dict) -> list[str]:
         + (" (resident memory of the process)" if device == "cpu" else ""),
     ]
     if record["images/s"] is None:
-        stages_seen = ", ".join(record["stages"])
-        return [*found, f"a pretend GPU: no times; the run went through, stages {stages_seen}"]
-    slow = record["percentiles"]
-    ratio = unknown if record["mfu"] is None else f"{record['mfu']:.1%}"
+        return [*found, f"a pretend GPU: no times; the run went through, stages {', '.join(record['stages'])}"]
+    fast, slow = (record["percentiles"][key] * 1e3 for key in ("20", "80"))
+    ratio = "unknown" if record["mfu"] is None else f"{record['mfu']:.1%}"
     found.append(
-        f"{record['images/s']:.1f} images/s; update {slow['20'] * 1e3:.1f} to {slow['80'] * 1e3:.1f} ms (20th to 80th percentile); "
+        f"{record['images/s']:.1f} images/s; update {fast:.1f} to {slow:.1f} ms (20th to 80th percentile); "
         f"MFU {ratio}; data wait {record['data wait']:.1%}"
     )
     for name, share in sorted(record["stages"].items(), key=lambda item: -item[1]):

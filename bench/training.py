@@ -13,12 +13,12 @@ from bench.step.counts import pretend_gpu
 from bench.step.peaks import PEAKS, peak_of
 from mimir_fast.arguments import parse_pretrain_args
 from mimir_fast.compiling import keep_compiled_code
+from mimir_fast.config import PretrainConfig
 from mimir_fast.distributed import World, join_world
 from mimir_fast.pretrain import seed_everything, settle_defaults
 from mimir_fast.stages import listening
 from mimir_fast.trainer import Trainer
 
-SYNTHETIC_BATCHES = 4  # an epoch's, of synthetic images
 QUIET = "--recipe imagenet_vit_b --dataset imagefolder --output_dir= --log_dir= --checkpoint_steps 0".split()
 
 
@@ -48,14 +48,11 @@ def open_trainer(args: argparse.Namespace, flags: list[str]) -> Iterator[Trainer
 
     flags: the trainer's own, over everything else.  Raises ValueError if they do not fit, or end the run earlier.
     """
-    count = args.warmup + args.updates
+    config, notes = configure(args, flags)
     with tempfile.TemporaryDirectory() as folder:
-        root = args.data_root or str(write_images(Path(folder), args.batch * SYNTHETIC_BATCHES))
-        sizes = {"model": args.model, "input_size": args.input_size, "patch_size": args.patch_size}
-        words = {**sizes, "batch_size": args.batch, "data_root": root, "max_steps": count}
-        own = [word for name, value in words.items() for word in (f"--{name}", str(value))]
-        config, explicit = parse_pretrain_args([*QUIET, *own, *flags])
-        config, notes = settle_defaults(config, explicit)
+        if not config.data.data_root:  # enough that no epoch ends
+            count = (args.warmup + args.updates + 1) * config.optim.batch_size * config.optim.accum_iter
+            config = config.updated({"data_root": str(write_images(Path(folder) / "synthetic", count))})
         world = join_world(config.dist, config.run.device)
         try:
             if world.size > 1:
@@ -66,16 +63,30 @@ def open_trainer(args: argparse.Namespace, flags: list[str]) -> Iterator[Trainer
             keep_compiled_code()
             trainer = Trainer(config, world, notes)
             try:
-                if trainer.total_updates - trainer.position.update != count:
-                    raise ValueError(
-                        f"updates: the trainer's flags end the run after {trainer.total_updates} updates, "
-                        f"{count} are needed (warmup + updates); raise --epochs or leave --max_steps out"
-                    )
-                yield trainer
+                yield whole(trainer, args.warmup + args.updates)
             finally:
                 trainer.close()
         finally:
             world.close()
+
+
+def configure(args: argparse.Namespace, flags: list[str]) -> tuple[PretrainConfig, list[str]]:
+    """The trainer's configuration, and the lines it has to say about it."""
+    sizes = {"model": args.model, "input_size": args.input_size, "patch_size": args.patch_size}
+    words = {**sizes, "batch_size": args.batch, "max_steps": args.warmup + args.updates}
+    own = [word for name, value in words.items() for word in (f"--{name}", str(value))]
+    config, explicit = parse_pretrain_args([*QUIET, f"--data_root={args.data_root}", *own, *flags])
+    return settle_defaults(config, explicit)
+
+
+def whole(trainer: Trainer, count: int) -> Trainer:
+    """The trainer, if its run is `count` updates long.  Raises ValueError if not."""
+    if trainer.total_updates - trainer.position.update != count:
+        raise ValueError(
+            f"updates: {count} are needed (warmup + updates), but the trainer's flags make it "
+            f"{trainer.total_updates - trainer.position.update}; raise --epochs, leave --max_steps and --resume out"
+        )
+    return trainer
 
 
 def run(
