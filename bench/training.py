@@ -110,8 +110,9 @@ def run(
 
     with listening(counted):
         status = trainer.run()
-    if status:
-        raise RuntimeError(f"the training ended with status {status}")
+    if status or trainer.position.update < trainer.total_updates:
+        at = f"{trainer.position.update} of {trainer.total_updates} updates"
+        raise RuntimeError(f"the training ended with status {status} after {at}")
 
 
 def device_name(world: World, gpu: str | None) -> str:

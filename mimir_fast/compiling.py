@@ -75,12 +75,14 @@ class CompileClock:
 
     def __init__(self):
         self.seconds, self.count, self._began = 0.0, 0, 0.0
+        self._running = False
 
     def start(self) -> None:
         from torch._dynamo.callback import callback_handler
 
         callback_handler.register_start_callback(self._start)
         callback_handler.register_end_callback(self._end)
+        self._running = True
 
     def _start(self, _args) -> None:
         self._began = time.perf_counter()
@@ -90,7 +92,11 @@ class CompileClock:
         self.count += 1
 
     def stop(self) -> None:
+        """Also where it was never started: a trainer may be closed before it runs."""
+        if not self._running:
+            return
         from torch._dynamo.callback import callback_handler
 
+        self._running = False
         callback_handler.remove_start_callback(self._start)
         callback_handler.remove_end_callback(self._end)
