@@ -1,8 +1,11 @@
-"""python -m bench train: how stages are timed and FLOPs counted, a whole run on the CPU, wrong arguments."""
+"""python -m bench train: how stages are timed and FLOPs counted, a whole run on the CPU, wrong arguments, the pretend GPU."""
 
 import json
 import os
+import subprocess
+import sys
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,8 @@ from bench.step.variants import configuration
 from bench.train import lines, mfu
 from mimir_fast.stages import STAGES, listening, stage
 
+ROOT = Path(__file__).parents[1]
+WRAPPER = ROOT.parent / "shared" / "tools" / "drygpu" / "drygpu"  # an outside program, where it is there
 SMALL = "--model mae_vit_ti --batch 4 --input_size 16 --patch_size 8 --warmup 1".split()
 ON_CPU = "--device cpu --num_workers 0".split()
 CPU = torch.device("cpu")
@@ -256,3 +261,19 @@ def test_compiled_code_neither_breaks_nor_depends_on_the_listener():
             pass
     loss(torch.zeros(3))
     assert (len(graphs), opened) == (1, ["loss"])
+
+
+def test_on_the_pretend_gpu_it_runs_through_and_claims_no_times(tmp_path):
+    if not WRAPPER.exists():
+        pytest.skip(f"no pretend GPU at {WRAPPER}")
+    results, log = tmp_path / "train.jsonl", tmp_path / "launches.log"
+    words = [*SMALL, "--updates", "2", "--results", str(results), "--", "--no_compile", "--num_workers", "0"]
+    command = [str(WRAPPER), "--log", str(log), sys.executable, "-m", "bench", "train", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (record,) = map(json.loads, results.read_text().splitlines())
+    assert (record["device"], record["peaks"], record["images"]) == ("pretend-h100", "h100", 16)
+    assert {record[name] for name in ("images/s", "percentiles", "mfu", "data wait")} == {None}
+    assert record["stages"] == dict.fromkeys([*STAGES, "rest"])
+    assert 0 < record["peak GiB"] < 1
+    assert "a pretend GPU: no times" in done.stdout
