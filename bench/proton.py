@@ -27,17 +27,17 @@ class Session:
             raise ValueError(
                 f"proton: this Triton comes without triton.profiler ({error}); leave the flag out"
             ) from error
-        self.name, self.session = name, None
+        self.name = name
 
     def opened(self, stage: str) -> AbstractContextManager:
         return self.proton.scope(stage)
 
     def start(self) -> None:
         self.name.parent.mkdir(parents=True, exist_ok=True)
-        self.session = self.proton.start(str(self.name), context="shadow", data="tree")
+        self.proton.start(str(self.name), context="shadow", data="tree")
 
     def stop(self) -> None:
-        self.proton.finalize(self.session)
+        self.proton.finalize()
 
     def lines(self, top: int) -> list[str]:
         """The most expensive kernels with their stages, and where all of them are."""
@@ -49,7 +49,7 @@ class Session:
         text += [
             f"{count:7d}{us / 1e3:11.3f}{us / whole:8.1%}  {stage}: {name[:110]}" for (stage, name), (count, us) in rows
         ]
-        return [*text, f"all: {file} (proton-viewer -m time/ms {file})"]
+        return [*text, f"all: {file} (pip install llnl-hatchet; proton-viewer -m time/ms {file})"]
 
 
 def kernel_times(tree: list[dict]) -> dict[tuple[str, str], tuple[int, float]]:

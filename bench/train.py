@@ -74,8 +74,8 @@ def measured(args: argparse.Namespace, trainer: Trainer, times: StageTimes) -> d
         "updates": args.updates,
         "warmup": args.warmup,
         "images": trainer.stream.num_images,
-        "model GFLOP per image": model_flops(config) / 1e9,
         "peak GiB": peak_memory_gib(trainer.world.device),
+        "model GFLOP per image": model_flops(config) / 1e9,
     }
     if pretend_gpu():
         nothing = dict.fromkeys(("images/s", "percentiles", "mfu", "data wait"))

@@ -127,7 +127,7 @@ def test_the_summary(tmp_path):
     log = tmp_path / "03-kernels.log"
     outcomes = [
         Outcome(stage["step b ours"], "ok", 31.0, 60.0, records=[record_of_a_step(52.5)]),
-        Outcome(stage["profile"], "ok", 9.0, 10.0, tail=["50%| 1/2 step/s", "most expensive"]),
+        Outcome(stage["profile"], "ok", 9.0, 10.0, tail=["50%|##  | 1/2 [1.09s/step]", "most expensive"]),
         Outcome(stage["kernels"], "over time", 75.0, 75.0, log, tail=["last words"]),
     ]
     text = page(outcomes, 4, MACHINE)
@@ -136,7 +136,7 @@ def test_the_summary(tmp_path):
     assert "| mae_vit_base | ours | 52.5 | 10000 | 0.500 | 39.4 | 0.750 | 719 | 10.1 |" in text
     assert "| kernels | over time | 75 | 75 | 03-kernels.log |" in text
     assert "most expensive" in text
-    assert "step/s" not in text
+    assert "s/step" not in text
     assert text.index("## kernels: over time") < text.index("last words")
     text = page([Outcome(stage["step b ours"], "ok", records=[record_of_a_step(None)])], 1, MACHINE)
     assert "1 of 1 stages done." in text

@@ -23,7 +23,7 @@ def page(outcomes: list[Outcome], planned: int, machine: dict) -> str:
     for name in ("kernels", "profile"):
         for o in outcomes:
             if o.stage.name == name and o.status == "ok":
-                parts.append([f"## {name.capitalize()}", "", *_code(_without_paths_of_progress(o.tail))])
+                parts.append([f"## {name.capitalize()}", "", *_code(_told(o.tail))])
     parts += [_trouble(o) for o in outcomes if o.status in ("failed", "over time")]
     return "\n".join("\n".join(part) + "\n" for part in parts)
 
@@ -86,9 +86,9 @@ def _code(text) -> list[str]:
     return ["```", *text, "```"]
 
 
-def _without_paths_of_progress(tail: list[str]) -> list[str]:
-    """A log's last lines without progress bars."""
-    return [line for line in tail if "step/s" not in line]
+def _told(tail: list[str]) -> list[str]:
+    """A log's last lines without progress bars and the profiler's own."""
+    return [line for line in tail if "%|" not in line and not line.startswith("USDT:")]
 
 
 def _number(value: float | None, digits: int = 0) -> str:
