@@ -130,12 +130,13 @@ def torch_profiler(trace: Path) -> Profiler:
 
 def most_expensive(rows) -> list[str]:
     """The kernels with the most time in all, where a GPU was observed; else the operations.  On a pretend GPU, no times."""
+    rows = [row for row in rows if row.key not in STAGES]
     kernels = [row for row in rows if row.device_type == torch.autograd.DeviceType.CUDA and not row.is_user_annotation]
     times = {row.key: (row.count, row.self_device_time_total) for row in kernels}
     what = "kernels"
     if not kernels:
         what = "operations on the host"
-        times = {row.key: (row.count, row.self_cpu_time_total) for row in rows if row.key not in STAGES}
+        times = {row.key: (row.count, row.self_cpu_time_total) for row in rows}
     if pretend_gpu():
         return ["a pretend GPU: no kernel runs and none has a time; the trace shows the host only"]
     return table(times, what, TOP)

@@ -1,6 +1,7 @@
 """python -m bench gpu: the plan, stages that fail or take too long, the summary, what it refuses."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -157,6 +158,26 @@ def test_the_command_reports_and_its_status_tells(tmp_path, monkeypatch, capsys)
     assert "why" in summary
     todo.pop(0)
     assert main(words) == 0
+
+
+def test_ctrl_c_ends_the_stage_and_keeps_what_was_done(tmp_path, monkeypatch, capsys):
+    waited = subprocess.Popen.wait
+    processes = []
+
+    def wait(process, timeout=None):
+        if process.args[-1] == "import time; time.sleep(600)" and process not in processes:
+            processes.append(process)
+            raise KeyboardInterrupt
+        return waited(process, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", wait)
+    todo = [Stage("works", "x", script(""), 1), Stage("long", "x", script("import time; time.sleep(600)"), 1)]
+    monkeypatch.setattr(command, "plan", lambda args, flags: todo)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert main(["gpu", "--output", str(tmp_path), "--results", str(tmp_path)]) == 130
+    assert "stopped; what was done is in" in capsys.readouterr().err
+    assert processes[0].returncode is not None
+    assert "| works | ok |" in (tmp_path / "summary.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from bench.step.counts import pretend_gpu
 FLAGS = ["--residual_dtype", "bf16"]  # of docs/performance.md
 EPILOG = f"""Trainer flags may follow -- (default: {" ".join(FLAGS)}).  Each stage is a process of its own with its part of the
 time; what fails or takes too long is reported and the rest goes on.  summary.md is written anew after every stage.
-Exit status: 0 all stages ok, 1 not all, 2 wrong input or no GPU."""
+Exit status: 0 all stages ok, 1 not all, 2 wrong input or no GPU, 130 Ctrl-C."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,7 +57,11 @@ def main(arguments: list[str]) -> int:
         args.output.mkdir(parents=True, exist_ok=True)
         (args.output / "summary.md").write_text(page(outcomes, len(stages), machine))
 
-    outcomes = run_all(stages, args.minutes * 60, args.output, write)
+    try:
+        outcomes = run_all(stages, args.minutes * 60, args.output, write)
+    except KeyboardInterrupt:
+        print(f"python -m bench gpu: stopped; what was done is in {args.output}", file=sys.stderr)
+        return 130
     print("\n" + page(outcomes, len(stages), machine))
     print(f"summary: {args.output / 'summary.md'}; records: {args.results}")
     return int(any(o.status in ("failed", "over time") for o in outcomes))
