@@ -13,7 +13,7 @@ import torch
 from bench import proton
 from bench.records import partition
 from bench.step.counts import pretend_gpu
-from bench.training import add_arguments, check, device_name, open_trainer, run
+from bench.training import EndedEarlyError, add_arguments, check, device_name, open_trainer, run
 from mimir_fast.stages import STAGES
 
 TOP = 10
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         print(f"python -m bench profile: error: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
+    except EndedEarlyError as error:
         print(f"python -m bench profile: error: {error}", file=sys.stderr)
         return 1
     print(f"{args.updates} updates after {args.warmup} of {args.model}, batch {args.batch}; {device}")
@@ -130,6 +130,8 @@ def torch_profiler(trace: Path) -> Profiler:
 
 def most_expensive(rows) -> list[str]:
     """The kernels with the most time in all, where a GPU was observed; else the operations.  On a pretend GPU, no times."""
+    if pretend_gpu():
+        return ["a pretend GPU: no kernel runs and none has a time; the trace shows the host only"]
     rows = [row for row in rows if row.key not in STAGES]
     kernels = [row for row in rows if row.device_type == torch.autograd.DeviceType.CUDA and not row.is_user_annotation]
     times = {row.key: (row.count, row.self_device_time_total) for row in kernels}
@@ -137,8 +139,6 @@ def most_expensive(rows) -> list[str]:
     if not kernels:
         what = "operations on the host"
         times = {row.key: (row.count, row.self_cpu_time_total) for row in rows}
-    if pretend_gpu():
-        return ["a pretend GPU: no kernel runs and none has a time; the trace shows the host only"]
     return table(times, what, TOP)
 
 

@@ -12,7 +12,7 @@ from bench.records import RESULTS, append, heading, partition
 from bench.stage_times import BESIDE, StageTimes, percentiles
 from bench.step.counts import pretend_gpu
 from bench.step.peaks import PEAKS
-from bench.training import add_arguments, check, device_name, open_trainer, peaks_name, run
+from bench.training import EndedEarlyError, add_arguments, check, device_name, open_trainer, peaks_name, run
 from mimir_fast import stages
 from mimir_fast.metrics import peak_memory_gib
 from mimir_fast.trainer import Trainer
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         print(f"python -m bench train: error: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
+    except EndedEarlyError as error:
         print(f"python -m bench train: error: {error}", file=sys.stderr)
         return 1
     print(*lines(record), sep="\n")

@@ -19,7 +19,12 @@ from mimir_fast.pretrain import seed_everything, settle_defaults
 from mimir_fast.stages import listening
 from mimir_fast.trainer import Trainer
 
+# as little beside the step as possible; flags after -- win
 QUIET = "--recipe imagenet_vit_b --dataset imagefolder --output_dir= --log_dir= --checkpoint_steps 0".split()
+
+
+class EndedEarlyError(Exception):
+    """The training stopped before the last observed update."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, updates: int, warmup: int) -> None:
@@ -50,7 +55,7 @@ def open_trainer(args: argparse.Namespace, flags: list[str]) -> Iterator[Trainer
     """
     config, notes = configure(args, flags)
     with tempfile.TemporaryDirectory() as folder:
-        if not config.data.data_root:  # enough that no epoch ends
+        if not config.data.data_root and config.data.dataset == "imagefolder":  # enough that no epoch ends
             count = (args.warmup + args.updates + 1) * config.optim.batch_size * config.optim.accum_iter
             config = config.updated({"data_root": str(write_images(Path(folder) / "synthetic", count))})
         world = join_world(config.dist, config.run.device)
@@ -89,12 +94,10 @@ def whole(trainer: Trainer, count: int) -> Trainer:
     return trainer
 
 
-def run(
-    trainer: Trainer, opened: Callable[[str], AbstractContextManager], updated: Callable[[int], None] | None = None
-) -> None:
+def run(trainer: Trainer, opened: Callable[[str], AbstractContextManager], updated: Callable[[int], None]) -> None:
     """Train to the end; updated(n) is called after the n-th update, outside of every stage.
 
-    Raises RuntimeError if the training ends in an error.
+    Raises EndedEarlyError if the training diverges or a signal stops it.
     """
     done = 0
 
@@ -105,14 +108,13 @@ def run(
             yield
         if name == "optimizer":
             done += 1
-            if updated:
-                updated(done)
+            updated(done)
 
     with listening(counted):
         status = trainer.run()
     if status or trainer.position.update < trainer.total_updates:
         at = f"{trainer.position.update} of {trainer.total_updates} updates"
-        raise RuntimeError(f"the training ended with status {status} after {at}")
+        raise EndedEarlyError(f"the training ended with status {status} after {at}")
 
 
 def device_name(world: World, gpu: str | None) -> str:
@@ -123,7 +125,9 @@ def device_name(world: World, gpu: str | None) -> str:
 
 
 def peaks_name(device: str, gpu: str | None) -> str | None:
-    """Key of bench.step.peaks.PEAKS for the record's device, None where the peaks are not known."""
+    """Key of bench.step.peaks.PEAKS for the record's device, None where they are not known: on any CPU."""
+    if device == "cpu":
+        return None
     try:
         return gpu or peak_of(device)
     except ValueError:

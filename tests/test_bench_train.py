@@ -19,6 +19,7 @@ from bench.model_flops import model_flops
 from bench.stage_times import StageTimes, percentiles
 from bench.step.variants import configuration
 from bench.train import lines, mfu
+from bench.training import peaks_name
 from mimir_fast.stages import STAGES, listening, stage
 
 ROOT = Path(__file__).parents[1]
@@ -149,6 +150,13 @@ def test_mfu():
         torch.set_float32_matmul_precision("highest")
     assert mfu(record, 67e12 / 10e9 / 2, "fp32") == pytest.approx(0.5)
     assert mfu(record | {"peaks": None}, 1.0, "bf16") is None
+
+
+def test_peaks_are_the_devices():
+    assert peaks_name("NVIDIA A100-SXM4-80GB", None) == "a100"
+    assert peaks_name("NVIDIA A100-SXM4-80GB", "h100") == "h100"
+    assert peaks_name("NVIDIA GeForce RTX 3090", None) is None
+    assert peaks_name("cpu", "h100") is None
 
 
 def test_a_whole_run_on_the_cpu(tmp_path, capsys):
