@@ -1,5 +1,6 @@
 """Records of measurements and of prices: one JSON line each, headed by where and when they come from."""
 
+import ctypes
 import datetime
 import json
 import platform
@@ -11,6 +12,7 @@ import triton
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
+PRETEND = "pretend"  # how the device of a record begins where nothing was measured
 
 
 def heading(device: str) -> dict:
@@ -22,7 +24,25 @@ def heading(device: str) -> dict:
         "triton": triton.__version__,
         "python": platform.python_version(),
         "device": device,
+        "driver": None if device == "cpu" or is_pretend(device) else driver(),
     }
+
+
+def is_pretend(device: str) -> bool:
+    """Whether a record comes from a pretend GPU, which has no times."""
+    return device.startswith(PRETEND)
+
+
+def driver() -> str | None:
+    """The CUDA version that the installed driver supports, "13.0"; None without a driver."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    if cuda.cuDriverGetVersion(ctypes.byref(version)):
+        return None
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"
 
 
 def append(record: dict, results: Path) -> None:
