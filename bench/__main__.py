@@ -7,6 +7,7 @@ losses    the training loss in fp32, over seeds, and with the 16-bit options, on
 train     images per second of the real training loop from a folder of images, and the share of every stage
 profile   a trace of some updates, their ten most expensive kernels, and commands for NVIDIA's profilers
 compare   what got faster or slower between two files of records, beyond the noise
+report    the tables and plots of README.md and docs/performance.md, drawn from bench/results
 gpu       tests, step, training loop and profile in one go on one GPU, with a summary: what to run there first
 """
 
@@ -15,7 +16,7 @@ import sys
 
 VERBS = {"compile": "bench.compile", "step": "bench.step.command", "pairs": "bench.pairs", "losses": "bench.losses"}
 VERBS |= {"train": "bench.train", "profile": "bench.profile", "gpu": "bench.gpu.command"}
-VERBS |= {"compare": "bench.compare"}
+VERBS |= {"compare": "bench.compare", "report": "bench.report.command"}
 
 
 def main(arguments: list[str]) -> int:

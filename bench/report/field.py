@@ -1,0 +1,160 @@
+"""Beside what the field publishes: published figures in units that ours can be put beside, and what ours are worth."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from bench.report.figures import (
+    UNKNOWN,
+    beside,
+    bounds,
+    headline,
+    measurements,
+    mfu_at_bound,
+    model,
+    model_tflop,
+    setting,
+    step,
+)
+from bench.report.tables import NO_BOUND, markdown
+from bench.rows import Row
+from bench.step.peaks import PEAKS
+
+IMAGENET = 1_281_167  # training images
+
+
+@dataclass(frozen=True)
+class Published:
+    """A training somebody else reports: as hours for some epochs of ImageNet-1K, or as images per second of one GPU."""
+
+    what: str
+    gpus: int
+    gpu: str
+    source: str
+    differs: str
+    epochs: int = 0
+    hours: float = 0.0
+    images_per_s: float = 0.0
+    mfu: float | None = None
+
+    @property
+    def rate(self) -> float:
+        """Images per second and GPU."""
+        return self.images_per_s or IMAGENET * self.epochs / (self.hours * 3600 * self.gpus)
+
+    @property
+    def said(self) -> str:
+        if self.hours:
+            return f"{self.epochs} epochs in {self.hours:g} h"
+        return f"{self.images_per_s:,.0f} images/s on {self.gpus} GPU"
+
+
+SUBQUADRATIC = "[nvSubquadratic, benchmarks](https://nvidia-bionemo.github.io/nvSubquadratic/benchmarks.html)"
+SUPERVISED = "supervised, no masking, 22 million parameters, batch 256, synthetic data"
+PUBLISHED = (
+    Published(
+        "MAE ViT-L/16", 64, "V100",
+        "[MAE, PRETRAIN.md](https://github.com/facebookresearch/mae/blob/main/PRETRAIN.md)",
+        "no attack, no penalty; decoder of 8 blocks of width 512; data loading included", epochs=800, hours=42,
+    ),
+    Published(
+        "DailyMAE ViT-B/16", 8, "A100", "[arXiv 2404.00509](https://arxiv.org/abs/2404.00509)",
+        "no attack, no penalty; smaller images for part of the run (progressive training); data loading included",
+        epochs=800, hours=18,
+    ),
+    Published("ViT-5-Small, torch.compile", 1, "H100", SUBQUADRATIC, SUPERVISED, images_per_s=7716, mfu=0.220),
+    Published("ViT-5-Small, max-autotune", 1, "H100", SUBQUADRATIC, SUPERVISED, images_per_s=8003, mfu=0.229),
+)  # fmt: skip
+BEST = max((p for p in PUBLISHED if p.mfu), key=lambda p: p.mfu)
+
+
+def published_table(rows: list[Row]) -> Iterator[str]:
+    """Theirs, measured; then ours, bounds."""
+    heads = ["published training", "GPUs", "as published", "images/s per GPU", "MFU", "unlike our step", "source"]
+    yield from markdown(heads, (_published(p) for p in PUBLISHED))
+    yield ""
+    yield f"Images/s per GPU from hours: {IMAGENET:,} images × epochs / seconds / GPUs. MFU as published."
+    yield ""
+    chosen = headline(rows)
+    if chosen is None:
+        yield NO_BOUND
+        return
+    yield "**Our step: bounds, not measurements, and no throughput.** Attack, training pass, penalty, optimizer; no data:"
+    yield ""
+    heads = ["model", "step", "for", "bound ms", "images/s cannot exceed", "MFU cannot exceed"]
+    heads += [f"images/s if a run reached {BEST.mfu:.1%} MFU (arithmetic, no forecast)", "configuration"]
+    own = [row for row in bounds(rows) if row.record["variant"] == "ours"]
+    yield from markdown(heads, (_ceiling(row, own) for row in own))
+
+
+def _published(p: Published) -> list[str]:
+    mfu = UNKNOWN if p.mfu is None else f"{p.mfu:.1%}"
+    return [p.what, f"{p.gpus} × {p.gpu}", p.said, f"{p.rate:,.0f}", mfu, p.differs, p.source]
+
+
+def _ceiling(row: Row, among: list[Row]) -> list[str]:
+    record, peak = row.record, PEAKS[row.record["peaks"]].flops["bf16"]
+    batch, bound = record["config"]["batch_size"], record["totals"]["bound_ms"]
+    at_theirs = UNKNOWN
+    if record["peaks"] == BEST.gpu.lower():
+        at_theirs = f"{batch * BEST.mfu * peak / (model_tflop(row) * 1e12):,.0f}"
+    numbers = [f"{bound:.1f}", f"{batch / bound * 1e3:,.0f}", f"{mfu_at_bound(row, peak):.0%}", at_theirs]
+    return [model(record["config"]), step(row), record["peaks"].upper(), *numbers, setting(row, among)]
+
+
+def status_table(rows: list[Row]) -> Iterator[str]:
+    """Which of our figures are measured, which are bounds, which nobody knows."""
+    priced = [f"{row.record['peaks'].upper()}" for row in bounds(rows)]
+    yield from markdown(
+        ["figure", "state", "on what"],
+        [
+            ["least time, bytes, FLOPs, launches, memory of a step", *_priced(priced)],
+            ["time of a step on a GPU, images/s, MFU", *_measured(rows, "step", "ms", gpu=True)],
+            ["time of single kernels beside their rivals", *_measured(rows, "kernels", "ms", gpu=True)],
+            ["images/s of the training loop on a GPU", *_measured(rows, "train", "images/s", gpu=True)],
+            ["images/s of the training loop on a CPU", *_measured(rows, "train", "images/s", gpu=False)],
+            ["step against the textbook step on a CPU", *_measured(rows, "pairs", "ratio", gpu=False)],
+            ["step against the textbook step on a GPU", *_measured(rows, "pairs", "ratio", gpu=True)],
+            ["training loss in 16 bits, a CPU rounding as a tensor core does",
+             *_measured(rows, "losses", "last loss, bf16", gpu=False)],
+            ["more than one GPU", "unknown", "no verb of `python -m bench` measures it"],
+        ],
+    )  # fmt: skip
+
+
+def _priced(gpus: Iterable[str]) -> list[str]:
+    named = ", ".join(dict.fromkeys(gpus))
+    return (
+        ["bound", f"priced for {named}, run on a simulated GPU or a real one"]
+        if named
+        else ["unknown", "no row on record"]
+    )
+
+
+def _measured(rows: list[Row], kind: str, figure: str, gpu: bool) -> list[str]:
+    found = [m.row for m in measurements(rows, kind, figure) if m.on_gpu == gpu]
+    if not found:
+        return ["unknown", "no row on record"]
+    devices = dict.fromkeys(
+        row.device + (f", {row.record['threads']} threads" if "threads" in row.record and not gpu else "")
+        for row in found
+    )
+    return ["measured", "; ".join(devices)]
+
+
+def headline_line(rows: list[Row]) -> Iterator[str]:
+    """One sentence for the README."""
+    row, measured = headline(rows), [m for m in measurements(rows, "step", "ms") if m.on_gpu]
+    if row is None:
+        yield NO_BOUND
+        return
+    config, bound = row.record["config"], row.record["totals"]["bound_ms"]
+    others = [
+        r for r in beside(rows, row) if r.subject["config.model"] == config["model"] and r.record["variant"] != "ours"
+    ]
+    rivals = "".join(f", {step(r)} ({setting(r, others)}) {r.record['totals']['bound_ms']:.1f} ms" for r in others)
+    known = "; ".join(f"{m.row.device}: {step(m.row)} {m.reading.value:.1f} ms" for m in measured)
+    yield (
+        f"Bound of one step, {model(config)} on an {row.record['peaks'].upper()} ({setting(row, [row])}): "
+        f"{bound:.1f} ms{rivals}. "
+        f"A bound is no measurement. Measured on a GPU: {known or 'nothing yet'}."
+    )

@@ -1,0 +1,197 @@
+"""The plots, as SVG that is readable on light and on dark pages.  Numbers first, so that a changed figure is a stale plot."""
+
+import io
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from bench.report.figures import Measurement, beside, headline, measurements, model, step
+from bench.rows import Row
+from bench.step.peaks import PEAKS
+from bench.step.pricing import CLASSES
+
+INK = "#6e7781"  # enough contrast on white and on black
+COLOURS = dict(
+    zip(CLASSES, ("#56B4E9", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#999999", "#BBBBBB"))
+)  # distinguishable with every colour vision
+OURS = "triton"  # the implementation that rivals are measured against
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "mimir_fast",
+    "font.size": 9,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
+}
+FONTS = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
+
+
+def svg(figure: Figure) -> str:
+    """The same text for the same figure: no date, fixed names."""
+    out = io.StringIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    return "\n".join(lines).replace("'DejaVu Sans'", FONTS) + "\n"
+
+
+# ---- attainable TFLOP/s over arithmetic intensity
+
+
+def roofline_numbers(rows: list[Row]) -> dict | None:
+    """Of the headline's step: groups with matrix products as (name, FLOP per byte, TFLOP/s, ms), the others' ms."""
+    row = headline(rows)
+    if row is None:
+        return None
+    classes, ours = row.record["classes"], row.record["ours"]
+    groups = {name: classes[name] for name in ("GEMM", "attention")}
+    groups |= {name: group for name, group in ours.items() if group["tflop"]}
+    ours_only = sum(group["bound_ms"] for name, group in ours.items() if not group["tflop"])
+    rest = {name: group["bound_ms"] for name, group in classes.items() if not group["tflop"] and group["bound_ms"]}
+    return {
+        "title": f"{model(row.record['config'])} step on an {row.record['peaks'].upper()}",
+        "peaks": row.record["peaks"],
+        "points": [
+            (name, 1e3 * g["tflop"] / g["gb"], 1e3 * g["tflop"] / g["bound_ms"], g["bound_ms"])
+            for name, g in groups.items()
+        ],
+        "bytes only": {"our other operations": ours_only, **rest},
+    }
+
+
+def draw_roofline(numbers: dict) -> Figure:
+    """Groups of the step under the roofs of the GPU; areas are milliseconds."""
+    peak = PEAKS[numbers["peaks"]]
+    figure, ax = _axes(7.6, 4.2, f"{numbers['title']}: bound, not measured")
+    ax.set(
+        xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="attainable TFLOP/s", xlim=(8, 1500), ylim=(20, 1600)
+    )
+    for precision, line in (("bf16", "-"), ("tf32", "--")):
+        top = peak.flops[precision] / 1e12
+        ridge = peak.flops[precision] / peak.bandwidth
+        ax.plot([1, ridge, 1e4], [peak.bandwidth / 1e12, top, top], line, color=INK, linewidth=1.2, zorder=1)
+        ax.text(1450, top * 1.04, f"{precision} {top:.0f} TFLOP/s", ha="right", va="bottom", fontsize=8)
+    ax.text(
+        16, peak.bandwidth / 1e12 * 16 * 1.12, f"{peak.bandwidth / 1e12:.2f} TB/s", rotation=33, fontsize=8, ha="center"
+    )
+    palette = iter(COLOURS.values())
+    for name, intensity, reached, ms in numbers["points"]:
+        whole = name in CLASSES
+        shape = "o" if whole else "v" if name.endswith("_grad") else "^"
+        face = next(palette)
+        ax.scatter(
+            intensity, reached, 24 + 14 * ms, marker=shape, color=face, alpha=0.55 if whole else 0.95, zorder=2 + (not whole),
+            linewidths=0, label=f"{'all ' + name if whole else name}: {ms:.1f} ms",
+        )  # fmt: skip
+    legend = ax.legend(loc="lower right", frameon=False, fontsize=8, title="least time of the calls")
+    for handle in legend.legend_handles:
+        handle.set_sizes([36])
+    ax.grid(which="major", alpha=0.25)
+    return figure
+
+
+# ---- least milliseconds by class of call
+
+
+def shares_numbers(rows: list[Row]) -> dict | None:
+    """The headline's step and those that may be put beside it: milliseconds by class."""
+    chosen = headline(rows)
+    if chosen is None:
+        return None
+    bars = []
+    for row in beside(rows, chosen):
+        c, parts = row.record["config"], row.record["classes"]
+        how = (
+            f"{c['residual_dtype']} residual"
+            if row.record["variant"] != "textbook"
+            else "compiled"
+            if c["compile"]
+            else "eager"
+        )
+        bars.append((f"{model(c)}, {step(row)}\n{how}", [parts[kind]["bound_ms"] for kind in CLASSES]))
+    batch = chosen.record["config"]["batch_size"]
+    return {"title": f"Least time of one step, batch {batch}, on an {chosen.record['peaks'].upper()}", "bars": bars}
+
+
+def draw_shares(numbers: dict) -> Figure:
+    """One bar per step, one colour per class."""
+    bars = numbers["bars"]
+    figure, ax = _axes(7.6, 1.5 + 0.5 * len(bars), f"{numbers['title']}: bound, not measured")
+    longest = max(sum(parts) for _, parts in bars)
+    for place, (_, parts) in enumerate(bars):
+        left = 0.0
+        for kind, ms in zip(CLASSES, parts):
+            ax.barh(place, ms, left=left, height=0.62, color=COLOURS[kind], label=kind if place == 0 else None)
+            if ms > 0.045 * longest:
+                ax.text(left + ms / 2, place, f"{ms:.1f}", ha="center", va="center", color="black", fontsize=8)
+            left += ms
+        ax.text(left + 0.01 * longest, place, f"{left:.1f} ms", va="center")
+    ax.set(xlabel="ms", xlim=(0, 1.1 * longest), yticks=range(len(bars)), yticklabels=[name for name, _ in bars])
+    ax.invert_yaxis()
+    ax.tick_params(axis="y", length=0)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    return figure
+
+
+# ---- kernels beside their rivals
+
+
+def rival_cases(rows: list[Row]) -> dict[tuple[str, ...], dict[str, Measurement]]:
+    """(op, recipe, dtype, direction, device) -> implementation -> its milliseconds, measured on a GPU."""
+    cases: dict[tuple[str, ...], dict[str, Measurement]] = {}
+    for m in measurements(rows, "kernels", "ms"):
+        if m.on_gpu:
+            r = m.row.record
+            case = (*(str(r[name]) for name in ("op", "recipe", "dtype", "direction")), m.row.device)
+            cases.setdefault(case, {})[r["impl"]] = m
+    return dict(sorted(cases.items()))
+
+
+def rivals_numbers(rows: list[Row]) -> dict | None:
+    """By case: each implementation's time as a multiple of ours, with its percentiles; None without a GPU row of ours."""
+    found = {}
+    for case, impls in rival_cases(rows).items():
+        if OURS in impls:
+            ours = impls[OURS].reading.value
+            spans = {}
+            for impl, m in impls.items():
+                low, high = (m.reading.value if v is None else v for v in (m.reading.low, m.reading.high))
+                spans[impl] = [v / ours for v in (m.reading.value, low, high)]
+            found[", ".join(case[:4])] = {"ms": ours, "times": spans}
+    devices = dict.fromkeys(case[4] for case in rival_cases(rows))
+    return {"title": f"Kernels on {', '.join(devices)}, measured", "cases": found} if found else None
+
+
+def draw_rivals(numbers: dict) -> Figure:
+    """One line per case, one mark per implementation; right of 1 is slower than ours."""
+    cases = numbers["cases"]
+    figure, ax = _axes(7.6, 1.4 + 0.24 * len(cases), numbers["title"])
+    impls = list(dict.fromkeys(impl for case in cases.values() for impl in case["times"]))
+    for impl, colour, shape in zip(impls, COLOURS.values(), "osD^vPX*"):
+        points = [(place, case["times"][impl]) for place, case in enumerate(cases.values()) if impl in case["times"]]
+        places, spans = zip(*points)
+        value, low, high = zip(*spans)
+        ax.hlines(places, low, high, color=colour, linewidth=2)
+        ax.plot(value, places, shape, color=colour, markersize=5, label=impl)
+    ax.axvline(1, color=INK, linewidth=1)
+    names = [f"{name}: {case['ms']:.3g} ms" for name, case in cases.items()]
+    ax.set(xscale="log", xlabel=f"time as a multiple of {OURS}'s", yticks=range(len(names)), yticklabels=names)
+    ax.invert_yaxis()
+    ax.grid(axis="x", which="both", alpha=0.2)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    return figure
+
+
+PLOTS = {
+    "roofline": (roofline_numbers, draw_roofline),
+    "shares": (shares_numbers, draw_shares),
+    "rivals": (rivals_numbers, draw_rivals),
+}
+
+
+def _axes(width: float, height: float, title: str):
+    """[inches]"""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        ax = figure.add_subplot()
+        ax.set_title(title, fontsize=10, loc="left")
+    return figure, ax
