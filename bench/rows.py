@@ -129,7 +129,7 @@ KERNELS = (Figure("ms", True, plain("ms", "ms_p20", "ms_p80")),)
 SHAPE = ("config.model", "config.batch_size", "config.input_size", "config.patch_size")
 CASE = ("op", "recipe", "dtype", "direction", "impl")
 KINDS = (
-    Kind("kernels", "impl", CASE, CASE, KERNELS),
+    Kind("kernels", "impl", (*CASE, "config"), CASE, KERNELS),
     Kind("step", "variant", ("variant", "peaks", "config"), ("variant", *SHAPE, "peaks"), STEP, trainer=True),
     Kind("train", "stages", ("config", "peaks", "threads"), SHAPE, TRAIN, trainer=True),
     Kind("pairs", "ratios", ("config", "threads"), SHAPE, PAIRS),
@@ -218,7 +218,7 @@ def _row(line: str, where: str) -> Row | None:
 def _subject(kind: Kind, record: dict) -> dict[str, object]:
     subject: dict[str, object] = {}
     for name in kind.identity:
-        if isinstance(record[name], dict) and name == "config":
+        if isinstance(record[name], dict):
             config = (
                 {flag: record[name].get(flag, value) for flag, value in _defaults()} if kind.trainer else record[name]
             )

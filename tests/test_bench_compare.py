@@ -5,56 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
+from bench_records import H100, TRAINER, kernel, losses, pairs, step, training
 
 from bench import records
 from bench.__main__ import main
 from bench.rows import KINDS, load, newest
-from mimir_fast.config import PretrainConfig
-
-H100 = "NVIDIA H100 80GB HBM3"
-HEAD = {
-    "date": "2026-11-23T06:42:18+00:00",
-    "commit": "a1",
-    "torch": "2",
-    "triton": "3",
-    "python": "3.11",
-    "driver": "13.0",
-}
-
-
-def kernel(ms: float, low: float | None = None, high: float | None = None, **fields) -> dict:
-    case = {"op": "mlp", "recipe": "imagenet_vit_b", "dtype": "bf16", "direction": "forward", "impl": "triton"}
-    return {"kind": "kernels", **HEAD, "device": H100, **case, "ms": ms, "ms_p20": low, "ms_p80": high, **fields}
-
-
-def step(bound: float = 40.0, ms: float | None = None, **fields) -> dict:
-    totals = {"bound_ms": bound, "gb": 90.0, "launches": 719, "syncs": 0, "peak_gib": 10.0}
-    measured = None if ms is None else {"ms": ms}
-    config = PretrainConfig().flat()
-    own = {"variant": "ours", "peaks": "h100", "config": config, "totals": totals, "measured": measured}
-    return {**HEAD, "device": "pretend-h100" if ms is None else H100, **own, **fields}
-
-
-def pairs(ratios: list[float], rate: float = 100.0) -> dict:
-    config = {"model": "mae_vit_ti", "input_size": 32, "patch_size": 4, "batch_size": 32, "rounds": len(ratios)}
-    rates = {"mimir_fast": rate, "textbook": 50.0}
-    ratio = sorted(ratios)[len(ratios) // 2]
-    return {
-        **HEAD,
-        "device": "cpu",
-        "threads": 2,
-        "config": config,
-        "images/s": rates,
-        "ratio": ratio,
-        "ratios": ratios,
-    }
-
-
-def training(rate: float, fast: float, slow: float) -> dict:
-    config = PretrainConfig().flat() | {"batch_size": 64, "accum_iter": 2}
-    cuts = {"20": fast, "80": slow}
-    own = {"threads": 2, "peaks": None, "config": config, "images/s": rate, "percentiles": cuts, "peak GiB": 1.0}
-    return {**HEAD, "device": "cpu", **own, "stages": {"attack": 1.0}}
 
 
 @pytest.fixture
@@ -77,7 +32,7 @@ def test_beyond_noise_and_margin_is_a_regression(judge):
     assert (status, text.splitlines()[0].split()[0]) == (1, "REGRESSION")
     assert "ms 1 [0.98, 1.02] -> 1.1 [1.08, 1.12]  (+10.0%)" in text
     assert "20th to 80th percentile" in text
-    assert "op mlp, recipe imagenet_vit_b, dtype bf16, direction forward, impl triton; " + H100 in text
+    assert "op mlp, recipe imagenet_vit_b encoder, dtype bf16, direction forward, impl ours; " + H100 in text
     status, text = judge([kernel(1.0, 0.98, 1.02)], [kernel(1.1, 1.08, 1.12)], "--margin", "11")
     assert (status, text.split()[0]) == (0, "worse")
     status, text = judge([kernel(1.1, 1.08, 1.12)], [kernel(1.0, 0.98, 1.02)])
@@ -122,24 +77,19 @@ def test_higher_is_better_where_it_is(judge):
 
 
 def test_losses_are_as_sure_as_their_seeds(judge):
-    def losses(*ends: float) -> dict:
-        points = {"fp32": [[1.0, end] for end in ends], "bf16": [[1.0, ends[0]]]}
-        return {**HEAD, "device": "cpu", "flags": [], "window": 20, "points": points}
-
     assert judge([losses(0.80, 0.82, 0.84)], [losses(0.80, 0.85, 0.86)])[0] == 0
     assert judge([losses(0.80, 0.82, 0.84)], [losses(0.88, 0.89, 0.90)])[0] == 1
 
 
 def test_the_same_thing_is_the_same_in_every_setting(judge):
-    other = step(41.0)
-    other["config"]["residual_dtype"] = "bf16"
+    other = step(41.0, config=TRAINER | {"residual_dtype": "bf16"})
     status, text = judge([step()], [step(), other])
     assert status == 0
     (only,) = [line for line in text.splitlines() if line.startswith("only in")]
     assert "B.jsonl: step: variant ours, " in only
     assert "residual_dtype bf16" in only
-    moved = step()
-    moved["config"] = {k: v for k, v in moved["config"].items() if k != "residual_dtype"} | {"output_dir": "elsewhere"}
+    config = {name: value for name, value in TRAINER.items() if name != "residual_dtype"}
+    moved = step(config=config | {"output_dir": "elsewhere"})
     assert "5 exactly equal" in judge([moved], [step()])[1]  # from before the flag, written to another folder
     status, text = judge([step()], [other])
     assert status == 2

@@ -5,8 +5,11 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+
+from matplotlib.figure import Figure
 
 from bench.records import RESULTS, ROOT
 from bench.report import plots
@@ -66,22 +69,24 @@ def main(arguments: list[str]) -> int:
     """Write or check; returns the exit status: 0, 1 if something is stale, 2 with one line on wrong input."""
     args = build_parser().parse_args(arguments)
     try:
+        if not args.results.is_dir():
+            raise ValueError(f"results: no folder {args.results}")
         rows = [row for file in sorted(args.results.glob("*.jsonl")) for row in load(file)]
         stale = list(changes(args.root, rows))
     except (ValueError, OSError) as error:
         print(f"python -m bench report: error: {error}", file=sys.stderr)
         return 2
-    for file, text in stale:
-        print(f"{'stale' if args.check else 'removed' if text is None else 'written'}: {file}")
+    for file, contents in stale:
+        print(f"{'stale' if args.check else 'removed' if contents is None else 'written'}: {file}")
         if not args.check:
-            _write(args.root / file, text)
+            _write(args.root / file, contents)
     if args.check and stale:
         print("python -m bench report writes them anew")
     return int(args.check and bool(stale))
 
 
-def changes(root: Path, rows: list[Row]) -> Iterator[tuple[str, str | None]]:
-    """(file, what belongs into it) of every file that differs; None: it should not be there.
+def changes(root: Path, rows: list[Row]) -> Iterator[tuple[str, Callable[[], str] | None]]:
+    """(file, what gives its contents) of every file that differs; None: it should not be there.
 
     Raises ValueError naming a file without its markers, or a row that is no measurement.
     """
@@ -89,7 +94,7 @@ def changes(root: Path, rows: list[Row]) -> Iterator[tuple[str, str | None]]:
         text = (root / file).read_text()
         new = rewritten(file, text, {name: "\n".join(block(rows)) for name, block in blocks.items()})
         if new != text:
-            yield file, new
+            yield file, partial(str, new)
     for name, (numbers, draw) in plots.PLOTS.items():
         file = f"{PLOTS}/{name}.svg"
         found, there = numbers(rows), root / file
@@ -97,7 +102,7 @@ def changes(root: Path, rows: list[Row]) -> Iterator[tuple[str, str | None]]:
             if there.exists():
                 yield file, None
         elif not there.exists() or not sealed(there.read_text(), digest(found)):
-            yield file, seal(plots.svg(draw(found)), digest(found))
+            yield file, partial(sealed_drawing, draw, found)
 
 
 def rewritten(file: str, text: str, blocks: dict[str, str]) -> str:
@@ -116,10 +121,11 @@ def digest(numbers: dict) -> str:
     return _hash(json.dumps(numbers, sort_keys=True) + how)
 
 
-def seal(drawing: str, numbers: str) -> str:
-    """The drawing with its own digest and that of its numbers: versions of matplotlib draw differently, so texts cannot be held
-    against each other."""
-    return drawing.replace("</svg>", f"<!-- of {numbers}, drawn {_hash(drawing)} -->\n</svg>")
+def sealed_drawing(draw: Callable[[dict], Figure], numbers: dict) -> str:
+    """The plot with its own digest and that of its numbers: versions of matplotlib draw differently, so two drawings cannot be
+    held against each other."""
+    drawing = plots.svg(draw, numbers)
+    return drawing.replace("</svg>", f"<!-- of {digest(numbers)}, drawn {_hash(drawing)} -->\n</svg>")
 
 
 def sealed(text: str, numbers: str) -> bool:
@@ -132,9 +138,9 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _write(file: Path, text: str | None) -> None:
-    if text is None:
+def _write(file: Path, contents: Callable[[], str] | None) -> None:
+    if contents is None:
         file.unlink()
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
+    file.write_text(contents())

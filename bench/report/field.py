@@ -151,7 +151,7 @@ def headline_line(rows: list[Row]) -> Iterator[str]:
     others = [
         r for r in beside(rows, row) if r.subject["config.model"] == config["model"] and r.record["variant"] != "ours"
     ]
-    rivals = "".join(f", {step(r)} ({setting(r, others)}) {r.record['totals']['bound_ms']:.1f} ms" for r in others)
+    rivals = "".join(f"; {step(r)} ({setting(r, others)}): {r.record['totals']['bound_ms']:.1f} ms" for r in others)
     known = "; ".join(f"{m.row.device}: {step(m.row)} {m.reading.value:.1f} ms" for m in measured)
     yield (
         f"Bound of one step, {model(config)} on an {row.record['peaks'].upper()} ({setting(row, [row])}): "

@@ -1,6 +1,9 @@
 """The plots, as SVG that is readable on light and on dark pages.  Numbers first, so that a changed figure is a stale plot."""
 
 import io
+import re
+from collections.abc import Callable
+from typing import NamedTuple
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -12,9 +15,10 @@ from bench.step.pricing import CLASSES
 
 INK = "#6e7781"  # enough contrast on white and on black
 COLOURS = dict(
-    zip(CLASSES, ("#56B4E9", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#999999", "#BBBBBB"))
+    zip(CLASSES, ("#0072B2", "#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#777777", "#BBBBBB"))
 )  # distinguishable with every colour vision
-OURS = "triton"  # the implementation that rivals are measured against
+OPERATIONS = ("#D55E00", "#009E73", "#CC79A7", "#0072B2", "#F0E442")
+OURS, RECIPE = "ours", "imagenet_vit_b"  # the implementation that rivals are held against, and the shapes
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "mimir_fast",
@@ -25,13 +29,23 @@ STYLE = {
 FONTS = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 
 
-def svg(figure: Figure) -> str:
-    """The same text for the same figure: no date, fixed names."""
+class Case(NamedTuple):
+    """What is timed, and where; recipe: with the part of the model and the shape."""
+
+    op: str
+    recipe: str
+    dtype: str
+    direction: str
+    device: str
+
+
+def svg(draw: Callable[[dict], Figure], numbers: dict) -> str:
+    """The same text for the same numbers: no date, fixed names."""
     out = io.StringIO()
     with matplotlib.rc_context(STYLE):
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        draw(numbers).savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     lines = [line.rstrip() for line in out.getvalue().splitlines()]
-    return "\n".join(lines).replace("'DejaVu Sans'", FONTS) + "\n"
+    return re.sub(r'font-family: [^;"]*', f"font-family: {FONTS}", "\n".join(lines)) + "\n"
 
 
 # ---- attainable TFLOP/s over arithmetic intensity
@@ -43,7 +57,7 @@ def roofline_numbers(rows: list[Row]) -> dict | None:
     if row is None:
         return None
     classes, ours = row.record["classes"], row.record["ours"]
-    groups = {name: classes[name] for name in ("GEMM", "attention")}
+    groups = {name: classes[name] for name in ("GEMM", "attention") if classes[name]["tflop"]}
     groups |= {name: group for name, group in ours.items() if group["tflop"]}
     ours_only = sum(group["bound_ms"] for name, group in ours.items() if not group["tflop"])
     rest = {name: group["bound_ms"] for name, group in classes.items() if not group["tflop"] and group["bound_ms"]}
@@ -69,22 +83,25 @@ def draw_roofline(numbers: dict) -> Figure:
         top = peak.flops[precision] / 1e12
         ridge = peak.flops[precision] / peak.bandwidth
         ax.plot([1, ridge, 1e4], [peak.bandwidth / 1e12, top, top], line, color=INK, linewidth=1.2, zorder=1)
-        ax.text(1450, top * 1.04, f"{precision} {top:.0f} TFLOP/s", ha="right", va="bottom", fontsize=8)
+        ax.text(1450, top * 1.04, f"{precision} {top:g} TFLOP/s", ha="right", va="bottom", fontsize=8)
     ax.text(
         16, peak.bandwidth / 1e12 * 16 * 1.12, f"{peak.bandwidth / 1e12:.2f} TB/s", rotation=33, fontsize=8, ha="center"
     )
-    palette = iter(COLOURS.values())
+    operations = dict.fromkeys(_both_ways(point[0]) for point in numbers["points"] if point[0] not in CLASSES)
+    colours = COLOURS | dict(zip(operations, OPERATIONS))
     for name, intensity, reached, ms in numbers["points"]:
-        whole = name in CLASSES
-        shape = "o" if whole else "v" if name.endswith("_grad") else "^"
-        face = next(palette)
+        colour = colours.get(_both_ways(name), INK)
+        group, backward = name in CLASSES, name.endswith("_grad")
         ax.scatter(
-            intensity, reached, 24 + 14 * ms, marker=shape, color=face, alpha=0.55 if whole else 0.95, zorder=2 + (not whole),
-            linewidths=0, label=f"{'all ' + name if whole else name}: {ms:.1f} ms",
+            intensity, reached, 30 + 14 * ms, marker="o" if group else "v" if backward else "^", zorder=3 + backward,
+            facecolors="none" if backward else colour, edgecolors=colour, linewidths=1.5, alpha=0.5 if group else 1,
+            label=f"{'all ' if group else ''}{name}: {ms:.1f} ms",
         )  # fmt: skip
-    legend = ax.legend(loc="lower right", frameon=False, fontsize=8, title="least time of the calls")
+    legend = ax.legend(loc="lower right", frameon=False, fontsize=8, title="least time (area)", title_fontsize=8)
     for handle in legend.legend_handles:
         handle.set_sizes([36])
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter("{x:.0f}")
     ax.grid(which="major", alpha=0.25)
     return figure
 
@@ -135,30 +152,40 @@ def draw_shares(numbers: dict) -> Figure:
 # ---- kernels beside their rivals
 
 
-def rival_cases(rows: list[Row]) -> dict[tuple[str, ...], dict[str, Measurement]]:
-    """(op, recipe, dtype, direction, device) -> implementation -> its milliseconds, measured on a GPU."""
-    cases: dict[tuple[str, ...], dict[str, Measurement]] = {}
+def rival_cases(rows: list[Row]) -> dict[Case, dict[str, Measurement]]:
+    """Implementation -> its milliseconds, measured on a GPU, by case of the headline's recipe."""
+    cases: dict[Case, dict[str, Measurement]] = {}
     for m in measurements(rows, "kernels", "ms"):
-        if m.on_gpu:
-            r = m.row.record
-            case = (*(str(r[name]) for name in ("op", "recipe", "dtype", "direction")), m.row.device)
+        r = m.row.record
+        if m.on_gpu and r["recipe"].split()[0] == RECIPE:
+            shape = " ".join(f"{name}{size}" for name, size in (r.get("config") or {}).items())
+            case = Case(r["op"], f"{r['recipe']} {shape}".strip(), r["dtype"], r["direction"], m.row.device)
             cases.setdefault(case, {})[r["impl"]] = m
     return dict(sorted(cases.items()))
 
 
 def rivals_numbers(rows: list[Row]) -> dict | None:
-    """By case: each implementation's time as a multiple of ours, with its percentiles; None without a GPU row of ours."""
+    """Forward and backward: each implementation's time as a multiple of ours, with its percentiles; None without ours.
+
+    bf16 where an operation has it, otherwise its other dtypes.
+    """
+    cases = {case: impls for case, impls in rival_cases(rows).items() if OURS in impls and case.direction != "both"}
+    in_bf16 = {case.op for case in cases if case.dtype == "bf16"}
+    cases = {case: impls for case, impls in cases.items() if case.dtype == "bf16" or case.op not in in_bf16}
+    devices = list(dict.fromkeys(case.device for case in cases))
     found = {}
-    for case, impls in rival_cases(rows).items():
-        if OURS in impls:
-            ours = impls[OURS].reading.value
-            spans = {}
-            for impl, m in impls.items():
-                low, high = (m.reading.value if v is None else v for v in (m.reading.low, m.reading.high))
-                spans[impl] = [v / ours for v in (m.reading.value, low, high)]
-            found[", ".join(case[:4])] = {"ms": ours, "times": spans}
-    devices = dict.fromkeys(case[4] for case in rival_cases(rows))
-    return {"title": f"Kernels on {', '.join(devices)}, measured", "cases": found} if found else None
+    for case, impls in cases.items():
+        ours = impls[OURS].reading.value
+        words = (case.op, case.recipe.removeprefix(RECIPE).strip(), case.dtype, case.direction)
+        name = ", ".join(word for word in words if word)
+        times = {impl: [v / ours for v in _span(m)] for impl, m in impls.items()}
+        found[f"{name}, {case.device}" if len(devices) > 1 else name] = {"ms": ours, "times": times}
+    return {"title": f"Kernels of {RECIPE} on {', '.join(devices)}, measured", "cases": found} if found else None
+
+
+def _span(m: Measurement) -> list[float]:
+    low, high = (m.reading.value if v is None else v for v in (m.reading.low, m.reading.high))
+    return [m.reading.value, low, high]
 
 
 def draw_rivals(numbers: dict) -> Figure:
@@ -174,9 +201,11 @@ def draw_rivals(numbers: dict) -> Figure:
         ax.plot(value, places, shape, color=colour, markersize=5, label=impl)
     ax.axvline(1, color=INK, linewidth=1)
     names = [f"{name}: {case['ms']:.3g} ms" for name, case in cases.items()]
-    ax.set(xscale="log", xlabel=f"time as a multiple of {OURS}'s", yticks=range(len(names)), yticklabels=names)
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.set(xlabel=f"time as a multiple of {OURS}'s", yticks=range(len(names)), yticklabels=names)
     ax.invert_yaxis()
-    ax.grid(axis="x", which="both", alpha=0.2)
+    ax.grid(axis="x", alpha=0.2)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 
@@ -188,10 +217,13 @@ PLOTS = {
 }
 
 
+def _both_ways(name: str) -> str:
+    return name.removesuffix("_grad")
+
+
 def _axes(width: float, height: float, title: str):
     """[inches]"""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        ax = figure.add_subplot()
-        ax.set_title(title, fontsize=10, loc="left")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    ax = figure.add_subplot()
+    ax.set_title(title, fontsize=10, loc="left")
     return figure, ax

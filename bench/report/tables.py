@@ -153,33 +153,28 @@ def _pair(m: Measurement, among: list[Row]) -> list[str]:
 def kernels_table(rows: list[Row]) -> Iterator[str]:
     cases = plots.rival_cases(rows)
     if not cases:
-        yield (
-            NO_GPU
-            + " Kernel times beside their rivals, and their plot, appear with the first rows of `python -m bench kernels`."
-        )
+        yield f"{NO_GPU} The table and the plot appear with the first rows of `python -m bench kernels`."
         return
-    yield "![Milliseconds of our kernels and their rivals, measured](plots/rivals.svg)"
+    if plots.rivals_numbers(rows) is not None:
+        yield "![Milliseconds of our kernels and their rivals, measured](plots/rivals.svg)"
+        yield ""
+    yield f"Medians (20th to 80th percentile) at the shapes of `{plots.RECIPE}`; `bench/results` has the other recipes'."
     yield ""
     impls = list(dict.fromkeys(impl for found in cases.values() for impl in found))
-    heads = [
-        "operation",
-        "shapes of",
-        "dtype",
-        "direction",
-        *(f"{impl} ms (20th to 80th percentile)" for impl in impls),
-    ]
-    yield from markdown([*heads, RECORD], (_case(case, found, impls) for case, found in cases.items()))
+    heads = ["operation", "shapes of", "dtype", "direction", *(f"{impl} ms" for impl in impls), RECORD]
+    yield from markdown(heads, (_case(case, found, impls) for case, found in cases.items()))
 
 
-def _case(case: tuple[str, ...], found: dict[str, Measurement], impls: list[str]) -> list[str]:
-    def cell(m: Measurement | None) -> str:
-        if m is None:
-            return UNKNOWN
-        spread = "" if m.reading.low is None else f" ({m.reading.low:.4g} to {m.reading.high:.4g})"
-        return f"{m.reading.value:.4g}{spread}"
-
+def _case(case: plots.Case, found: dict[str, Measurement], impls: list[str]) -> list[str]:
     records = dict.fromkeys(source(m.row) for m in found.values())
-    return [*case[:4], *(cell(found.get(impl)) for impl in impls), "<br>".join(records)]
+    return [*case[:-1], *(_milliseconds(found.get(impl)) for impl in impls), "<br>".join(records)]
+
+
+def _milliseconds(m: Measurement | None) -> str:
+    if m is None:
+        return UNKNOWN
+    spread = "" if m.reading.low is None else f" ({m.reading.low:.4g} to {m.reading.high:.4g})"
+    return f"{m.reading.value:.4g}{spread}"
 
 
 def losses_table(rows: list[Row]) -> Iterator[str]:
