@@ -182,8 +182,8 @@ def test_rivals_are_multiples_of_ours(tmp_path):
     records = [kernel(2.0, 1.8, 2.2), kernel(3.0, 2.8, 3.2, impl="eager"), kernel(1.0, device="NVIDIA A100")]
     file.write_text("\n".join(map(json.dumps, [*records, kernel(5.0, op="alone", impl="eager")])))
     cases = plots.rivals_numbers(load(file))["cases"]
-    assert list(cases) == [f"mlp, encoder B512 D768, bf16, forward, {device}" for device in ("NVIDIA A100", H100)]
-    assert cases[f"mlp, encoder B512 D768, bf16, forward, {H100}"]["times"]["eager"] == pytest.approx([1.5, 1.4, 1.6])
+    assert list(cases) == [f"mlp, encoder, bf16, forward, B512 D768, {device}" for device in ("NVIDIA A100", H100)]
+    assert cases[f"mlp, encoder, bf16, forward, B512 D768, {H100}"]["times"]["eager"] == pytest.approx([1.5, 1.4, 1.6])
 
 
 def test_a_plot_shows_its_numbers_and_nothing_of_the_day(draw):

@@ -2,7 +2,8 @@
 
 import io
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import matplotlib
@@ -30,10 +31,11 @@ FONTS = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 
 
 class Case(NamedTuple):
-    """What is timed, and where; recipe: with the part of the model and the shape."""
+    """What is timed, and where; recipe: with the part of the model."""
 
     op: str
     recipe: str
+    shape: str
     dtype: str
     direction: str
     device: str
@@ -76,9 +78,10 @@ def draw_roofline(numbers: dict) -> Figure:
     """Groups of the step under the roofs of the GPU; areas are milliseconds."""
     peak = PEAKS[numbers["peaks"]]
     figure, ax = _axes(7.6, 4.2, f"{numbers['title']}: bound, not measured")
-    ax.set(
-        xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="attainable TFLOP/s", xlim=(8, 1500), ylim=(20, 1600)
-    )
+    left, right = min([8, *(point[1] / 2 for point in numbers["points"])]), 1500
+    bottom = min([20, *(point[2] / 2 for point in numbers["points"])])
+    ax.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="attainable TFLOP/s")
+    ax.set(xlim=(left, right), ylim=(bottom, 1600))
     for precision, line in (("bf16", "-"), ("tf32", "--")):
         top = peak.flops[precision] / 1e12
         ridge = peak.flops[precision] / peak.bandwidth
@@ -158,8 +161,8 @@ def rival_cases(rows: list[Row]) -> dict[Case, dict[str, Measurement]]:
     for m in measurements(rows, "kernels", "ms"):
         r = m.row.record
         if m.on_gpu and r["recipe"].split()[0] == RECIPE:
-            shape = " ".join(f"{name}{size}" for name, size in (r.get("config") or {}).items())
-            case = Case(r["op"], f"{r['recipe']} {shape}".strip(), r["dtype"], r["direction"], m.row.device)
+            shape = " ".join(f"{name}{size}" for name, size in r["config"].items())
+            case = Case(r["op"], r["recipe"], shape, r["dtype"], r["direction"], m.row.device)
             cases.setdefault(case, {})[r["impl"]] = m
     return dict(sorted(cases.items()))
 
@@ -172,15 +175,22 @@ def rivals_numbers(rows: list[Row]) -> dict | None:
     cases = {case: impls for case, impls in rival_cases(rows).items() if OURS in impls and case.direction != "both"}
     in_bf16 = {case.op for case in cases if case.dtype == "bf16"}
     cases = {case: impls for case, impls in cases.items() if case.dtype == "bf16" or case.op not in in_bf16}
-    devices = list(dict.fromkeys(case.device for case in cases))
+    if not cases:
+        return None
+    devices = ", ".join(dict.fromkeys(case.device for case in cases))
     found = {}
-    for case, impls in cases.items():
-        ours = impls[OURS].reading.value
-        words = (case.op, case.recipe.removeprefix(RECIPE).strip(), case.dtype, case.direction)
-        name = ", ".join(word for word in words if word)
-        times = {impl: [v / ours for v in _span(m)] for impl, m in impls.items()}
-        found[f"{name}, {case.device}" if len(devices) > 1 else name] = {"ms": ours, "times": times}
-    return {"title": f"Kernels of {RECIPE} on {', '.join(devices)}, measured", "cases": found} if found else None
+    for case, name in zip(cases, _short_names(cases)):
+        ours = cases[case][OURS].reading.value
+        found[name] = {"ms": ours, "times": {impl: [v / ours for v in _span(m)] for impl, m in cases[case].items()}}
+    return {"title": f"Kernels of {RECIPE} on {devices}, measured", "cases": found}
+
+
+def _short_names(cases: Iterable[Case]) -> list[str]:
+    """With their shape and device only where names would be the same without."""
+    words = {case: [case.op, case.recipe.removeprefix(RECIPE).strip(), case.dtype, case.direction] for case in cases}
+    alike = Counter(map(tuple, words.values()))
+    own = (found + [case.shape, case.device] * (alike[tuple(found)] > 1) for case, found in words.items())
+    return [", ".join(word for word in found if word) for found in own]
 
 
 def _span(m: Measurement) -> list[float]:
@@ -203,7 +213,7 @@ def draw_rivals(numbers: dict) -> Figure:
     names = [f"{name}: {case['ms']:.3g} ms" for name, case in cases.items()]
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:g}")
-    ax.set(xlabel=f"time as a multiple of {OURS}'s", yticks=range(len(names)), yticklabels=names)
+    ax.set(xlabel="time as a multiple of ours", yticks=range(len(names)), yticklabels=names)
     ax.invert_yaxis()
     ax.grid(axis="x", alpha=0.2)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
@@ -225,5 +235,5 @@ def _axes(width: float, height: float, title: str):
     """[inches]"""
     figure = Figure(figsize=(width, height), layout="constrained")
     ax = figure.add_subplot()
-    ax.set_title(title, fontsize=10, loc="left")
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     return figure, ax

@@ -161,7 +161,7 @@ def kernels_table(rows: list[Row]) -> Iterator[str]:
     yield f"Medians (20th to 80th percentile) at the shapes of `{plots.RECIPE}`; `bench/results` has the other recipes'."
     yield ""
     impls = list(dict.fromkeys(impl for found in cases.values() for impl in found))
-    heads = ["operation", "shapes of", "dtype", "direction", *(f"{impl} ms" for impl in impls), RECORD]
+    heads = ["operation", "shapes of", "shape", "dtype", "direction", *(f"{impl} ms" for impl in impls), RECORD]
     yield from markdown(heads, (_case(case, found, impls) for case, found in cases.items()))
 
 
