@@ -141,7 +141,7 @@ def lines(
         f"{exact} exactly equal"
     )
     for file, own, other in ((args.before, before, after), (args.after, after, before)):
-        for key in own.keys() - other.keys():
+        for key in sorted(own.keys() - other.keys()):
             yield f"only in {file}: {called(own[key][-1], everything)}"
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from bench.stage_times import percentiles
 from mimir_fast.config import PretrainConfig
 
+HEADING = ("date", "commit", "torch", "triton", "device")
 BUILD = ("commit", "torch", "triton", "driver")  # rows repeat one another only if these agree
 NO_MATTER = {
     "output_dir",
@@ -53,6 +54,7 @@ class Kind:
     label: tuple[str, ...]
     figures: tuple[Figure, ...]
     trainer: bool = False  # `config` is the trainer's: flags it did not have yet count as today's default
+    headed: bool = True  # every row says where and when it comes from
 
 
 def at(record: dict, path: str):
@@ -128,6 +130,7 @@ COMPILE = (_lower("spills", "spills", exact=True), _higher("occupancy", "occupan
 KERNELS = (Figure("ms", True, plain("ms", "ms_p20", "ms_p80")),)
 SHAPE = ("config.model", "config.batch_size", "config.input_size", "config.patch_size")
 CASE = ("op", "recipe", "dtype", "direction", "impl")
+VARIANT = ("op", "kernel", "config", "dtype", "wide", "arch")
 KINDS = (
     Kind("kernels", "impl", (*CASE, "config"), CASE, KERNELS),
     Kind("step", "variant", ("variant", "peaks", "config"), ("variant", *SHAPE, "peaks"), STEP, trainer=True),
@@ -135,9 +138,7 @@ KINDS = (
     Kind("pairs", "ratios", ("config", "threads"), SHAPE, PAIRS),
     Kind("losses", "points", ("flags", "window"), ("flags",), LOSSES),
     Kind("peaks", "reached", (), (), PEAKS),
-    Kind(
-        "compile", "registers", ("op", "kernel", "config", "dtype", "wide", "arch"), ("op", "kernel", "config"), COMPILE
-    ),
+    Kind("compile", "registers", VARIANT, ("op", "kernel", "config"), COMPILE, headed=False),
 )
 
 
@@ -204,6 +205,9 @@ def _row(line: str, where: str) -> Row | None:
     if kind is None:
         raise ValueError(f"{where}: a row of no known kind; known: {', '.join(k.name for k in KINDS)}")
     try:
+        missing = [name for name in HEADING if kind.headed and name not in record]
+        if missing:
+            raise KeyError(missing[0])
         readings = {figure.name: figure.read(record) for figure in kind.figures}
         subject = _subject(kind, record)
     except (KeyError, TypeError, IndexError, ZeroDivisionError) as error:

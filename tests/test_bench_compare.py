@@ -127,6 +127,7 @@ def test_different_devices_are_refused(judge):
         (json.dumps(kernel(float("nan"))), "ms: expected a finite number, got nan"),
         (json.dumps({k: v for k, v in kernel(1.0).items() if k != "direction"}), "of kind kernels without 'direction'"),
         (json.dumps({**step(), "totals": {}}), "of kind step without 'bound_ms'"),
+        (json.dumps({k: v for k, v in step().items() if k != "commit"}), "of kind step without 'commit'"),
     ],
 )
 def test_a_broken_line_names_file_and_line(tmp_path, capsys, line, said):

@@ -92,6 +92,7 @@ def test_the_newest_row_of_every_variant_gpu_and_configuration(draw):
     found = {(row["step"], row["for"], row["bound ms"], row["configuration"][:12]) for row in table(page, "bounds")}
     expected = {("mimir_fast", "H100", "39.0"), ("mimir_fast", "H100", "45.0"), ("mimir_fast", "A100", "98.0")}
     assert {cells[:3] for cells in found} == expected | {("textbook", "H100", "80.0")}
+    assert len(table(draw([step(41.0), step(40.0, ms=50.0, date=late)])[2], "bounds")) == 1  # wherever it was priced
     settings = {row["bound ms"]: row["configuration"] for row in table(page, "bounds")}
     assert settings["45.0"] == "batch 512, 224 px, bf16, fp32 residual, compiled, mask_ratio 0.6"
     assert settings["39.0"].endswith("compiled, mask_ratio 0.75")
@@ -221,8 +222,9 @@ def without(text: str) -> Callable[[str], str]:
         without("<!-- bench:pairs -->\n<!-- /bench:pairs -->"),
         lambda page: page + "<!-- bench:speed -->\n<!-- /bench:speed -->\n",
         lambda page: page + "<!-- bench:pairs -->\n<!-- /bench:pairs -->\n",
+        lambda page: page + "<!-- /bench:pairs -->\n",
     ],
-    ids=["opening", "closing", "both", "unknown", "twice"],
+    ids=["opening", "closing", "both", "unknown", "twice", "stray"],
 )
 def test_markers_that_do_not_fit_are_refused(draw, edit):
     page = re.sub(
@@ -262,7 +264,7 @@ def test_status_tells_measured_from_bounds_from_unknown(draw):
     found = states(step(), pairs([2.0]), losses(0.8, 0.9))
     assert found["least time, bytes, FLOPs, laun"] == (
         "bound",
-        "priced for H100, run on a simulated GPU or a real one",
+        "priced for H100; run on a simulated GPU",
     )
     assert found["time of a step on a GPU, image"] == ("unknown", "no row on record")
     assert found["step against the textbook step"][0] == "unknown"  # the last of two: the GPU's

@@ -1,8 +1,9 @@
 """Beside what the field publishes: published figures in units that ours can be put beside, and what ours are worth."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from bench.records import is_pretend
 from bench.report.figures import (
     UNKNOWN,
     beside,
@@ -58,7 +59,7 @@ PUBLISHED = (
     ),
     Published(
         "DailyMAE ViT-B/16", 8, "A100", "[arXiv 2404.00509](https://arxiv.org/abs/2404.00509)",
-        "no attack, no penalty; smaller images for part of the run (progressive training); data loading included",
+        "no attack, no penalty; its recipes include progressive resolution; data loading included",
         epochs=800, hours=18,
     ),
     Published("ViT-5-Small, torch.compile", 1, "H100", SUBQUADRATIC, SUPERVISED, images_per_s=7716, mfu=0.220),
@@ -103,11 +104,10 @@ def _ceiling(row: Row, among: list[Row]) -> list[str]:
 
 def status_table(rows: list[Row]) -> Iterator[str]:
     """Which of our figures are measured, which are bounds, which nobody knows."""
-    priced = [f"{row.record['peaks'].upper()}" for row in bounds(rows)]
     yield from markdown(
         ["figure", "state", "on what"],
         [
-            ["least time, bytes, FLOPs, launches, memory of a step", *_priced(priced)],
+            ["least time, bytes, FLOPs, launches, memory of a step", *_priced(bounds(rows))],
             ["time of a step on a GPU, images/s, MFU", *_measured(rows, "step", "ms", gpu=True)],
             ["time of single kernels beside their rivals", *_measured(rows, "kernels", "ms", gpu=True)],
             ["images/s of the training loop on a GPU", *_measured(rows, "train", "images/s", gpu=True)],
@@ -121,13 +121,12 @@ def status_table(rows: list[Row]) -> Iterator[str]:
     )  # fmt: skip
 
 
-def _priced(gpus: Iterable[str]) -> list[str]:
-    named = ", ".join(dict.fromkeys(gpus))
-    return (
-        ["bound", f"priced for {named}, run on a simulated GPU or a real one"]
-        if named
-        else ["unknown", "no row on record"]
-    )
+def _priced(found: list[Row]) -> list[str]:
+    if not found:
+        return ["unknown", "no row on record"]
+    gpus = dict.fromkeys(row.record["peaks"].upper() for row in found)
+    ran = dict.fromkeys("a simulated GPU" if is_pretend(row.device) else row.device for row in found)
+    return ["bound", f"priced for {', '.join(gpus)}; run on {', '.join(ran)}"]
 
 
 def _measured(rows: list[Row], kind: str, figure: str, gpu: bool) -> list[str]:

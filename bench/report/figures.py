@@ -8,7 +8,7 @@ from bench.rows import Reading, Row, newest, varying
 from mimir_fast.models import MODELS
 
 SIZES = {"ti": "Ti", "small": "S", "small_ds": "S (8 wide blocks)", "base": "B", "large": "L"}
-STEPS = {"ours": "mimir_fast", "references": "references, compiled", "textbook": "textbook"}
+STEPS = {"ours": "mimir_fast", "references": "references", "textbook": "textbook"}
 SHOWN = ("model", "patch_size", "batch_size", "input_size", "precision", "residual_dtype", "compile")
 UNKNOWN = "—"
 TERA = 1e12

@@ -58,14 +58,15 @@ def roofline_numbers(rows: list[Row]) -> dict | None:
     row = headline(rows)
     if row is None:
         return None
-    classes, ours = row.record["classes"], row.record["ours"]
+    peak, classes, ours = PEAKS[row.record["peaks"]], row.record["classes"], row.record["ours"]
     groups = {name: classes[name] for name in ("GEMM", "attention") if classes[name]["tflop"]}
     groups |= {name: group for name, group in ours.items() if group["tflop"]}
     ours_only = sum(group["bound_ms"] for name, group in ours.items() if not group["tflop"])
     rest = {name: group["bound_ms"] for name, group in classes.items() if not group["tflop"] and group["bound_ms"]}
     return {
         "title": f"{model(row.record['config'])} step on an {row.record['peaks'].upper()}",
-        "peaks": row.record["peaks"],
+        "TB/s": peak.bandwidth / 1e12,
+        "roofs": {precision: peak.flops[precision] / 1e12 for precision in ("bf16", "tf32")},
         "points": [
             (name, 1e3 * g["tflop"] / g["gb"], 1e3 * g["tflop"] / g["bound_ms"], g["bound_ms"])
             for name, g in groups.items()
@@ -76,20 +77,16 @@ def roofline_numbers(rows: list[Row]) -> dict | None:
 
 def draw_roofline(numbers: dict) -> Figure:
     """Groups of the step under the roofs of the GPU; areas are milliseconds."""
-    peak = PEAKS[numbers["peaks"]]
+    slope = numbers["TB/s"]
     figure, ax = _axes(7.6, 4.2, f"{numbers['title']}: bound, not measured")
     left, right = min([8, *(point[1] / 2 for point in numbers["points"])]), 1500
     bottom = min([20, *(point[2] / 2 for point in numbers["points"])])
     ax.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="attainable TFLOP/s")
     ax.set(xlim=(left, right), ylim=(bottom, 1600))
-    for precision, line in (("bf16", "-"), ("tf32", "--")):
-        top = peak.flops[precision] / 1e12
-        ridge = peak.flops[precision] / peak.bandwidth
-        ax.plot([1, ridge, 1e4], [peak.bandwidth / 1e12, top, top], line, color=INK, linewidth=1.2, zorder=1)
+    for (precision, top), line in zip(numbers["roofs"].items(), ("-", "--")):
+        ax.plot([1, top / slope, 1e4], [slope, top, top], line, color=INK, linewidth=1.2, zorder=1)
         ax.text(1450, top * 1.04, f"{precision} {top:g} TFLOP/s", ha="right", va="bottom", fontsize=8)
-    ax.text(
-        16, peak.bandwidth / 1e12 * 16 * 1.12, f"{peak.bandwidth / 1e12:.2f} TB/s", rotation=33, fontsize=8, ha="center"
-    )
+    ax.text(16, slope * 16 * 1.12, f"{slope:.2f} TB/s", rotation=33, fontsize=8, ha="center")
     operations = dict.fromkeys(_both_ways(point[0]) for point in numbers["points"] if point[0] not in CLASSES)
     colours = COLOURS | dict(zip(operations, OPERATIONS))
     for name, intensity, reached, ms in numbers["points"]:
@@ -127,7 +124,7 @@ def shares_numbers(rows: list[Row]) -> dict | None:
             if c["compile"]
             else "eager"
         )
-        bars.append((f"{model(c)}, {step(row)}\n{how}", [parts[kind]["bound_ms"] for kind in CLASSES]))
+        bars.append((f"{model(c)}, {step(row)}\n{how}", {kind: parts[kind]["bound_ms"] for kind in CLASSES}))
     batch = chosen.record["config"]["batch_size"]
     return {"title": f"Least time of one step, batch {batch}, on an {chosen.record['peaks'].upper()}", "bars": bars}
 
@@ -136,10 +133,10 @@ def draw_shares(numbers: dict) -> Figure:
     """One bar per step, one colour per class."""
     bars = numbers["bars"]
     figure, ax = _axes(7.6, 1.5 + 0.5 * len(bars), f"{numbers['title']}: bound, not measured")
-    longest = max(sum(parts) for _, parts in bars)
+    longest = max(sum(parts.values()) for _, parts in bars)
     for place, (_, parts) in enumerate(bars):
         left = 0.0
-        for kind, ms in zip(CLASSES, parts):
+        for kind, ms in parts.items():
             ax.barh(place, ms, left=left, height=0.62, color=COLOURS[kind], label=kind if place == 0 else None)
             if ms > 0.045 * longest:
                 ax.text(left + ms / 2, place, f"{ms:.1f}", ha="center", va="center", color="black", fontsize=8)
