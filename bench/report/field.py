@@ -15,6 +15,7 @@ from bench.report.figures import (
     model_tflop,
     setting,
     step,
+    threads,
 )
 from bench.report.tables import NO_BOUND, markdown
 from bench.rows import Row
@@ -134,8 +135,7 @@ def _measured(rows: list[Row], kind: str, figure: str, gpu: bool) -> list[str]:
     if not found:
         return ["unknown", "no row on record"]
     devices = dict.fromkeys(
-        row.device + (f", {row.record['threads']} threads" if "threads" in row.record and not gpu else "")
-        for row in found
+        row.device + (f", {threads(row.record)}" if "threads" in row.record and not gpu else "") for row in found
     )
     return ["measured", "; ".join(devices)]
 

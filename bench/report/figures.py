@@ -96,6 +96,10 @@ def step(row: Row) -> str:
     return STEPS[row.record["variant"]]
 
 
+def threads(record: dict) -> str:
+    return f"{record['threads']} thread{'s' if record['threads'] > 1 else ''}"
+
+
 def source(row: Row) -> str:
     """Device, CUDA driver, torch, Triton, commit, date."""
     r = row.record

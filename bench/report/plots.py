@@ -1,6 +1,7 @@
 """The plots, as SVG that is readable on light and on dark pages.  Numbers first, so that a changed figure is a stale plot."""
 
 import io
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -16,9 +17,10 @@ from bench.step.pricing import CLASSES
 
 INK = "#6e7781"  # enough contrast on white and on black
 COLOURS = dict(
-    zip(CLASSES, ("#0072B2", "#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#777777", "#BBBBBB"))
+    zip(CLASSES, ("#F0E442", "#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#999999", "#C8C8C8"))
 )  # distinguishable with every colour vision
-OPERATIONS = ("#D55E00", "#009E73", "#CC79A7", "#0072B2", "#F0E442")
+OPERATIONS = ("#D55E00", "#009E73", "#CC79A7", "#0072B2")
+RIVALS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#999999")
 OURS, RECIPE = "ours", "imagenet_vit_b"  # the implementation that rivals are held against, and the shapes
 STYLE = {
     "svg.fonttype": "none",
@@ -200,7 +202,7 @@ def draw_rivals(numbers: dict) -> Figure:
     cases = numbers["cases"]
     figure, ax = _axes(7.6, 1.4 + 0.24 * len(cases), numbers["title"])
     impls = list(dict.fromkeys(impl for case in cases.values() for impl in case["times"]))
-    for impl, colour, shape in zip(impls, COLOURS.values(), "osD^vPX*"):
+    for impl, colour, shape in zip(impls, itertools.cycle(RIVALS), itertools.cycle("osD^vPX*")):
         points = [(place, case["times"][impl]) for place, case in enumerate(cases.values()) if impl in case["times"]]
         places, spans = zip(*points)
         value, low, high = zip(*spans)

@@ -15,6 +15,7 @@ from bench.report.figures import (
     setting,
     source,
     step,
+    threads,
 )
 from bench.rows import Row, newest
 from bench.step.pricing import CLASSES
@@ -143,7 +144,7 @@ def pairs_table(rows: list[Row]) -> Iterator[str]:
 
 def _pair(m: Measurement, among: list[Row]) -> list[str]:
     r = m.row.record
-    where = m.row.device if m.on_gpu else f"a CPU, {r['threads']} threads"
+    where = m.row.device if m.on_gpu else f"a CPU, {threads(r)}"
     rates = [f"{r['images/s'][name]:.1f}" for name in ("mimir_fast", "textbook")]
     ratio = f"{m.reading.value:.2f} ({m.reading.low:.2f} to {m.reading.high:.2f})"
     how = setting(m.row, among).replace("compiled", "ours compiled, the textbook eager")
