@@ -2,13 +2,13 @@
 
 import argparse
 import contextlib
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
 
+from bench.pretend import start_under
 from bench.records import RESULTS, append, heading, partition
 from bench.step import counts, table
 from bench.step.peaks import PEAKS, peak_of
@@ -64,15 +64,10 @@ def main(arguments: list[str]) -> int:
 
 def start_again(args: argparse.Namespace, arguments: list[str]) -> int:
     """Run this command once more under the pretend GPU's wrapper.  Raises ValueError if the wrapper is not there."""
-    wrapper = Path(args.pretend)
-    if not wrapper.is_file():
-        raise ValueError(f"pretend: no file {wrapper}; give the path of the pretend GPU's wrapper program")
-    peak = PEAKS[args.gpu or "h100"]
     with tempfile.TemporaryDirectory() as folder:
         log = f"{folder}/launches.log"
-        machine = ["--arch", str(peak.arch), "--mem-mb", str(peak.memory_mib), "--log", log]
         again = [sys.executable, "-m", "bench", "step", "--pretend_log", log, *arguments]
-        return subprocess.run([str(wrapper.resolve()), *machine, *again], check=False).returncode
+        return start_under(args.pretend, args.gpu or "h100", log, again)
 
 
 def run(args: argparse.Namespace, flags: list[str]) -> int:

@@ -1,0 +1,12 @@
+"""python -m bench kernels: every operation against its rivals, at the shapes of the recipes.
+
+sizes.py       what the recipes make of a batch
+case.py        one operation at one shape in one dtype: inputs, implementations, rivals
+bench_OP.py    the cases of one operation
+work.py        bytes and FLOPs of a case, from the contracts of bench/step
+check.py       values and gradients against float64
+cases.py       one case: check, then time, one record per implementation and direction
+suite.py       all cases asked for, the most important first
+table.py       records for people
+test_suite.py  the same cases under pytest-benchmark: pytest bench --benchmark-only
+"""

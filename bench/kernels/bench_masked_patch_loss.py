@@ -1,0 +1,21 @@
+"""masked_patch_loss: the reconstruction loss and the predictions' gradient.  Images are fp32, predictions 16-bit."""
+
+import torch
+from mimir_fast.kernels import masked_patch_loss
+
+from bench.kernels.case import DTYPES, Case, random_order
+from bench.kernels.sizes import Size
+
+
+def cases(size: Size, dtype: str) -> list[Case]:
+    def draw(device: torch.device) -> dict:
+        return {
+            "pred_BMP": torch.randn(size.B, size.M, size.P, device=device).to(DTYPES[dtype]).requires_grad_(),
+            "images_BCHW": torch.rand(size.B, 3, size.side, size.side, device=device),
+            "ids_BM": random_order(size.B, size.L, device)[:, size.K :],
+            "patch_size": size.p,
+            "norm_pix_loss": True,
+        }
+
+    shape = {"B": size.B, "side": size.side, "p": size.p, "M": size.M}
+    return [Case("masked_patch_loss", shape, dtype, draw, masked_patch_loss)]

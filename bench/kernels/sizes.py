@@ -1,0 +1,61 @@
+"""What the recipes make of a batch."""
+
+from dataclasses import dataclass
+
+from mimir_fast.config import PretrainConfig
+from mimir_fast.models import DECODER, MODELS
+from mimir_fast.recipes import cifar10_vit_s, digits_demo, imagenet_vit_b, imagenet_vit_s
+
+
+@dataclass(frozen=True)
+class Size:
+    """B images of `side` pixels in patches of p; D, N width and heads of the encoder, E, R of the decoder.
+
+    Of L patches K are kept and M removed; each has P numbers.
+    """
+
+    B: int
+    side: int
+    p: int
+    K: int
+    D: int
+    N: int
+    E: int
+    R: int
+
+    @property
+    def L(self) -> int:
+        return (self.side // self.p) ** 2
+
+    @property
+    def M(self) -> int:
+        return self.L - self.K
+
+    @property
+    def P(self) -> int:
+        return 3 * self.p**2
+
+
+def size_of(config: PretrainConfig) -> Size:
+    """The size of one micro-batch of a run."""
+    model, wide = config.model, MODELS[config.model.model]
+    patches = (model.input_size // model.patch_size) ** 2
+    return Size(
+        B=config.optim.batch_size,
+        side=model.input_size,
+        p=model.patch_size,
+        K=int(patches * (1 - model.mask_ratio)),
+        D=wide["embed_dim"],
+        N=wide["num_heads"],
+        E=DECODER["decoder_embed_dim"],
+        R=DECODER["decoder_num_heads"],
+    )
+
+
+SIZES: dict[str, Size] = {  # the most important first
+    "imagenet_vit_b": size_of(imagenet_vit_b()),
+    "imagenet_vit_s": size_of(imagenet_vit_s()),
+    "cifar10_vit_s": size_of(cifar10_vit_s()),
+    "imagenet_vit_l": size_of(imagenet_vit_s().updated({"model": "mae_vit_large"})),
+    "small": size_of(digits_demo().updated({"batch_size": 8})),  # for CPUs
+}
