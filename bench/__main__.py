@@ -1,5 +1,6 @@
 """python -m bench VERB: how fast it is, and how close to the limit.
 
+kernels   every operation against its rivals at the shapes of the recipes, checked, then timed
 compile   every kernel compiled for A100 and H100, its machine code read (no GPU needed)
 step      one pre-training step priced against a GPU's limits, and measured where the GPU is there
 pairs     images per second of the step against the textbook step, in pairs in one process
@@ -14,7 +15,8 @@ gpu       tests, step, training loop and profile in one go on one GPU, with a su
 import importlib
 import sys
 
-VERBS = {"compile": "bench.compile", "step": "bench.step.command", "pairs": "bench.pairs", "losses": "bench.losses"}
+VERBS = {"kernels": "bench.kernels.command"}
+VERBS |= {"compile": "bench.compile", "step": "bench.step.command", "pairs": "bench.pairs", "losses": "bench.losses"}
 VERBS |= {"train": "bench.train", "profile": "bench.profile", "gpu": "bench.gpu.command"}
 VERBS |= {"compare": "bench.compare", "report": "bench.report.command"}
 

@@ -7,6 +7,7 @@ work.py        bytes and FLOPs of a case, from the contracts of bench/step
 check.py       values and gradients against float64
 cases.py       one case: check, then time, one record per implementation and direction
 suite.py       all cases asked for, the most important first
+command.py     the command; supervisor.py: a process of its own on a GPU, so that a crash costs one case
 table.py       records for people
 test_suite.py  the same cases under pytest-benchmark: pytest bench --benchmark-only
 """

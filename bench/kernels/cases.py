@@ -47,7 +47,7 @@ def records(case: Case, setting: Setting) -> Iterator[dict]:
         try:
             prepared = prepare(case, setting)
         except Exception as error:
-            yield _record(case, "all", "all", "failed", why=short(error))
+            yield record(case, "all", "all", "failed", why=short(error))
             return
         differentiable = bool(leaves(prepared.sets[0][0]))
         for direction in setting.directions:
@@ -113,17 +113,17 @@ def _direction(prepared: Prepared, direction: str, setting: Setting) -> Iterator
                 ready.pop(name, None)
                 status, why = "failed", short(error)
         if status:
-            yield _record(case, direction, name, status, why=why)
+            yield record(case, direction, name, status, why=why)
     if setting.pretend:
-        yield from (_record(case, direction, name, "pretend", prepared.work.get(direction)) for name in ready)
+        yield from (record(case, direction, name, "pretend", prepared.work.get(direction)) for name in ready)
         return
     try:
         times = timed(ready, len(sets), setting.seconds, setting.clock) if ready else {}
     except Exception as error:
-        yield from (_record(case, direction, name, "failed", why=short(error)) for name in ready)
+        yield from (record(case, direction, name, "failed", why=short(error)) for name in ready)
         return
     for name, found in times.items():
-        yield _record(case, direction, name, "ok", prepared.work.get(direction), {"sets": len(sets), **found}, setting)
+        yield record(case, direction, name, "ok", prepared.work.get(direction), {"sets": len(sets), **found}, setting)
 
 
 def contender(function: Callable, sets: list[tuple[Inputs, list[Tensor]]], direction: str) -> Contender:
@@ -155,7 +155,7 @@ def short(error: Exception, length: int = 200) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
-def _record(
+def record(
     case: Case,
     direction: str,
     impl: str,
@@ -166,7 +166,7 @@ def _record(
     why: str = "",
 ) -> dict:
     """Times in ms; GB and TFLOP by contract; rates and the share of the measured peak where there is a time."""
-    record = {
+    row = {
         "op": case.op,
         "config": case.shape,
         "dtype": case.dtype,
@@ -180,12 +180,12 @@ def _record(
         **dict.fromkeys(("GB/s", "TFLOP/s", "bound ms", "share of peak")),
     }
     if times:
-        record |= times
+        row |= times
     if times and work:
         bound = work.bound_ms(setting.reached)
-        record["GB/s"], record["TFLOP/s"] = (record[unit] / times["ms"] * 1e3 for unit in ("GB", "TFLOP"))
-        record["bound ms"], record["share of peak"] = bound, bound and bound / times["ms"]
-    return record
+        row["GB/s"], row["TFLOP/s"] = (row[unit] / times["ms"] * 1e3 for unit in ("GB", "TFLOP"))
+        row["bound ms"], row["share of peak"] = bound, bound and bound / times["ms"]
+    return row
 
 
 def _again(gradient: Tensor | None) -> Tensor | None:

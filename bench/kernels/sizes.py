@@ -17,34 +17,29 @@ class Size:
     B: int
     side: int
     p: int
+    L: int
     K: int
+    M: int
+    P: int
     D: int
     N: int
     E: int
     R: int
-
-    @property
-    def L(self) -> int:
-        return (self.side // self.p) ** 2
-
-    @property
-    def M(self) -> int:
-        return self.L - self.K
-
-    @property
-    def P(self) -> int:
-        return 3 * self.p**2
 
 
 def size_of(config: PretrainConfig) -> Size:
     """The size of one micro-batch of a run."""
     model, wide = config.model, MODELS[config.model.model]
     patches = (model.input_size // model.patch_size) ** 2
+    kept = int(patches * (1 - model.mask_ratio))
     return Size(
         B=config.optim.batch_size,
         side=model.input_size,
         p=model.patch_size,
-        K=int(patches * (1 - model.mask_ratio)),
+        L=patches,
+        K=kept,
+        M=patches - kept,
+        P=3 * model.patch_size**2,
         D=wide["embed_dim"],
         N=wide["num_heads"],
         E=DECODER["decoder_embed_dim"],

@@ -28,9 +28,13 @@ class Entry:
     case: Case
     recipes: tuple[str, ...]
 
+    def names(self) -> dict:
+        """What a record calls it: the first recipe with the part of the model, and all recipes."""
+        return {"recipe": f"{self.recipes[0]} {self.case.part}".strip(), "recipes": self.recipes}
+
 
 def entries(ops: list[str], recipes: list[str], dtypes: list[str]) -> list[Entry]:
-    """Cases in the order of the recipes, each recipe's usual dtypes first, then by operation; equal shapes once.
+    """Cases in their usual dtypes first, in the order of the recipes, then by operation; equal shapes once.
 
     Raises ValueError naming a word that is not known.
     """
@@ -46,4 +50,6 @@ def entries(ops: list[str], recipes: list[str], dtypes: list[str]) -> list[Entry
                     before = found.get(case.label, Entry(case, ()))
                     found[case.label] = Entry(case, (*before.recipes, *({recipe} - {*before.recipes})))
     first = {recipe: number for number, recipe in enumerate(recipes)}
-    return sorted(found.values(), key=lambda e: (e.case.dtype != e.case.usual, first[e.recipes[0]]))
+    return sorted(
+        found.values(), key=lambda e: (e.case.dtype != e.case.usual, first[e.recipes[0]], OPS.index(e.case.op))
+    )

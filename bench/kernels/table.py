@@ -13,8 +13,8 @@ def head() -> str:
 def line(record: dict) -> str:
     """One implementation in one direction."""
     share = record["share of peak"]
-    times = [_number(record[name], 4) for name in ("ms", "ms_p20", "ms_p80")]
-    rates = [_number(record["GB/s"], 0), _number(record["TFLOP/s"], 1)]
+    times = [_number(record[name], ".4f") for name in ("ms", "ms_p20", "ms_p80")]
+    rates = [_number(record[name], ".4g") for name in ("GB/s", "TFLOP/s")]
     said = "" if record["status"] == "ok" else f"{record['status']}: {record['why']}".removesuffix(": ")
     return COLUMNS(
         record["impl"], record["direction"], *times, *rates, GONE if share is None else f"{share:.0%}", said
@@ -37,5 +37,5 @@ def verdicts(records: list[dict]) -> Iterator[str]:
             yield f"{name}: {ours['ms']:.4f} ms{share}; {ratio:.2f} x the speed of {best['impl']} ({best['ms']:.4f} ms)"
 
 
-def _number(value: float | None, digits: int) -> str:
-    return GONE if value is None else f"{value:.{digits}f}"
+def _number(value: float | None, digits: str) -> str:
+    return GONE if value is None else format(value, digits)

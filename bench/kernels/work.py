@@ -1,4 +1,4 @@
-"""Bytes and FLOPs that a case cannot avoid: the contracts of the operators that impl="triton" calls, on tensors without data."""
+"""Bytes and FLOPs that a case cannot avoid: the contracts of the operators that our implementation calls, without data."""
 
 from dataclasses import dataclass
 
@@ -35,7 +35,7 @@ class Work:
 
 
 def work(case: Case) -> dict[str, Work]:
-    """By direction: forward, and with a differentiable input backward and both; empty if impl="triton" does not offer the case."""
+    """By direction: forward, and with a differentiable input backward and both; empty if ours does not offer the case."""
     if case.refused:
         return {}
     with FakeTensorMode():
