@@ -109,13 +109,16 @@ def reached(device: torch.device, rounds: int = 20) -> dict[str, float]:
     tf32 is what fp32 products become with torch's "high" precision; a CPU has none, and its 16-bit products are left out.
     """
     clock = CudaClock() if device.type == "cuda" else WallClock()
-    source = torch.empty(COPIED[device.type], dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    found = {"copy GB/s": 2 * source.nbytes / _median(lambda: target.copy_(source), rounds, clock) / 1e6}
-    del source, target
+    found = {"copy GB/s": _copy_rate(device, rounds, clock)}
     for name in PRODUCTS if device.type == "cuda" else ("fp32",):
         found[f"{name} TFLOP/s"] = _product_rate(name, device, rounds, clock)
     return found
+
+
+def _copy_rate(device: torch.device, rounds: int, clock: Clock) -> float:
+    source = torch.empty(COPIED[device.type], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _median(lambda: target.copy_(source), rounds, clock) / 1e6
 
 
 def _product_rate(name: str, device: torch.device, rounds: int, clock: Clock) -> float:

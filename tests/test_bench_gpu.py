@@ -14,6 +14,7 @@ from bench.gpu import command, stages
 from bench.gpu.plan import GROUPS, Stage, plan
 from bench.gpu.stages import Outcome, run_all
 from bench.gpu.summary import page
+from bench.kernels import command as kernels
 from bench.records import partition
 from bench.step import command as step
 
@@ -94,6 +95,16 @@ def test_a_stage_that_fails_or_takes_too_long_does_not_stop_the_rest(tmp_path):
     assert outcomes[0].log.read_text() == "before\n"
     assert outcomes[3].records == [{"new": 2}]
     assert gone(int(outcomes[1].tail[0]))  # what the stage had started
+
+
+def test_a_stage_is_told_how_long_it_may_take(tmp_path):
+    words = script("import sys; print(*sys.argv[1:])")
+    (outcome,) = run_all([Stage("knows", "x", words, 1, told=True)], 100, tmp_path, lambda done: None)
+    assert outcome.tail == ["--seconds 85"]
+    (stage,) = [stage for stage in planned("--results res") if stage.told]
+    assert (stage.name, stage.command[4:6]) == ("kernels", ["--device", "cuda"])
+    args = kernels.build_parser().parse_args([*stage.command[4:], "--seconds", "85"])
+    assert (args.seconds, args.results) == (85, "res/kernels.jsonl")
 
 
 def test_what_a_stage_leaves_over_goes_to_the_next(tmp_path, monkeypatch):

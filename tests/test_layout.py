@@ -21,10 +21,17 @@ def test_every_operation_has_its_files_and_its_function():
         for name in ("reference.py", "kernel.py"):
             assert (ROOT / "kernels" / op / name).exists(), (op, name)
         assert (ROOT / "tests" / "kernels" / f"test_{op}.py").exists(), op
+        assert (ROOT / "bench" / "kernels" / f"bench_{op}.py").exists(), op
         module = importlib.import_module(f"mimir_fast.kernels.{op}.op")
         doc = getattr(module, op).__doc__
         for line in ("formula", "shapes", "dtypes", "bytes", "determinism", "source"):
             assert re.search(rf"^    {line}  ", doc, re.MULTILINE), (op, line)
+
+
+def test_every_operation_is_in_the_benchmark():
+    from bench.kernels.suite import OPS as BENCHED
+
+    assert sorted(BENCHED) == OPS
 
 
 def test_references_import_with_triton_blocked():

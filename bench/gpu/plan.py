@@ -17,7 +17,10 @@ DEFAULT_MINUTES = 8.0
 
 @dataclass(frozen=True)
 class Stage:
-    """One command.  share: its part of the time [any unit]; results: the JSON lines it appends to; why: not to be run."""
+    """One command.  share: its part of the time [any unit]; results: the JSON lines it appends to; why: not to be run.
+
+    told: the command ends by itself if --seconds tells it how long it may take.
+    """
 
     name: str
     group: str
@@ -25,6 +28,7 @@ class Stage:
     share: float
     results: Path | None = None
     why: str = ""
+    told: bool = False
 
 
 def plan(args: argparse.Namespace, flags: list[str]) -> list[Stage]:
@@ -47,7 +51,14 @@ def plan(args: argparse.Namespace, flags: list[str]) -> list[Stage]:
         Stage(
             "peaks", "peaks", [*prefix, python, "-m", "bench.gpu.peaks", *record("peaks")], 15, results / "peaks.jsonl"
         ),
-        Stage("kernels", "kernels", [*prefix, *bench, "kernels", *record("kernels")], 75, results / "kernels.jsonl"),
+        Stage(
+            "kernels",
+            "kernels",
+            [*prefix, *bench, "kernels", "--device", "cuda", *record("kernels")],
+            75,
+            results / "kernels.jsonl",
+            told=True,
+        ),
         *(step for model in args.models for step in _steps(args, model, [*sizes, *record("step")], flags)),
         Stage(
             "train", "train", [*prefix, *bench, "train", *loop, *record("train"), *after], 60, results / "train.jsonl"

@@ -13,6 +13,7 @@ from pathlib import Path
 from bench.gpu.plan import Stage
 from bench.records import ROOT
 
+MARGIN = 0.85  # of the limit is what a command is told
 GRACE = 5.0  # seconds between asking a process to end and ending it
 TAIL = 40  # lines of a log that are kept
 
@@ -59,7 +60,7 @@ def run_one(stage: Stage, limit: float, log: Path) -> Outcome:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as out:
         process = subprocess.Popen(
-            stage.command,
+            [*stage.command, *(["--seconds", f"{MARGIN * limit:.0f}"] if stage.told else [])],
             cwd=ROOT,
             stdout=out,
             stderr=subprocess.STDOUT,

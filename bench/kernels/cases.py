@@ -18,7 +18,7 @@ IMPLS = ("ours", "eager", "compiled", "others")
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how: seconds per direction; cache [bytes]; reached: measured peaks; pretend: nothing is computed, nothing timed."""
+    """Where and how: seconds per direction; cache [bytes]; reached: measured peaks; pretend: nothing is computed or timed."""
 
     device: torch.device
     clock: Clock
