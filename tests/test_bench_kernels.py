@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench.__main__ import main
-from bench.harness import FEWEST, LARGE, MOST, WallClock, interleaved, sets_for, timed
+from bench.harness import FEWEST, LARGE, MOST, WallClock, interleaved, reached, sets_for, timed
 from bench.kernels import bench_linf_patch_step, bench_linf_start, bench_nhsic, command
 from bench.kernels.case import Case
 from bench.kernels.cases import Setting, records
@@ -240,12 +240,16 @@ def lines(file: Path) -> list[dict]:
 
 
 def test_every_operation_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
+    torch.set_num_threads(1)  # the sizes are too small for more
     monkeypatch.setitem(command.SECONDS, "cpu", 0.001)
+    monkeypatch.setattr(command, "reached", lambda device: reached(device, rounds=1))
+    monkeypatch.setattr(command, "cache_bytes", lambda device: 2**16)
     file = tmp_path / "results" / "kernels.jsonl"
     words = ["kernels", "--device", "cpu", "--impls", "ours,eager,others", "--results", str(file)]
     assert main(words) == 0
     printed = capsys.readouterr().out
     assert "references on a CPU" in printed
+    assert "measured peaks: copy GB/s " in printed
     assert "[1/13]" in printed
     found = lines(file)
     assert {r["op"] for r in found} == set(OPS)
@@ -269,7 +273,8 @@ def test_every_operation_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
     )
 
 
-def test_compiled_references_are_rivals(tmp_path):
+def test_compiled_references_are_rivals(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "reached", lambda device: {})
     words = "kernels mask_indices --device cpu --impls eager,compiled --results".split()
     assert main([*words, str(tmp_path / "k.jsonl")]) == 0
     assert [(r["impl"], r["status"]) for r in lines(tmp_path / "k.jsonl")] == [("eager", "ok"), ("compiled", "ok")]
