@@ -10,7 +10,7 @@ import torch
 
 from bench.__main__ import main
 from bench.harness import FEWEST, LARGE, MOST, WallClock, interleaved, reached, sets_for, timed
-from bench.kernels import bench_linf_patch_step, bench_linf_start, bench_nhsic, command
+from bench.kernels import bench_linf_patch_step, bench_linf_start, bench_nhsic, command, short, table
 from bench.kernels.case import Case
 from bench.kernels.cases import Setting, records
 from bench.kernels.sizes import SIZES, Size
@@ -31,6 +31,16 @@ class FakeClock:
 
     def times(self, calls):
         return [self.milliseconds[call()] for call in calls]
+
+
+class FixedClock:
+    """Every call takes as long."""
+
+    def __init__(self, ms: float):
+        self.ms = ms
+
+    def times(self, calls):
+        return [self.ms for call in calls if call() is not None]
 
 
 class NoClock:
@@ -232,6 +242,38 @@ def test_judges_of_their_own():
     assert "relative" in case.judge(truth * 1.003, truth, truth)
 
 
+def test_short_calls_by_proton(monkeypatch):
+    class FakeSession:
+        """50 calls, each with kernels of 2 and 3 microseconds; `stop` writes what Proton writes."""
+
+        def __init__(self, name):
+            self.name = name
+
+        def start(self):
+            pass
+
+        def stop(self):
+            leaves = [
+                {"frame": {"name": name}, "metrics": {"time (ns)": 50 * ns, "count": 50}, "children": []}
+                for name, ns in (("a", 2000), ("b", 3000))
+            ]
+            tree = [{"frame": {"name": "ROOT"}, "metrics": {}, "children": leaves}, {"CUDA": {}}]
+            self.name.with_suffix(".hatchet").write_text(json.dumps(tree))
+
+    monkeypatch.setattr(short, "Session", FakeSession)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    where = setting(proton=True, clock=FixedClock(0.05), impls=("eager",), directions=("forward",))
+    (found,) = records(squares(), where)
+    assert (found["ms"], found["kernel ms"]) == (0.05, pytest.approx(0.005))
+    assert "kernels alone 0.0050 ms" in table.line(found)
+    (found,) = records(squares(), replace(where, clock=FixedClock(0.2)))
+    assert (found["ms"], found["kernel ms"]) == (0.2, None)
+    monkeypatch.setattr(FakeSession, "stop", lambda session: 1 / 0)
+    (found,) = records(squares(), where)
+    assert (found["status"], found["ms"], found["kernel ms"]) == ("ok", 0.05, None)
+    assert "proton: ZeroDivisionError" in table.line(found)
+
+
 # ---- the command
 
 
@@ -364,6 +406,7 @@ for number in range(int(words["--first"]), 4):
         ("--dtypes fp8", "dtypes: expected some of bf16, fp16, fp32; got fp8"),
         ("--directions back", "directions: expected some of forward, backward, both; got back"),
         ("--impls ,", "impls: expected some of ours, eager, compiled, others; got nothing"),
+        ("--proton --device cpu", "proton: it times kernels on a real GPU only"),
         ("--seconds 0", "seconds: expected more than 0, got 0"),
         ("--pretend /no/such/wrapper", "pretend: no file /no/such/wrapper"),
     ],

@@ -14,6 +14,7 @@ import torch
 from bench.harness import CudaClock, WallClock, cache_bytes, reached
 from bench.kernels import table
 from bench.kernels.cases import DIRECTIONS, IMPLS, Setting, record, records
+from bench.kernels.short import SHORT
 from bench.kernels.suite import OPS, SIZES, Entry, entries
 from bench.kernels.supervisor import CONTEXT_LOST, supervise
 from bench.pretend import start_under
@@ -51,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         add(f"--{name}", type=_words, metavar="A,B", help=SAME.get(name) and f"(default: {SAME[name]})")
     add("--seconds", type=float, help="stop before a case that would go past this; the most important come first")
     add("--device", choices=("cuda", "cpu"), help="default: cuda where it is there; on a cpu the references are timed")
+    add("--proton", action="store_true", help=f"calls below {SHORT} ms: Proton's time of the kernels alone, too (GPUs)")
     add("--pretend", metavar="WRAPPER", help="run on a pretend GPU: path of the program that provides one; no times")
     default = str(RESULTS / "kernels.jsonl")
     add("--results", default=default, metavar="FILE", help="JSON lines to append to (default: %(default)s)")
@@ -92,6 +94,8 @@ def chosen(args: argparse.Namespace) -> list[Entry]:
         unknown = [word for word in getattr(args, name) if word not in allowed]
         if unknown or not getattr(args, name):
             raise ValueError(f"{name}: expected some of {', '.join(allowed)}; got {', '.join(unknown) or 'nothing'}")
+    if args.proton and (args.device == "cpu" or pretend_gpu()):
+        raise ValueError("proton: it times kernels on a real GPU only; leave the flag out")
     if args.seconds is not None and args.seconds <= 0:
         raise ValueError(f"seconds: expected more than 0, got {args.seconds:g}")
     return entries(args.ops or list(OPS), args.recipes, args.dtypes)
@@ -203,6 +207,7 @@ def settle(args: argparse.Namespace) -> Setting:
         impls=tuple(args.impls),
         directions=tuple(args.directions),
         pretend=pretend,
+        proton=args.proton,
     )
 
 

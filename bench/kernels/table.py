@@ -15,7 +15,9 @@ def line(record: dict) -> str:
     share = record["share of peak"]
     times = [_number(record[name], ".4f") for name in ("ms", "ms_p20", "ms_p80")]
     rates = [_number(record[name], ".4g") for name in ("GB/s", "TFLOP/s")]
-    said = "" if record["status"] == "ok" else f"{record['status']}: {record['why']}".removesuffix(": ")
+    said = record["why"] if record["status"] == "ok" else f"{record['status']}: {record['why']}".removesuffix(": ")
+    if record["kernel ms"] is not None:
+        said = f"kernels alone {record['kernel ms']:.4f} ms"
     return COLUMNS(
         record["impl"], record["direction"], *times, *rates, GONE if share is None else f"{share:.0%}", said
     ).rstrip()
