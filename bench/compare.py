@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.rows import Figure, Reading, Row, load, newest, varying
+from bench.rows import KINDS, Figure, Reading, Row, load, newest, varying
 
 MARGIN = 3.0  # percent
 SAME = 1e-9  # relative: floating-point sums in another order
@@ -76,7 +76,9 @@ def main(arguments: list[str]) -> int:
         return 2
     print(*lines(args, before, after, changes), sep="\n")
     if not changes:
-        print(f"python -m bench compare: error: {args.before} and {args.after} have no row in common", file=sys.stderr)
+        print(
+            f"python -m bench compare: error: {args.before} and {args.after} have no figure in common", file=sys.stderr
+        )
         return 2
     return int(any(change.verdict == REGRESSION for change in changes))
 
@@ -128,9 +130,10 @@ def lines(
 ) -> Iterator[str]:
     """For people: what changed, how many figures did not, and what is in one file only."""
     everything = [row for rows in (*before.values(), *after.values()) for row in rows]
+    apart = {kind.name: varying([row for row in everything if row.kind is kind]) for kind in KINDS}
     moved = [change for change in changes if change.verdict != NOISE]
     for c in moved:
-        yield f"{c.verdict:<10}  {called(c.row, everything)}"
+        yield f"{c.verdict:<10}  {called(c.row, apart)}"
         yield f"            {c.figure.name} {_shown(c.before)} -> {_shown(c.after)}  ({_change(c)})"
         yield f"            noise: {c.before.source}; {c.after.source}"
     exact = sum(change.figure.exact for change in changes if change.verdict == NOISE)
@@ -142,13 +145,12 @@ def lines(
     )
     for file, own, other in ((args.before, before, after), (args.after, after, before)):
         for key in sorted(own.keys() - other.keys()):
-            yield f"only in {file}: {called(own[key][-1], everything)}"
+            yield f"only in {file}: {called(own[key][-1], apart)}"
 
 
-def called(row: Row, everything: list[Row]) -> str:
-    """The row's name: its label, its device, and whatever else sets it apart from rows of its kind."""
-    also = varying([other for other in everything if other.kind is row.kind])
-    names = dict.fromkeys([*row.kind.label, *also])
+def called(row: Row, apart: dict[str, list[str]]) -> str:
+    """The row's name: its label, its device, and whatever else sets it apart from rows of its kind (kind -> settings)."""
+    names = dict.fromkeys([*row.kind.label, *apart[row.kind.name]])
     settings = ", ".join(f"{name.removeprefix('config.')} {row.subject.get(name)}" for name in names)
     return f"{row.kind.name}: {settings + '; ' if settings else ''}{row.device}"
 

@@ -93,7 +93,7 @@ def test_the_same_thing_is_the_same_in_every_setting(judge):
     assert "5 exactly equal" in judge([moved], [step()])[1]  # from before the flag, written to another folder
     status, text = judge([step()], [other])
     assert status == 2
-    assert "no row in common" in text
+    assert "no figure in common" in text
 
 
 def test_of_one_file_the_newest_commit_counts(judge, tmp_path):

@@ -74,7 +74,10 @@ def published_table(rows: list[Row]) -> Iterator[str]:
     heads = ["published training", "GPUs", "as published", "images/s per GPU", "MFU", "unlike our step", "source"]
     yield from markdown(heads, (_published(p) for p in PUBLISHED))
     yield ""
-    yield f"Images/s per GPU from hours: {IMAGENET:,} images × epochs / seconds / GPUs. MFU as published."
+    yield (
+        f"Images/s per GPU from hours: {IMAGENET:,} images × epochs / seconds / GPUs. Their MFU as published; ours counts "
+        "products and attention, the attack's too."
+    )
     yield ""
     chosen = headline(rows)
     if chosen is None:
@@ -151,7 +154,9 @@ def headline_line(rows: list[Row]) -> Iterator[str]:
         r for r in beside(rows, row) if r.subject["config.model"] == config["model"] and r.record["variant"] != "ours"
     ]
     rivals = "".join(f"; {step(r)} ({setting(r, others)}): {r.record['totals']['bound_ms']:.1f} ms" for r in others)
-    known = "; ".join(f"{m.row.device}: {step(m.row)} {m.reading.value:.1f} ms" for m in measured)
+    known = "; ".join(
+        f"{model(m.row.record['config'])} {step(m.row)} {m.reading.value:.1f} ms on {m.row.device}" for m in measured
+    )
     yield (
         f"Bound of one step, {model(config)} on an {row.record['peaks'].upper()} ({setting(row, [row])}): "
         f"{bound:.1f} ms{rivals}. "

@@ -119,13 +119,7 @@ def shares_numbers(rows: list[Row]) -> dict | None:
     bars = []
     for row in beside(rows, chosen):
         c, parts = row.record["config"], row.record["classes"]
-        how = (
-            f"{c['residual_dtype']} residual"
-            if row.record["variant"] != "textbook"
-            else "compiled"
-            if c["compile"]
-            else "eager"
-        )
+        how = f"{c['residual_dtype']} residual, {'compiled' if c['compile'] else 'eager'}"
         bars.append((f"{model(c)}, {step(row)}\n{how}", {kind: parts[kind]["bound_ms"] for kind in CLASSES}))
     batch = chosen.record["config"]["batch_size"]
     return {"title": f"Least time of one step, batch {batch}, on an {chosen.record['peaks'].upper()}", "bars": bars}
