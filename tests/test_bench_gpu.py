@@ -100,7 +100,7 @@ def test_a_stage_that_fails_or_takes_too_long_does_not_stop_the_rest(tmp_path):
 def test_a_stage_is_told_how_long_it_may_take(tmp_path):
     words = script("import sys; print(*sys.argv[1:])")
     (outcome,) = run_all([Stage("knows", "x", words, 1, told=True)], 100, tmp_path, lambda done: None)
-    assert outcome.tail == ["--seconds 85"]
+    assert outcome.tail == ["--seconds 80"]
     (stage,) = [stage for stage in planned("--results res") if stage.told]
     assert (stage.name, stage.command[4:6]) == ("kernels", ["--device", "cuda"])
     args = kernels.build_parser().parse_args([*stage.command[4:], "--seconds", "85"])

@@ -1,6 +1,7 @@
 """python -m bench kernels: who is timed how, who is refused, what is on record when things go wrong."""
 
 import json
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -356,16 +357,23 @@ def test_what_there_is_no_time_for_is_named(three_cases, tmp_path, monkeypatch, 
     clock, measured = [0.0], command.records
 
     def records(case, setting):
-        clock[0] += 10
+        clock[0] += 12 if clock[0] else 8
         yield from measured(case, setting)
 
     monkeypatch.setattr(command, "records", records)
     monkeypatch.setattr(command.time, "monotonic", lambda: clock[0])
-    main([*three_cases, str(tmp_path / "k.jsonl"), "--seconds", "25"])
+    main([*three_cases, str(tmp_path / "k.jsonl"), "--seconds", "31"])
     printed = capsys.readouterr().out
     assert [r["status"] for r in lines(tmp_path / "k.jsonl")] == ["ok", "failed"]
-    assert "[2/3] square fp32 n6 (small); about 20 s left" in printed
+    assert "[2/3] square fp32 n6 (small); about 16 s left" in printed
     assert "left out for lack of time, 1 of 3 cases: square fp32 small" in printed
+
+
+def test_a_case_that_takes_too_long_is_ended(three_cases, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "records", lambda case, setting: signal.pause())
+    assert main([*three_cases, str(tmp_path / "k.jsonl"), "--seconds", "0.2"]) == 0
+    assert "left out for lack of time, 3 of 3 cases" in capsys.readouterr().out
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
 def test_a_lost_context_ends_the_worker(three_cases, tmp_path, monkeypatch):

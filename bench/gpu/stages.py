@@ -13,7 +13,7 @@ from pathlib import Path
 from bench.gpu.plan import Stage
 from bench.records import ROOT
 
-MARGIN = 0.85  # of the limit is what a command is told
+MARGIN = 0.8  # of the limit is what a command is told: its processes have to start
 GRACE = 5.0  # seconds between asking a process to end and ending it
 TAIL = 40  # lines of a log that are kept
 

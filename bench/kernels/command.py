@@ -1,8 +1,10 @@
 """python -m bench kernels: every operation against its rivals, at the shapes of the recipes, checked and then timed."""
 
 import argparse
+import contextlib
 import itertools
 import os
+import signal
 import statistics
 import sys
 import time
@@ -16,7 +18,7 @@ from bench.kernels import table
 from bench.kernels.cases import DIRECTIONS, IMPLS, Setting, record, records
 from bench.kernels.short import SHORT
 from bench.kernels.suite import OPS, SIZES, Entry, entries
-from bench.kernels.supervisor import CONTEXT_LOST, supervise
+from bench.kernels.supervisor import CONTEXT_LOST, context_is_dead, supervise
 from bench.pretend import start_under
 from bench.records import RESULTS, append, heading
 from bench.step.counts import pretend_gpu
@@ -50,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("ops", nargs="*", metavar="op", default=[], help="operations (default: all)")
     for name in ("recipes", "dtypes", "impls", "directions"):
         add(f"--{name}", type=_words, metavar="A,B", help=SAME.get(name) and f"(default: {SAME[name]})")
-    add("--seconds", type=float, help="stop before a case that would go past this; the most important come first")
+    add("--seconds", type=float, help="for everything; what does not fit is named, the most important come first")
     add("--device", choices=("cuda", "cpu"), help="default: cuda where it is there; on a cpu the references are timed")
     add("--proton", action="store_true", help=f"calls below {SHORT} ms: Proton's time of the kernels alone, too (GPUs)")
     add("--pretend", metavar="WRAPPER", help="run on a pretend GPU: path of the program that provides one; no times")
@@ -101,6 +103,10 @@ def chosen(args: argparse.Namespace) -> list[Entry]:
     return entries(args.ops or list(OPS), args.recipes, args.dtypes)
 
 
+class OutOfTime(BaseException):
+    """Not an error of the contender that happens to run."""
+
+
 class Suite:
     """The cases one after another; every record is on disk as soon as it is there."""
 
@@ -116,7 +122,11 @@ class Suite:
         for number in range(self.args.first, len(self.found)):
             if self.time_is_up():
                 break
-            self.case(number)
+            try:
+                with self.alarm():
+                    self.case(number)
+            except OutOfTime:
+                break
             if context_is_dead(self.setting.device):
                 print("the GPU answers no more: the rest runs in a new process", flush=True)
                 return CONTEXT_LOST
@@ -148,10 +158,28 @@ class Suite:
         return f"; about {seconds / 60:.0f} min left" if seconds >= 60 else f"; about {seconds:.0f} s left"
 
     def time_is_up(self) -> bool:
-        """Whether a case as long as the others would go past --seconds; the first one runs in any case."""
+        """Whether a case as long as the longest so far would go past --seconds."""
         if self.args.seconds is None or not self.took:
             return False
-        return time.monotonic() - self.began + statistics.mean(self.took) > self.args.seconds
+        return time.monotonic() - self.began + max(self.took) > self.args.seconds
+
+    @contextlib.contextmanager
+    def alarm(self) -> Iterator[None]:
+        """Ends a case that is still running when --seconds are over."""
+        if self.args.seconds is None:
+            yield
+            return
+
+        def ring(*_) -> None:
+            raise OutOfTime
+
+        before = signal.signal(signal.SIGALRM, ring)
+        signal.setitimer(signal.ITIMER_REAL, max(self.args.seconds - (time.monotonic() - self.began), 0.1))
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
 
     def opening(self) -> Iterator[str]:
         device, setting = self.heading["device"], self.setting
@@ -209,17 +237,6 @@ def settle(args: argparse.Namespace) -> Setting:
         pretend=pretend,
         proton=args.proton,
     )
-
-
-def context_is_dead(device: torch.device) -> bool:
-    """Whether an earlier error makes every later call on the GPU fail."""
-    if device.type == "cpu":
-        return False
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False
 
 
 def _words(text: str) -> list[str]:

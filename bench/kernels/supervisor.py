@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 CONTEXT_LOST = 75  # exit status of a worker whose GPU answers no more; its last case is on record
 FINISHED = (0, 1, 2, 130)
 
@@ -34,3 +36,14 @@ def supervise(command: list[str], count: int, seconds: float | None, crashed: Ca
                 crashed(number, status)
             first = number + 1
     return worst
+
+
+def context_is_dead(device: torch.device) -> bool:
+    """Whether an earlier error makes every later call on the GPU fail."""
+    if device.type == "cpu":
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
