@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bench.__main__ import main
+from bench.budget import beyond_budget
 from bench.harness import FEWEST, LARGE, MOST, WallClock, interleaved, reached, sets_for, timed
 from bench.kernels import bench_linf_patch_step, bench_linf_start, bench_nhsic, command, short, table
 from bench.kernels.case import Case
@@ -222,6 +223,17 @@ def test_a_pretend_gpu_compares_and_times_nothing():
         ("raises", "failed"),
     }
     assert all(r["ms"] is None and r["share of peak"] is None for r in found)
+
+
+def test_the_budget_sees_the_worst_element_and_the_mean():
+    truth = torch.linspace(1, 2, 1000, dtype=torch.float64)
+    eager, one, everywhere = (truth.float() for _ in range(3))
+    eager[0] += 1e-4
+    one[7] += 1e-3
+    everywhere += 1.5e-4
+    assert beyond_budget(eager, eager, truth) == ""
+    assert "at worst" in beyond_budget(one, eager, truth)
+    assert "in the mean" in beyond_budget(everywhere, eager, truth)
 
 
 def test_judges_of_their_own():
