@@ -115,9 +115,10 @@ def complaints(record: dict) -> Iterator[str]:
         yield f"occupancy: no block fits, by {record['limit']}"
 
 
-def compile_all(ops: list[str], processes: int = 2) -> list[dict]:
-    """Records of every variant of these operations on every architecture."""
-    jobs = [(variant, arch) for op in ops for variant in variants(op) for arch in variant.archs]
+def compile_all(ops: list[str], dtypes: tuple[str, ...] | None = None, processes: int = 2) -> list[dict]:
+    """Records of every variant of these operations on every architecture; dtypes: only those of these, None: all."""
+    chosen = [v for op in ops for v in variants(op) if dtypes is None or v.dtype in dtypes]
+    jobs = [(variant, arch) for variant in chosen for arch in variant.archs]
     with ProcessPoolExecutor(processes) as pool:
         return list(pool.map(compiled, *zip(*jobs), chunksize=4))
 

@@ -9,6 +9,7 @@ alternate, so that a drifting machine slows both; the ratio is taken pair by pai
 
 import argparse
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 from bench.records import RESULTS, append, heading
 from bench.textbook import TextbookMAE, textbook_step
 from mimir_fast.attack import frozen_twin, linf_bounds
-from mimir_fast.compiling import Compiled
+from mimir_fast.compiling import Compiled, missing_compiler
 from mimir_fast.models import DECODER, MODELS, create_model
 from mimir_fast.objective import Objective
 from mimir_fast.step import Attack, draw_noise, pretrain_step
@@ -71,8 +72,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=7, help="timed pairs after one warm-up pair (default: 7)")
     parser.add_argument("--compile", action="store_true", help="compile our step; the textbook's stays eager")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--results", default=str(RESULTS / "pairs.jsonl"), help="JSON lines to append to")
+    default = str(RESULTS / "pairs.jsonl")
+    parser.add_argument("--results", default=default, help="JSON lines to append to (default: %(default)s)")
     args = parser.parse_args(arguments)
+    try:
+        check(args)
+    except ValueError as error:
+        print(f"python -m bench pairs: error: {error}", file=sys.stderr)
+        return 2
     device = torch.device(args.device)
     steps = build_steps(args, device)
     pairs = [[seconds(step, device) for step in steps] for _ in range(args.rounds + 1)][1:]
@@ -86,6 +93,19 @@ def main(arguments: list[str]) -> int:
     print(f"speed ratio median {record['ratio']:.2f} (from {ratios[0]:.2f} to {ratios[-1]:.2f})")
     append(record, Path(args.results))
     return 0
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError naming what is wrong or missing."""
+    for name in ("rounds", "batch_size", "input_size", "patch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name}: got {getattr(args, name)}, expected 1 or more")
+    if args.input_size % args.patch_size:
+        raise ValueError(f"patch_size: got {args.patch_size}, expected a divisor of input_size {args.input_size}")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("device: no CUDA device here; leave --device out")
+    if args.compile and (reason := missing_compiler()):
+        raise ValueError(f"compile: {reason}; leave --compile out")
 
 
 def measured(args: argparse.Namespace, device: torch.device, pairs: list[list[float]]) -> dict:

@@ -16,10 +16,11 @@ PRETEND = "pretend"  # how the device of a record begins where nothing was measu
 
 
 def heading(device: str) -> dict:
-    """Where and when a record comes from; the commit ends in + if files differ from it."""
+    """Where and when a record comes from; the commit ends in + if files other than records differ from it."""
+    changed = _git("status", "--porcelain", "-uno", "--", ".", f":!{RESULTS.relative_to(ROOT)}")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else ""),
+        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if changed else ""),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),

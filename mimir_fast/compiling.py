@@ -66,7 +66,10 @@ class Compiled:
             self.encode, self.reconstruct = (torch.compile(f, **options) for f in (model.encode, model.reconstruct))
             self.attack = self.attack._replace(loss=torch.compile(self.attack.loss, **options))
         if compile and choose(model.kernels, model.mask_token) == "reference":
-            start, step = (torch.compile(f, **options) for f in (self.attack.start, self.attack.step))
+            # without CUDA graphs, whose outputs do not outlive their next run: these hand images on from one to the other
+            start, step = (
+                torch.compile(f, **{**options, "mode": "default"}) for f in (self.attack.start, self.attack.step)
+            )
             self.attack = self.attack._replace(start=start, step=step)
 
 

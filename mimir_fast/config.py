@@ -125,7 +125,7 @@ class OptimConfig:
     attention: str = flag(
         "auto",
         "attention backend; auto: short on CUDA in 16 bits with --kernels triton, narrow on CPUs with --compile, else sdpa; "
-        "short: our kernel where it offers the size, else sdpa; narrow: compiled loops for heads of at most 16 numbers, else "
+        "short: our kernel where it offers the size, else sdpa; narrow: compiled loops for heads of at most 8 numbers, else "
         "sdpa; flash_attn and xformers are optional packages",
         choices=BACKENDS,
         new=True,

@@ -47,10 +47,13 @@ def load_golden(name: str) -> tuple[dict, dict]:
 
 
 def small_model(
-    norm_pix_loss: bool = True, dtype: torch.dtype = torch.float32, kernels: str = "auto"
+    norm_pix_loss: bool = True,
+    dtype: torch.dtype = torch.float32,
+    kernels: str = "auto",
+    attention: str | None = None,
 ) -> MaskedAutoencoderViT:
-    """The recorded model, with its recorded parameters; kernels="triton" includes attention."""
-    attention = "short" if kernels == "triton" else "auto"
+    """The recorded model, with its recorded parameters; kernels="triton" includes attention unless one is named."""
+    attention = attention or ("short" if kernels == "triton" else "auto")
     model = MaskedAutoencoderViT(**SMALL, norm_pix_loss=norm_pix_loss, kernels=kernels, attention=attention)
     model.load_state_dict(load_golden("mae_state")[0], strict=True)
     return model.to(dtype)

@@ -69,8 +69,8 @@ def test_short_attention_in_the_seam():
     assert torch.allclose(grad, torch.autograd.grad(expected, qkv, upstream)[0], atol=1e-5)
 
 
-@pytest.mark.parametrize(("tokens", "head", "first"), [(17, 8, 0), (21, 5, 4)])
-def test_narrow_attention_in_the_seam(tokens, head, first):
+def test_narrow_attention_in_the_seam():
+    tokens, head, first = 21, 5, 4  # heads of 8: tests/test_golden.py
     B, N = 2, 3
     qkv = torch.randn(tokens, B, 3 * N * head).transpose(0, 1) * 3  # not contiguous, some weights as small as 2^-126
     qkv[0, -1] *= 4

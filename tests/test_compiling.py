@@ -22,7 +22,7 @@ def test_compiled_step_is_the_eager_step_and_compiles_once(region):
     for compile in (False, True):
         model = small_model()
         twin = frozen_twin(model)
-        pieces = Compiled(model, twin, compile, region=region)
+        pieces = Compiled(model, twin, compile, region=region, backend="aot_eager")
         objective = Objective(model, 0.75, "hsic", 1e-3, pieces.encode, pieces.reconstruct)
         clock.start()
         for i in range(2 + compile):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-WIDEST = 16  # numbers per head: beyond that, matrix products win
+WIDEST = 8  # numbers per head, a decoder's: beyond, compiling takes minutes and matrix products win
 # a loop's whole body stays inside of it, however often a value is read; multiply-adds may be fused
 INLINE = {
     "realize_reads_threshold": 10**6,
@@ -57,9 +57,9 @@ def _attend_grad(grad_BRD: Tensor, out_BRD: Tensor, q: Tensor, k: Tensor, v: Ten
 
 
 def narrow_attention(qkv_BTQ: Tensor, num_heads: int, first: int) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v of every head: [B,T,3*N*d] -> [B,T-first,N*d], fp32 on the CPU; differentiable.
+    """softmax(q k^T / sqrt(d)) v of every head: [B,T,3*N*d] -> [B,T-first,N*d], fp32 on the CPU; differentiable once.
 
-    Raises RuntimeError where no C++ compiler is found.  The first call at a shape compiles for about ten seconds.
+    Raises RuntimeError where no C++ compiler is found.  The first call at a shape compiles, in both directions.
     """
     return _attend(qkv_BTQ, num_heads, first)[0]
 
@@ -71,8 +71,10 @@ def _run(function: Callable, *tensors: Tensor) -> list[Tensor]:
 
 @cache
 def _compiled(function: Callable, *shapes: torch.Size) -> Callable:
-    """The function for contiguous tensors of these shapes."""
-    with FakeTensorMode():
+    """The function for contiguous tensors of these shapes; torch.compile's clocks see it compile."""
+    from torch._dynamo.callback import CallbackTrigger, callback_handler
+
+    with callback_handler.install_callbacks(CallbackTrigger.DYNAMO, function.__name__), FakeTensorMode():
         inputs = [torch.empty(shape) for shape in shapes]
         return torch._inductor.compile(make_fx(function)(*inputs), inputs, INLINE)
 

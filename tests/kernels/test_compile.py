@@ -9,14 +9,17 @@ from mimir_fast.kernels import column_sums
 from bench import compile as gate
 from mimir_fast import kernels as package
 
+DTYPES = ("bf16", "fp32", "uint8")
+
 
 @pytest.mark.parametrize("op", gate.OPS)
 def test_every_kernel_passes_the_gate(op):
     """No spills, stack or atomics; 128-bit loads and stores; shared memory fits; a dot means matrix instructions.
 
-    And no access is narrower than in the table of bench/results, where that is from the same compiler.
+    And no access is narrower than in the table of bench/results, where that is from the same compiler.  fp16, whose code is
+    bf16's but for conversions, is left to `python -m bench compile`: compiling takes long.
     """
-    records = gate.compile_all([op])
+    records = gate.compile_all([op], DTYPES)
     assert {record["arch"] for record in records} == set(gate.ARCHS)
     failures = [
         (r["kernel"], r["config"], r["dtype"], r["arch"], *wrong) for r in records if (wrong := [*gate.complaints(r)])
@@ -24,7 +27,7 @@ def test_every_kernel_passes_the_gate(op):
     assert not failures
     versions, *table = map(json.loads, gate.TABLE.read_text().splitlines())
     if versions["triton"] == gate.triton.__version__:
-        recorded = [r for r in table if r["op"] == op]
+        recorded = [r for r in table if r["op"] == op and r["dtype"] in DTYPES]
         assert [labels(r) for r in recorded] == [labels(r) for r in records], "out of date: python -m bench compile"
         assert not [labels(r) for r, before in zip(records, recorded) if narrower(r, before)]
 
