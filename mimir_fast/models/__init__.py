@@ -1,8 +1,10 @@
-"""Models by name: `create_model("mae_vit_small", img_size=224, patch_size=16, norm_pix_loss=True)`."""
+"""Models by name: `create_model("mae_vit_small", img_size=224, patch_size=16, norm_pix_loss=True)` for pre-training,
+`create_classifier("vit_small", img_size=224, patch_size=16, num_classes=1000)` for what comes after."""
 
+from mimir_fast.models.classifier import VisionTransformer
 from mimir_fast.models.mae import MaskedAutoencoderViT
 
-__all__ = ["MODELS", "MaskedAutoencoderViT", "create_model"]
+__all__ = ["CLASSIFIERS", "MODELS", "MaskedAutoencoderViT", "VisionTransformer", "create_classifier", "create_model"]
 
 MODELS = {
     "mae_vit_ti": {"embed_dim": 192, "depth": 12, "num_heads": 3},
@@ -11,9 +13,11 @@ MODELS = {
     "mae_vit_base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
     "mae_vit_large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
 }
+CLASSIFIERS = {name.removeprefix("mae_"): sizes for name, sizes in MODELS.items()}
 DECODER = {"decoder_embed_dim": 128, "decoder_depth": 2, "decoder_num_heads": 16}
-# the original's command line names this model by default without defining it
+# the original's command lines name these models by default without defining them
 ALIASES = {"mae_vit_ti_patch16": "mae_vit_ti"}
+CLASSIFIER_ALIASES = {"vit_large_patch16": "vit_large"}
 
 
 def create_model(name: str, **options) -> MaskedAutoencoderViT:
@@ -26,3 +30,14 @@ def create_model(name: str, **options) -> MaskedAutoencoderViT:
     if base not in MODELS:
         raise ValueError(f"model: unknown name {name!r}; choose one of {', '.join(MODELS)}")
     return MaskedAutoencoderViT(**{**MODELS[base], **DECODER, **options})
+
+
+def create_classifier(name: str, **options) -> VisionTransformer:
+    """Build a classifier; `options` go to VisionTransformer (img_size, patch_size, num_classes, drop_path, ...).
+
+    Raises ValueError for an unknown name.
+    """
+    base = CLASSIFIER_ALIASES.get(name, name)
+    if base not in CLASSIFIERS:
+        raise ValueError(f"model: unknown name {name!r}; choose one of {', '.join(CLASSIFIERS)}")
+    return VisionTransformer(**{**CLASSIFIERS[base], **options})

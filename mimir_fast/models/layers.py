@@ -53,14 +53,30 @@ class Block(nn.Module):
         self.mlp_kernels = mlp if supported(width, hidden) else "reference"
 
     def forward(
-        self, x_BTD: Tensor, delta_BTD: Tensor | None = None, delta_bias_D: Tensor | None = None, first: int = 0
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B,T,D], delta [B,T,D] and delta_bias [D] to be added to it -> the same three for the tokens from `first` on."""
+        self,
+        x_BTD: Tensor,
+        delta_BTD: Tensor | None = None,
+        delta_bias_D: Tensor | None = None,
+        first: int = 0,
+        keep_2B: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x [B,T,D], delta [B,T,D] and delta_bias [D] to be added to it -> the same three for the tokens from `first` on.
+
+        keep: factors of each image's two branches, attention and MLP, for stochastic depth.
+        """
         x_BTD, normed_BTD = add_and_norm(x_BTD, delta_BTD, delta_bias_D, self.norm1, self.kernels)
-        delta_BTD = self.attn(normed_BTD, first)
-        x_BTD, normed_BTD = add_and_norm(x_BTD[:, first:], delta_BTD, self.attn.proj.bias, self.norm2, self.kernels)
+        delta_BTD, bias_D = _kept(self.attn(normed_BTD, first), self.attn.proj.bias, keep_2B, 0)
+        x_BTD, normed_BTD = add_and_norm(x_BTD[:, first:], delta_BTD, bias_D, self.norm2, self.kernels)
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
-        return x_BTD, mlp(normed_BTD, fc1.weight, fc1.bias, fc2.weight, self.mlp_kernels), fc2.bias
+        delta_BTD = mlp(normed_BTD, fc1.weight, fc1.bias, fc2.weight, self.mlp_kernels)
+        return x_BTD, *_kept(delta_BTD, fc2.bias, keep_2B, 1)
+
+
+def _kept(delta_BTD: Tensor, bias_D: Tensor, keep_2B: Tensor | None, branch: int) -> tuple[Tensor, Tensor | None]:
+    """A branch and its bias as they are, or added up and weighted image by image."""
+    if keep_2B is None:
+        return delta_BTD, bias_D
+    return (delta_BTD + bias_D.to(delta_BTD.dtype)) * keep_2B[branch, :, None, None].to(delta_BTD.dtype), None
 
 
 def add_and_norm(
