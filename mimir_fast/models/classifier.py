@@ -6,7 +6,7 @@ Shapes: B batch, C channels, H W sides, L patches, P = C*p*p numbers per patch, 
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.models.layers import Block, PatchEmbed, add_and_norm
+from mimir_fast.models.layers import Block, PatchEmbed
 from mimir_fast.models.mae import recomputed
 
 
