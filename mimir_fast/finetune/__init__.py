@@ -1,0 +1,1 @@
+"""Adversarial fine-tuning of a pre-trained encoder."""
