@@ -75,7 +75,10 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor, drop_noise: Tensor | None = None) -> Tensor:
         """images [B,C,H,W], draws of stochastic depth (see `forward_features`) -> logits [B,O]."""
-        tokens = self.forward_features(images, drop_noise)
+        return self.classify(self.forward_features(images, drop_noise))
+
+    def classify(self, tokens: Tensor) -> Tensor:
+        """What `forward_features` returns, [B,1+L,D] -> logits [B,O]."""
         pooled = self.fc_norm(tokens[:, 1:].mean(dim=1)) if self.global_pool else self.norm(tokens[:, 0])
         return self.head(pooled)
 
