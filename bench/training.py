@@ -15,7 +15,8 @@ from mimir_fast.arguments import parse_pretrain_args
 from mimir_fast.compiling import keep_compiled_code
 from mimir_fast.config import PretrainConfig
 from mimir_fast.distributed import World, join_world
-from mimir_fast.pretrain import seed_everything, settle_defaults
+from mimir_fast.pretrain import settle_defaults
+from mimir_fast.settle import seed_everything
 from mimir_fast.stages import listening
 from mimir_fast.trainer import Trainer
 

@@ -1,22 +1,16 @@
 """Configuration of a pre-training run: one frozen dataclass per stage, each field one command-line flag.
 
 This file is the only place where a flag's name, type, default, unit and meaning stand; arguments.py turns it into the
-command line and recipes.py fills it in.  Flags marked `new` are not in the original.
+command line and recipes.py fills it in.  Flags marked `new` are not in the original.  finetune/config.py is its
+counterpart for fine-tuning and shares what is the same there.
 """
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass
 
 from mimir_fast.compiling import MODES as COMPILE_MODES
 from mimir_fast.compiling import REGIONS as COMPILE_REGIONS
+from mimir_fast.flags import Configuration, flag, require
 from mimir_fast.models.attention import BACKENDS
-
-
-def flag(
-    default, help: str, unit: str = "", choices: tuple[str, ...] = (), new: bool = False, type: type | None = None
-):
-    """A dataclass field with the words its command-line flag shows; `type` where it differs from the default's."""
-    metadata = {"help": help, "unit": unit, "choices": choices, "new": new, "type": type or default.__class__}
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -78,8 +72,8 @@ class PenaltyConfig:
 
 
 @dataclass(frozen=True)
-class OptimConfig:
-    """Optimizer and schedule."""
+class UpdateConfig:
+    """Optimizer and schedule, in every kind of run."""
 
     batch_size: int = flag(64, "images per GPU and micro-batch", "images")
     accum_iter: int = flag(1, "micro-batches per optimizer update", "micro-batches")
@@ -143,6 +137,13 @@ class OptimConfig:
         choices=("none", "bf16"),
         new=True,
     )
+    max_bad_steps: int = flag(20, "end the run after this many skipped updates in a row", "updates", new=True)
+
+
+@dataclass(frozen=True)
+class OptimConfig(UpdateConfig):
+    """Optimizer and schedule."""
+
     parallel: str = flag(
         "ddp",
         "several GPUs: ddp gives each the whole model; fsdp a share of parameters, gradients and moments, for models too large "
@@ -150,7 +151,6 @@ class OptimConfig:
         choices=("ddp", "fsdp"),
         new=True,
     )
-    max_bad_steps: int = flag(20, "end the run after this many skipped updates in a row", "updates", new=True)
 
 
 @dataclass(frozen=True)
@@ -182,19 +182,8 @@ class DistConfig:
     dist_url: str = flag("env://", "where the processes meet")
 
 
-STAGES = {
-    "model": ModelConfig,
-    "data": DataConfig,
-    "attack": AttackConfig,
-    "penalty": PenaltyConfig,
-    "optim": OptimConfig,
-    "run": RunConfig,
-    "dist": DistConfig,
-}
-
-
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(Configuration):
     """Everything a pre-training run depends on."""
 
     model: ModelConfig = ModelConfig()
@@ -205,45 +194,28 @@ class PretrainConfig:
     run: RunConfig = RunConfig()
     dist: DistConfig = DistConfig()
 
-    def flat(self) -> dict:
-        """{flag name: value} over all stages, in the order of this file."""
-        return {f.name: getattr(getattr(self, stage), f.name) for stage in STAGES for f in fields(STAGES[stage])}
-
-    def updated(self, values: dict) -> "PretrainConfig":
-        """A copy with flags replaced: {flag name: value}.  Raises ValueError for a name that is no flag."""
-        unknown = values.keys() - self.flat().keys()
-        if unknown:
-            raise ValueError(f"{sorted(unknown)[0]}: no such flag; see --help for the list")
-        stages = {}
-        for stage, kind in STAGES.items():
-            own = {f.name: values[f.name] for f in fields(kind) if f.name in values}
-            stages[stage] = replace(getattr(self, stage), **own)
-        return PretrainConfig(**stages)
-
     def check(self) -> "PretrainConfig":
         """Return self if every value is possible; raises ValueError naming the flag, its value and what is allowed."""
         flat = self.flat()
-        for name in ("batch_size", "accum_iter", "epochs", "input_size", "patch_size", "log_every", "max_bad_steps"):
-            _require(flat[name] >= 1, name, flat[name], "1 or more")
-        for name in ("steps", "eps", "alpha", "warmup_epochs", "start_epoch", "num_workers"):
-            _require(flat[name] >= 0, name, flat[name], "0 or more")
-        for name in ("checkpoint_steps", "max_steps", "seed"):
-            _require(flat[name] >= 0, name, flat[name], "0 or more")
+        check_shared(flat)
         for name in ("mask_ratio", "attack_mask_ratio"):
-            _require(0 < flat[name] < 1, name, flat[name], "a share between 0 and 1 (exclusive)")
-        _require(
-            flat["input_size"] % flat["patch_size"] == 0, "patch_size", flat["patch_size"], "a divisor of input_size"
-        )
-        _require(flat["eps"] == 0 or flat["eps"] >= 0.25, "eps", flat["eps"], "a number in 1/255: 8, not 8/255 = 0.031")
-        _require(flat["device"].split(":")[0] in ("cuda", "cpu"), "device", flat["device"], "cuda or cpu")
+            require(0 < flat[name] < 1, name, flat[name], "a share between 0 and 1 (exclusive)")
         patches = (flat["input_size"] // flat["patch_size"]) ** 2
         for name in ("mask_ratio", "attack_mask_ratio"):
-            _require(
+            require(
                 int(patches * (1 - flat[name])) >= 1, name, flat[name], f"low enough to keep one of {patches} patches"
             )
         return self
 
 
-def _require(ok: bool, name: str, value, allowed: str) -> None:
-    if not ok:
-        raise ValueError(f"{name}: got {value}, expected {allowed}")
+def check_shared(flat: dict) -> None:
+    """What every kind of run asks of its flags {name: value}; raises ValueError."""
+    for name in ("batch_size", "accum_iter", "epochs", "input_size", "patch_size", "log_every", "max_bad_steps"):
+        require(flat[name] >= 1, name, flat[name], "1 or more")
+    for name in ("steps", "eps", "alpha", "warmup_epochs", "start_epoch", "num_workers"):
+        require(flat[name] >= 0, name, flat[name], "0 or more")
+    for name in ("checkpoint_steps", "max_steps", "seed"):
+        require(flat[name] >= 0, name, flat[name], "0 or more")
+    require(flat["input_size"] % flat["patch_size"] == 0, "patch_size", flat["patch_size"], "a divisor of input_size")
+    require(flat["eps"] == 0 or flat["eps"] >= 0.25, "eps", flat["eps"], "a number in 1/255: 8, not 8/255 = 0.031")
+    require(flat["device"].split(":")[0] in ("cuda", "cpu"), "device", flat["device"], "cuda or cpu")

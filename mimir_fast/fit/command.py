@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 from typing import NamedTuple
 
-from mimir_fast.arguments import build_parser, canonical, configuration
+from mimir_fast.arguments import PRETRAIN, build_parser, canonical, configuration
 from mimir_fast.build import penalty_name
 from mimir_fast.config import PretrainConfig
 from mimir_fast.fit.prediction import Prediction, predict
@@ -59,7 +59,7 @@ def parse_fit_args(argv: list[str]) -> tuple[PretrainConfig, dict[str, Gpu]]:
 
     Exits with status 2 and one line on a wrong flag (argparse); raises ValueError on a wrong value.
     """
-    parser = build_parser("mimir-fast fit", DESCRIPTION)
+    parser = build_parser(PRETRAIN._replace(prog="mimir-fast fit", description=DESCRIPTION))
     group = parser.add_argument_group("What it must fit (default: every GPU known by name)")
     group.add_argument("--gpu", choices=list(GPUS), help="a GPU by name and memory")
     group.add_argument("--memory_gib", type=float, metavar="FLOAT", help="any other GPU's memory [GiB]")

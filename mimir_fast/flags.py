@@ -1,0 +1,77 @@
+"""What a flag is: a dataclass field that carries the words its command-line flag shows.  A configuration is made of stages
+of flags, and a flag's name is used once in it."""
+
+from dataclasses import Field, dataclass, field, fields, replace
+from typing import TypeVar
+
+Config = TypeVar("Config", bound="Configuration")
+
+
+def flag(
+    default,
+    help: str,
+    unit: str = "",
+    choices: tuple[str, ...] = (),
+    new: bool = False,
+    type: type | None = None,
+    negative: str = "",
+    several: bool = False,
+):
+    """A dataclass field with the words its command-line flag shows; `type` where it differs from the default's.
+
+    negative: how the opposite of a switch is spelt, where it is not no_NAME; several: the flag takes one value or more.
+    """
+    metadata = {"help": help, "unit": unit, "choices": choices, "new": new, "type": type or default.__class__}
+    return field(default=default, metadata=metadata | {"negative": negative, "several": several})
+
+
+def inherited(stage: type, name: str, default=None, help: str = ""):
+    """The flag `name` of another stage, here with a default or words of its own where they are given."""
+    (theirs,) = [f for f in fields(stage) if f.name == name]
+    metadata = {**theirs.metadata, **({"help": help} if help else {})}
+    return field(default=theirs.default if default is None else default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Everything a run depends on: a frozen dataclass whose fields are stages, whose fields are flags."""
+
+    @classmethod
+    def stages(cls) -> dict[str, type]:
+        return {f.name: f.type for f in fields(cls)}
+
+    @classmethod
+    def flags(cls) -> dict[str, Field]:
+        """{flag name: field} over all stages, in their order."""
+        return {f.name: f for kind in cls.stages().values() for f in fields(kind)}
+
+    def flat(self) -> dict:
+        """{flag name: value} over all stages, in their order."""
+        return {
+            f.name: getattr(getattr(self, stage), f.name) for stage, kind in self.stages().items() for f in fields(kind)
+        }
+
+    def updated(self: Config, values: dict) -> Config:
+        """A copy with flags replaced: {flag name: value}.  Raises ValueError for a name that is no flag."""
+        unknown = values.keys() - self.flags().keys()
+        if unknown:
+            raise ValueError(f"{sorted(unknown)[0]}: no such flag; see --help for the list")
+        stages = {}
+        for stage, kind in self.stages().items():
+            own = {f.name: values[f.name] for f in fields(kind) if f.name in values}
+            stages[stage] = replace(getattr(self, stage), **own)
+        return type(self)(**stages)
+
+    def completed(self: Config, explicit: set[str]) -> Config:
+        """A copy with the defaults that other flags decide; explicit: the names of the flags that were set."""
+        return self
+
+    def check(self: Config) -> Config:
+        """Return self if every value is possible; raises ValueError naming the flag, its value and what is allowed."""
+        return self
+
+
+def require(ok: bool, name: str, value, allowed: str) -> None:
+    """Raise ValueError in the words of `Configuration.check` unless ok."""
+    if not ok:
+        raise ValueError(f"{name}: got {value}, expected {allowed}")
