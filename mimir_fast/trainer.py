@@ -110,7 +110,7 @@ class Trainer:
                 set_learning_rate(self.updater.optimizer, lr)
             started = time.perf_counter()
             with stage("data"):
-                images_u8 = next(batches)
+                images_u8, _ = next(batches)
             waited += time.perf_counter() - started
             updates = (step + 1) % o.accum_iter == 0
             images = output = None  # let go of the last step's before the next one needs the room

@@ -93,5 +93,6 @@ def test_a_users_cache_folder_stays(monkeypatch):
 
 
 def test_prefetch_passes_every_batch_in_order():
-    batches = [(torch.full((2, 3, 4, 4), i, dtype=torch.uint8), torch.zeros(2)) for i in range(3)]
-    assert [int(images[0, 0, 0, 0]) for images in prefetch(batches, torch.device("cpu"))] == [0, 1, 2]
+    batches = [(torch.full((2, 3, 4, 4), i, dtype=torch.uint8), torch.full((2,), 10 + i)) for i in range(3)]
+    arrived = [(int(images[0, 0, 0, 0]), int(labels[1])) for images, labels in prefetch(batches, torch.device("cpu"))]
+    assert arrived == [(0, 10), (1, 11), (2, 12)]

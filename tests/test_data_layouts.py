@@ -173,7 +173,7 @@ def test_archive_comes_before_folders_and_download(tmp_path):
 
 
 def test_names_constants_and_an_epoch_of_each(tmp_path):
-    assert DATASETS == ("imagenet", "imagefolder", "cifar10", "cifar100", "svhn", "tiny-imagenet", "digits")
+    assert " ".join(DATASETS) == "imagenet imagenette imagefolder cifar10 cifar100 svhn tiny-imagenet digits"
     write_classes(tmp_path / "train", 4, 64)
     means = {"imagenet": 0.485, "imagefolder": 0.485, "tiny-imagenet": 0.485, "digits": 0.5}
     for dataset, mean in means.items():

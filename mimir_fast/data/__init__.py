@@ -1,9 +1,26 @@
-"""Pre-training data: deterministic, resumable batches of uint8 images from every supported data set."""
+"""Deterministic, resumable batches of uint8 images and labels from every supported data set."""
 
 from mimir_fast.data.augment import to_float
-from mimir_fast.data.datasets import DATASETS
+from mimir_fast.data.augmentation import Augment
+from mimir_fast.data.build import build_pretrain_data, build_train_data
+from mimir_fast.data.datasets import DATASETS, dataset_info
 from mimir_fast.data.errors import DataError
+from mimir_fast.data.evaluation import EvalStream, eval_batches
 from mimir_fast.data.prefetch import prefetch
-from mimir_fast.data.stream import BatchStream, build_pretrain_data
+from mimir_fast.data.splits import subset_indices
+from mimir_fast.data.stream import BatchStream
 
-__all__ = ["DATASETS", "BatchStream", "DataError", "build_pretrain_data", "prefetch", "to_float"]
+__all__ = [
+    "DATASETS",
+    "Augment",
+    "BatchStream",
+    "DataError",
+    "EvalStream",
+    "build_pretrain_data",
+    "build_train_data",
+    "dataset_info",
+    "eval_batches",
+    "prefetch",
+    "subset_indices",
+    "to_float",
+]

@@ -21,26 +21,31 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class DatasetInfo:
     """Constants of a data set; side in pixels, None where images differ in size and are cropped at random scales.
 
+    num_classes  None where the folders tell; input_size: the usual one, None where there is none
     flip: may be mirrored; edm: can be mixed with generated images.
     """
 
     mean: Channels
     std: Channels
     side: int | None
+    num_classes: int | None
+    input_size: int | None
     flip: bool = True
     edm: bool = False
 
 
 INFO = {
-    "imagenet": DatasetInfo(IMAGENET_MEAN, IMAGENET_STD, None),
-    "imagefolder": DatasetInfo(IMAGENET_MEAN, IMAGENET_STD, None),
-    "cifar10": DatasetInfo((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616), 32, edm=True),
-    "cifar100": DatasetInfo((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), 32, edm=True),
-    "svhn": DatasetInfo((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), 32, edm=True),
-    "tiny-imagenet": DatasetInfo(IMAGENET_MEAN, IMAGENET_STD, 64, edm=True),
-    "digits": DatasetInfo((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 32, flip=False),
+    "imagenet": DatasetInfo(IMAGENET_MEAN, IMAGENET_STD, None, 1000, 224),
+    "imagenette": DatasetInfo(IMAGENET_MEAN, IMAGENET_STD, None, 10, 224),
+    "imagefolder": DatasetInfo(IMAGENET_MEAN, IMAGENET_STD, None, None, None),
+    "cifar10": DatasetInfo((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616), 32, 10, 32, edm=True),
+    "cifar100": DatasetInfo((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), 32, 100, 32, edm=True),
+    "svhn": DatasetInfo((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), 32, 10, 32, edm=True),
+    "tiny-imagenet": DatasetInfo(IMAGENET_MEAN, IMAGENET_STD, 64, 200, 64, edm=True),
+    "digits": DatasetInfo((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 32, 10, 32, flip=False),
 }
 DATASETS = tuple(INFO)
+FOLDERS = {"imagenet": "", "imagenette": "imagenette2", "imagefolder": ""}  # images of any size, below data_root/...
 
 
 def dataset_info(dataset: str) -> DatasetInfo:
@@ -63,18 +68,30 @@ def read_images(dataset: str, data_root: str | Path, split: str = "train", in_me
         return archives.read_digits(split)
     if dataset == "tiny-imagenet":
         return tiny_imagenet.read(root, split, in_memory)
-    if dataset in ("imagenet", "imagefolder"):
-        return _read_folders(root, split, optional_train=dataset == "imagefolder")
+    if dataset in FOLDERS:
+        return _read_folders(root / FOLDERS[dataset], split, optional_train=dataset == "imagefolder")
     return {"cifar10": _read_cifar10, "cifar100": _read_cifar100, "svhn": _read_svhn}[dataset](root, split)
 
 
-def _read_folders(root: Path, split: str, optional_train: bool) -> FolderImages:
-    """root/train/CLASS/* or root/val/CLASS/*; with optional_train the classes may lie in root itself."""
+def folder_of(dataset: str, data_root: str | Path, split: str) -> tuple[Path, list[str]]:
+    """Where a split's class folders lie, and the class names in label order; those of train, where there is one.
+
+    Raises DataError for a missing folder.
+    """
+    return _folder(Path(data_root).expanduser() / FOLDERS[dataset], split, optional_train=dataset == "imagefolder")
+
+
+def _folder(root: Path, split: str, optional_train: bool) -> tuple[Path, list[str]]:
+    """root/train or root/val and its classes; with optional_train the classes may lie in root itself."""
     train = root / "train"
     if optional_train and split == "train" and not train.is_dir():
         train = root
     folder = train if split == "train" else root / split
-    classes = class_folders(train) if split == "val" and train.is_dir() else None
+    return folder, class_folders(train if split == "train" or train.is_dir() else folder)
+
+
+def _read_folders(root: Path, split: str, optional_train: bool) -> FolderImages:
+    folder, classes = _folder(root, split, optional_train)
     return FolderImages(scan_class_folders(folder, classes), str(folder))
 
 

@@ -33,7 +33,7 @@ class BadImageError(Exception):
 class PathTable:
     """Many paths below one root, in two arrays: worker processes share them, which a list of str would not allow."""
 
-    def __init__(self, root: Path, relative: list[str]):
+    def __init__(self, root: str | Path, relative: list[str]):
         encoded = [os.fsencode(path) for path in relative]
         self.root = os.fspath(root)
         self.ends = np.cumsum([0, *map(len, encoded)])
@@ -43,8 +43,15 @@ class PathTable:
         return len(self.ends) - 1
 
     def __getitem__(self, index: int) -> str:
-        name = self.text[self.ends[index] : self.ends[index + 1]].tobytes()
-        return os.path.join(self.root, os.fsdecode(name))
+        return os.path.join(self.root, self.relative(index))
+
+    def relative(self, index: int) -> str:
+        """The path below the root."""
+        return os.fsdecode(self.text[self.ends[index] : self.ends[index + 1]].tobytes())
+
+    def select(self, indices: np.ndarray) -> "PathTable":
+        """A table of some of the paths."""
+        return PathTable(self.root, [self.relative(index) for index in indices])
 
 
 @dataclass(frozen=True)

@@ -6,21 +6,21 @@ import torch
 from torch import Tensor
 
 
-def prefetch(batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[Tensor]:
-    """Images uint8 [B,3,H,W] of every batch on the device.
+def prefetch(batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images uint8 [B,3,H,W] and labels int64 [B] of every batch on the device.
 
     On CUDA the next batch is copied on a stream of its own while the current one is worked on (pinned memory makes the copy
     asynchronous); elsewhere batches pass one by one.
     """
     if device.type != "cuda":
-        for images, _ in batches:
-            yield images.to(device)
+        for images, labels in batches:
+            yield images.to(device), labels.to(device)
         return
     stream = torch.cuda.Stream(device)
     upcoming = None
-    for images, _ in batches:
+    for batch in batches:
         with torch.cuda.stream(stream):
-            copied = images.to(device, non_blocking=True), stream.record_event()
+            copied = tuple(part.to(device, non_blocking=True) for part in batch), stream.record_event()
         if upcoming is not None:
             yield _arrived(*upcoming)
         upcoming = copied
@@ -28,9 +28,10 @@ def prefetch(batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> 
         yield _arrived(*upcoming)
 
 
-def _arrived(images: Tensor, copied: torch.cuda.Event) -> Tensor:
+def _arrived(batch: tuple[Tensor, Tensor], copied: torch.cuda.Event) -> tuple[Tensor, Tensor]:
     """What is enqueued from now on waits for the copy, and the memory stays until that is done."""
     current = torch.cuda.current_stream()
     current.wait_event(copied)
-    images.record_stream(current)
-    return images
+    for part in batch:
+        part.record_stream(current)
+    return batch

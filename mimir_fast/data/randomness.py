@@ -12,6 +12,10 @@ class Purpose(IntEnum):
     AUGMENT = 1
     MIX_ORDER = 2
     MIX_GENERATED = 3
+    HELD_OUT = 4
+    SUBSET = 5
+    AUGMENT_IMAGE = 6
+    MIXUP = 7
 
 
 def random_stream(seed: int, purpose: Purpose, *position: int) -> np.random.Generator:

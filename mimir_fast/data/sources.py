@@ -27,10 +27,15 @@ class TooManyBadError(Exception):
 
 
 class ArrayImages:
-    """Images in memory: uint8 [N,H,W,C], labels int64 [N]; `bad` accounts for files left out while loading."""
+    """Images in memory: uint8 [N,H,W,C], labels int64 [N]; `bad` accounts for files left out while loading.
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, bad: BadFiles | None = None):
-        self.images = images
+    classes   names in label order, None where the data does not tell
+    """
+
+    def __init__(
+        self, images: np.ndarray, labels: np.ndarray, bad: BadFiles | None = None, classes: list[str] | None = None
+    ):
+        self.images, self.classes = images, classes
         self.labels = np.asarray(labels, np.int64)
         self.bad = bad or BadFiles("memory", len(images))
 
@@ -40,6 +45,10 @@ class ArrayImages:
     def take(self, indices: np.ndarray) -> Taken:
         """The images and labels of indices [B]."""
         return Taken(self.images[indices], self.labels[indices], {})
+
+    def select(self, indices: np.ndarray) -> "ArrayImages":
+        """A copy of some of the images."""
+        return ArrayImages(self.images[indices], self.labels[indices], self.bad, self.classes)
 
 
 class MixedImages:
@@ -76,11 +85,16 @@ class FolderImages:
     """
 
     def __init__(self, files: ImageList, where: str, side: int | None = None):
-        self.files, self.labels, self.side = files, files.labels, side
+        self.files, self.labels, self.side, self.classes = files, files.labels, side, files.classes
         self.bad = BadFiles(where, len(files))
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def select(self, indices: np.ndarray) -> "FolderImages":
+        """Some of the images; unreadable ones are replaced from among these."""
+        paths = self.files.paths.select(indices)
+        return FolderImages(ImageList(paths, self.labels[indices], self.classes), self.bad.where, self.side)
 
     def take(self, indices: np.ndarray, convert: Callable[[Image.Image], np.ndarray] = np.asarray) -> Taken:
         """Decode indices [B]; convert: RGB image -> uint8 [H,W,C], called in the order of the indices.
@@ -121,4 +135,4 @@ def decode_all(folder: FolderImages) -> ArrayImages:
             kept.append(index)
         except BadImageError as error:
             folder.bad.record({path: str(error)})
-    return ArrayImages(images[: len(kept)], folder.labels[kept], folder.bad)
+    return ArrayImages(images[: len(kept)], folder.labels[kept], folder.bad, folder.classes)

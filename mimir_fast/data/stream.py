@@ -1,20 +1,16 @@
 """The trainer's view of the data: epochs of micro-batches that can be resumed anywhere."""
 
-import math
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from mimir_fast.data.archives import read_npz
-from mimir_fast.data.augment import PAD, Channels
-from mimir_fast.data.datasets import INFO, DatasetInfo, Source, dataset_info, read_images
+from mimir_fast.data.augment import Channels
+from mimir_fast.data.datasets import DatasetInfo
 from mimir_fast.data.errors import BadFiles, DataError
-from mimir_fast.data.schedule import EdmSampler, KeySampler, Schedule, ShuffleSchedule, check_unsup_fraction
-from mimir_fast.data.sources import MixedImages
+from mimir_fast.data.schedule import KeySampler, Schedule
 from mimir_fast.data.workers import BatchMaker, sigterm_held, start_worker, unchanged
 
 
@@ -23,6 +19,7 @@ class BatchStream:
 
     name         the data set, with an "s" appended when generated images are mixed in
     num_images   real training images
+    classes      their names in label order; num_classes of them
     mean, std    per channel, of images in [0,1]
     """
 
@@ -35,15 +32,17 @@ class BatchStream:
         batches: BatchMaker,
         num_workers: int = 0,
         pin_memory: bool = False,
+        classes: Sequence[str] = (),
     ):
         self.name, self.num_images = name, num_images
+        self.classes, self.num_classes = list(classes), len(classes)
         self.mean: Channels = info.mean
         self.std: Channels = info.std
         self._bad: BadFiles = batches.source.bad
         self._keys = KeySampler(schedule)
         self._length = len(schedule)
         self._running: Iterator[tuple[Tensor, Tensor]] | None = None
-        self._loader: DataLoader | None = _loader(batches, self._keys, num_workers, pin_memory)
+        self._loader: DataLoader | None = batch_loader(batches, self._keys, num_workers, pin_memory)
 
     def __len__(self) -> int:
         """Micro-batches per epoch and rank; the last incomplete one is dropped."""
@@ -90,8 +89,10 @@ class BatchStream:
             self._running = None
 
 
-def _loader(batches: BatchMaker, keys: KeySampler, num_workers: int, pin_memory: bool) -> DataLoader:
-    """A loader with a random generator of its own, so that the global one stays as it is.
+def batch_loader(
+    batches: Dataset, keys: Iterable, num_workers: int, pin_memory: bool, persistent: bool = True
+) -> DataLoader:
+    """A loader of whole batches by their keys, with a random generator of its own, so that the global one stays as it is.
 
     On Linux workers are forked: they share the images in memory instead of copying them.
     """
@@ -103,82 +104,7 @@ def _loader(batches: BatchMaker, keys: KeySampler, num_workers: int, pin_memory:
         collate_fn=unchanged,
         pin_memory=pin_memory and torch.cuda.is_available(),
         worker_init_fn=start_worker,
-        persistent_workers=num_workers > 0,
+        persistent_workers=persistent and num_workers > 0,
         multiprocessing_context="fork" if num_workers > 0 and sys.platform == "linux" else None,
         generator=torch.Generator(),
     )
-
-
-def build_pretrain_data(
-    dataset: str,
-    data_root: str | Path,
-    input_size: int,
-    batch_size: int,
-    *,
-    accum_iter: int = 1,
-    seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-    use_edm: bool = False,
-    unsup_fraction: float = 0.7,
-    aux_data_filename: str | Path = "",
-) -> BatchStream:
-    """Training images of a data set as batches of `batch_size` per rank, cropped to input_size pixels and flipped.
-
-    accum_iter          micro-batches per update; shortens the epoch if use_edm, as in the original
-    use_edm             fill unsup_fraction of each batch with generated images from aux_data_filename (.npz)
-    Raises DataError: one line that names the flag, file or folder and what to do.
-    """
-    info = dataset_info(dataset)
-    _check_input_size(dataset, info, input_size)
-    if use_edm:
-        _check_edm(dataset, info, unsup_fraction, aux_data_filename)
-    _check_counts(batch_size, accum_iter, rank, world_size, num_workers)
-    source = real = read_images(dataset, data_root, in_memory=use_edm)
-    if use_edm:
-        source, schedule = _mixed(
-            real, aux_data_filename, batch_size, unsup_fraction, accum_iter * world_size, seed=seed, rank=rank
-        )
-    else:
-        schedule = ShuffleSchedule(len(real), batch_size, rank, world_size, seed)
-    batches = BatchMaker(source, input_size, info.side is None, info.flip, seed, rank)
-    name = f"{dataset}s" if use_edm else dataset
-    return BatchStream(name, len(real), info, schedule, batches, num_workers, pin_memory)
-
-
-def _mixed(
-    real: Source, aux_data_filename: str | Path, batch_size: int, unsup_fraction: float, divisor: int, **position: int
-) -> tuple[MixedImages, EdmSampler]:
-    """Real and generated images with their sampler; the epoch has ceil(real / (batch_size * divisor)) batches."""
-    generated = read_npz(Path(aux_data_filename).expanduser(), "aux_data_filename")
-    num_batches = math.ceil(len(real) / (batch_size * divisor))
-    source = MixedImages(real, generated, str(aux_data_filename))
-    return source, EdmSampler(len(real), len(generated), batch_size, unsup_fraction, num_batches, **position)
-
-
-def _check_input_size(dataset: str, info: DatasetInfo, input_size: int) -> None:
-    largest = math.inf if info.side is None else info.side + 2 * PAD
-    if not 1 <= input_size <= largest:
-        allowed = (
-            "a positive number" if info.side is None else f"1 to {largest} (images of {info.side} padded by {PAD})"
-        )
-        raise DataError(f"input_size: {input_size} is not possible for {dataset}, expected {allowed}")
-
-
-def _check_edm(dataset: str, info: DatasetInfo, unsup_fraction: float, aux_data_filename: str | Path) -> None:
-    if not info.edm:
-        raise DataError(f"use_edm: not possible with {dataset}, only with {', '.join(n for n in INFO if INFO[n].edm)}")
-    if not str(aux_data_filename):
-        raise DataError("aux_data_filename: use_edm needs the .npz file of generated images")
-    check_unsup_fraction(unsup_fraction)
-
-
-def _check_counts(batch_size: int, accum_iter: int, rank: int, world_size: int, num_workers: int) -> None:
-    counts = {"batch_size": (batch_size, 1), "accum_iter": (accum_iter, 1), "world_size": (world_size, 1)}
-    for field, (value, least) in (counts | {"num_workers": (num_workers, 0)}).items():
-        if value < least:
-            raise DataError(f"{field}: expected {least} or more, got {value}")
-    if not 0 <= rank < world_size:
-        raise DataError(f"rank: expected 0 to {world_size - 1}, got {rank}")

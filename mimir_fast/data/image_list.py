@@ -1,0 +1,50 @@
+"""A choice of images by a file of their paths, such as RobustBench's 5000 images of ImageNet."""
+
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from mimir_fast.data.datasets import FOLDERS, folder_of
+from mimir_fast.data.errors import DataError
+from mimir_fast.data.folders import ImageList, PathTable
+from mimir_fast.data.sources import FolderImages
+
+
+def listed_images(dataset: str, data_root: str | Path, split: str, image_list: str | Path) -> FolderImages:
+    """The images that a text file names, in its order: one CLASS/.../FILE per line, below the folder of the split.
+
+    Raises DataError naming the file for what it or its paths lack.
+    """
+    if dataset not in FOLDERS or split not in ("train", "val"):
+        raise DataError(f"image_list: only for train or val of {', '.join(FOLDERS)}, not for {split} of {dataset}")
+    folder, classes = folder_of(dataset, data_root, split)
+    lines = _lines(Path(image_list).expanduser())
+    numbers = {name: number for number, name in enumerate(classes)}
+    for line in lines:
+        if PurePosixPath(line).parts[0] not in numbers:
+            raise DataError(f"image_list: {image_list}: {line} is in no class folder of {folder}")
+    missing = [line for line in lines if not (folder / line).is_file()]
+    if missing:
+        count = f"{len(missing)} of {len(lines)}"
+        raise DataError(f"image_list: {image_list}: {count} images are not in {folder}, first {missing[0]}")
+    labels = np.array([numbers[PurePosixPath(line).parts[0]] for line in lines], np.int64)
+    return FolderImages(ImageList(PathTable(folder, lines), labels, classes), str(folder))
+
+
+def _lines(path: Path) -> list[str]:
+    """Relative paths without duplicates; blank lines do not count."""
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"image_list: {path} cannot be read ({error})") from error
+    lines = [PurePosixPath(line).as_posix() for line in lines if line]
+    if not lines:
+        raise DataError(f"image_list: {path} names no images")
+    seen = set()
+    for line in lines:
+        if line == "." or PurePosixPath(line).is_absolute() or ".." in PurePosixPath(line).parts:
+            raise DataError(f"image_list: {path}: {line}: expected a path below the folder of the images")
+        if line in seen:
+            raise DataError(f"image_list: {path} names {line} twice")
+        seen.add(line)
+    return lines

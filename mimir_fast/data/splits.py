@@ -1,0 +1,55 @@
+"""Which images of a split are meant: those held out from training, a subset, and the classes they belong to."""
+
+import numpy as np
+
+from mimir_fast.data.datasets import Source, dataset_info
+from mimir_fast.data.errors import DataError
+from mimir_fast.data.randomness import Purpose, random_stream
+
+
+def held_out_indices(num_images: int, held_out: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices, ascending, of the training images that stay and of those held out: the last of one fixed permutation.
+
+    Every run with the same data holds out the same images, whatever its seed.  Raises DataError if none would stay.
+    """
+    if not 0 <= held_out < num_images:
+        raise DataError(f"held_out: {held_out} of {num_images} training images, expected 0 to {num_images - 1}")
+    order = random_stream(0, Purpose.HELD_OUT, num_images).permutation(num_images)
+    return np.sort(order[: num_images - held_out]), np.sort(order[num_images - held_out :])
+
+
+def subset_indices(num_images: int, count: int, seed: int | None = None) -> list[int]:
+    """`count` of num_images positions, ascending: the first ones, or with a seed a random choice without replacement.
+
+    Raises DataError unless 1 <= count <= num_images.
+    """
+    if not 1 <= count <= num_images:
+        raise DataError(f"num_images: {count}, expected 1 to {num_images}, the images there are")
+    if seed is None:
+        return list(range(count))
+    return np.sort(random_stream(seed, Purpose.SUBSET).permutation(num_images)[:count]).tolist()
+
+
+def class_names(dataset: str, source: Source, num_classes: int | None) -> list[str]:
+    """Names of the classes in label order, as many as num_classes, or as the data set has if that is None.
+
+    Raises DataError if the folders, the data set and num_classes disagree, or a label is outside of them.
+    """
+    known = dataset_info(dataset).num_classes
+    found = known if source.classes is None else len(source.classes)
+    expected = num_classes or known or found
+    if found != expected:
+        what = f"nb_classes: {expected}" if num_classes else f"nb_classes: {dataset} has {expected} classes"
+        where = dataset if source.classes is None else f"{source.bad.where}: class folders"
+        raise DataError(f"{what}, but found {found} ({where}): give the number there is, or the folder that fits")
+    check_labels(source.labels, expected, dataset if source.classes is None else source.bad.where)
+    return source.classes or [str(number) for number in range(expected)]
+
+
+def check_labels(labels: np.ndarray, num_classes: int, where: str) -> None:
+    """Raise DataError unless labels [N] are in [0, num_classes)."""
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise DataError(
+            f"nb_classes: {num_classes} classes, labels 0 to {num_classes - 1}, but those of {where} are {low} to {high}"
+        )
