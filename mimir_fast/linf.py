@@ -90,23 +90,23 @@ def apgd(
     """
     check_steps(steps)
     images = images.detach()
-    last = adv = images if start is None else begin(images, bounds, start)
-    value, grad = gradient(losses, adv, loss_scale, backward=steps > 0)
-    search = _Search(adv, grad, value, value, value, torch.ones_like(value), torch.ones_like(value, dtype=torch.bool))
+    adv = images if start is None else begin(images, bounds, start)
+    if not steps:
+        return adv
+    value, grad = gradient(losses, adv, loss_scale)
+    search = _Search.begun(adv, grad, value)
     size_B, checks = torch.full_like(value, 2.0), checkpoints(steps)
-    for i in range(1, steps + 1):
-        if i == 1:
-            first = torch.cat([bounds[:1], 2 * bounds[:1], bounds[2:]])
-            last, adv = adv, step(images, adv, grad, first)
-        else:
-            last, adv = adv, move(images, adv, last, grad, size_B, bounds)
-        value, grad = gradient(losses, adv, loss_scale, backward=i < steps)
+    last, adv = adv, step(images, adv, grad, torch.cat([bounds[:1], 2 * bounds[:1], bounds[2:]]))
+    for i in range(1, steps):
+        value, grad = gradient(losses, adv, loss_scale)
         search = search.seen(adv, grad, value, counts=i > 1)
-        if i in checks and i < steps:
+        if i in checks:
             search, halved = search.judged(checks[i])
             size_B = torch.where(halved, size_B / 2, size_B)
             adv, grad = _choose(halved, search.best, adv), _choose(halved, search.best_grad, grad)
-    return search.best
+        last, adv = adv, move(images, adv, last, grad, size_B, bounds)
+    with torch.no_grad():
+        return _choose(losses(adv) > search.best_value, adv, search.best)
 
 
 class _Search(NamedTuple):
@@ -121,14 +121,20 @@ class _Search(NamedTuple):
     rises: Tensor
     halved: Tensor
 
-    def seen(self, adv: Tensor, grad: Tensor | None, value: Tensor, counts: bool) -> "_Search":
-        """After an iterate with its gradient (None: not needed any more) and loss; counts: whether it may be a rise."""
+    @classmethod
+    def begun(cls, adv: Tensor, grad: Tensor, value: Tensor) -> "_Search":
+        """At the start; what is remembered are copies, since compiled functions may reuse their outputs' memory."""
+        value, grad = value.clone(), grad.clone()
+        return cls(adv, grad, value, value, value, torch.ones_like(value), torch.ones_like(value, dtype=torch.bool))
+
+    def seen(self, adv: Tensor, grad: Tensor, value: Tensor, counts: bool) -> "_Search":
+        """After an iterate with its gradient and loss; counts: whether it may be no rise."""
         better = value > self.best_value
         return self._replace(
             best=_choose(better, adv, self.best),
-            best_grad=self.best_grad if grad is None else _choose(better, grad, self.best_grad),
+            best_grad=_choose(better, grad, self.best_grad),
             best_value=torch.where(better, value, self.best_value),
-            value=value,
+            value=value.clone(),
             rises=self.rises + (value > self.value) if counts else self.rises,
         )
 
@@ -151,17 +157,12 @@ def checkpoints(steps: int) -> dict[int, int]:
     return found
 
 
-def gradient(
-    loss: Callable[[Tensor], Tensor], adv: Tensor, loss_scale: float, backward: bool = True
-) -> tuple[Tensor, Tensor | None]:
-    """The loss at adv, detached, and loss_scale * the gradient of its sum in adv; None for the gradient without a backward.
-
-    The forward pass is the same either way, so that a compiled loss needs one graph.
-    """
+def gradient(loss: Callable[[Tensor], Tensor], adv: Tensor, loss_scale: float) -> tuple[Tensor, Tensor]:
+    """The loss at adv, detached, and loss_scale * the gradient of its sum in adv."""
     leaf = adv.detach().requires_grad_(True)
     with torch.enable_grad():
         value = loss(leaf)
-        grad = torch.autograd.grad(value.sum() * loss_scale, leaf)[0] if backward else None
+        (grad,) = torch.autograd.grad(value.sum() * loss_scale, leaf)
     return value.detach(), grad
 
 

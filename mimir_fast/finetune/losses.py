@@ -1,0 +1,64 @@
+"""Losses of adversarial training.  Shapes: B batch, O classes; logits [B,O] of any float type, computed in fp32 at least.
+
+Targets are labels [B] int64, or probabilities [B,O] where labels are mixed.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KINDS = ("plain", "pgd", "apgd", "trades", "mart")
+TWO_BRANCHES = ("trades", "mart")  # also see the clean images
+
+
+def check_kind(kind: str, mixing: bool) -> None:
+    """Raises ValueError for an unknown kind of training, and for mart with mixed labels."""
+    if kind not in KINDS:
+        raise ValueError(f"attack_train: unknown kind {kind!r}; choose one of {', '.join(KINDS)}")
+    if kind == "mart" and mixing:
+        raise ValueError(
+            "attack_train: mart needs one label per image; leave out --mixup, --cutmix, --cutmix_minmax and --warmup_aa, "
+            "or choose another of " + ", ".join(k for k in KINDS if k != "mart")
+        )
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy; smoothing applies to labels alone, since mixed ones come smoothed."""
+    smoothing = 0.0 if targets.is_floating_point() else smoothing
+    return F.cross_entropy(_wide(logits), targets, label_smoothing=smoothing)
+
+
+def attack_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """What an attack ascends, of every image: cross-entropy [B], not smoothed."""
+    return F.cross_entropy(_wide(logits), targets, reduction="none")
+
+
+def trades_loss(clean: Tensor, adv: Tensor, targets: Tensor, beta: float) -> Tensor:
+    """CE(clean) + beta * KL(p_clean || p_adv), means over the batch; the gradient flows through both.
+
+    Source: Zhang et al., Theoretically Principled Trade-off between Robustness and Accuracy, 2019.
+    """
+    log_clean, log_adv = (_wide(logits).log_softmax(dim=1) for logits in (clean, adv))
+    divergence = F.kl_div(log_adv, log_clean, reduction="batchmean", log_target=True)
+    return F.cross_entropy(_wide(clean), targets) + beta * divergence
+
+
+def mart_loss(clean: Tensor, adv: Tensor, targets: Tensor, beta: float) -> Tensor:
+    """Boosted CE of the adversarial images + beta * KL(p_clean || p_adv), weighted by how unsure the clean image is.
+
+    boosted CE   CE(adv) - log(1 - p_adv of the likeliest wrong class); the small constants are the original's
+    targets      labels; raises ValueError for probabilities
+    Source: Wang et al., Improving Adversarial Robustness Requires Revisiting Misclassified Examples, 2020.
+    """
+    if targets.is_floating_point():
+        raise ValueError("attack_train: mart needs one label per image, got mixed ones")
+    clean, adv, label = _wide(clean), _wide(adv), targets[:, None]
+    p_clean, p_adv = clean.softmax(dim=1), adv.softmax(dim=1)
+    p_wrong = p_adv.scatter(1, label, -1).amax(dim=1)
+    boosted = F.cross_entropy(adv, targets) - (1.0001 - p_wrong + 1e-12).log().mean()
+    divergence = F.kl_div((p_adv + 1e-12).log(), p_clean, reduction="none").sum(dim=1)
+    return boosted + beta * (divergence * (1.0000001 - p_clean.gather(1, label)[:, 0])).mean()
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,0 +1,56 @@
+"""What fine-tuning minimises: all training passes of one micro-batch.  Shapes: B batch, C channels, H W sides, O classes."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mimir_fast.finetune.losses import TWO_BRANCHES, check_kind, cross_entropy, mart_loss, trades_loss
+from mimir_fast.models import VisionTransformer
+from mimir_fast.stages import stage
+
+
+class FinetuneOutput(NamedTuple):
+    """Device values only: loss (scalar); logits [B,O] of the images trained on, detached; these images, adv [B,C,H,W]."""
+
+    loss: Tensor
+    logits: Tensor
+    adv: Tensor
+
+
+class Objective(nn.Module):
+    """The loss of a classifier on attacked images: what is trained, and what DDP wraps.
+
+    kind         plain, pgd, apgd: the criterion on the images given; trades, mart: their loss on clean and adversarial
+                 images, which pass through the model as one batch
+    criterion    (logits, targets) -> scalar; trades and mart have their own, without smoothing, as in the original
+    beta         weight of the robust term of trades and mart
+    forward      the model's forward pass, or its compiled version
+    The clean images pass once: TRADES' two terms see the same draw of stochastic depth, where the original draws twice.
+    """
+
+    def __init__(
+        self,
+        model: VisionTransformer,
+        kind: str = "plain",
+        criterion: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+        beta: float = 6.0,
+        forward: Callable[..., Tensor] | None = None,
+    ):
+        super().__init__()
+        check_kind(kind, mixing=False)
+        self.model, self.kind, self.criterion, self.beta = model, kind, criterion, beta
+        self.run = forward or model.forward
+
+    def forward(self, images: Tensor, adv: Tensor, targets: Tensor, drop_noise: Tensor | None = None) -> FinetuneOutput:
+        """images [B,C,H,W], their adversarial version, targets [B] or [B,O], drop_noise of all images that pass."""
+        both = self.kind in TWO_BRANCHES
+        with stage("encoder"):
+            logits = self.run(torch.cat([images, adv]) if both else adv, drop_noise)
+        with stage("loss"):
+            if not both:
+                return FinetuneOutput(self.criterion(logits, targets), logits.detach(), adv)
+            clean, attacked = logits.chunk(2)
+            loss = trades_loss if self.kind == "trades" else mart_loss
+            return FinetuneOutput(loss(clean, attacked, targets, self.beta), attacked.detach(), adv)
