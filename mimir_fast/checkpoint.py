@@ -45,8 +45,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def load_checkpoint(source: str | Path) -> dict:
-    """Read a checkpoint of ours or of the original, from a path or an https URL, onto the CPU.
+def load_checkpoint(source: str | Path, flag: str = "resume") -> dict:
+    """Read a checkpoint of ours or of the original, from a path or an https URL, onto the CPU; `flag` asked for it.
 
     Only tensors, plain values and argparse.Namespace are accepted.  Raises CheckpointError if the file is missing,
     truncated, wants to run other code, or holds no model.
@@ -59,15 +59,15 @@ def load_checkpoint(source: str | Path) -> dict:
             else:
                 state = torch.load(source, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise CheckpointError(f"resume: no file {source}") from error
+        raise CheckpointError(f"{flag}: no file {source}") from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"resume: {source} is refused: it is damaged, or holds more than tensors and plain values ({_first_line(error)})"
+            f"{flag}: {source} is refused: it is damaged, or holds more than tensors and plain values ({_first_line(error)})"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"resume: {source} is damaged or no checkpoint ({_first_line(error)})") from error
+        raise CheckpointError(f"{flag}: {source} is damaged or no checkpoint ({_first_line(error)})") from error
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise CheckpointError(f"resume: {source} holds no 'model' entry")
+        raise CheckpointError(f"{flag}: {source} holds no 'model' entry")
     return state
 
 

@@ -34,6 +34,11 @@ class World:
             values /= self.size
         return values
 
+    def total(self, count: int | Tensor) -> int:
+        """Sum of a count over all processes, on the host."""
+        count = torch.as_tensor(count, dtype=torch.float64, device=self.device)
+        return round(float(self.mean(count) * self.size))
+
     def any(self, flag: bool) -> bool:
         """True on every process if it is true on one; host memory only, the device is not waited for."""
         if self.size == 1:

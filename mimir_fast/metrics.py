@@ -18,7 +18,7 @@ from mimir_fast.config import RunConfig
 from mimir_fast.distributed import World
 
 GIB = 2**30
-TENSORBOARD_TAGS = {"train_loss": "loss", "lr": "lr", "mi": "mi"}  # the original's tags and order
+COUNTS = ("skipped_penalties", "skipped_steps")
 OWN_TAGS = ("recon", "grad_norm", "images_per_s", "peak_memory_gib", "skipped_penalties", "skipped_steps")
 
 
@@ -55,13 +55,13 @@ def set_aside(path: Path) -> None:
 class RunLog:
     """All outputs of a run but its checkpoints; only rank 0 writes, every rank calls.
 
-    mi_logged: whether the run has a penalty (the original writes the `mi` tag only then).
+    tags: the original's TensorBoard tags, in its order, and the keys they show; a key without a value is not written.
     """
 
     def __init__(
-        self, config: RunConfig, flat: dict, world: World, mi_logged: bool, total_updates: int, position: tuple
+        self, config: RunConfig, flat: dict, world: World, tags: dict[str, str], total_updates: int, position: tuple
     ):
-        self.world, self.mi_logged, self.total = world, mi_logged, total_updates
+        self.world, self.tags, self.total = world, tags, total_updates
         epoch, update, x = position
         self.folder = Path(config.output_dir) if config.output_dir and world.is_main else None
         self.writer = self.wandb = self.bar = None
@@ -117,7 +117,7 @@ class RunLog:
             "peak_memory_gib": peak_memory_gib(self.world.device),
         }
         self.last_flush, self.data_seconds, self.images = now, 0.0, 0
-        rows = [_row(host, line, shared, self.mi_logged) for host, line in zip(hosts, table)]
+        rows = [_row(host, line, shared) for host, line in zip(hosts, table)]
         if self.world.is_main:
             self._write(rows)
         return rows[-1]
@@ -128,8 +128,8 @@ class RunLog:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
         for row in rows:
             if self.writer:
-                for tag, key in {**TENSORBOARD_TAGS, **{tag: tag for tag in OWN_TAGS}}.items():
-                    if row[key] is not None:
+                for tag, key in {**self.tags, **{tag: tag for tag in OWN_TAGS}}.items():
+                    if row.get(key) is not None:
                         self.writer.add_scalar(tag, row[key], row["x"])
             if self.wandb:
                 self.wandb.log({key: value for key, value in row.items() if value is not None}, step=row["update"])
@@ -137,7 +137,7 @@ class RunLog:
 
     def _show(self, row: dict) -> None:
         words = {"epoch": f"{row['epoch']:.2f}", "loss": _short(row["loss"]), "lr": _short(row["lr"])}
-        if self.mi_logged:
+        if "mi" in self.tags:
             words["mi"] = _short(row["mi"])
         words["img/s"] = f"{row['images_per_s']:.0f}"
         words["wait"] = f"{row['data_wait']:.0%}"
@@ -162,14 +162,20 @@ class RunLog:
         self.epoch_started, self.epoch_images = now, 0
         return rate
 
-    def add_epoch(self, row: dict) -> None:
-        """Append one epoch's means to log.txt, the original's keys first, and make TensorBoard's file current."""
+    def add_epoch(self, row: dict, tags: dict[str, str] | None = None) -> None:
+        """Append one epoch's means to log.txt, the original's keys first, and make TensorBoard's file current.
+
+        tags: TensorBoard tags of the epoch, and the keys they show, over the number of the epoch.
+        """
         if not self.world.is_main:
             return
         if self.folder:
             with open(self.folder / "log.txt", "a") as file:
                 file.write(json.dumps({key: _finite(value) for key, value in row.items()}) + "\n")
         if self.writer:
+            for tag, key in (tags or {}).items():
+                if row[key] is not None:
+                    self.writer.add_scalar(tag, row[key], row["epoch"])
             self.writer.flush()
         self.say("epoch " + ", ".join(f"{key} {_short(value)}" for key, value in row.items() if value is not None))
 
@@ -181,13 +187,9 @@ class RunLog:
             self.wandb.finish()
 
 
-def _row(host: dict, line: list[float], shared: dict, mi_logged: bool) -> dict:
-    values = dict(zip(host["names"], line))
-    mi = values.pop("mi")
-    row = {key: host[key] for key in ("update", "epoch", "x", "lr")} | values | shared
-    row["mi"] = mi if mi_logged else None
-    for key in ("skipped_penalties", "skipped_steps"):
-        row[key] = round(row[key])
+def _row(host: dict, line: list[float], shared: dict) -> dict:
+    row = {key: host[key] for key in ("update", "epoch", "x", "lr")} | dict(zip(host["names"], line)) | shared
+    row |= {key: round(row[key]) for key in COUNTS if key in row}
     return {key: _finite(value) for key, value in row.items()}
 
 

@@ -58,6 +58,7 @@ class Updater:
     worst.  fp16 losses are scaled by torch's GradScaler; in bf16 and fp32 the scaler is disabled and its state empty.
     compute: what computes in the parameters' place, if anything does: a 16-bit copy, or shards.
     total_norm: gradients -> their global L2 norm.
+    max_norm: gradients of a larger norm are scaled down to it.
     """
 
     def __init__(
@@ -66,8 +67,9 @@ class Updater:
         device: torch.device,
         fp16: bool,
         compute: "ComputeCopy | Shards | None" = None,
+        max_norm: float | None = None,
     ):
-        self.optimizer, self.compute = optimizer, compute
+        self.optimizer, self.compute, self.max_norm = optimizer, compute, max_norm
         self.total_norm: Callable[[list[Tensor]], Tensor] = torch.nn.utils.get_total_norm
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.counters = torch.zeros(3, dtype=torch.int64, device=device)
@@ -82,14 +84,16 @@ class Updater:
                 self.compute.take_gradients()
 
     def update(self) -> Tensor:
-        """Step the optimizer, clear the gradients; returns the gradients' global L2 norm (device scalar, unscaled)."""
+        """Step the optimizer, clear the gradients; returns their global L2 norm before clipping (device scalar, unscaled)."""
         with stage("optimizer"):
             return self._update()
 
     def _update(self) -> Tensor:
         self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = self.total_norm(gradients)
+        trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = self.total_norm([p.grad for p in trained])
+        if self.max_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(trained, self.max_norm, norm)
         bad = ~norm.isfinite()
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)

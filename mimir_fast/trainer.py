@@ -1,12 +1,10 @@
 """The pre-training loop around step.py: schedule, accumulation, logs, checkpoints, signals."""
 
-import signal
 import time
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
 from mimir_fast import checkpoint as ckpt
@@ -26,13 +24,14 @@ from mimir_fast.distributed import World
 from mimir_fast.metrics import RunLog, peak_memory_gib
 from mimir_fast.optim import Updater, build_optimizer, learning_rate, set_learning_rate
 from mimir_fast.precision import AUTOCAST
-from mimir_fast.run_state import EPOCH_SUMS, Position, checkpoint_state, find_state, restore
+from mimir_fast.run_state import Position, checkpoint_state, due, end_status, open_folder, take_up
 from mimir_fast.samples import save_samples
 from mimir_fast.signals import StopSignals
 from mimir_fast.stages import stage
 from mimir_fast.step import StepOutput, draw_noise, pretrain_step, step_seed
 
 CHECKPOINT_EVERY = 20  # epochs, the original's cadence
+EPOCH_SUMS = ("loss", "finite", "mi", "mi_used", "grad_norm", "updates", "micro_steps", "lr")
 
 
 class Trainer:
@@ -62,17 +61,14 @@ class Trainer:
     def _open_outputs(self, notes: list[str]) -> None:
         o, r, p = self.config.optim, self.config.run, self.position
         if self.folder and self.world.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            ckpt.clean_folder(self.folder)
-            for path in ckpt.supersede(self.folder, p.epoch, p.step):
-                notes = [*notes, f"output_dir: {path} is past this run's start and was moved to superseded/"]
-            (self.folder / "config.yaml").write_text(yaml.safe_dump(self.config.flat(), sort_keys=False))
+            notes = notes + open_folder(self.folder, self.config.flat(), p)
         self.total_updates = o.epochs * self.updates_per_epoch
         if r.max_steps:
             self.total_updates = min(self.total_updates, r.max_steps)
         x = int(1000 * (p.epoch + p.step / len(self.stream)))
         where = (p.epoch, p.update, x)
-        self.log = RunLog(r, self.config.flat(), self.world, self.penalty is not None, self.total_updates, where)
+        tags = {"train_loss": "loss", "lr": "lr"} | ({"mi": "mi"} if self.penalty else {})
+        self.log = RunLog(r, self.config.flat(), self.world, tags, self.total_updates, where)
         for line in [*notes, *describe(self.config, self.world, self.stream, self.model, self.lr)]:
             self.log.say(line)
 
@@ -85,22 +81,15 @@ class Trainer:
             reason = "max_steps" if self.position.update >= self.total_updates else None
             while reason is None and self.position.epoch < self.config.optim.epochs:
                 reason = self._train_epoch(stop)
-        if reason == "diverged":
-            return 1
-        if reason == "signal":
-            name = signal.Signals(stop.received or signal.SIGTERM).name
-            self.log.say(
-                f"stopped by {name}; " + ("go on with --resume auto" if self.folder else "nothing saved: no output_dir")
-            )
-            return 130 if stop.received == signal.SIGINT else 0
-        self.log.say(f"done: epoch {self.position.epoch}, {self.position.update} updates")
-        return 0
+        return end_status(reason, stop.received, self.position, self.folder, self.log.say)
 
     def _train_epoch(self, stop: StopSignals) -> str | None:
         """One epoch from the current position; returns why the run ends, or None to go on."""
         o, p = self.config.optim, self.position
         self.updater.optimizer.zero_grad(set_to_none=True)  # gradients of an incomplete last group are dropped
-        sums = torch.tensor([p.sums[name] for name in EPOCH_SUMS], dtype=torch.float64, device=self.world.device)
+        sums = torch.tensor(
+            [p.sums.get(name, 0.0) for name in EPOCH_SUMS], dtype=torch.float64, device=self.world.device
+        )
         batches = prefetch(self.stream.epoch(p.epoch, p.step), self.world.device)
         lr, waited = 0.0, 0.0
         for step in range(p.step, len(self.stream)):
@@ -171,7 +160,7 @@ class Trainer:
         scalars = {
             "loss": output.loss,
             "recon": output.recon,
-            "mi": output.mi,
+            "mi": output.mi if self.penalty else torch.full_like(output.mi, torch.nan),
             "grad_norm": grad_norm,
             "skipped_penalties": self.skipped_penalties * self.world.size,  # the mean over ranks is taken later
             "skipped_steps": self.updater.counters[0],
@@ -181,27 +170,23 @@ class Trainer:
 
     def _save_or_stop(self, stop, images_u8, images, output, sums) -> str | None:
         """After an update: logs, resume points, and the reasons to end."""
-        r, p = self.config.run, self.position
-        ends = self.world.any(stop.received is not None)
-        enough = r.max_steps and p.update >= r.max_steps
-        if p.update % r.log_every == 0 or p.update == self.first_update or ends or enough or p.step == len(self.stream):
+        p, ends = self.position, self.world.any(stop.received is not None)
+        log, resume_point, reason = due(self.config.run, p, len(self.stream), self.first_update, ends)
+        if log:
             self.log.flush()
             if int(self.updater.counters[2]) >= self.config.optim.max_bad_steps:  # every rank counts alike
                 self._save_failure(images_u8, images, output, sums)
                 return "diverged"
-        point = r.checkpoint_steps and p.update % r.checkpoint_steps == 0 and p.step < len(self.stream)
-        if p.step < len(self.stream) and (point or ends or enough):
+        if resume_point:
             self._save(f"resume-{p.epoch}-{p.step}.pth", images, output, sums)
-        if p.step < len(self.stream) and (ends or enough):
-            return "signal" if ends else "max_steps"
-        return None
+        return reason
 
     def _end_epoch(self, stop, images, output, sums) -> str | None:
         o, r, p = self.config.optim, self.config.run, self.position
         self.log.flush()
         self._log_epoch(sums)
         epoch = p.epoch
-        p.epoch, p.step, p.sums = epoch + 1, 0, Position().sums
+        p.epoch, p.step, p.sums = epoch + 1, 0, {}
         ends = self.world.any(stop.received is not None)
         enough = r.max_steps and p.update >= r.max_steps
         if epoch % CHECKPOINT_EVERY == 0 or p.epoch == o.epochs:
@@ -222,9 +207,9 @@ class Trainer:
             "grad_norm": s["grad_norm"] / max(s["updates"], 1),
             "images_per_s": self.log.epoch_rate(),
             "peak_memory_gib": peak_memory_gib(self.world.device),
-            "skipped_penalties": self._skipped_penalties(),
+            "skipped_penalties": self.world.total(self.skipped_penalties),
             "skipped_steps": int(self.updater.counters[0]),
-            "bad_files": self._over_ranks(len(self.stream.bad_files)),
+            "bad_files": self.world.total(len(self.stream.bad_files)),
         }
         self.log.add_epoch(row)
 
@@ -234,15 +219,13 @@ class Trainer:
         self, name: str, images: Tensor, output: StepOutput, sums: Tensor | None, extra: dict | None = None
     ) -> None:
         """Write a checkpoint on rank 0; every rank calls.  sums: the unfinished epoch's, None at an epoch's end."""
-        skipped = self._skipped_penalties()
+        own = {"skipped_penalties": self.world.total(self.skipped_penalties), "geometry": self._geometry()}
         states = self.computation.states() if self.folder else ()
         if sums is not None:
             self.position.sums = dict(zip(EPOCH_SUMS, self.world.mean(sums).tolist()))
         if self.folder and self.world.is_main:
             entries = (*states, self.updater, self.position, self.config, self.lr, self.stream.name)
-            ckpt.save_checkpoint(
-                self.folder / name, checkpoint_state(*entries, skipped, self._geometry()) | (extra or {})
-            )
+            ckpt.save_checkpoint(self.folder / name, checkpoint_state(*entries, own) | (extra or {}))
             ckpt.clean_folder(self.folder)
             where = {"epoch": self.position.epoch, "update": self.position.update, "eps_255": self.config.attack.eps}
             patches = (self.config.model.patch_size, self.config.model.norm_pix_loss)
@@ -265,35 +248,15 @@ class Trainer:
         o = self.config.optim
         return [self.world.size, o.batch_size, o.accum_iter, len(self.stream), self.config.run.seed]
 
-    def _skipped_penalties(self) -> int:
-        return self._over_ranks(self.skipped_penalties)
-
-    def _over_ranks(self, count: int | Tensor) -> int:
-        """Sum of a count over all processes."""
-        count = torch.as_tensor(count, dtype=torch.float64, device=self.world.device)
-        return round(float(self.world.mean(count) * self.world.size))
-
     def _resume(self) -> list[str]:
         """Continue from --resume; returns lines to print."""
-        notes = []
-        found = find_state(self.config.run.resume, self.folder, notes.append)
-        skipped = 0
-        if found is not None:
-            source, state = found
-            lengths = (self._geometry(), self.updates_per_epoch)
-            self.position, skipped = restore(
-                state, source, self.model, self.updater, self.position, *lengths, notes.append
-            )
-        p = self.position
-        if not self.world.same([p.epoch, p.step, p.update]):
-            raise ValueError(
-                "resume: the processes found different checkpoints; output_dir must be a folder they share"
-            )
-        if found is None:
-            return notes
+        notes: list[str] = []
+        r, lengths = self.config.run, (self._geometry(), self.updates_per_epoch)
+        entries = (self.model, self.updater, self.position)
+        self.position, _, own = take_up(r.resume, self.folder, self.world, *entries, *lengths, notes.append)
         if self.world.is_main:
-            self.skipped_penalties += skipped
-        return [*notes, f"resumed {source}: epoch {p.epoch}, micro-step {p.step}, {p.update} updates done"]
+            self.skipped_penalties += own.get("skipped_penalties", 0)
+        return notes
 
     def close(self) -> None:
         """End the data workers and close the logs."""

@@ -50,8 +50,7 @@ def state_of(model, updater, position=None) -> dict:
         config,
         3e-4,
         "cifar10s",
-        1,
-        [1, 8, 1, 10, 0],
+        {"skipped_penalties": 1, "geometry": [1, 8, 1, 10, 0]},
     )
 
 
@@ -259,8 +258,8 @@ def test_changed_geometry_restarts_the_epoch():
     position, _ = restore(state, "x", model, updater, Position(), [2, 8, 1, 5, 0], 10, lines.append)
     assert (position.epoch, position.step) == (2, 0)
     assert "starts again" in lines[0]
-    position, skipped = restore(state, "x", model, updater, Position(), [1, 8, 1, 10, 0], 10, lines.append)
-    assert (position.epoch, position.step, position.update, skipped) == (2, 5, 25, 1)
+    position, own = restore(state, "x", model, updater, Position(), [1, 8, 1, 10, 0], 10, lines.append)
+    assert (position.epoch, position.step, position.update, own["skipped_penalties"]) == (2, 5, 25, 1)
     assert len(lines) == 1
 
 
