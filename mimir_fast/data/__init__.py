@@ -1,7 +1,7 @@
 """Deterministic, resumable batches of uint8 images and labels from every supported data set."""
 
 from mimir_fast.data.augment import to_float
-from mimir_fast.data.augmentation import Augment
+from mimir_fast.data.augmentation import Augment, warmup_augment
 from mimir_fast.data.build import build_pretrain_data, build_train_data
 from mimir_fast.data.datasets import DATASETS, dataset_info
 from mimir_fast.data.errors import DataError
@@ -23,4 +23,5 @@ __all__ = [
     "prefetch",
     "subset_indices",
     "to_float",
+    "warmup_augment",
 ]

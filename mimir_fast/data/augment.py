@@ -71,11 +71,20 @@ def random_pad_crop(images: np.ndarray, size: int, rng: np.random.Generator) -> 
     return crop_padded(images, top, left, size)
 
 
-def sample_crop(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+def centre_crop(images: np.ndarray, size: int) -> np.ndarray:
+    """The middle of images, padded by PAD zeros where needed: uint8 [B,H,W,C] -> [B,C,S,S], S = size <= H + 2 * PAD."""
+    batch, height, width, _ = images.shape
+    top, left = ((side + 2 * PAD - size) // 2 for side in (height, width))
+    return crop_padded(images, np.full(batch, top), np.full(batch, left), size)
+
+
+def sample_crop(
+    height: int, width: int, rng: np.random.Generator, area_range: tuple[float, float] = CROP_AREA
+) -> tuple[int, int, int, int]:
     """(top, left, height, width) of a crop with random area and shape, distributed as torchvision's RandomResizedCrop."""
     log_low, log_high = (math.log(ratio) for ratio in CROP_RATIO)
     for _ in range(CROP_ATTEMPTS):
-        area = height * width * rng.uniform(*CROP_AREA)
+        area = height * width * rng.uniform(*area_range)
         ratio = math.exp(rng.uniform(log_low, log_high))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
@@ -96,6 +105,8 @@ def resized_crop(image: Image.Image, top: int, left: int, height: int, width: in
     return np.asarray(crop.resize((size, size), Image.Resampling.BICUBIC))
 
 
-def random_resized_crop(image: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:
+def random_resized_crop(
+    image: Image.Image, size: int, rng: np.random.Generator, area_range: tuple[float, float] = CROP_AREA
+) -> np.ndarray:
     """A random part of an RGB image at a random scale: uint8 [S,S,C]."""
-    return resized_crop(image, *sample_crop(image.height, image.width, rng), size)
+    return resized_crop(image, *sample_crop(image.height, image.width, rng, area_range), size)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mimir_fast.data.archives import read_npz
 from mimir_fast.data.augment import PAD
-from mimir_fast.data.augmentation import Augment
+from mimir_fast.data.augmentation import Augment, Augmentation
 from mimir_fast.data.datasets import INFO, DatasetInfo, Source, dataset_info, read_images
 from mimir_fast.data.errors import DataError
 from mimir_fast.data.schedule import EdmSampler, Schedule, ShuffleSchedule, check_unsup_fraction
@@ -67,6 +67,7 @@ def build_train_data(
     augment: Augment,
     num_classes: int | None = None,
     held_out: int = 0,
+    warmup_aa: bool = False,
     edm_aug: str = "base",
     **loading,
 ) -> BatchStream:
@@ -74,12 +75,17 @@ def build_train_data(
 
     num_classes   outputs of the model, to be checked; None: as many as the data set has
     held_out      images kept back, always the same ones: see held_out_indices
-    edm_aug       what use_edm does to real and generated images alike, before `augment`
+    augment       images of any size: a crop at random scale, a flip, then these; small images: a crop of the image padded by
+                  4 pixels, a flip, then these.  Without aa crops have the scale of pre-training, with it 0.08 to 1 of the area.
+    warmup_aa     see warmup_augment
+    edm_aug       what use_edm does to real and generated images alike, before aa and erasing: none (not even a crop), base
+                  (crop and flip), cutout, autoaugment (and cutout), randaugment, idbh
     loading       the fields of Loading
     Raises DataError: one line that names the flag, file or folder and what to do.
     """
     load = Loading(**loading)
     info = _checked_info(dataset, input_size, batch_size, load)
+    augmentation = Augmentation(augment, edm_aug if load.use_edm else None, warmup_aa)
     real = read_images(dataset, data_root, in_memory=load.use_edm)
     classes = class_names(dataset, real, num_classes)
     kept, _ = held_out_indices(len(real), held_out)
@@ -87,7 +93,8 @@ def build_train_data(
     source, schedule = _scheduled(real, batch_size, load)
     if load.use_edm:
         check_labels(source.generated.labels, len(classes), str(load.aux_data_filename))
-    batches = BatchMaker(source, input_size, info.side is None, info.flip, load.seed, load.rank)
+    how = (info.side is None, info.flip, load.seed, load.rank)
+    batches = BatchMaker(source, input_size, *how, augmentation)
     return _stream(dataset, len(real), classes, schedule, batches, load)
 
 

@@ -1,8 +1,12 @@
 """Stateless randomness: every draw is a function of where it happens, so a resumed run repeats it without stored state."""
 
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 
 import numpy as np
+import torch
 
 
 class Purpose(IntEnum):
@@ -22,3 +26,25 @@ def random_stream(seed: int, purpose: Purpose, *position: int) -> np.random.Gene
     """The generator of (seed, purpose, position), position being epoch, rank, step...; global generators are untouched."""
     key = np.random.SeedSequence(entropy=seed % 2**64, spawn_key=(int(purpose), *position))
     return np.random.Generator(np.random.Philox(key))
+
+
+@contextmanager
+def borrowed_generators() -> Iterator[Callable[[np.random.Generator], None]]:
+    """Lend the global generators of Python, numpy and torch (CPU) to libraries that draw from them.
+
+    Yields a function that seeds all three from a generator, and puts them back at the end as they were.
+    """
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield _seed_globals
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def _seed_globals(rng: np.random.Generator) -> None:
+    first, second, third = rng.integers(2**32, size=3).tolist()
+    random.seed(first)
+    np.random.seed(second)
+    torch.default_generator.manual_seed(third)  # not torch.manual_seed, which would seed GPUs as well

@@ -7,11 +7,14 @@ import threading
 from contextlib import contextmanager
 from functools import partial
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from mimir_fast.data.augment import random_flip, random_pad_crop, random_resized_crop
-from mimir_fast.data.randomness import Purpose, random_stream
+from mimir_fast.data.augment import centre_crop, random_flip, random_pad_crop, random_resized_crop
+from mimir_fast.data.augmentation import Augment, Augmentation, Operation
+from mimir_fast.data.randomness import Purpose, borrowed_generators, random_stream
 from mimir_fast.data.schedule import BatchKey
 from mimir_fast.data.sources import ArrayImages, FolderImages, MixedImages, TooManyBadError
 
@@ -22,8 +25,9 @@ Batch = tuple[Tensor, Tensor, dict[str, str]]  # images uint8 [B,3,S,S], labels 
 class BatchMaker:
     """The map-style dataset of the loader: a key in, an augmented batch out, as a function of (seed, rank, key).
 
-    source       images by index; if resize, from folders, cropped at a random scale, else padded and cropped
-    input_size   side of the crops, pixels; flip: mirror half of the images
+    source         images by index; if resize, from folders, cropped at a random scale, else padded and cropped
+    input_size     side of the crops, pixels; flip: mirror half of the images
+    augmentation   what else is done to them, nothing by default
     """
 
     def __init__(
@@ -34,9 +38,10 @@ class BatchMaker:
         flip: bool,
         seed: int,
         rank: int,
+        augmentation: Augmentation = Augmentation(Augment()),  # noqa: B008 (immutable)
     ):
         self.source, self.input_size = source, input_size
-        self.resize, self.flip = resize, flip
+        self.resize, self.flip, self.augmentation = resize, flip, augmentation
         self.seed, self.rank = seed, rank
 
     def __getitem__(self, key: BatchKey) -> Batch:
@@ -48,15 +53,35 @@ class BatchMaker:
 
     def _make(self, key: BatchKey) -> Batch:
         rng = random_stream(self.seed, Purpose.AUGMENT, key.epoch, self.rank, key.step)
+        plan = self.augmentation.plan(key.epoch, self.input_size)
         if self.resize:
-            crop = partial(random_resized_crop, size=self.input_size, rng=rng)
+            crop = partial(random_resized_crop, size=self.input_size, rng=rng, area_range=plan.area)
             taken = self.source.take(key.indices, crop)
-            images = random_flip(taken.images.transpose(0, 3, 1, 2).copy(), self.flip, rng)
+            images = taken.images.transpose(0, 3, 1, 2).copy()
         else:
             taken = self.source.take(key.indices)
-            images = random_pad_crop(taken.images, self.input_size, rng)
-            images = random_flip(images, self.flip, rng)
+            images = self._each(taken.images, plan.before, key, 0)
+            crop = partial(random_pad_crop, rng=rng) if plan.move else centre_crop
+            images = crop(images, size=self.input_size)
+        images = random_flip(images, self.flip and plan.flip, rng)
+        if plan.after:
+            images = self._each(images.transpose(0, 2, 3, 1), plan.after, key, 1).transpose(0, 3, 1, 2).copy()
         return torch.from_numpy(images), torch.from_numpy(taken.labels), taken.bad
+
+    def _each(self, images: np.ndarray, operations: tuple[Operation, ...], key: BatchKey, part: int) -> np.ndarray:
+        """Operations on one image after the other, uint8 [B,H,W,C], each with random numbers of its own."""
+        if not operations:
+            return images
+        results = np.empty(images.shape, np.uint8)
+        with borrowed_generators() as seed_globals:
+            for number, image in enumerate(map(Image.fromarray, np.ascontiguousarray(images))):
+                position = key.epoch, self.rank, key.step, number, part
+                rng = random_stream(self.seed, Purpose.AUGMENT_IMAGE, *position)
+                seed_globals(rng)
+                for operation in operations:
+                    image = operation(image, rng)
+                results[number] = image
+        return results
 
 
 def unchanged(batch: Batch) -> Batch:
