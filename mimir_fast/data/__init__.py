@@ -6,6 +6,7 @@ from mimir_fast.data.build import build_pretrain_data, build_train_data
 from mimir_fast.data.datasets import DATASETS, dataset_info
 from mimir_fast.data.errors import DataError
 from mimir_fast.data.evaluation import EvalStream, eval_batches
+from mimir_fast.data.mixing import Mixing, mix, mixing_seed, warmup_mixing
 from mimir_fast.data.prefetch import prefetch
 from mimir_fast.data.splits import subset_indices
 from mimir_fast.data.stream import BatchStream
@@ -16,12 +17,16 @@ __all__ = [
     "BatchStream",
     "DataError",
     "EvalStream",
+    "Mixing",
     "build_pretrain_data",
     "build_train_data",
     "dataset_info",
     "eval_batches",
+    "mix",
+    "mixing_seed",
     "prefetch",
     "subset_indices",
     "to_float",
     "warmup_augment",
+    "warmup_mixing",
 ]
