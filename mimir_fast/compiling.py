@@ -2,11 +2,11 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mimir_fast.attack import AttackFunctions
 from mimir_fast.kernels.registration import choose
@@ -59,9 +59,7 @@ class Compiled:
         self.attack = AttackFunctions()
         options = {"fullgraph": True, "dynamic": False, "mode": mode, "backend": backend}
         if compile and region == "block":
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, BLOCK_GRAPHS)
-            for block in [b for m in (model, twin) for b in (*m.blocks, *m.decoder_blocks)]:
-                block.compile(**options)
+            compile_blocks([b for m in (model, twin) for b in (*m.blocks, *m.decoder_blocks)], **options)
         elif compile:
             self.encode, self.reconstruct = (torch.compile(f, **options) for f in (model.encode, model.reconstruct))
             self.attack = self.attack._replace(loss=torch.compile(self.attack.loss, **options))
@@ -71,6 +69,13 @@ class Compiled:
                 torch.compile(f, **{**options, "mode": "default"}) for f in (self.attack.start, self.attack.step)
             )
             self.attack = self.attack._replace(start=start, step=step)
+
+
+def compile_blocks(blocks: Iterable[nn.Module], **options) -> None:
+    """Compile blocks one by one; alike ones share a graph.  options: torch.compile's."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, BLOCK_GRAPHS)
+    for block in blocks:
+        block.compile(**options)
 
 
 class CompileClock:

@@ -68,6 +68,11 @@ def image_losses(model: VisionTransformer, adv: Tensor, targets: Tensor) -> Tens
     return attack_losses(model(adv), targets)
 
 
+def image_logits(model: VisionTransformer, images: Tensor) -> Tensor:
+    """Logits [B,O] without stochastic depth."""
+    return model(images)
+
+
 def jitter(images: Tensor, bounds: Tensor, start: Tensor) -> Tensor:
     """Where trades and mart start: normal noise, a thousandth of the range, not clamped."""
     return images + JITTER * (bounds[3] - bounds[2])[:, None, None] * start
@@ -77,7 +82,7 @@ class AttackFunctions(NamedTuple):
     """What an attack computes with: as they are, or compiled (mimir_fast.finetune.computation)."""
 
     losses: Callable[..., Tensor] = image_losses
-    logits: Callable[..., Tensor] = VisionTransformer.__call__
+    logits: Callable[..., Tensor] = image_logits
     begin: Callable[..., Tensor] = starting_point
     step: Callable[..., Tensor] = linf_step
     move: Callable[..., Tensor] = momentum_step
