@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 KEPT_RESUME_POINTS = 2
+BEST_FILE = "best.pth"
 EPOCH_FILE = re.compile(r"checkpoint-(\d+)\.pth")
 RESUME_FILE = re.compile(r"resume-(\d+)-(\d+)\.pth")
 
@@ -104,6 +105,16 @@ def supersede(folder: Path, epoch: int, step: int) -> list[Path]:
         target.parent.mkdir(exist_ok=True)
         path.replace(target)
     return past
+
+
+def set_best_aside(folder: Path) -> list[str]:
+    """Move an earlier run's best.pth into superseded/, for a run that has no best epoch yet; returns lines to print."""
+    path, target = folder / BEST_FILE, folder / "superseded" / BEST_FILE
+    if not path.exists():
+        return []
+    target.parent.mkdir(exist_ok=True)
+    path.replace(target)
+    return [f"output_dir: {path} is an earlier run's and was moved to superseded/"]
 
 
 def load_newest(folder: Path, log=print) -> tuple[Path, dict] | None:

@@ -5,6 +5,11 @@ import sys
 
 VERBS = {
     "pretrain": ("mimir_fast.pretrain", "adversarial masked-autoencoder pre-training"),
+    "finetune": ("mimir_fast.finetune.command", "from a pre-trained encoder to a robust classifier"),
+    "evaluate": ("mimir_fast.evaluate.command", "a classifier's accuracy, clean and under attack"),
+    "analyze": ("mimir_fast.analyze.command", "what a checkpoint's features tell about images and perturbations"),
+    "export": ("mimir_fast.export", "a trained encoder or classifier as a file for timm or RobustBench"),
+    "demo": ("mimir_fast.demo.command", "all of it on handwritten digits, on two CPU cores"),
     "fit": ("mimir_fast.fit.command", "peak memory of a pre-training and the largest batch that fits; needs no GPU"),
     "report": ("mimir_fast.report", "HTML report of a run's folder"),
 }

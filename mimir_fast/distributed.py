@@ -47,6 +47,13 @@ class World:
         dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.host_group)
         return bool(word)
 
+    def largest(self, number: int) -> int:
+        """The largest of every process's integers; host memory only."""
+        word = torch.tensor(number)
+        if self.size > 1:
+            dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.host_group)
+        return int(word)
+
     def same(self, numbers: list[int]) -> bool:
         """Whether every process holds the same integers."""
         if self.size == 1:

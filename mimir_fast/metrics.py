@@ -8,6 +8,8 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -154,6 +156,14 @@ class RunLog:
             if done
             else postfix
         )
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside, on validation, does not count where images per second are told."""
+        began = time.perf_counter()
+        yield
+        spent = time.perf_counter() - began
+        self.last_flush, self.epoch_started = self.last_flush + spent, self.epoch_started + spent
 
     def epoch_rate(self) -> float:
         """Images per second over all ranks since the last call."""

@@ -58,7 +58,7 @@ class AugmentConfig:
 
     aa: str = flag("rand-m9-mstd0.5-inc1", "RandAugment in timm's spelling; noaug: crop and flip alone")
     color_jitter: float | None = flag(None, "strength of colour jitter; default: none", type=float)
-    reprob: float = flag(0.25, "images with a random rectangle erased (not with --aa noaug)", "share, 0 to 1")
+    reprob: float = flag(0.25, "images with random rectangles erased, whatever --aa says", "share, 0 to 1")
     remode: str = flag("pixel", "what fills the rectangle: const, rand or pixel")
     recount: int = flag(1, "most rectangles per image")
     resplit: bool = flag(False, "accepted for compatibility; the original never reads it")
@@ -233,8 +233,8 @@ def _check_numbers(flat: dict) -> None:
     require(flat["clip_grad"] is None or flat["clip_grad"] > 0, "clip_grad", flat["clip_grad"], "more than 0")
     classes, minmax = flat["nb_classes"], flat["cutmix_minmax"]
     require(classes is None or classes >= 1, "nb_classes", classes, "1 or more")
-    two = minmax is None or (isinstance(minmax, tuple) and len(minmax) == 2 and 0 <= minmax[0] <= minmax[1] <= 1)
-    require(two, "cutmix_minmax", minmax, "two shares between 0 and 1, the smaller first")
+    two = minmax is None or (isinstance(minmax, tuple) and len(minmax) == 2 and 0 < minmax[0] < minmax[1] <= 1)
+    require(two, "cutmix_minmax", minmax, "two rising shares between 0 and 1")
 
 
 def validation_steps(val_attack: str) -> int | None:

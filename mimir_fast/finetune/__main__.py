@@ -1,0 +1,5 @@
+import sys
+
+from mimir_fast.finetune.command import main
+
+sys.exit(main())

@@ -1,0 +1,65 @@
+"""mimir-fast finetune: configuration -> objects -> loop -> exit.
+
+Also `python -m mimir_fast.finetune`, alone or under torchrun.
+"""
+
+import sys
+from dataclasses import replace
+
+from mimir_fast.arguments import Command, parse_args
+from mimir_fast.checkpoint import CheckpointError
+from mimir_fast.compiling import keep_compiled_code
+from mimir_fast.data import DataError
+from mimir_fast.distributed import World, join_world
+from mimir_fast.finetune.config import FinetuneConfig
+from mimir_fast.finetune.recipes import RECIPES
+from mimir_fast.finetune.trainer import Trainer
+from mimir_fast.settle import seed_everything, settle_machine
+
+FINETUNE = Command(
+    "mimir-fast finetune",
+    "Adversarial fine-tuning: a pre-trained encoder becomes a robust classifier.",
+    FinetuneConfig,
+    RECIPES,
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a fine-tuning; returns the exit status: 0 done or stopped by SIGTERM, 1 failed, 2 wrong input, 130 Ctrl-C."""
+    world = World()
+    try:
+        config, explicit = parse_args(FINETUNE, sys.argv[1:] if argv is None else argv)
+        config, notes = settle_defaults(config, explicit)
+        world = join_world(config.dist, config.run.device)
+        seed_everything(config.run.seed + world.rank)
+        keep_compiled_code()
+        trainer = Trainer(config, world, notes)
+    except (ValueError, OSError) as error:
+        print(f"mimir-fast finetune: error: {error}", file=sys.stderr)
+        world.close()
+        return 2
+    try:
+        return trainer.run()
+    except (CheckpointError, DataError, OSError) as error:
+        print(f"mimir-fast finetune: error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        trainer.close()
+        world.close()
+
+
+def settle_defaults(config: FinetuneConfig, explicit: set[str]) -> tuple[FinetuneConfig, list[str]]:
+    """Fill in what depends on the machine (device, precision, compilation); returns the configuration and lines to print."""
+    run, optim, notes = settle_machine(config.run, config.optim, explicit)
+    a, v = config.attack, config.validation
+    if a.attack_train == "apgd" and "alpha" in explicit:
+        notes.append("alpha: apgd chooses its steps itself; the flag is not used")
+    if a.attack_train in ("trades", "mart") and "smoothing" in explicit and config.augment.smoothing:
+        notes.append(f"smoothing: {a.attack_train} has a loss of its own, without smoothing, as in the original")
+    if v.held_out and v.val_attack == "none":
+        notes.append("val_attack: none; best.pth is chosen by clean accuracy on the held-out images")
+    return replace(config, run=run, optim=optim), notes
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""What a run measures after its epochs, and which epoch was the best."""
+
+from collections.abc import Callable
+
+from mimir_fast.distributed import World
+from mimir_fast.finetune.build import build_eval_data
+from mimir_fast.finetune.config import FinetuneConfig
+from mimir_fast.finetune.step import FP16_ATTACK_SCALE
+from mimir_fast.finetune.validation import Scores, build_validation_attack, validate
+from mimir_fast.models import VisionTransformer
+from mimir_fast.precision import AUTOCAST
+
+
+class Rating:
+    """Clean test accuracy, robust accuracy and the held-out images, each when it is due.
+
+    model     what is rated: the running average, or a frozen twin that follows the trained model
+    best      [robust accuracy on the held-out images, clean accuracy on them, epoch] of the best epoch so far, or None
+    is_best   whether the epoch rated last was it; without --val_attack clean accuracy decides
+    """
+
+    def __init__(self, config: FinetuneConfig, world: World, model: VisionTransformer, best: list[float] | None):
+        v = config.validation
+        self.config, self.world, self.model = config, world, model
+        self.best, self.is_best = best, False
+        scale = FP16_ATTACK_SCALE if config.optim.precision == "fp16" else 1.0
+        self.attack = build_validation_attack(v.val_attack, config.attack.eps, world.device, scale)
+        tests = v.test_every or (self.attack and not v.held_out)
+        self.test = build_eval_data(config, world, "val") if tests else None
+        self.held_out = build_eval_data(config, world, "held_out") if v.held_out else None
+
+    def rate(self, epoch: int, ends: Callable[[], bool]) -> dict | None:
+        """Measure what is due after an epoch, the rest being None; returns None if a signal asks to end before that.
+
+        test_loss, test_acc1, test_acc5, robust_acc1: test images; val_loss, val_acc1, val_robust_acc1: held-out ones.
+        """
+        self.is_best = False
+        rated = dict.fromkeys(("test_loss", "test_acc1", "test_acc5"))
+        robust = self._due(epoch, self.config.validation.val_every)
+        attacks_test = robust and self.attack is not None and self.held_out is None
+        if attacks_test or self._due(epoch, self.config.validation.test_every):
+            scores = self._validate(self.test, attacks_test, ends)
+            if scores is None:
+                return None
+            rated |= {"test_loss": scores.loss, "test_acc1": scores.acc1, "test_acc5": scores.acc5}
+            rated |= {"robust_acc1": scores.robust_acc1} if attacks_test else {}
+        if robust and self.held_out is not None:
+            scores = self._validate(self.held_out, self.attack is not None, ends)
+            if scores is None:
+                return None
+            rated |= {"val_loss": scores.loss, "val_acc1": scores.acc1, "val_robust_acc1": scores.robust_acc1}
+            self._compare(scores, epoch)
+        return rated
+
+    def _due(self, epoch: int, every: int) -> bool:
+        return bool(every) and ((epoch + 1) % every == 0 or epoch + 1 == self.config.optim.epochs)
+
+    def _validate(self, images, attacked: bool, ends: Callable[[], bool]) -> Scores | None:
+        dtype = AUTOCAST[self.config.optim.precision]
+        return validate(self.model, images, self.world, dtype, self.attack if attacked else None, ends)
+
+    def _compare(self, scores: Scores, epoch: int) -> None:
+        robust = scores.acc1 if scores.robust_acc1 is None else scores.robust_acc1
+        if self.best is None or [robust, scores.acc1] > self.best[:2]:
+            self.best, self.is_best = [robust, scores.acc1, float(epoch)], True
