@@ -1,0 +1,99 @@
+"""AutoAttack standard (L-infinity), attack by attack, on the package pyautoattack.  Shapes: B batch, C channels, H W sides.
+
+The ensemble is APGD on cross-entropy, targeted APGD on the DLR loss (9 targets), targeted FAB (9 targets) and Square (5000
+queries); each attacks the images that those before it left standing.  The package draws its random numbers for a group of
+images at once, so that the group, not the image, decides them: groups have a size of their own (--aa_batch), and inside of
+the model a group is cut into batches of --batch_size.
+Source: Croce and Hein, Reliable Evaluation of Adversarial Robustness, arXiv 2003.01690.
+"""
+
+import hashlib
+import logging
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+SUB_ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
+# passes per image that no attack breaks, forward and backward counted alike: for the estimate of the time left
+PASSES = {"apgd-ce": 200, "apgd-t": 1800, "fab-t": 2700, "square": 5000}
+TARGETS = 9
+FEWEST_CLASSES = 4  # the targeted DLR loss divides by a difference to the fourth-largest logit
+
+
+class InParts(nn.Module):
+    """A model of images [B,C,H,W] that computes at most `size` of them at a time, whatever it is given.
+
+    Under autograd the parts are computed again in the backward pass, so that their memory is one part's.
+    """
+
+    def __init__(self, model: nn.Module, size: int):
+        super().__init__()
+        self.model, self.size = model, size
+
+    def forward(self, images: Tensor) -> Tensor:
+        if len(images) <= self.size:
+            return self.model(images)
+        parts = images.split(self.size)
+        if not (torch.is_grad_enabled() and images.requires_grad):
+            return torch.cat([self.model(part) for part in parts])
+        return torch.cat([checkpoint(self.model, part, use_reentrant=False) for part in parts])
+
+
+class AutoAttack:
+    """The four attacks at radius eps (1/255) on a model of pixels in [0,1] with nothing to train.
+
+    batch_size: images that the model computes at a time.  Raises ValueError if the package is absent or the model has too
+    few classes.
+    """
+
+    def __init__(
+        self, model: nn.Module, num_classes: int, eps: float, seed: int, device: torch.device, batch_size: int
+    ):
+        package = _package()
+        if num_classes < FEWEST_CLASSES:
+            raise ValueError(
+                f"attacks: aa needs {FEWEST_CLASSES} classes or more (targeted DLR loss), the model has {num_classes}; "
+                "take pgd-100 and cw"
+            )
+        self.seed, self.device = seed, device
+        self.attacks = package.AutoAttack(
+            InParts(model, batch_size), norm="Linf", eps=eps / 255, version="standard", seed=0, device=device
+        )
+        self.attacks.fab.targeted, self.attacks.apgd.loss = True, "ce"
+        for targeted in (self.attacks.apgd_targeted, self.attacks.fab):
+            targeted.n_target_classes = min(TARGETS, num_classes - 1)
+        # what the package warns of (gradients that vanish, Square ahead of the others) is measured in checks.py
+        logging.getLogger("auto-attack").setLevel(logging.ERROR)
+
+    def run(self, name: str, images: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
+        """One of SUB_ATTACKS on images that the model gets right -> [B,C,H,W]: adversarial where it succeeded.
+
+        Its random numbers are a function of seed, attack and the first image's number in the data set; those of the process
+        stay as they are.
+        """
+        attack = {
+            "apgd-ce": self.attacks.apgd,
+            "apgd-t": self.attacks.apgd_targeted,
+            "fab-t": self.attacks.fab,
+            "square": self.attacks.square,
+        }[name]
+        digest = hashlib.sha256(f"{self.seed} {name} {int(numbers[0])}".encode()).digest()
+        attack.seed = int.from_bytes(digest[:4], "little")
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            return attack.perturb(images, labels).detach()
+
+
+def version() -> str:
+    """The package's version.  Raises ValueError if it is absent."""
+    return f"pyautoattack {_package().__version__}"
+
+
+def _package():
+    try:
+        import pyautoattack
+    except ImportError as error:
+        raise ValueError(
+            f"attacks: aa needs the package pyautoattack: pip install 'mimir-fast[eval]' ({error})"
+        ) from error
+    return pyautoattack

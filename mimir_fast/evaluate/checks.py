@@ -1,0 +1,140 @@
+"""Does the evaluation contradict itself?  What it would mean, in plain words.
+
+A model can look robust because attacks get no useful gradient from it (gradient masking).  Then stronger attacks find less
+than weaker ones, which no honest model can do.  Attacks are compared on the same images only, those that exactly one of
+them breaks being counted in both directions.
+Source: Athalye et al., Obfuscated Gradients Give a False Sense of Security, 2018; Carlini et al., On Evaluating Adversarial
+Robustness, 2019.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from mimir_fast.evaluate.attacks import Attack
+from mimir_fast.evaluate.autoattack import SUB_ATTACKS
+from mimir_fast.evaluate.records import ROBUST, Record
+from mimir_fast.evaluate.statistics import mean_and_error, sign_test, wilson
+
+FEWEST_IMAGES = 50
+SURPRISING = 0.01  # p-value
+LARGE_EPS = 127.5  # 1/255: half of the range, where every image can be turned into the same grey
+STANDING = 0.05  # share of images that may survive that
+SQUARE_SHARE = 0.002  # of all images; AutoAttack's authors' own limit
+VANISHING = 0.01  # share of images without any gradient
+
+
+class Outcome(NamedTuple):
+    """What an attack did to the images."""
+
+    attack: Attack
+    record: Record
+
+
+class Finding(NamedTuple):
+    """status: passed, warning, or undecided (not enough images); text: one or two sentences."""
+
+    check: str
+    status: str
+    text: str
+
+
+def compare(outcomes: Iterable[Outcome]) -> list[Finding]:
+    """All comparisons that attacks of equal radius on the same images allow."""
+    outcomes, findings = list(outcomes), []
+    for eps in sorted({o.attack.eps for o in outcomes if o.attack.kind != "clean"}):
+        same = [o for o in outcomes if o.attack.eps == eps]
+        by_kind = {kind: [o for o in same if o.attack.kind == kind] for kind in ("fgsm", "pgd", "cw", "aa")}
+        pgds = sorted(by_kind["pgd"], key=lambda o: o.attack.steps)
+        for ensemble in by_kind["aa"]:
+            findings += [_aa_above(ensemble, other) for other in [*pgds[-1:], *by_kind["cw"]]]
+            findings.append(_square(ensemble))
+        for fewer, more in pairwise(sorted(pgds, key=lambda o: (o.attack.alpha, o.attack.restarts, o.attack.steps))):
+            if replace(fewer.attack, steps=0) == replace(more.attack, steps=0) and fewer.attack != more.attack:
+                findings += [_more_steps(fewer, more), _loss_rises(fewer, more)]
+        findings += [_fgsm_below(single, pgds[-1]) for single in by_kind["fgsm"] if pgds]
+    return findings
+
+
+def large_eps(record: Record) -> Finding:
+    """record: the images that the model gets right, under PGD at LARGE_EPS."""
+    standing, n = int(record.correct.sum()), len(record.number)
+    low, _ = wilson(standing, n)
+    text = f"at eps {LARGE_EPS:g}/255, where every image can be made grey, {standing} of {n} images stay right"
+    doubt = (
+        ": the attack does not find what must be there, its gradients are masked; expect true robustness to be lower"
+    )
+    return _finding("large eps", low > STANDING, n, text, doubt)
+
+
+def vanishing_gradients(vanished: int, n: int) -> Finding:
+    """vanished: of n images that the model gets right, those whose cross-entropy has gradient zero in every pixel."""
+    low, _ = wilson(vanished, n)
+    text = f"{vanished} of {n} images have no gradient at all"
+    doubt = (
+        ": attacks on the cross-entropy (fgsm, pgd) cannot move there and say nothing; saturated logits or a step that "
+    )
+    doubt += "cannot be differentiated, trust only attacks that need neither (Square)"
+    return _finding("vanishing gradients", low > VANISHING, n, text, doubt)
+
+
+def _aa_above(ensemble: Outcome, other: Outcome) -> Finding:
+    text, surprising, n = _disagreement(other, ensemble)
+    doubt = (
+        ": AutoAttack should leave fewer standing; something stops it, gradient masking or an error in the evaluation"
+    )
+    return _finding("AutoAttack not above PGD", surprising, n, text, doubt)
+
+
+def _more_steps(fewer: Outcome, more: Outcome) -> Finding:
+    text, surprising, n = _disagreement(fewer, more)
+    doubt = ": more steps should break more; the gradient leads nowhere, a sign of gradient masking"
+    return _finding("more steps are stronger", surprising, n, text, doubt)
+
+
+def _fgsm_below(single: Outcome, many: Outcome) -> Finding:
+    text, surprising, n = _disagreement(single, many)
+    doubt = (
+        ": one step beats many only where the loss is rugged near the images: gradient masking; trust the lower number"
+    )
+    return _finding("PGD stronger than FGSM", surprising, n, text, doubt)
+
+
+def _loss_rises(fewer: Outcome, more: Outcome) -> Finding:
+    """The loss at the last iterate should grow with the number of steps."""
+    growth = more.record.loss - fewer.record.loss
+    growth = growth[np.isfinite(growth)]
+    mean, error = mean_and_error(growth.astype(np.float64))
+    text = f"the loss grows by {mean:.3g} (standard error {error:.2g}) from {fewer.attack.name} to {more.attack.name}"
+    falls = bool(len(growth)) and mean < -3 * error
+    doubt = ": more steps lower the loss that they climb; the gradient misleads, a sign of gradient masking"
+    return _finding("loss rises with steps", falls, len(growth), text, doubt)
+
+
+def _square(ensemble: Outcome) -> Finding:
+    """Square sees no gradient; it comes last, so that what it breaks has withstood all that do."""
+    record, last = ensemble.record, SUB_ATTACKS.index("square") + 1
+    n, alone = len(record.number), int((record.broken == last).sum())
+    low, _ = wilson(alone, n)
+    text = f"Square, which sees no gradient, breaks {alone} of {n} images that the three gradient attacks left standing"
+    doubt = ": black-box should not beat white-box; gradients are masked and the true robustness is lower still"
+    return _finding("Square not ahead", low > SQUARE_SHARE, n, text, doubt)
+
+
+def _disagreement(weaker: Outcome, stronger: Outcome) -> tuple[str, bool, int]:
+    """In words; whether the supposedly weaker one breaks surprisingly many that the stronger leaves; number of images."""
+    fallen, standing = weaker.record.broken != ROBUST, stronger.record.broken == ROBUST
+    only_weaker, only_stronger = int((fallen & standing).sum()), int((~fallen & ~standing).sum())
+    a, b = weaker.attack.name, stronger.attack.name
+    text = f"{a} alone breaks {only_weaker} images, {b} alone {only_stronger} (eps {stronger.attack.eps:g}/255)"
+    return text, sign_test(only_weaker, only_stronger) < SURPRISING, len(fallen)
+
+
+def _finding(check: str, doubtful: bool, n: int, text: str, doubt: str) -> Finding:
+    """A doubt that the statistics support is one however few images there are; its absence on few images proves nothing."""
+    if doubtful:
+        return Finding(check, "warning", text + doubt)
+    return Finding(check, "passed" if n >= FEWEST_IMAGES else "undecided", text)

@@ -1,0 +1,98 @@
+"""What stands in results.json about an attack, and the same as a table."""
+
+import datetime
+import hashlib
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from mimir_fast.evaluate.attacks import Attack, make_attack
+from mimir_fast.evaluate.autoattack import version
+from mimir_fast.evaluate.records import Record
+from mimir_fast.evaluate.rounds import Sizes, Subject
+from mimir_fast.evaluate.statistics import wilson
+
+USUAL = {"restarts": 1, "seed": 0, "batch": 64, "group": 64}  # left out of an attack's key
+
+
+def settings_of(attack: Attack, sizes: Sizes, seed: int) -> dict:
+    """Everything that decides an attack's result."""
+    settings = attack.settings()
+    if attack.kind not in ("clean", "fgsm"):
+        settings["seed"] = seed
+    if attack.batch_dependent:
+        settings["batch"] = sizes.batch
+    if attack.kind == "aa":
+        settings["group"] = sizes.aa
+    return settings
+
+
+def attack_of(settings: dict) -> Attack:
+    """The attack that settings belong to."""
+    eps, alpha = settings.get("eps", 0.0), settings.get("alpha", 0.0)
+    return make_attack(settings["attack"], eps, alpha, settings.get("restarts", 1), settings.get("weight", 0.0))
+
+
+def key_of(settings: dict) -> str:
+    """Settings in a few words: "pgd-20 eps=8 alpha=2"; what is as usual is left out."""
+    words = [f"{name}={value:g}" for name, value in settings.items() if name not in ("attack", "steps")]
+    usual = {f"{name}={value:g}" for name, value in USUAL.items()}
+    return " ".join([settings["attack"], *(word for word in words if word not in usual)])
+
+
+def summary(record: Record, rounds: Sequence[str]) -> dict:
+    """Accuracy with its 95 % interval (Wilson), and the accuracy after every round where there are several."""
+    n, correct = len(record.number), int(record.correct.sum())
+    entry = {"accuracy": correct / n, "correct": correct, "n": n, "interval95": list(wilson(correct, n))}
+    if len(rounds) > 1:
+        entry["after"] = {name: float((record.broken > r).mean()) for r, name in enumerate(rounds, 1)}
+    return entry | {"seconds": round(record.seconds, 3)}
+
+
+def circumstances(attack: Attack, subject: Subject) -> dict:
+    """Under which a result was found."""
+    versions = {name: metadata.version(name) for name in ("mimir-fast", "torch")}
+    if attack.kind == "aa":
+        versions["autoattack"] = f"{version()} standard"
+    on_cuda = subject.device.type == "cuda"
+    return {
+        "checkpoint": subject.source,
+        "versions": versions | {"python": platform.python_version()},
+        "device": torch.cuda.get_device_name(subject.device) if on_cuda else f"cpu ({platform.machine()})",
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def model_hash(model: nn.Module) -> str:
+    """SHA-256 of a model's parameters and buffers, by name, whatever file they were in."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def table(data: dict) -> list[str]:
+    """results.json as lines: every attack with its accuracy and interval, then every check that is not passed."""
+    images = data["identity"]["images"]
+    rows = [("attack", "accuracy", "95 % interval", "images", "time")]
+    for key, entry in data["attacks"].items():
+        low, high = entry["interval95"]
+        time = tqdm.format_interval(entry["seconds"])
+        rows.append((key, f"{entry['accuracy']:.2%}", f"{low:.2%} - {high:.2%}", str(entry["n"]), time))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [f"{data['identity']['model']['source']} on {images['dataset']} {images['split']} (eps, alpha in 1/255)"]
+    lines += [
+        f"  {row[0]:<{widths[0]}}  " + "  ".join(f"{cell:>{w}}" for cell, w in zip(row[1:], widths[1:])) for row in rows
+    ]
+    for finding in data["checks"]:
+        if finding["status"] == "warning":
+            lines.append(f"warning: {finding['check']}: {finding['text']}")
+    undecided = sum(finding["status"] == "undecided" for finding in data["checks"])
+    if undecided:
+        lines.append(f"{undecided} of {len(data['checks'])} sanity checks need more images to mean anything")
+    return lines

@@ -1,0 +1,155 @@
+"""What was found out about every image, on disk after each batch.  N images."""
+
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from mimir_fast.checkpoint import CheckpointError
+
+ROBUST = 127  # larger than any number of rounds
+
+
+class Record:
+    """One attack on N images: which are broken, by which round, and what is left to do.
+
+    An attack has rounds (restarts, AutoAttack's parts); each goes on with the images that those before it did not break.
+    number int64     the images' numbers in the data set
+    label int64      -1: not read yet
+    broken int8      0: misclassified unattacked; r: misclassified after round r; ROBUST: not (yet) broken
+    rounds int8      rounds that the image went through
+    prediction int32 the class seen after the last round it went through, -1: none
+    loss float32     highest cross-entropy after a round, NaN: none
+    seconds          time spent so far
+    """
+
+    ARRAYS = ("number", "label", "broken", "rounds", "prediction", "loss")
+
+    def __init__(self, path: Path, numbers: np.ndarray, correct: np.ndarray | bool = True):
+        """correct: bool [N], whether the model is right on the image itself, as far as is known."""
+        n = len(numbers)
+        self.path, self.seconds = path, 0.0
+        self.number = np.asarray(numbers, np.int64)
+        self.label, self.prediction = np.full(n, -1, np.int64), np.full(n, -1, np.int32)
+        self.broken = np.where(np.broadcast_to(correct, n), ROBUST, 0).astype(np.int8)
+        self.rounds, self.loss = np.zeros(n, np.int8), np.full(n, np.nan, np.float32)
+
+    @property
+    def correct(self) -> np.ndarray:
+        """bool [N]: right on the image itself and after every round so far."""
+        return self.broken == ROBUST
+
+    def reached(self, round: int, everything: bool = False) -> np.ndarray:
+        """bool [N]: images that a round (from 1) attacks; everything: broken ones too."""
+        return np.ones(len(self.number), bool) if everything else self.broken >= round
+
+    def left(self, round: int, everything: bool = False) -> np.ndarray:
+        """Rows whose turn in a round is still to come, ascending."""
+        return np.flatnonzero(self.reached(round, everything) & (self.rounds < round))
+
+    def note(
+        self, rows: np.ndarray, round: int, labels: np.ndarray, predictions: np.ndarray, losses: np.ndarray
+    ) -> None:
+        """The outcome of a round for some rows."""
+        newly = self.correct[rows] & (predictions != labels)
+        self.broken[rows] = np.where(newly, round, self.broken[rows])
+        self.rounds[rows], self.label[rows], self.prediction[rows] = round, labels, predictions
+        self.loss[rows] = np.fmax(self.loss[rows], losses)
+
+    def save(self) -> None:
+        """Write whole or not at all.  Raises CheckpointError if the disk refuses."""
+        arrays = {name: getattr(self, name) for name in self.ARRAYS}
+        write_whole(self.path, lambda file: np.savez_compressed(file, seconds=self.seconds, **arrays))
+
+    def resume(self) -> bool:
+        """Go on from the file; returns whether there is one.  Raises CheckpointError if it is damaged or about other images."""
+        if not self.path.exists():
+            return False
+        try:
+            with np.load(self.path) as stored:
+                arrays = {name: stored[name] for name in self.ARRAYS}
+                self.seconds = float(stored["seconds"])
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise CheckpointError(f"output_dir: {self.path} is damaged ({error}); remove it to begin again") from error
+        if not np.array_equal(arrays["number"], self.number):
+            raise CheckpointError(
+                f"output_dir: {self.path} is about other images; remove it or take another output_dir"
+            )
+        for name, array in arrays.items():
+            setattr(self, name, array)
+        return True
+
+
+def write_whole(path: Path, write) -> None:
+    """write(file) to a temporary file, flush, fsync, rename.  Raises CheckpointError if the disk refuses."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"output_dir: could not write {path}: {error}") from error
+
+
+class Results:
+    """results.json of a folder: one entry per attack and its settings, all about the same model and images.
+
+    identity: what they are, a dictionary with the hashes "model" and "images" in it.  Results of another model or other
+    images are moved to set_aside/HASHES and come back when their turn comes; `note` says so, else it is empty.
+    """
+
+    def __init__(self, folder: Path, identity: dict):
+        self.folder, self.path, self.note = folder, folder / "results.json", ""
+        found = self._read()
+        mine = _key(identity)
+        if found is not None and _key(found["identity"]) != mine:
+            target = folder / "set_aside" / _key(found["identity"])
+            _move(folder, target)
+            self.note = f"output_dir: the results there were of another model or other images; they are in {target}"
+            found = None
+        if found is None and (folder / "set_aside" / mine).is_dir():
+            _move(folder / "set_aside" / mine, folder)
+            (folder / "set_aside" / mine).rmdir()
+            found = self._read()
+        self.data = {"identity": identity, "attacks": {}, "checks": [], **(found or {})}
+        self.data["identity"] = identity
+        self.save()
+
+    def _read(self) -> dict | None:
+        if not self.path.exists():
+            return None
+        try:
+            data = json.loads(self.path.read_text())
+            _key(data["identity"])
+            data["attacks"].keys()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"output_dir: {self.path} is no results file of ours ({error}); move it away"
+            ) from error
+        return data
+
+    def save(self) -> None:
+        """Write results.json.  Raises CheckpointError if the disk refuses."""
+        text = json.dumps(self.data, indent=1) + "\n"
+        write_whole(self.path, lambda file: file.write(text.encode()))
+
+    def record_path(self, key: str) -> Path:
+        """Where the images' outcomes of an attack are."""
+        return self.folder / "per_image" / (key.replace(" ", "_") + ".npz")
+
+
+def _key(identity: dict) -> str:
+    return f"{identity['model']['hash'][:12]}-{identity['images']['hash'][:12]}"
+
+
+def _move(source: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("results.json", "per_image"):
+        if (source / name).exists():
+            (source / name).rename(target / name)
