@@ -41,11 +41,12 @@ def build_computation(
     attack: Attack,
     criterion: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
     backend: str | Callable = "inductor",
+    information: tuple[float, float] | None = None,
 ) -> Computation:
     """16-bit copy (told to the updater), frozen twin, compiled pieces, data parallelism: as configured.
 
-    attack: its kind and beta are fixed here, its bounds may change from step to step.  `model` is up to date after every
-    update.  backend: torch.compile's.
+    attack: its kind and beta are fixed here, its bounds may change from step to step.  criterion, information: see Objective.
+    `model` is up to date after every update.  backend: torch.compile's.
     """
     states = partial(_states, model, updater.optimizer)
     world.share(model.parameters())
@@ -55,10 +56,10 @@ def build_computation(
         updater.compute = ComputeCopy(model, AUTOCAST[optim.precision])
         model = updater.compute.module
     attacked = frozen_twin(model).eval()
-    forward, functions = model.forward, AttackFunctions()
+    features, functions = model.forward_features, AttackFunctions()
     if optim.compile:
-        forward, functions = compiled_pieces(model, attacked, optim.compile_mode, optim.compile_region, backend)
-    objective = Objective(model, attack.kind, criterion, attack.beta, forward)
+        features, functions = compiled_pieces(model, attacked, optim.compile_mode, optim.compile_region, backend)
+    objective = Objective(model, attack.kind, criterion, attack.beta, information, features)
     if world.size > 1:
         objective = _replicate(objective, world, optim, updater.compute is not None)
     return Computation(objective, attacked, functions, states)
@@ -71,18 +72,18 @@ def compiled_pieces(
     region: str = "model",
     backend: str | Callable = "inductor",
 ) -> tuple[Callable[..., Tensor], AttackFunctions]:
-    """The model's forward pass for training, and the attack's functions; fullgraph, static shapes.
+    """The model's forward_features for training, and the attack's functions; fullgraph, static shapes.
 
     attacked     must have nothing to train: a compiled function computes every gradient that it could be asked for
     region       "block": one graph for the first block, which has nothing to add, one for all others; quick to compile
     Bounds are arguments on the device: new ones compile nothing.
     """
     options = {"fullgraph": True, "dynamic": False, "mode": mode, "backend": backend}
-    forward, functions = model.forward, AttackFunctions()
+    features, functions = model.forward_features, AttackFunctions()
     if region == "block":
         compile_blocks([*model.blocks, *attacked.blocks], **options)
     else:
-        forward = torch.compile(forward, **options)
+        features = torch.compile(features, **options)
         functions = functions._replace(
             losses=torch.compile(functions.losses, **options), logits=torch.compile(functions.logits, **options)
         )
@@ -92,7 +93,7 @@ def compiled_pieces(
     begin = functions.begin
     if choose(model.kernels, model.cls_token) == "reference":  # elsewhere it is one kernel already
         begin = torch.compile(begin, **options)
-    return forward, functions._replace(step=step, move=move, begin=partial(begin, kernels=model.kernels))
+    return features, functions._replace(step=step, move=move, begin=partial(begin, kernels=model.kernels))
 
 
 def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
