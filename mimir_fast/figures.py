@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"  # distinguishable with every colour vision
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"  # distinguishable with every colour vision
 GREY_LEVEL = 0.5
 MOST_POINTS = 2000
 COLUMN_TITLES = ("clean", "adversarial", "perturbation ×10", "visible patches", "reconstruction")
@@ -96,11 +96,66 @@ def draw_throughput(c: dict[str, np.ndarray]) -> Figure:
     return figure
 
 
-FIGURES: dict[str, tuple[str, str, Callable[[dict[str, np.ndarray]], Figure | None]]] = {
+def draw_training_loss(c: dict[str, np.ndarray]) -> Figure:
+    figure, ax = axes("training loss")
+    curve(ax, c["epoch"], c["loss"], BLUE, "loss")
+    return figure
+
+
+def draw_accuracy(c: dict[str, np.ndarray]) -> Figure | None:
+    """None before the first epoch was rated."""
+    lines = {"test_acc1": "clean", "robust_acc1": "under attack"}
+    held_out = {"val_acc1": "clean, held-out", "val_robust_acc1": "under attack, held-out"}
+    if not any(np.isfinite(c[key]).any() for key in lines | held_out):
+        return None
+    figure, ax = axes("accuracy, %")
+    for names, style in ((lines, "-"), (held_out, "--")):
+        for (key, label), colour in zip(names.items(), (BLUE, ORANGE)):
+            known = np.isfinite(c[key])
+            if known.any():
+                ax.plot(c["epochs"][known], c[key][known], style, color=colour, linewidth=2, marker="o", label=label)
+    ax.set_ylim(0, 100)
+    ax.legend(frameon=False)
+    return figure
+
+
+def draw_intervals(names: list[str], groups: dict[str, list[tuple[float, float, float] | None]]) -> Figure:
+    """Accuracies in percent with their intervals: one group of bars per name, one bar of each for every entry of groups.
+
+    groups: label -> for each name (value, low, high) as shares of 1, or None where there is none.
+    """
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    ax = figure.add_subplot(ylabel="accuracy, %", ylim=(0, 100))
+    width = 0.8 / len(groups)
+    for i, ((label, values), colour) in enumerate(zip(groups.items(), (BLUE, ORANGE, GREEN, GREY))):
+        known = [(j, *(100 * v for v in value)) for j, value in enumerate(values) if value is not None]
+        if not known:
+            continue
+        at, mid, low, high = (np.array(part, float) for part in zip(*known))
+        errors = np.clip([mid - low, high - mid], 0, None)
+        bars = {"width": 0.9 * width, "color": colour, "label": label, "capsize": 3, "ecolor": "#444444"}
+        ax.bar(at + (i - (len(groups) - 1) / 2) * width, mid, yerr=errors, **bars)
+    ax.set_xticks(range(len(names)), names)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    ax.grid(axis="y", alpha=0.25)
+    ax.set_axisbelow(True)
+    figure.legend(frameon=False, ncols=len(groups), loc="outside upper center")
+    return figure
+
+
+Figures = dict[str, tuple[str, str, Callable[[dict[str, np.ndarray]], Figure | None]]]
+PRETRAIN_FIGURES: Figures = {
     "loss": ("Loss", "Every update lightly, a running mean strongly.", draw_loss),
     "penalty": ("Mutual-information penalty", "Before its weight; × marks updates that left it out.", draw_penalty),
     "lr": ("Learning rate", "Linear warm-up, then half a cosine.", draw_lr),
     "throughput": ("Throughput", "All processes together, read back every --log_every updates.", draw_throughput),
+}
+FINETUNE_FIGURES: Figures = {
+    "loss": ("Loss", "Every update lightly, a running mean strongly.", draw_training_loss),
+    "accuracy": ("Accuracy", "After an epoch; solid: test images, dashed: held-out training images.", draw_accuracy),
+    "lr": ("Learning rate", "Of the head; linear warm-up, then half a cosine.", draw_lr),
+    "throughput": PRETRAIN_FIGURES["throughput"],
 }
 
 

@@ -49,6 +49,21 @@ def test_page_is_self_contained_and_figures_decode(tmp_path):
     assert not list(page.parent.glob("*.tmp"))
 
 
+def test_page_of_a_fine_tuning(tmp_path):
+    keys = ("update", "epoch", "x", "loss", "lr", "images_per_s", "data_wait", "peak_memory_gib", "skipped_steps")
+    run = make_run(tmp_path / "run", [{key: row(i)[key] for key in keys} for i in range(1, 9)], samples=False)
+    assert "None in this run" not in re.sub(r'src="[^"]*"', "", write_report(run).read_text()).split("Accuracy")[0]
+    assert "None in this run" in write_report(run).read_text()  # no epoch was rated
+    log = [{"epoch": e, "test_acc1": 50.0 + e, "robust_acc1": 40.0 if e else None, "bad_files": 0} for e in range(2)]
+    (run / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in log))
+    text = write_report(run).read_text()
+    assert "None in this run" not in text
+    assert "Fine-tuning" in text
+    for words in ("<th>test_acc1 [%], last</th><td>51</td>", "<th>robust_acc1 [%], last</th><td>40</td>"):
+        assert words in text
+    assert "reconstruction" not in re.sub(r'src="[^"]*"', "", text)
+
+
 def test_grid_to_the_pixel():
     clean = np.full((1, 3, 4, 4), 0.5, np.float32)
     adv = clean + 0.02
@@ -87,7 +102,7 @@ def test_repeated_and_cut_lines(tmp_path):
 )
 def test_strange_values(tmp_path, rows):
     text = write_report(make_run(tmp_path / "run", rows, samples=False, config="")).read_text()
-    assert ("No penalty in this run" in text) == all(r["mi"] is None for r in rows)
+    assert ("None in this run" in text) == all(r["mi"] is None for r in rows)
     assert "No readable samples.npz yet" in text
     assert "No readable config.yaml" in text
 
