@@ -1,5 +1,7 @@
 """Evaluation sees every image once, in a fixed order, cut as the original does; held-out images never train."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -260,8 +262,11 @@ def test_numbers_of_classes(folders, tmp_path):
         assert str(folders / "train") in str(caught.value)
     assert train("imagenet", folders, num_classes=2).num_classes == 2
     write_cifar10(tmp_path)
-    assert train("cifar10", tmp_path).num_classes == 10
-    with pytest.raises(DataError, match=r"nb_classes: 100, but found 10 \(cifar10\)"):
+    assert train("cifar10", tmp_path).classes == [str(number) for number in range(10)]
+    names = ["plane", *"bcdefghij"]
+    (tmp_path / "cifar-10-batches-py" / "batches.meta").write_bytes(pickle.dumps({"label_names": names}, protocol=2))
+    assert train("cifar10", tmp_path).classes == eval_batches("cifar10", tmp_path, 32, 4).classes == names
+    with pytest.raises(DataError, match="nb_classes: 100, but found 10 "):
         train("cifar10", tmp_path, num_classes=100)
 
 

@@ -34,6 +34,7 @@ READ_ERRORS = (
 )
 CIFAR10_FILES = {"train": [f"data_batch_{number}" for number in range(1, 6)], "val": ["test_batch"]}
 CIFAR100_FILES = {"train": ["train"], "val": ["test"]}
+CIFAR_NAMES = {"labels": ("batches.meta", "label_names"), "fine_labels": ("meta", "fine_label_names")}
 SVHN_FILES = {"train": "train_32x32.mat", "val": "test_32x32.mat"}
 DIGITS_TRAIN = 1500  # of 1797; the later ones were written by other people
 DOWNLOAD_TIMEOUT = 20  # seconds without an answer
@@ -96,7 +97,18 @@ def read_cifar(folder: Path, files: list[str], label_key: str) -> ArrayImages:
             part = _checked(rows, batch[label_key], path, advice)
         images.append(part[0])
         labels.append(part[1])
-    return ArrayImages(np.ascontiguousarray(np.concatenate(images)), np.concatenate(labels))
+    return ArrayImages(
+        np.ascontiguousarray(np.concatenate(images)), np.concatenate(labels), classes=_cifar_names(folder, label_key)
+    )
+
+
+def _cifar_names(folder: Path, label_key: str) -> list[str] | None:
+    """The class names beside the batches, None if the file is not there."""
+    file, key = CIFAR_NAMES[label_key]
+    if not (folder / file).is_file():
+        return None
+    with _reading(folder / file, f"remove {folder} to download it again"), (folder / file).open("rb") as content:
+        return [str(name) for name in _ArrayUnpickler(content, encoding="latin1").load()[key]]
 
 
 def read_svhn(path: Path) -> ArrayImages:

@@ -10,7 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, posterize, rand_augment_transform
+from timm.data.auto_augment import (
+    AugmentOp,
+    augment_and_mix_transform,
+    auto_augment_transform,
+    posterize,
+    rand_augment_transform,
+)
 from torchvision import transforms as tv
 
 from mimir_fast.data import idbh
@@ -137,15 +143,7 @@ def _policy(aa: str, size: int) -> Callable[[Image.Image], Image.Image] | None:
         return None
     settings = {"translate_const": int(size * 0.45), "img_mean": (0, 0, 0), "interpolation": Image.Resampling.BICUBIC}
     try:
-        if aa.startswith("rand"):
-            policy = rand_augment_transform(aa, settings)
-            operations = policy.ops
-        elif aa.startswith("augmix"):
-            policy = augment_and_mix_transform(aa, settings | {"translate_pct": 0.3})
-            operations = policy.ops
-        else:
-            policy = auto_augment_transform(aa, settings)
-            operations = [operation for pair in policy.policy for operation in pair]
+        policy, operations = _timm_policy(aa, settings)
     except (AssertionError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise DataError(
@@ -155,6 +153,21 @@ def _policy(aa: str, size: int) -> Callable[[Image.Image], Image.Image] | None:
         if operation.name.startswith("Posterize"):
             operation.aug_fn = _posterize
     return policy
+
+
+def _timm_policy(aa: str, settings: dict) -> tuple[Callable[[Image.Image], Image.Image], list[AugmentOp]]:
+    """A transform, and the operations that it chooses from."""
+    for section in aa.split("-")[1:]:
+        if not section.startswith("t") and not any(character.isdigit() for character in section):
+            raise ValueError(f"no number in {section!r}")  # timm would ignore it
+    if aa.startswith("rand"):
+        policy = rand_augment_transform(aa, settings)
+        return policy, policy.ops
+    if aa.startswith("augmix"):
+        policy = augment_and_mix_transform(aa, settings | {"translate_pct": 0.3})
+        return policy, policy.ops
+    policy = auto_augment_transform(aa, settings)
+    return policy, [operation for operations in policy.policy for operation in operations]
 
 
 def _posterize(image: Image.Image, bits: int, **_) -> Image.Image:

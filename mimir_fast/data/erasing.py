@@ -40,7 +40,7 @@ def sample_box(height: int, width: int, rng: np.random.Generator, count: int = 1
         area = rng.uniform(*AREA) * height * width / count
         ratio = math.exp(rng.uniform(*LOG_RATIO))
         h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if h < height and w < width:
+        if 0 < h < height and 0 < w < width:
             return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
     return None
 

@@ -5,6 +5,7 @@ import numpy as np
 from mimir_fast.data.datasets import Source, dataset_info
 from mimir_fast.data.errors import DataError
 from mimir_fast.data.randomness import Purpose, random_stream
+from mimir_fast.data.sources import ArrayImages
 
 
 def held_out_indices(num_images: int, held_out: int) -> tuple[np.ndarray, np.ndarray]:
@@ -38,11 +39,11 @@ def class_names(dataset: str, source: Source, num_classes: int | None) -> list[s
     known = dataset_info(dataset).num_classes
     found = known if source.classes is None else len(source.classes)
     expected = num_classes or known or found
+    where = dataset if isinstance(source, ArrayImages) else f"class folders of {source.bad.where}"
     if found != expected:
         what = f"nb_classes: {expected}" if num_classes else f"nb_classes: {dataset} has {expected} classes"
-        where = dataset if source.classes is None else f"{source.bad.where}: class folders"
-        raise DataError(f"{what}, but found {found} ({where}): give the number there is, or the folder that fits")
-    check_labels(source.labels, expected, dataset if source.classes is None else source.bad.where)
+        raise DataError(f"{what}, but found {found} ({where}): give the number there is, or the data that fits")
+    check_labels(source.labels, expected, where)
     return source.classes or [str(number) for number in range(expected)]
 
 
