@@ -2,7 +2,7 @@
 
 kernels   every operation against its rivals at the shapes of the recipes, checked, then timed
 compile   every kernel compiled for A100 and H100, its machine code read (no GPU needed)
-step      one pre-training step priced against a GPU's limits, and measured where the GPU is there
+step      one step of pre-training or fine-tuning priced against a GPU's limits, and measured where the GPU is there
 pairs     images per second of the step against the textbook step, in pairs in one process
 losses    the training loss in fp32, over seeds, and with the 16-bit options, on real images
 train     images per second of the real training loop from a folder of images, and the share of every stage

@@ -10,9 +10,12 @@ from pathlib import Path
 
 from bench.stage_times import percentiles
 from mimir_fast.config import PretrainConfig
+from mimir_fast.finetune.config import FinetuneConfig
 
 HEADING = ("date", "commit", "torch", "triton", "device")
 BUILD = ("commit", "torch", "triton", "driver")  # rows repeat one another only if these agree
+PRETRAIN, FINETUNE = "pretrain", "finetune"  # whose configuration a row has
+TRAINERS = {PRETRAIN: PretrainConfig, FINETUNE: FinetuneConfig}
 NO_MATTER = {
     "output_dir",
     "log_dir",
@@ -133,7 +136,14 @@ CASE = ("op", "recipe", "dtype", "direction", "impl")
 VARIANT = ("op", "kernel", "config", "dtype", "wide", "arch")
 KINDS = (
     Kind("kernels", "impl", (*CASE, "config"), CASE, KERNELS),
-    Kind("step", "variant", ("variant", "peaks", "config"), ("variant", *SHAPE, "peaks"), STEP, trainer=True),
+    Kind(
+        "step",
+        "variant",
+        ("task", "variant", "peaks", "config"),
+        ("variant", *SHAPE, "peaks"),
+        STEP,
+        trainer=True,
+    ),
     Kind("train", "stages", ("config", "peaks", "threads"), SHAPE, TRAIN, trainer=True),
     Kind("pairs", "ratios", ("config", "threads"), SHAPE, PAIRS),
     Kind("losses", "points", ("flags", "window"), ("flags",), LOSSES),
@@ -204,6 +214,7 @@ def _row(line: str, where: str) -> Row | None:
     kind = next((k for k in KINDS if k.name == named or (named is None and k.mark in record)), None)
     if kind is None:
         raise ValueError(f"{where}: a row of no known kind; known: {', '.join(k.name for k in KINDS)}")
+    record.setdefault("task", PRETRAIN)  # rows of before there was another
     try:
         missing = [name for name in HEADING if kind.headed and name not in record]
         if missing:
@@ -223,9 +234,9 @@ def _subject(kind: Kind, record: dict) -> dict[str, object]:
     subject: dict[str, object] = {}
     for name in kind.identity:
         if isinstance(record[name], dict):
-            config = (
-                {flag: record[name].get(flag, value) for flag, value in _defaults()} if kind.trainer else record[name]
-            )
+            config = record[name]
+            if kind.trainer:
+                config = {flag: config.get(flag, value) for flag, value in _defaults(record["task"])}
             subject |= {f"config.{flag}": value for flag, value in config.items() if flag not in NO_MATTER}
         else:
             subject[name] = record[name]
@@ -233,8 +244,8 @@ def _subject(kind: Kind, record: dict) -> dict[str, object]:
 
 
 @cache
-def _defaults() -> tuple[tuple[str, object], ...]:
-    return tuple(PretrainConfig().flat().items())
+def _defaults(task: str) -> tuple[tuple[str, object], ...]:
+    return tuple(TRAINERS[task]().flat().items())
 
 
 def _build(row: Row) -> tuple:

@@ -8,7 +8,8 @@ can compare the two and benchmarks have an honest baseline.
 from functools import partial
 
 import torch
-from timm.models.vision_transformer import Block
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from mimir_fast.models.layers import sincos_table
@@ -117,3 +118,31 @@ def textbook_step(
     model.train()
     loss, _, _, latent = model(images, mask_ratio, adv)
     return loss + weight * textbook_hsic(latent.flatten(1), adv.flatten(1))
+
+
+def textbook_classifier(img_size: int, patch_size: int, num_classes: int, drop_path: float, **sizes) -> nn.Module:
+    """timm's own ViT with mean pooling: same parameters and results as mimir_fast's classifier; sizes as in CLASSIFIERS."""
+    return VisionTransformer(
+        img_size,
+        patch_size,
+        num_classes=num_classes,
+        global_pool="avg",
+        drop_path_rate=drop_path,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        **sizes,
+    )
+
+
+def textbook_adversarial_step(
+    model: nn.Module, images: Tensor, labels: Tensor, eps: float, alpha: float, steps: int, smoothing: float
+) -> Tensor:
+    """PGD on the cross-entropy with the parameters' graph alive, then the smoothed loss of its images, to differentiate."""
+    model.eval()
+    adv = (images + (2 * torch.rand_like(images) - 1) * eps).clamp(0, 1)
+    for _ in range(steps):
+        adv.requires_grad_(True)
+        (grad,) = torch.autograd.grad(F.cross_entropy(model(adv), labels), adv)
+        adv = adv.detach() + alpha * grad.sign()
+        adv = (images + (adv - images).clamp(-eps, eps)).clamp(0, 1)
+    model.train()
+    return F.cross_entropy(model(adv), labels, label_smoothing=smoothing)

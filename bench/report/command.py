@@ -24,7 +24,7 @@ from bench.report.tables import (
     steps_table,
     training_table,
 )
-from bench.rows import Row, load
+from bench.rows import FINETUNE, Row, load
 
 BLOCKS = {
     "README.md": {"headline": headline_line},
@@ -37,6 +37,9 @@ BLOCKS = {
         "training": training_table,
         "kernels": kernels_table,
         "pairs": pairs_table,
+        "finetune-bounds": partial(bounds_table, task=FINETUNE),
+        "finetune-shares": partial(shares_table, task=FINETUNE),
+        "finetune-steps": partial(steps_table, task=FINETUNE),
         "published": published_table,
         "losses": losses_table,
     },

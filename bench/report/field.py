@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 from bench.records import is_pretend
 from bench.report.figures import (
+    STEPS,
     UNKNOWN,
+    attack,
     beside,
     bounds,
     headline,
@@ -13,12 +15,13 @@ from bench.report.figures import (
     mfu_at_bound,
     model,
     model_tflop,
+    of_task,
     setting,
     step,
     threads,
 )
 from bench.report.tables import NO_BOUND, markdown
-from bench.rows import Row
+from bench.rows import FINETUNE, PRETRAIN, Row
 from bench.step.peaks import PEAKS
 
 IMAGENET = 1_281_167  # training images
@@ -108,11 +111,15 @@ def _ceiling(row: Row, among: list[Row]) -> list[str]:
 
 def status_table(rows: list[Row]) -> Iterator[str]:
     """Which of our figures are measured, which are bounds, which nobody knows."""
+    tuning = of_task(rows, FINETUNE)
+    rows = of_task(rows, PRETRAIN)
     yield from markdown(
         ["figure", "state", "on what"],
         [
             ["least time, bytes, FLOPs, launches, memory of a step", *_priced(bounds(rows))],
             ["time of a step on a GPU, images/s, MFU", *_measured(rows, "step", "ms", gpu=True)],
+            ["bound, launches, memory of a fine-tuning step", *_priced(bounds(tuning, FINETUNE))],
+            ["time of a fine-tuning step on a GPU", *_measured(tuning, "step", "ms", gpu=True)],
             ["time of single kernels beside their rivals", *_measured(rows, "kernels", "ms", gpu=True)],
             ["images/s of the training loop on a GPU", *_measured(rows, "train", "images/s", gpu=True)],
             ["images/s of the training loop on a CPU", *_measured(rows, "train", "images/s", gpu=False)],
@@ -144,21 +151,33 @@ def _measured(rows: list[Row], kind: str, figure: str, gpu: bool) -> list[str]:
 
 
 def headline_line(rows: list[Row]) -> Iterator[str]:
-    """One sentence for the README."""
-    row, measured = headline(rows), [m for m in measurements(rows, "step", "ms") if m.on_gpu]
-    if row is None:
+    """For the README: what one step cannot undercut, and what was measured."""
+    if headline(rows) is None:
         yield NO_BOUND
         return
-    config, bound = row.record["config"], row.record["totals"]["bound_ms"]
-    others = [
-        r for r in beside(rows, row) if r.subject["config.model"] == config["model"] and r.record["variant"] != "ours"
-    ]
-    rivals = "".join(f"; {step(r)} ({setting(r, others)}): {r.record['totals']['bound_ms']:.1f} ms" for r in others)
+    sentences = [f"Bound of one {what}, {bound}." for what, bound in _bounds_in_words(rows)]
     known = "; ".join(
-        f"{model(m.row.record['config'])} {step(m.row)} {m.reading.value:.1f} ms on {m.row.device}" for m in measured
+        f"{model(m.row.record['config'])} {step(m.row)} {m.reading.value:.1f} ms on {m.row.device}"
+        for m in measurements(rows, "step", "ms")
+        if m.on_gpu
     )
-    yield (
-        f"Bound of one step, {model(config)} on an {row.record['peaks'].upper()} ({setting(row, [row])}): "
-        f"{bound:.1f} ms{rivals}. "
-        f"A bound is no measurement. Measured on a GPU: {known or 'nothing yet'}."
-    )
+    yield f"{' '.join(sentences)} A bound is no measurement. Measured on a GPU: {known or 'nothing yet'}."
+
+
+def _bounds_in_words(rows: list[Row]) -> Iterator[tuple[str, str]]:
+    """Of each task's step: what it is, and its bound beside its rivals'."""
+    for task, what in ((PRETRAIN, "step"), (FINETUNE, "fine-tuning step")):
+        row = headline(rows, task)
+        if row is None:
+            continue
+        same = ("config.model", "config.steps")
+        others = [r for r in beside(rows, row) if all(r.subject[n] == row.subject[n] for n in same)]
+        others = [r for r in others if r.record["variant"] != "ours"]
+        named = "" if task == PRETRAIN else f" with {attack(row)}"
+        rivals = "".join(f"; {STEPS[r.record['variant']]} ({setting(r, others)}): {_ms(r)}" for r in others)
+        where = f"{model(row.record['config'])}{named} on an {row.record['peaks'].upper()}"
+        yield what, f"{where} ({setting(row, [row])}): {_ms(row)}{rivals}"
+
+
+def _ms(row: Row) -> str:
+    return f"{row.record['totals']['bound_ms']:.1f} ms"

@@ -4,12 +4,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from bench.records import is_pretend
-from bench.rows import Reading, Row, newest, varying
-from mimir_fast.models import MODELS
+from bench.rows import FINETUNE, PRETRAIN, Reading, Row, newest, varying
 
 SIZES = {"ti": "Ti", "small": "S", "small_ds": "S (8 wide blocks)", "base": "B", "large": "L"}
 STEPS = {"ours": "mimir_fast", "references": "references", "textbook": "textbook"}
 SHOWN = ("model", "patch_size", "batch_size", "input_size", "precision", "residual_dtype", "compile")
+ATTACK = ("attack_train", "steps")  # of a fine-tuning step: part of its name
+CHOSEN = {"variant": "ours", "peaks": "h100", "config.residual_dtype": "bf16"}
+HEADLINE = {
+    PRETRAIN: CHOSEN | {"config.model": "mae_vit_base"},
+    FINETUNE: CHOSEN | {"config.model": "vit_base", "config.attack_train": "pgd", "config.steps": 1},
+}
 UNKNOWN = "—"
 TERA = 1e12
 
@@ -34,9 +39,14 @@ def of_kind(rows: Iterable[Row], kind: str) -> list[Row]:
     return [row for row in rows if row.kind.name == kind]
 
 
-def bounds(rows: Iterable[Row]) -> list[Row]:
+def of_task(rows: Iterable[Row], task: str) -> list[Row]:
+    """Those of pre-training or of fine-tuning; kinds that only one of them has belong to pre-training."""
+    return [row for row in rows if row.record["task"] == task]
+
+
+def bounds(rows: Iterable[Row], task: str = PRETRAIN) -> list[Row]:
     """The newest priced step of every variant, GPU and configuration, wherever it was priced; smallest model first."""
-    found = [group[-1] for group in newest(of_kind(rows, "step"), "device").values()]
+    found = [group[-1] for group in newest(of_task(of_kind(rows, "step"), task), "device").values()]
     return sorted(found, key=_place)
 
 
@@ -46,17 +56,20 @@ def measurements(rows: Iterable[Row], kind: str, figure: str) -> list[Measuremen
     return [Measurement(group[-1], group[-1].readings[figure]) for group in groups]
 
 
-def headline(rows: Iterable[Row]) -> Row | None:
+def headline(rows: Iterable[Row], task: str = PRETRAIN) -> Row | None:
     """The newest priced step of ours, ViT-B with a bf16 residual on an H100: what plots and the README speak of."""
-    wanted = {"variant": "ours", "peaks": "h100", "config.model": "mae_vit_base", "config.residual_dtype": "bf16"}
-    found = [row for row in bounds(rows) if wanted.items() <= row.subject.items()]
+    found = [row for row in bounds(rows, task) if HEADLINE[task].items() <= row.subject.items()]
     return max(found, key=lambda row: row.record["date"], default=None)
 
 
 def beside(rows: Iterable[Row], row: Row) -> list[Row]:
-    """The bounds of the same GPU, batch and image size as this row's."""
+    """The bounds of the same task, GPU, batch and image size as this row's."""
     same = ("peaks", "config.batch_size", "config.input_size", "config.patch_size")
-    return [other for other in bounds(rows) if all(other.subject[name] == row.subject[name] for name in same)]
+    return [
+        other
+        for other in bounds(rows, row.record["task"])
+        if all(other.subject[name] == row.subject[name] for name in same)
+    ]
 
 
 def mfu_at_bound(row: Row, peak_flops: float) -> float:
@@ -74,8 +87,12 @@ def model_tflop(row: Row) -> float:
 
 def model(config: dict) -> str:
     """ViT-B/16"""
-    name = config["model"].removeprefix("mae_vit_")
+    name = _size(config)
     return f"ViT-{SIZES.get(name, name)}/{config['patch_size']}"
+
+
+def _size(config: dict) -> str:
+    return config["model"].removeprefix("mae_").removeprefix("vit_")
 
 
 def setting(row: Row, among: list[Row]) -> str:
@@ -85,7 +102,7 @@ def setting(row: Row, among: list[Row]) -> str:
     if "precision" in c:  # the trainer's
         words += [c["precision"], f"{c['residual_dtype']} residual"]
     words.append("compiled" if c["compile"] else "eager")
-    shown = {f"config.{name}" for name in SHOWN}
+    shown = {f"config.{name}" for name in (*SHOWN, *(ATTACK if row.record["task"] == FINETUNE else ()))}
     others = [other for other in among if _same(other, row, shown)]
     flags = {name for name in row.subject if name.startswith("config.")} - shown
     words += [f"{name.removeprefix('config.')} {row.subject[name]}" for name in varying(others, flags)]
@@ -93,7 +110,15 @@ def setting(row: Row, among: list[Row]) -> str:
 
 
 def step(row: Row) -> str:
-    return STEPS[row.record["variant"]]
+    """The variant; of fine-tuning with its attack: mimir_fast, PGD-1."""
+    name = STEPS[row.record["variant"]]
+    return name if row.record["task"] == PRETRAIN else f"{name}, {attack(row)}"
+
+
+def attack(row: Row) -> str:
+    """Of a fine-tuning step: PGD-10."""
+    config = row.record["config"]
+    return f"{config['attack_train'].upper()}-{config['steps']}"
 
 
 def threads(record: dict) -> str:
@@ -113,7 +138,7 @@ def _same(other: Row, row: Row, shown: set[str]) -> bool:
 
 
 def _place(row: Row) -> tuple:
-    c = row.record["config"]
-    names = list(MODELS)
-    size = names.index(c["model"]) if c["model"] in names else len(names)
-    return row.record["peaks"] != "h100", row.record["peaks"], size, list(STEPS).index(row.record["variant"]), row.key()
+    c, peaks = row.record["config"], row.record["peaks"]
+    names = list(SIZES)
+    size = names.index(_size(c)) if _size(c) in names else len(names)
+    return peaks != "h100", peaks, size, c["steps"], list(STEPS).index(row.record["variant"]), row.key()

@@ -5,13 +5,14 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import matplotlib
 from matplotlib.figure import Figure
 
 from bench.report.figures import Measurement, beside, headline, measurements, model, step
-from bench.rows import Row
+from bench.rows import FINETUNE, PRETRAIN, Row
 from bench.step.peaks import PEAKS
 from bench.step.pricing import CLASSES
 
@@ -111,9 +112,9 @@ def draw_roofline(numbers: dict) -> Figure:
 # ---- least milliseconds by class of call
 
 
-def shares_numbers(rows: list[Row]) -> dict | None:
+def shares_numbers(rows: list[Row], task: str = PRETRAIN) -> dict | None:
     """The headline's step and those that may be put beside it: milliseconds by class."""
-    chosen = headline(rows)
+    chosen = headline(rows, task)
     if chosen is None:
         return None
     bars = []
@@ -122,7 +123,8 @@ def shares_numbers(rows: list[Row]) -> dict | None:
         how = f"{c['residual_dtype']} residual, {'compiled' if c['compile'] else 'eager'}"
         bars.append((f"{model(c)}, {step(row)}\n{how}", {kind: parts[kind]["bound_ms"] for kind in CLASSES}))
     batch = chosen.record["config"]["batch_size"]
-    return {"title": f"Least time of one step, batch {batch}, on an {chosen.record['peaks'].upper()}", "bars": bars}
+    what = "fine-tuning step" if task == FINETUNE else "step"
+    return {"title": f"Least time of one {what}, batch {batch}, on an {chosen.record['peaks'].upper()}", "bars": bars}
 
 
 def draw_shares(numbers: dict) -> Figure:
@@ -213,9 +215,10 @@ def draw_rivals(numbers: dict) -> Figure:
     return figure
 
 
+SHARES = {PRETRAIN: "shares", FINETUNE: "finetune_shares"}  # task -> file
 PLOTS = {
     "roofline": (roofline_numbers, draw_roofline),
-    "shares": (shares_numbers, draw_shares),
+    **{name: (partial(shares_numbers, task=task), draw_shares) for task, name in SHARES.items()},
     "rivals": (rivals_numbers, draw_rivals),
 }
 

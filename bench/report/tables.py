@@ -12,12 +12,13 @@ from bench.report.figures import (
     measurements,
     model,
     of_kind,
+    of_task,
     setting,
     source,
     step,
     threads,
 )
-from bench.rows import Row, newest
+from bench.rows import PRETRAIN, Row, newest
 from bench.step.pricing import CLASSES
 
 NO_BOUND = "No priced step is on record."
@@ -33,8 +34,8 @@ def markdown(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[st
         yield f"| {' | '.join(cells)} |"
 
 
-def bounds_table(rows: list[Row]) -> Iterator[str]:
-    found = bounds(rows)
+def bounds_table(rows: list[Row], task: str = PRETRAIN) -> Iterator[str]:
+    found = bounds(rows, task)
     if not found:
         yield NO_BOUND
         return
@@ -54,14 +55,14 @@ def _bound(row: Row, among: list[Row]) -> list[str]:
     return [*name, counts, str(t["syncs"]), *numbers, f"{solves:.1f}", setting(row, among), source(row)]
 
 
-def shares_table(rows: list[Row]) -> Iterator[str]:
-    chosen = headline(rows)
+def shares_table(rows: list[Row], task: str = PRETRAIN) -> Iterator[str]:
+    chosen = headline(rows, task)
     if chosen is None:
         yield NO_BOUND
         return
     found = beside(rows, chosen)
     gpu = chosen.record["peaks"].upper()
-    yield f"![Bound of the step by class of call on an {gpu}, not measured](plots/shares.svg)"
+    yield f"![Bound of the step by class of call on an {gpu}, not measured](plots/{plots.SHARES[task]}.svg)"
     yield ""
     yield f"**Bounds by class of call on an {gpu}, not measurements** [ms, share of the step]:"
     yield ""
@@ -92,8 +93,8 @@ def roofline_plot(rows: list[Row]) -> Iterator[str]:
     )
 
 
-def steps_table(rows: list[Row]) -> Iterator[str]:
-    found = [m for m in measurements(rows, "step", "ms") if m.on_gpu]
+def steps_table(rows: list[Row], task: str = PRETRAIN) -> Iterator[str]:
+    found = [m for m in measurements(of_task(rows, task), "step", "ms") if m.on_gpu]
     if not found:
         yield NO_GPU
         return

@@ -1,4 +1,4 @@
-"""python -m bench step: price one pre-training step against a GPU's limits; measure it too where the GPU is there."""
+"""python -m bench step: price one training step against a GPU's limits; measure it too where the GPU is there."""
 
 import argparse
 import contextlib
@@ -10,12 +10,15 @@ import torch
 
 from bench.pretend import start_under
 from bench.records import RESULTS, append, heading, partition
+from bench.rows import FINETUNE, PRETRAIN
 from bench.step import counts, table
 from bench.step.peaks import PEAKS, peak_of
 from bench.step.roofline import roofline_on_gpu, roofline_on_pretend_gpu
-from bench.step.variants import VARIANTS, configuration
+from bench.step.variants import VARIANTS, StepConfig, configuration
 
+DEFAULTS = {PRETRAIN: ("mae_vit_base", 512), FINETUNE: ("vit_base", 256)}  # model, batch
 EPILOG = """Trainer flags may follow --, for instance: python -m bench step --batch 256 -- --mask_ratio 0.6
+finetune is adversarial training of the classifier (PGD, eps 4/255), as mimir-fast finetune --recipe imagenet_vit_s does it.
 Units: GB 1e9 bytes, GiB 2**30 bytes, TFLOP 1e12 operations (a multiply-add is two), ms of one step; syncs, copies: per step.
 Bounds are what the calls of this step cannot undercut at the GPU's peaks; they are no predictions.  Only "measured" lines, on
 a real GPU, are measurements."""
@@ -29,8 +32,10 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", default="mae_vit_base", help="model name (default: %(default)s)")
-    add("--batch", type=int, default=512, help="images per step (default: %(default)s)")
+    add("--task", choices=list(DEFAULTS), default=PRETRAIN, help="whose step (default: %(default)s)")
+    add("--model", help="model name (default: mae_vit_base, vit_base)")
+    add("--batch", type=int, help="images per step (default: 512, fine-tuning 256)")
+    add("--steps", type=int, default=1, help="steps of the attack (default: %(default)s)")
     add("--input_size", type=int, default=224, help="image side [pixels] (default: %(default)s)")
     add("--patch_size", type=int, default=16, help="patch side [pixels] (default: %(default)s)")
     add("--variant", choices=VARIANTS, default="ours", help="which step (default: ours, as the trainer builds it)")
@@ -48,10 +53,12 @@ def main(arguments: list[str]) -> int:
     """Print the table and append the record; returns the exit status: 0, or 2 with one line on wrong input."""
     own, flags = partition(arguments)
     args = build_parser().parse_args(own)
+    model, batch = DEFAULTS[args.task]
+    args.model, args.batch = args.model or model, batch if args.batch is None else args.batch
     try:
         if args.flags:
             raise ValueError(f"arguments: {args.flags[0]!r} is not known; trainer flags come after --")
-        for name in ("batch", "rounds"):
+        for name in ("batch", "steps", "rounds"):
             if getattr(args, name) < 1:
                 raise ValueError(f"{name}: expected 1 or more, got {getattr(args, name)}")
         if args.pretend and not args.pretend_log:
@@ -77,24 +84,32 @@ def run(args: argparse.Namespace, flags: list[str]) -> int:
     if mark and not args.pretend_log:
         raise ValueError("pretend: this is a pretend GPU already; pass --pretend WRAPPER instead of starting under it")
     gpu = args.gpu or ("h100" if mark else peak_of(torch.cuda.get_device_name()))
-    sizes = {
-        "model": args.model,
-        "batch_size": args.batch,
-        "input_size": args.input_size,
-        "patch_size": args.patch_size,
-    }
-    words = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
-    config = configuration(args.variant, [*words, "--device", "cuda", *flags])
+    config = configured(args, flags)
     with contextlib.redirect_stdout(sys.stderr):  # Inductor prints the names of the files it writes
         if mark:
             roofline = roofline_on_pretend_gpu(args.variant, config, PEAKS[gpu], mark, Path(args.pretend_log))
         else:
             roofline = roofline_on_gpu(args.variant, config, PEAKS[gpu], args.rounds)
     device = f"pretend-{gpu}" if mark else torch.cuda.get_device_name()
-    record = {**heading(device), "peaks": gpu, "variant": args.variant, "config": config.flat(), **roofline.record()}
-    print(f"{args.variant}: {args.model} {args.input_size}/{args.patch_size}, batch {args.batch}, "
-          f"{config.optim.precision}, compile {'on' if config.optim.compile else 'off'}; {device}")  # fmt: skip
+    what = {"task": args.task, "peaks": gpu, "variant": args.variant, "config": config.flat()}
+    record = {**heading(device), **what, **roofline.record()}
+    print(f"{args.task}, {args.variant}: {args.model} {args.input_size}/{args.patch_size}, batch {args.batch}, "
+          f"attack {config.attack.steps} step(s), {config.optim.precision}, "
+          f"compile {'on' if config.optim.compile else 'off'}; {device}")  # fmt: skip
     print(f"peaks of {gpu}: {PEAKS[gpu].source}\n")
     print(*table.lines(record), sep="\n")
     append(record, Path(args.results))
     return 0
+
+
+def configured(args: argparse.Namespace, flags: list[str]) -> StepConfig:
+    """The trainer's configuration; its own flags win."""
+    sizes = {
+        "model": args.model,
+        "batch_size": args.batch,
+        "input_size": args.input_size,
+        "patch_size": args.patch_size,
+        "steps": args.steps,
+    }
+    words = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    return configuration(args.variant, [*words, "--device", "cuda", *flags], args.task)

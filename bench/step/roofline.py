@@ -12,14 +12,13 @@ from bench.step.peaks import Peak
 from bench.step.pricing import CONVOLUTIONS, Price, Setting, convolution_products, price
 from bench.step.table import Roofline
 from bench.step.trace import Call, record, source_nodes
-from bench.step.variants import ConvolutionStandIn, build_step
-from mimir_fast.config import PretrainConfig
+from bench.step.variants import ConvolutionStandIn, StepConfig, build_step
 
 WARM_UP = 3  # compile, compile again for what the first step could not know, settle
 CUDA = torch.device("cuda")
 
 
-def roofline_on_gpu(variant: str, config: PretrainConfig, peak: Peak, rounds: int) -> Roofline:
+def roofline_on_gpu(variant: str, config: StepConfig, peak: Peak, rounds: int) -> Roofline:
     """Prices, the profiler's counts, and the median time of `rounds` steps."""
     step = _warm(variant, config)
     peak_gib = _peak_gib(step)
@@ -32,7 +31,7 @@ def roofline_on_gpu(variant: str, config: PretrainConfig, peak: Peak, rounds: in
 
 
 def roofline_on_pretend_gpu(
-    variant: str, config: PretrainConfig, peak: Peak, mark: Callable[[str], None], log: Path
+    variant: str, config: StepConfig, peak: Peak, mark: Callable[[str], None], log: Path
 ) -> Roofline:
     """Prices and the log's counts; the log also shows whether a launch escaped the trace.  cuDNN is not there."""
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -49,7 +48,7 @@ def roofline_on_pretend_gpu(
     return Roofline(_flat(priced) + extra, peak, counted, peak_gib, batch, outside, source_nodes())
 
 
-def _marked_steps(variant: str, config: PretrainConfig, mark: Callable[[str], None]) -> tuple[list[Call], float]:
+def _marked_steps(variant: str, config: StepConfig, mark: Callable[[str], None]) -> tuple[list[Call], float]:
     step = _warm(variant, config)
     mark(counts.STEP)
     peak_gib = _peak_gib(step)
@@ -60,7 +59,7 @@ def _marked_steps(variant: str, config: PretrainConfig, mark: Callable[[str], No
     return calls, peak_gib
 
 
-def _warm(variant: str, config: PretrainConfig) -> Callable[[], None]:
+def _warm(variant: str, config: StepConfig) -> Callable[[], None]:
     torch._inductor.config.benchmark_kernel = True  # every generated kernel then carries its byte count
     step = build_step(variant, config, CUDA)
     for _ in range(WARM_UP):

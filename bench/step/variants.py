@@ -4,6 +4,8 @@ ours         as the trainer builds it from its flags
 references   the same, with every kernel's reference implementation, under plain torch.compile
 textbook     bench/textbook.py, eager: all patches embedded and gathered afterwards, penalty by matrix inverses
 
+A PretrainConfig gives the pre-training step, a FinetuneConfig the fine-tuning step (bench/step/finetuning.py).
+
 The images are on the device already, as floats: reading, decoding and copying them is the data pipeline's.
 """
 
@@ -12,11 +14,14 @@ from collections.abc import Callable
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.rows import FINETUNE, PRETRAIN
+from bench.step import finetuning
 from bench.textbook import TextbookMAE, textbook_step
 from mimir_fast.arguments import parse_pretrain_args
 from mimir_fast.build import build_attack, build_computation, build_model
 from mimir_fast.config import PretrainConfig
 from mimir_fast.distributed import World
+from mimir_fast.finetune.config import FinetuneConfig
 from mimir_fast.models import ALIASES, DECODER, MODELS
 from mimir_fast.optim import Updater, build_optimizer
 from mimir_fast.precision import AUTOCAST
@@ -25,21 +30,28 @@ from mimir_fast.step import draw_noise, pretrain_step
 
 VARIANTS = ("ours", "references", "textbook")
 LEARNING_RATE = 1e-4
+StepConfig = PretrainConfig | FinetuneConfig
 
 
-def configuration(variant: str, words: list[str]) -> PretrainConfig:
+def configuration(variant: str, words: list[str], task: str = PRETRAIN) -> StepConfig:
     """The trainer's configuration from its own flags, on top of the ImageNet recipe (attack 1 step, hsic, norm_pix_loss)."""
     if variant == "references":
         words = [*words, "--kernels", "reference"]  # attention and MLP follow
-    config, explicit = parse_pretrain_args(["--recipe", "imagenet_vit_b", *words])
-    config, _ = settle_defaults(config, explicit)
+    if task == FINETUNE:
+        config = finetuning.settled(words)
+    else:
+        config, explicit = parse_pretrain_args(["--recipe", "imagenet_vit_b", *words])
+        config, _ = settle_defaults(config, explicit)
     if variant == "textbook":
         config = config.updated({"compile": False})
     return config.check()
 
 
-def build_step(variant: str, config: PretrainConfig, device: torch.device) -> Callable[[], None]:
+def build_step(variant: str, config: StepConfig, device: torch.device) -> Callable[[], None]:
     """The variant's step, ready to be called any number of times."""
+    if isinstance(config, FinetuneConfig):
+        build = finetuning.textbook if variant == "textbook" else finetuning.tuners
+        return build(config, *finetuning.random_batch(config, device))
     side = config.model.input_size
     images = torch.rand(config.optim.batch_size, 3, side, side, device=device)
     return (textbook if variant == "textbook" else trainers)(config, images)
@@ -66,8 +78,10 @@ def trainers(config: PretrainConfig, images: torch.Tensor) -> Callable[[], None]
 
 
 def textbook(config: PretrainConfig, images: torch.Tensor) -> Callable[[], None]:
-    """One attack step whatever the configuration says."""
+    """Raises ValueError for an attack of more than one step."""
     m = config.model
+    if config.attack.steps != 1:
+        raise ValueError(f"steps: the textbook's pre-training step attacks once, got {config.attack.steps}")
     sizes = {**MODELS[ALIASES.get(m.model, m.model)], **DECODER, "img_size": m.input_size, "patch_size": m.patch_size}
     model = TextbookMAE(**sizes, norm_pix_loss=m.norm_pix_loss).to(images.device)
     updater = _updater(config, model, images.device)

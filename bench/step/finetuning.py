@@ -1,0 +1,85 @@
+"""The fine-tuning step of each variant of bench/step/variants.py: attack, forward, backward, update of one random batch.
+
+The textbook is timm's own model, eager, with plain PGD.  Images and labels are on the device already; what mixes and augments
+them belongs to the data pipeline.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bench.textbook import textbook_adversarial_step, textbook_classifier
+from mimir_fast.arguments import parse_args
+from mimir_fast.data.datasets import INFO
+from mimir_fast.distributed import World
+from mimir_fast.finetune.build import build_attack, build_criterion, build_model
+from mimir_fast.finetune.command import FINETUNE, settle_defaults
+from mimir_fast.finetune.computation import build_computation
+from mimir_fast.finetune.config import FinetuneConfig
+from mimir_fast.finetune.layer_decay import build_optimizer
+from mimir_fast.finetune.step import draw_noise, finetune_step
+from mimir_fast.models import CLASSIFIER_ALIASES, CLASSIFIERS
+from mimir_fast.optim import Updater
+from mimir_fast.precision import AUTOCAST
+
+RECIPE = "imagenet_vit_s"
+LEARNING_RATE = 1e-4
+
+
+def settled(words: list[str]) -> FinetuneConfig:
+    """The fine-tuner's configuration from its own flags on top of the ImageNet recipe (PGD, 1 step at eps 4)."""
+    config, explicit = parse_args(FINETUNE, ["--recipe", RECIPE, *words])
+    return settle_defaults(config, explicit)[0]
+
+
+def random_batch(config: FinetuneConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """images [B,3,S,S] in [0,1], labels [B] int64."""
+    batch, side = config.optim.batch_size, config.model.input_size
+    images = torch.rand(batch, 3, side, side, device=device)
+    return images, torch.randint(config.model.nb_classes, (batch,), device=device)
+
+
+def tuners(config: FinetuneConfig, images: Tensor, labels: Tensor) -> Callable[[], None]:
+    """The one place that knows how the fine-tuner puts a step together."""
+    world = World(device=images.device)
+    model = build_model(config, INFO.get(config.data.dataset), world.device)  # of data: its normalisation
+    attack, updater = build_attack(config, config.optim.epochs - 1, world.device), _updater(config, model, world.device)
+    criterion = build_criterion(config)
+    objective, attacked, functions, _ = build_computation(config.optim, world, model, updater, attack, criterion)
+    generator = torch.Generator(world.device)
+    dtype = AUTOCAST[config.optim.precision]
+
+    def step() -> None:
+        generator.manual_seed(config.run.seed)
+        noise = draw_noise(generator, model, images, attack)
+        with torch.autocast(world.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            output = finetune_step(objective, attacked, images, labels, noise, attack, functions)
+        updater.backward(output.loss, config.optim.accum_iter)
+        updater.update()
+
+    return step
+
+
+def textbook(config: FinetuneConfig, images: Tensor, labels: Tensor) -> Callable[[], None]:
+    """PGD whatever the configuration says, as many steps as it says."""
+    m, a = config.model, config.attack
+    sizes = CLASSIFIERS[CLASSIFIER_ALIASES.get(m.model, m.model)]
+    model = textbook_classifier(m.input_size, m.patch_size, m.nb_classes, m.drop_path, **sizes).to(images.device)
+    updater = _updater(config, model, images.device)
+    numbers = (a.eps / 255, a.alpha / 255, a.steps, config.augment.smoothing)
+    dtype = AUTOCAST[config.optim.precision]
+
+    def step() -> None:
+        with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            loss = textbook_adversarial_step(model, images, labels, *numbers)
+        updater.backward(loss, 1)
+        updater.update()
+
+    return step
+
+
+def _updater(config: FinetuneConfig, model: torch.nn.Module, device: torch.device) -> Updater:
+    o = config.optim
+    optimizer = build_optimizer(model, LEARNING_RATE, o.weight_decay, o.layer_decay)
+    return Updater(optimizer, device, o.precision == "fp16", max_norm=o.clip_grad)
