@@ -53,11 +53,11 @@ def mart_loss(clean: Tensor, adv: Tensor, targets: Tensor, beta: float) -> Tenso
     if targets.is_floating_point():
         raise ValueError("attack_train: mart needs one label per image, got mixed ones")
     clean, adv, label = _wide(clean), _wide(adv), targets[:, None]
-    p_clean, p_adv = clean.softmax(dim=1), adv.softmax(dim=1)
+    log_clean, p_adv = clean.log_softmax(dim=1), adv.softmax(dim=1)
     p_wrong = p_adv.scatter(1, label, -1).amax(dim=1)
     boosted = F.cross_entropy(adv, targets) - (1.0001 - p_wrong + 1e-12).log().mean()
-    divergence = F.kl_div((p_adv + 1e-12).log(), p_clean, reduction="none").sum(dim=1)
-    return boosted + beta * (divergence * (1.0000001 - p_clean.gather(1, label)[:, 0])).mean()
+    divergence = F.kl_div((p_adv + 1e-12).log(), log_clean, reduction="none", log_target=True).sum(dim=1)
+    return boosted + beta * (divergence * (1.0000001 - log_clean.gather(1, label)[:, 0].exp())).mean()
 
 
 def _wide(logits: Tensor) -> Tensor:
