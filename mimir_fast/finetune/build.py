@@ -127,6 +127,12 @@ def build_criterion(config: FinetuneConfig) -> Callable[[Tensor, Tensor], Tensor
     return partial(cross_entropy, smoothing=config.augment.smoothing)
 
 
+def information_weights(config: FinetuneConfig) -> tuple[float, float] | None:
+    """--mi_xz and --mi_yz, None without --mi_loss dib_mi."""
+    p = config.penalty
+    return (p.mi_xz, p.mi_yz) if p.mi_loss == "dib_mi" else None
+
+
 def radius_and_step(a: AttackConfig, epoch: int, epochs: int) -> tuple[float, float]:
     """eps and alpha in 1/255 in an epoch of a run of `epochs`: each has a warm-up, alpha may then go to alpha_end."""
     eps = a.eps * _grown(epoch, a.eps_warmup_epochs)

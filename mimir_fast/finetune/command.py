@@ -12,6 +12,7 @@ from mimir_fast.compiling import keep_compiled_code
 from mimir_fast.data import DataError
 from mimir_fast.distributed import World, join_world
 from mimir_fast.finetune.config import FinetuneConfig
+from mimir_fast.finetune.evaluation import evaluate
 from mimir_fast.finetune.recipes import RECIPES
 from mimir_fast.finetune.trainer import Trainer
 from mimir_fast.settle import seed_everything, settle_machine
@@ -30,6 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config, explicit = parse_args(FINETUNE, sys.argv[1:] if argv is None else argv)
         config, notes = settle_defaults(config, explicit)
+        if config.validation.eval:
+            evaluate(config, explicit)
+            return 0
         world = join_world(config.dist, config.run.device)
         seed_everything(config.run.seed + world.rank)
         keep_compiled_code()
@@ -56,6 +60,8 @@ def settle_defaults(config: FinetuneConfig, explicit: set[str]) -> tuple[Finetun
         notes.append("alpha: apgd chooses its steps itself; the flag is not used")
     if a.attack_train in ("trades", "mart") and "smoothing" in explicit and config.augment.smoothing:
         notes.append(f"smoothing: {a.attack_train} has a loss of its own, without smoothing, as in the original")
+    if config.penalty.mi_loss not in ("plain", "dib_mi"):
+        notes.append(f"mi_loss: {config.penalty.mi_loss!r} is not dib_mi: NO information term, as in the original")
     if v.held_out and v.val_attack == "none":
         notes.append("val_attack: none; best.pth is chosen by clean accuracy on the held-out images")
     return replace(config, run=run, optim=optim), notes

@@ -200,8 +200,8 @@ class FinetuneConfig(Configuration):
             raise ValueError(
                 "attack_train: mart needs one label per image; leave out --mixup, --cutmix and --warmup_aa"
             )
-        if flat["eval"] and not flat["resume"]:
-            raise ValueError("resume: --eval needs the checkpoint to evaluate")
+        if flat["eval"] and flat["resume"] in ("", "auto"):
+            raise ValueError("resume: --eval needs the file of the checkpoint to evaluate")
         return self
 
 

@@ -20,6 +20,7 @@ from mimir_fast.finetune.build import (
     build_mixing,
     build_model,
     describe,
+    information_weights,
     start_from_pretrained,
 )
 from mimir_fast.finetune.computation import build_computation
@@ -65,7 +66,8 @@ class Trainer:
             start_from_pretrained(self.model, config, notes.append)
         self.first_update = self.position.update + 1
         self._start_epoch()
-        self.computation = build_computation(o, world, self.model, self.updater, self.attack, build_criterion(config))
+        parts = (self.model, self.updater, self.attack, build_criterion(config))
+        self.computation = build_computation(o, world, *parts, information=information_weights(config))
         self.average = RunningAverage(self.model, o.model_ema_decay) if o.model_ema else None
         if self.average and "model_ema" in state:
             self.average.load_state_dict(state["model_ema"])

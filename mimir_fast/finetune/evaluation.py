@@ -1,0 +1,42 @@
+"""`mimir-fast finetune --eval --resume CKPT`: the original's sequence of attacks, by mimir_fast.evaluate."""
+
+from pathlib import Path, PurePosixPath
+
+from mimir_fast.evaluate.evaluation import original_sequence, run_evaluation
+from mimir_fast.evaluate.images import Images
+from mimir_fast.evaluate.rounds import Sizes
+from mimir_fast.finetune.config import FinetuneConfig
+from mimir_fast.trained import OVERRIDES, load_classifier
+
+
+def evaluate(config: FinetuneConfig, explicit: set[str]) -> None:
+    """Clean accuracy, PGD-5 at eps 1, PGD-20, PGD-100 and AutoAttack, or with --adap_eval the adaptive attacks; in fp32.
+
+    Everything the flags do not say is the checkpoint's.  Results go beside it.  Raises ValueError for wrong input.
+    """
+    flat, source = config.flat(), config.run.resume
+    overrides = {name: flat[name] for name in OVERRIDES if name in explicit and name in flat}
+    trained = load_classifier(source, overrides=overrides, device=config.run.device)
+    dataset = flat["dataset"] if "dataset" in explicit else trained.args.get("dataset") or flat["dataset"]
+    a, d = config.attack, config.data
+    print(
+        f"{trained.source}: {trained.args['model']}, eps {a.eps:g}/255, alpha {a.alpha:g}/255, on {config.run.device}"
+    )
+    images = Images(dataset, d.data_root, trained.args["input_size"], num_workers=d.num_workers)
+    batch = config.optim.batch_size
+    run_evaluation(
+        trained.model,
+        trained.source,
+        images,
+        original_sequence(a.eps, a.alpha, config.validation.adap_eval),
+        results_folder(source),
+        sizes=Sizes(batch, batch),
+        seed=config.run.seed,
+    )
+
+
+def results_folder(source: str) -> Path:
+    """Beside a file; in the working directory for a URL."""
+    if source.startswith(("https://", "http://")):
+        return Path("eval") / PurePosixPath(source).stem
+    return Path(source).parent / "eval" / Path(source).stem
