@@ -5,7 +5,7 @@ from torch import Tensor
 
 from mimir_fast.kernels import nhsic
 
-__all__ = ["PENALTIES", "bandwidth", "nhsic", "penalty_value", "renyi_entropy", "renyi_mi"]
+__all__ = ["PENALTIES", "bandwidth", "nhsic", "penalty_value", "renyi_entropy", "renyi_mi", "squared_distances"]
 
 PENALTIES = ("hsic", "dib_mi", "renyi2")
 BANDWIDTH_ROWS = 10
@@ -60,7 +60,7 @@ def renyi_entropy(k_mm: Tensor, alpha: float) -> Tensor:
 
 def bandwidth(x_md: Tensor) -> Tensor:
     """Mean Euclidean distance from the first ten samples to all samples, zero distances to themselves included."""
-    return _rule(_squared_distances(x_md))
+    return _rule(squared_distances(x_md))
 
 
 def _rule(distances_mm: Tensor) -> Tensor:
@@ -68,14 +68,14 @@ def _rule(distances_mm: Tensor) -> Tensor:
 
 
 def _normalised_kernel(x_md: Tensor, sigma: float | None) -> Tensor:
-    distances = _squared_distances(x_md)
+    distances = squared_distances(x_md)
     if sigma is None:
         sigma = _rule(distances)
     kernel = torch.exp(-distances / sigma)
     return kernel / kernel.trace()
 
 
-def _squared_distances(x_md: Tensor) -> Tensor:
+def squared_distances(x_md: Tensor) -> Tensor:
     """[m,d] -> [m,m] float64, exactly zero on the diagonal; the Gram product runs in fp32 at least, on centred rows."""
     x_md = x_md.to(torch.promote_types(x_md.dtype, torch.float32))
     x_md = x_md - x_md.mean(dim=0, keepdim=True)

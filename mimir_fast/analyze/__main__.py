@@ -1,0 +1,7 @@
+"""python -m mimir_fast.analyze"""
+
+import sys
+
+from mimir_fast.analyze.command import main
+
+sys.exit(main())

@@ -1,0 +1,39 @@
+"""What errors tell about information: Fano's inequality."""
+
+import math
+
+from mimir_fast.evaluate.statistics import wilson
+
+
+def label_entropy(counts: list[int]) -> float:
+    """H(Y) in bits of labels that occur so often."""
+    total = sum(counts)
+    return -sum(count / total * math.log2(count / total) for count in counts if count)
+
+
+def fano_bound(entropy: float, error: float, classes: int) -> float:
+    """Least I(Y; prediction) in bits of a classifier that errs with probability `error` on labels of that entropy.
+
+    I(Y;Y^) = H(Y) - H(Y|Y^) >= H(Y) - h(e) - e log2(O - 1), h the binary entropy, O classes; never below 0.  By the
+    data-processing inequality it also bounds I(Y;z) of the features z and I(Y;x) of the image that the prediction is made from.
+    Source: Fano, Transmission of Information, 1961; Cover and Thomas, Elements of Information Theory, 2006, theorem 2.10.1.
+    Raises ValueError for fewer than two classes.
+    """
+    if classes < 2:
+        raise ValueError(f"classes: got {classes}, expected 2 or more")
+    binary = -sum(p * math.log2(p) for p in (error, 1 - error) if p > 0)
+    return max(0.0, entropy - binary - error * math.log2(classes - 1))
+
+
+def fano(correct: int, counts: list[int], classes: int) -> dict:
+    """The bound for `correct` right predictions on labels that occur so often, with the interval of the error's (Wilson, 95 %).
+
+    The bound is convex in the error, lowest at (O - 1) / O, that of guessing.
+    """
+    n, entropy = sum(counts), label_entropy(counts)
+    low, high = (1 - share for share in reversed(wilson(correct, n)))
+    ends = [fano_bound(entropy, error, classes) for error in (low, high)]
+    guessing = (classes - 1) / classes
+    least = fano_bound(entropy, guessing, classes) if low <= guessing <= high else min(ends)
+    value = fano_bound(entropy, 1 - correct / n, classes)
+    return {"accuracy": correct / n, "value": value, "interval": [least, max(ends)], "label_entropy": entropy}

@@ -1,0 +1,153 @@
+"""mimir-fast analyze: what a checkpoint's features tell about images and perturbations.  Also `python -m mimir_fast.analyze`.
+
+x: images; x_adv: adversarial images; delta = x_adv - x; z: the features of x_adv, all tokens of all patches.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from mimir_fast.analyze.bounds import fano
+from mimir_fast.analyze.config import AnalyzeConfig
+from mimir_fast.analyze.estimates import GROUPS, estimate, variable
+from mimir_fast.analyze.plot import draw
+from mimir_fast.analyze.progress import Progress
+from mimir_fast.analyze.results import record, table, write_json
+from mimir_fast.analyze.seen import Perturbation, Seen, look
+from mimir_fast.arguments import Command, parse_args
+from mimir_fast.checkpoint import EPOCH_FILE, CheckpointError
+from mimir_fast.checkpoint import progress as run_progress
+from mimir_fast.data import eval_batches, subset_indices
+from mimir_fast.evaluate.command import settled_device, trained_eps
+from mimir_fast.models import VisionTransformer
+from mimir_fast.trained import Trained, load_encoder
+
+DESCRIPTION = """Estimates of I(x;z), I(x_adv;z) and I(delta;z), z being the features of the adversarial images x_adv and
+delta = x_adv - x, with 95 % intervals; the features' entropy; for classifiers the least information that their accuracy
+proves (Fano).  Writes analysis.json, .svg and .png.  Exit status: 0 done, 1 failed, 2 wrong input, 130 Ctrl-C."""
+COMMAND = Command("mimir-fast analyze", DESCRIPTION, AnalyzeConfig, {})
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Analyze, print a table, write the files; returns the exit status."""
+    try:
+        config, explicit = parse_args(COMMAND, sys.argv[1:] if argv is None else argv)
+        return analyze(config, explicit)
+    except ValueError as error:
+        print(f"mimir-fast analyze: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"mimir-fast analyze: error: {error}", file=sys.stderr)
+        return 1
+
+
+def analyze(config: AnalyzeConfig, explicit: set[str]) -> int:
+    """Every checkpoint after the other; what is done is written after each.  Raises ValueError for wrong input."""
+    torch.set_float32_matmul_precision("highest")
+    device = settled_device(config.run.device, explicit)
+    sources = checkpoints(config.model.checkpoint)
+    batches = -(-config.data.num_images // config.run.batch_size)
+    progress = Progress({"attack": batches, "estimates": GROUPS + 1}, len(sources))
+    folder = output_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    results, status = [], 0
+    try:
+        for series, source in sources:
+            results.append({"series": series, **analyzed(config, source, device, progress)})
+            write_json(folder / "analysis.json", config, results, len(sources))
+    except KeyboardInterrupt:
+        print(f"stopped after {len(results)} of {len(sources)} checkpoints", file=sys.stderr)
+        status = 130
+    if results:
+        for line in table(results, config.data.num_images):
+            print(line)
+        for suffix in ("svg", "png"):
+            draw(results).savefig(folder / f"analysis.{suffix}", dpi=150)
+        print(f"wrote {folder}/analysis.json, analysis.svg, analysis.png")
+    return status
+
+
+def checkpoints(given: tuple[str, ...]) -> list[tuple[str, str]]:
+    """(series, file) of everything to look at: a folder is a series of its own, files make one together.
+
+    Raises CheckpointError for a folder without checkpoints.
+    """
+    found = []
+    for word in given:
+        path = Path(word)
+        if not path.is_dir():
+            found.append(("checkpoints", word))
+            continue
+        files = sorted((p for p in path.iterdir() if EPOCH_FILE.fullmatch(p.name)), key=run_progress)
+        if not files:
+            raise CheckpointError(f"checkpoint: no checkpoint-*.pth in the folder {path}")
+        found += [(str(path), str(file)) for file in files]
+    return found
+
+
+def output_folder(config: AnalyzeConfig) -> Path:
+    """Where the results go: beside a file, in a run's folder, or in the working directory for a URL."""
+    if config.run.output_dir is not None:
+        return Path(config.run.output_dir)
+    first = config.model.checkpoint[0]
+    if first.startswith(("https://", "http://")):
+        return Path("analysis")
+    return (Path(first) if Path(first).is_dir() else Path(first).parent) / "analysis"
+
+
+def analyzed(config: AnalyzeConfig, source: str, device: str, progress: Progress) -> dict:
+    """One checkpoint's numbers, as they stand in analysis.json."""
+    overrides = {"model": config.model.model, "use_normalize": config.model.use_normalize}
+    if config.model.use_normalize:  # whose constants
+        overrides["dataset"] = config.data.dataset
+    trained = load_encoder(source, overrides=overrides, device=device)
+    how = perturbation(config, trained)
+    progress.begin()
+    seen = look(trained, *images(config, trained), how, lambda: progress.step("attack", source))
+    rows = {"x": seen.x, "x_adv": seen.x_adv, "delta": seen.x_adv - seen.x, "latent": seen.latent}
+    estimates = estimate(
+        {name: variable(row) for name, row in rows.items()},
+        config.run.bandwidth,
+        torch.Generator().manual_seed(config.run.seed),
+        lambda: progress.step("estimates", source),
+    )
+    return record(trained, how, estimates, bounds(trained, seen))
+
+
+def perturbation(config: AnalyzeConfig, trained: Trained) -> Perturbation:
+    """With the defaults that depend on what the checkpoint is."""
+    classifier = isinstance(trained.model, VisionTransformer)
+    given = config.attack
+    eps = trained_eps(trained) if given.eps is None else given.eps
+    alpha = (eps / 4 if classifier else 1.25 * eps) if given.alpha is None else given.alpha
+    steps = (20 if classifier else 1) if given.steps is None else given.steps
+    return Perturbation(eps, alpha, steps, config.run.seed)
+
+
+def images(config: AnalyzeConfig, trained: Trained):
+    """Batches of the slice and the numbers of its images.  Raises ValueError if no data set is named."""
+    data = config.data
+    dataset = data.dataset or trained.args["dataset"]
+    if not dataset:
+        raise ValueError(f"dataset: {trained.source} does not say what it was trained on; pass --dataset")
+    options = {"split": data.split, "held_out": data.held_out}
+    where = (dataset, data.data_root, trained.args["input_size"], config.run.batch_size)
+    total = eval_batches(*where, **options).num_images
+    numbers = subset_indices(total, data.num_images, config.run.seed)
+    classes = trained.args.get("nb_classes")
+    return eval_batches(*where, **options, indices=numbers, num_classes=classes), torch.tensor(numbers)
+
+
+def bounds(trained: Trained, seen: Seen) -> dict:
+    """A classifier's lower bounds on I(y; prediction), unattacked and attacked; empty for an autoencoder."""
+    if seen.right is None:
+        return {}
+    counts = seen.labels.bincount().tolist()
+    classes = trained.args["nb_classes"]
+    outcomes = {"clean": seen.right, "adversarial": seen.right_adv}
+    return {name: fano(int(right.sum()), counts, classes) for name, right in outcomes.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""The numbers of an analysis as a file and as a table."""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from mimir_fast.analyze.estimates import ESTIMATORS, ORDERS, Estimate, Key
+from mimir_fast.analyze.seen import Perturbation
+from mimir_fast.trained import Trained
+
+VARIABLES = {"x": "I(x;z)", "x_adv": "I(x_adv;z)", "delta": "I(delta;z)"}
+SATURATED = 0.95  # share of log2 m from which a null says that samples are too few to tell anything apart
+NOTES = {
+    "z": "features of the adversarial images, all tokens of all patches",
+    "null": "the same estimator on pairs that do not belong together",
+    "excess": "value - null",
+    "error, interval": "delete-a-group jackknife, 95 %, of the estimator's expectation at this many images",
+    "entropy": "matrix-based entropy of z in bits; an estimate of an upper bound of I(.;z), not a proven bound",
+    "fano": "least I(y; prediction) in bits that the accuracy implies; interval through that of the accuracy (Wilson, 95 %)",
+    "units": "renyi_* and fano in bits; nhsic has no unit and is below the number of images",
+}
+
+
+def record(trained: Trained, how: Perturbation, estimates: dict[Key, Estimate], bounds: dict) -> dict:
+    """One checkpoint's entry in analysis.json."""
+    numbers = {key: {"value": e.value, "error": e.error, "interval": list(e.interval)} for key, e in estimates.items()}
+    information = {
+        name: {est: {part: numbers[name, est, part] for part in ("value", "null", "excess")} for est in ESTIMATORS}
+        for name in VARIABLES
+    }
+    return {
+        "checkpoint": trained.source,
+        "epoch": trained.epoch,
+        "model": trained.args["model"],
+        "attack": asdict(how),
+        "information": information,
+        "entropy": {name: numbers["latent", name, "value"] for name in ORDERS},
+        "fano": bounds,
+    }
+
+
+def write_json(path: Path, config, results: list[dict], planned: int) -> None:
+    """Replace the file as a whole."""
+    state = {"notes": NOTES, "settings": config.flat(), "complete": len(results) == planned, "checkpoints": results}
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(state, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def table(results: list[dict], num_images: int) -> Iterator[str]:
+    """Lines: for every checkpoint the excess over shuffled pairs, with the half width of its interval; then the bounds."""
+    ceiling = math.log2(num_images)
+    yield f"excess over shuffled pairs ± 95 %, {num_images} images; in brackets the value itself"
+    yield f"{'':<14}" + "".join(f"{name + unit:>32}" for name, unit in zip(ESTIMATORS, ("", " [bit]", " [bit]")))
+    for result in results:
+        yield f"{result['checkpoint']} (epoch {result['epoch']}, {result['model']})"
+        for name, words in VARIABLES.items():
+            cells = [_cell(result["information"][name][est]) for est in ESTIMATORS]
+            yield f"  {words:<12}" + "".join(f"{cell:>32}" for cell in cells)
+        entropy = result["entropy"]
+        cells = [f"{entropy[est]['value']:.3f} ± {_half(entropy[est]):.3f}" for est in ORDERS]
+        yield f"  {'H(z)':<12}" + "".join(f"{cell:>32}" for cell in ["", *cells])
+        for name, bound in result["fano"].items():
+            low, high = bound["interval"]
+            yield (
+                f"  I(y;prediction) >= {bound['value']:.3f} bit ({low:.3f} to {high:.3f}), {name}: accuracy "
+                f"{bound['accuracy']:.1%} of labels with {bound['label_entropy']:.3f} bit (Fano)"
+            )
+    yield f"H(z) estimates an upper bound of every I(.;z); it is no proof.  Ceiling of the estimates: {ceiling:.3f} bit"
+    full = {
+        (VARIABLES[name], est)
+        for result in results
+        for name in VARIABLES
+        for est in ORDERS
+        if result["information"][name][est]["null"]["value"] > SATURATED * ceiling
+    }
+    if full:
+        words = ", ".join(f"{words} {est}" for words, est in sorted(full))
+        yield f"saturated, even shuffled pairs are near the ceiling: {words}; use more images or --bandwidth squared"
+
+
+def _half(number: dict) -> float:
+    return (number["interval"][1] - number["interval"][0]) / 2
+
+
+def _cell(parts: dict) -> str:
+    excess = parts["excess"]
+    return f"{excess['value']:.4g} ± {_half(excess):.2g} [{parts['value']['value']:.4g}]"
