@@ -48,7 +48,7 @@ class Images:
         numbers = np.arange(total)
         if self.num_images:
             numbers = np.asarray(subset_indices(total, self.num_images), np.int64)
-        first, label = next(iter(self.stream(1, numbers[:1])))
+        first, label = next(iter(stream))
         facts = f"{self.dataset} {self.split} {self.input_size} {list(stream.classes)} {total} {int(label[0])}"
         digest = hashlib.sha256(facts.encode() + numbers.astype("<i8").tobytes() + first.numpy().tobytes())
         return Chosen(self, numbers, list(stream.classes), digest.hexdigest())

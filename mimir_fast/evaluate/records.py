@@ -3,7 +3,9 @@
 import json
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -58,10 +60,10 @@ class Record:
         self.rounds[rows], self.label[rows], self.prediction[rows] = round, labels, predictions
         self.loss[rows] = np.fmax(self.loss[rows], losses)
 
-    def save(self) -> None:
-        """Write whole or not at all.  Raises CheckpointError if the disk refuses."""
+    def save(self, durable: bool = False) -> None:
+        """Write whole or not at all; durable: it also survives a power cut.  Raises CheckpointError if the disk refuses."""
         arrays = {name: getattr(self, name) for name in self.ARRAYS}
-        write_whole(self.path, lambda file: np.savez_compressed(file, seconds=self.seconds, **arrays))
+        write_whole(self.path, lambda file: np.savez_compressed(file, seconds=self.seconds, **arrays), durable)
 
     def resume(self) -> bool:
         """Go on from the file; returns whether there is one.  Raises CheckpointError if it is damaged or about other images."""
@@ -82,15 +84,16 @@ class Record:
         return True
 
 
-def write_whole(path: Path, write) -> None:
-    """write(file) to a temporary file, flush, fsync, rename.  Raises CheckpointError if the disk refuses."""
+def write_whole(path: Path, write: Callable[[BinaryIO], object], durable: bool = True) -> None:
+    """write(file) to a temporary file, to the disk itself if durable, rename.  Raises CheckpointError if the disk refuses."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
