@@ -139,10 +139,21 @@ def test_borrowed_generators_are_put_back_after_an_error():
     assert torch.equal(torch.get_rng_state(), state[2])
 
 
-def test_crops_at_random_scale_are_smaller_with_aa():
-    plans = [Augmentation(augment).plan(0, 32) for augment in (Augment(), Augment(reprob=0.5), Augment(RAND))]
-    assert [plan.area for plan in plans] == [(0.2, 1.0), (0.2, 1.0), (0.08, 1.0)]
-    assert [len(plan.after) for plan in plans] == [0, 1, 1]
+def test_crops_at_random_scale_are_smaller_with_aa(tmp_path):
+    ramp = np.broadcast_to(np.arange(128, dtype=np.uint8)[:, None], (128, 128, 3))  # a colour per column
+    for number in range(150):
+        path = tmp_path / "ant" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(ramp if number % 2 else ramp.transpose(1, 0, 2)).save(path)
+
+    def smallest(aa):
+        """Part of the images' width or height that the narrowest crop covers."""
+        ((images, _),) = build_train_data("imagefolder", tmp_path, 32, 150, augment=Augment(aa)).epoch(0)
+        return int((images.amax((1, 2, 3)).int() - images.amin((1, 2, 3)).int()).min()) / 128
+
+    without, with_aa = smallest("noaug"), smallest("rand-m1-n0")  # n0: no operations
+    assert np.sqrt(0.2 * 3 / 4) - 0.02 < without < 0.5
+    assert np.sqrt(0.08 * 3 / 4) - 0.02 < with_aa < 0.35
 
 
 def test_colour_jitter_beside_aa_follows_timm():
