@@ -18,7 +18,7 @@ class RunningAverage:
 
     def __init__(self, model: nn.Module, decay: float, warmup: bool = False):
         if not 0 <= decay < 1:
-            raise ValueError(f"ema_decay: expected 0 <= decay < 1, got {decay}")
+            raise ValueError(f"model_ema_decay: expected 0 <= decay < 1, got {decay}")
         self.decay, self.warmup = decay, warmup
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         self.averages, self.parameters = list(self.module.parameters()), list(model.parameters())
