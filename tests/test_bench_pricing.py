@@ -190,11 +190,11 @@ def test_contracts_against_hand_counts():
             "short_attention": ((torch.zeros(B, L, 3 * E), 2), 4 * 4 * B * L * E),
             "short_attention_grad": ((torch.zeros(B, L, E), torch.zeros(B, L, 3 * E), 2), 7 * 4 * B * L * E),
             "add_layer_norm": (
-                (rows, branch, row16, row, row, 1e-6, bf16),
+                (rows, branch, row16, row, row, 1e-6, bf16, None),
                 n * E * (4 + 2) + E * (2 + 4 + 4) + n * (E * (4 + 2) + 2 * 4),
             ),
             "add_layer_norm_grad": (
-                (rows, branch, rows, torch.zeros(2, n), row, bf16, True, bf16),
+                (rows, branch, rows, torch.zeros(2, n), row, bf16, True, bf16, None),
                 n * (E * (4 + 2 + 4) + 8) + 4 * E + n * E * (4 + 2) + E * (4 + 4 + 2) + 2 * 3 * 4 * E * 2,
             ),
             "linear_gelu": ((branch, weight16, hidden16), 2 * (n * E + 7 * E + 7 + 2 * n * 7)),
@@ -235,11 +235,23 @@ def test_contract_of_a_layer_norm_that_adds_nothing_and_learns_nothing():
     ops = torch.ops.mimir_fast
     with FakeTensorMode(), Recorder("cpu") as recorder:
         x, row = torch.zeros(n, D), torch.zeros(D)
-        _, out, statistics = ops.add_layer_norm(x, None, None, row, row, 1e-6, bf16)
-        ops.add_layer_norm_grad(None, out, x, statistics, row, None, False, None)
+        _, out, statistics = ops.add_layer_norm(x, None, None, row, row, 1e-6, bf16, None)
+        ops.add_layer_norm_grad(None, out, x, statistics, row, None, False, None, None)
     forward, backward = (p for call in recorder.calls for p in price(call, SETTING) if p.kind == "ours")
     assert forward.bytes == n * (D * (4 + 2) + 8) + 2 * 4 * D
     assert backward.bytes == n * (D * (2 + 4 + 4) + 8) + 4 * D
+
+
+def test_contract_of_a_layer_norm_with_factors_of_the_images():
+    n, D, B, bf16 = 20, 64, 4, torch.bfloat16
+    ops = torch.ops.mimir_fast
+    with FakeTensorMode(), Recorder("cpu") as recorder:
+        x, row, keep = torch.zeros(B, n // B, D, dtype=bf16), torch.zeros(D), torch.zeros(B)
+        s, out, statistics = ops.add_layer_norm(x, x, None, row, row, 1e-6, bf16, keep)
+        ops.add_layer_norm_grad(s, out, s, statistics, row, bf16, False, None, keep)
+    forward, backward = (p for call in recorder.calls for p in price(call, SETTING) if p.kind == "ours")
+    assert forward.bytes == n * (4 * 2 * D + 8) + 2 * 4 * D + 4 * B
+    assert backward.bytes == n * (5 * 2 * D + 8) + 4 * D + 4 * B  # delta's gradient is one of its own
 
 
 def test_what_has_no_price_is_named():

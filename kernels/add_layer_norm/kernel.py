@@ -38,10 +38,11 @@ def _row(pointer, D: tl.constexpr):
 
 @triton.jit
 def _add_norm_kernel(
-    x, delta, delta_bias, weight, bias, s, n, statistics, rows, T, stride_b, stride_t, eps, D: tl.constexpr
+    x, delta, delta_bias, keep, weight, bias, s, n, statistics, rows, T, stride_b, stride_t, eps, D: tl.constexpr
 ):
-    """formula      s = x + delta + delta_bias; n = (s - mean) * rstd * weight + bias, rstd = 1 / sqrt(var + eps)
-    shapes       x [rows,D] with strides, delta [rows,D], delta_bias, weight, bias [D] -> s, n [rows,D], statistics [2,rows]
+    """formula      s = x + (delta + delta_bias) * keep; n = (s - mean) * rstd * weight + bias, rstd = 1 / sqrt(var + eps)
+    shapes       x [rows,D] with strides, delta [rows,D], delta_bias, weight, bias [D], keep [rows/T] -> s, n [rows,D],
+                 statistics [2,rows]
     dtypes       any float storage; fp32 arithmetic on the sum as stored, fp32 statistics (mean, rstd)
     bytes        x, delta, s and n once, the statistics once, the rest once per program; without delta no s
     determinism  exact: every row has one program, sums in a fixed order
@@ -59,6 +60,8 @@ def _add_norm_kernel(
             delta_RD = tl.load(delta + place_RD, mask=exists_RD, other=0).to(tl.float32)
             if delta_bias is not None:
                 delta_RD += delta_bias_1D
+            if keep is not None:
+                delta_RD *= tl.load(keep + row_R1 // T, mask=row_R1 < rows, other=0).to(tl.float32)
             stored_RD = (sum_RD + delta_RD).to(s.dtype.element_ty)
             tl.store(s + place_RD, stored_RD, mask=exists_RD)
             sum_RD = stored_RD.to(tl.float32)
@@ -73,12 +76,13 @@ def _add_norm_kernel(
 
 @triton.jit
 def _add_norm_grad_kernel(
-    ds, dn, s, statistics, weight, dx, d_delta, partials, rows,
+    ds, dn, s, statistics, weight, keep, dx, d_delta, partials, rows, T,
     D: tl.constexpr, OF_NORM: tl.constexpr, OF_DELTA_BIAS: tl.constexpr,
 ):  # fmt: skip
     """formula      with h = (s - mean) * rstd and p = dn * weight: dx = ds + (p - mean(p) - h * mean(p h)) * rstd;
-                 partials: a group's sums over rows of dn h and dn (if OF_NORM), and of dx (if OF_DELTA_BIAS)
-    shapes       ds, dn, s [rows,D], statistics [2,rows], weight [D] -> dx, d_delta [rows,D], partials [K,G,D]
+                 d_delta = dx * keep; partials: a group's sums over rows of dn h and dn (if OF_NORM), and of d_delta (if
+                 OF_DELTA_BIAS)
+    shapes       ds, dn, s [rows,D], statistics [2,rows], weight [D], keep [rows/T] -> dx, d_delta [rows,D], partials [K,G,D]
     dtypes       any float storage; fp32 arithmetic and partials
     bytes        ds, dn, s, dx and d_delta once (ds and d_delta may be None), the statistics once, the rest once per program
     determinism  fixed order; every element has one writer
@@ -103,6 +107,8 @@ def _add_norm_grad_kernel(
         if ds is not None:
             dx_RD += tl.load(ds + place_RD, mask=exists_RD, other=0).to(tl.float32)
         tl.store(dx + place_RD, dx_RD.to(dx.dtype.element_ty), mask=exists_RD)
+        if keep is not None:
+            dx_RD *= tl.load(keep + row_R1 // T, mask=row_R1 < rows, other=0).to(tl.float32)
         if d_delta is not None:
             tl.store(d_delta + place_RD, dx_RD.to(d_delta.dtype.element_ty), mask=exists_RD)
         if OF_NORM:
@@ -128,14 +134,15 @@ def add_layer_norm_forward(
     bias_D: Tensor,
     eps: float,
     out_dtype: torch.dtype,
+    keep_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum [...,D] (no element without delta), the normalised sum [...,D], mean and 1/deviation of its rows [2,rows]."""
-    s, n, statistics = _fake_forward(x, delta, delta_bias_D, weight_D, bias_D, eps, out_dtype)
+    s, n, statistics = _fake_forward(x, delta, delta_bias_D, weight_D, bias_D, eps, out_dtype, keep_B)
     D, rows = x.shape[-1], statistics.shape[1]
-    x, *strides = _rows_of(x)
-    delta, delta_bias_D = (t if t is None else t.contiguous() for t in (delta, delta_bias_D))
+    x, *strides = _rows_of(x, runs=1 if keep_B is None else len(keep_B))
+    delta, delta_bias_D, keep_B = (t if t is None else t.contiguous() for t in (delta, delta_bias_D, keep_B))
     _add_norm_kernel[(groups(rows, D, sums=False),)](
-        x, delta, delta_bias_D, weight_D.contiguous(), bias_D.contiguous(), None if delta is None else s, n, statistics,
+        x, delta, delta_bias_D, keep_B, weight_D.contiguous(), bias_D.contiguous(), None if delta is None else s, n, statistics,
         rows, *strides, eps, D=D, num_warps=_warps(D), **FUSED,
     )  # fmt: skip
     return s, n, statistics
@@ -150,13 +157,14 @@ def add_layer_norm_backward(
     delta_dtype: torch.dtype | None,
     of_norm: bool,
     delta_bias_dtype: torch.dtype | None,
+    keep_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients in x [...,D], delta [...,D], weight, bias and delta_bias [D]; without elements where not asked for.
 
-    delta_dtype: delta's, if it is not s's (else its gradient is x's); of_norm: whether weight and bias need gradients;
-    delta_bias_dtype: None if delta_bias needs none.
+    delta_dtype: delta's, if its gradient is not x's: with another dtype than s, or with keep; of_norm: whether weight and bias
+    need gradients; delta_bias_dtype: None if delta_bias needs none.
     """
-    dx, d_delta, *sums = _fake_backward(ds, dn, s, statistics, weight_D, delta_dtype, of_norm, delta_bias_dtype)
+    dx, d_delta, *sums = _fake_backward(ds, dn, s, statistics, weight_D, delta_dtype, of_norm, delta_bias_dtype, keep_B)
     D, rows = s.shape[-1], statistics.shape[1]
     flags = {"OF_NORM": of_norm, "OF_DELTA_BIAS": delta_bias_dtype is not None}
     count = 2 * of_norm + flags["OF_DELTA_BIAS"]
@@ -164,7 +172,8 @@ def add_layer_norm_backward(
     partials = s.new_empty((count, programs, D), dtype=torch.float32)
     _add_norm_grad_kernel[(programs,)](
         ds if ds is None else ds.contiguous(), dn.contiguous(), s.contiguous(), statistics, weight_D.contiguous(),
-        dx, None if delta_dtype is None else d_delta, partials, rows, D=D, **flags, num_warps=_warps(D), maxnreg=REGISTERS,
+        keep_B if keep_B is None else keep_B.contiguous(), dx, None if delta_dtype is None else d_delta, partials,
+        rows, rows if keep_B is None else rows // len(keep_B), D=D, **flags, num_warps=_warps(D), maxnreg=REGISTERS,
         **FUSED,
     )  # fmt: skip
     if count:
@@ -172,12 +181,16 @@ def add_layer_norm_backward(
     return dx, d_delta, *sums
 
 
-def _rows_of(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """x, copied only if its rows have no common strides; rows of a run; strides from run to run and from row to row."""
+def _rows_of(x: Tensor, runs: int = 1) -> tuple[Tensor, int, int, int]:
+    """x, copied only if its rows have no common strides; rows of a run; strides from run to run and from row to row.
+
+    runs: 1 or x's first dimension; x that is not contiguous has as many as that anyway.
+    """
     D = x.shape[-1]
     if not x.is_contiguous() and x.ndim == 3 and x.stride(2) == 1:
         return x, x.shape[1], x.stride(0), x.stride(1)
-    return x.contiguous(), x.numel() // D, 0, D
+    rows = x.numel() // D // runs
+    return x.contiguous(), rows, rows * D if runs > 1 else 0, D
 
 
 def _warps(D: int) -> int:
@@ -191,13 +204,13 @@ def groups(rows: int, D: int, sums: bool) -> int:
     return min(triton.cdiv(rows, least), MULTIPROCESSORS * max(1, WARPS[sums] // _warps(D)))
 
 
-def _fake_forward(x, delta, delta_bias_D, weight_D, bias_D, eps, out_dtype):
+def _fake_forward(x, delta, delta_bias_D, weight_D, bias_D, eps, out_dtype, keep_B):
     rows = x.numel() // x.shape[-1]
     s = x.new_empty(0) if delta is None else x.new_empty(x.shape)
     return s, x.new_empty(x.shape, dtype=out_dtype), x.new_empty((2, rows), dtype=torch.float32)
 
 
-def _fake_backward(ds, dn, s, statistics, weight_D, delta_dtype, of_norm, delta_bias_dtype):
+def _fake_backward(ds, dn, s, statistics, weight_D, delta_dtype, of_norm, delta_bias_dtype, keep_B):
     D = s.shape[-1]
     d_delta = s.new_empty(0) if delta_dtype is None else s.new_empty(s.shape, dtype=delta_dtype)
     d_weight, d_bias = (weight_D.new_empty(D if of_norm else 0) for _ in range(2))
@@ -207,37 +220,37 @@ def _fake_backward(ds, dn, s, statistics, weight_D, delta_dtype, of_norm, delta_
 
 add_layer_norm = register(
     "add_layer_norm",
-    "(Tensor x, Tensor? delta, Tensor? delta_bias, Tensor weight, Tensor bias, float eps, ScalarType out_dtype)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor? delta, Tensor? delta_bias, Tensor weight, Tensor bias, float eps, ScalarType out_dtype,"
+    " Tensor? keep) -> (Tensor, Tensor, Tensor)",
     add_layer_norm_forward,
     _fake_forward,
 )
 add_layer_norm_grad = register(
     "add_layer_norm_grad",
     "(Tensor? ds, Tensor dn, Tensor s, Tensor statistics, Tensor weight, ScalarType? delta_dtype, bool of_norm,"
-    " ScalarType? delta_bias_dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " ScalarType? delta_bias_dtype, Tensor? keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     add_layer_norm_backward,
     _fake_backward,
 )
 
 
 def _save(ctx, inputs, output):
-    x, delta, delta_bias_D, weight_D, bias_D, _, _ = inputs
+    x, delta, delta_bias_D, weight_D, bias_D, _, _, keep_B = inputs
     s, n, statistics = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*((s, statistics) if delta is None else (statistics,)))
     ctx.dtypes = [None if t is None else t.dtype for t in (delta, delta_bias_D, bias_D)]
     ctx.out = n.dtype
-    ctx.save_for_backward(x if delta is None else s, statistics, weight_D)
+    ctx.save_for_backward(x if delta is None else s, statistics, weight_D, keep_B)
 
 
 def _backward(ctx, ds, dn, _):
-    s, statistics, weight_D = ctx.saved_tensors
+    s, statistics, weight_D, keep_B = ctx.saved_tensors
     delta_dtype, delta_bias_dtype, bias_dtype = ctx.dtypes
-    of_x, of_delta, of_delta_bias, of_weight, of_bias, _, _ = ctx.needs_input_grad
+    of_x, of_delta, of_delta_bias, of_weight, of_bias, _, _, _ = ctx.needs_input_grad
     if dn is None:  # only the sum was used
         dn = torch.zeros_like(s, dtype=ctx.out)
-    of_norm, copied = of_weight or of_bias, of_delta and delta_dtype != s.dtype
+    of_norm, copied = of_weight or of_bias, of_delta and (keep_B is not None or delta_dtype != s.dtype)
     dx, d_delta, d_weight, d_bias, d_delta_bias = add_layer_norm_grad(
         ds,
         dn,
@@ -247,11 +260,12 @@ def _backward(ctx, ds, dn, _):
         delta_dtype if copied else None,
         of_norm,
         delta_bias_dtype if of_delta_bias else None,
+        keep_B,
     )
     d_delta = d_delta if copied else dx
     return (
         dx if of_x else None, d_delta if of_delta else None, d_delta_bias if of_delta_bias else None,
-        d_weight if of_weight else None, d_bias.to(bias_dtype) if of_bias else None, None, None,
+        d_weight if of_weight else None, d_bias.to(bias_dtype) if of_bias else None, None, None, None,
     )  # fmt: skip
 
 
@@ -264,13 +278,15 @@ def launches() -> list[Launch]:
     cases += [(f"D{D} bf16 residual", "bf16", D, half, half) for D in (128, 768)]
     cases += [(f"D{D}", name, D, torch.float32, STORAGE[name]) for D in (128, 768) for name in ("fp16", "fp32")]
 
-    def added(D: int, residual: torch.dtype, compute: torch.dtype):
+    def added(D: int, residual: torch.dtype, compute: torch.dtype, keep_B: Tensor | None = None):
         """A sum of a block's, in training and in the attack."""
         x, delta, weight = empty(8, 66, D, dtype=residual)[:, 2:], empty(8, 64, D, dtype=compute), empty(D)
-        s, n, statistics = add_layer_norm_forward(x, delta, empty(D, dtype=compute), weight, weight, 1e-6, compute)
-        copied = compute if compute != residual else None
+        s, n, statistics = add_layer_norm_forward(
+            x, delta, empty(D, dtype=compute), weight, weight, 1e-6, compute, keep_B
+        )
+        copied = compute if compute != residual or keep_B is not None else None
         for learned in (compute, None):
-            add_layer_norm_backward(s, n, s, statistics, weight, copied, learned is not None, learned)
+            add_layer_norm_backward(s, n, s, statistics, weight, copied, learned is not None, learned, keep_B)
 
     def first(D: int, residual: torch.dtype, compute: torch.dtype):
         """The first norm, which adds nothing."""
@@ -283,4 +299,8 @@ def launches() -> list[Launch]:
     launched = [Launch(config, name, lambda a=sizes: added(*a), narrow) for config, name, *sizes in cases]
     cases = [case for case in cases if case[2] in (128, 768)]
     launched += [Launch(f"{config}, first", name, lambda a=sizes: first(*a), narrow) for config, name, *sizes in cases]
+    cases = [case for case in cases if case[1] == "bf16" and case[2] == 768]
+    launched += [
+        Launch(f"{config}, keep", name, lambda a=sizes: added(*a, empty(8)), narrow) for config, name, *sizes in cases
+    ]
     return launched

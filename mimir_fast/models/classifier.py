@@ -4,6 +4,7 @@ Shapes: B batch, C channels, H W sides, L patches, P = C*p*p numbers per patch, 
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimir_fast.models.layers import Block, PatchEmbed
@@ -56,6 +57,7 @@ class VisionTransformer(nn.Module):
         self.global_pool, self.kernels, self.residual_dtype = global_pool, kernels, residual_dtype
         self.activation_checkpointing = activation_checkpointing
         self.drop_rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        self.register_buffer("rates", torch.tensor(self.drop_rates), persistent=False)
         self.num_patches = (img_size // patch_size) ** 2
         # declared first: the order of the state dict is part of the checkpoint format
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -98,14 +100,21 @@ class VisionTransformer(nn.Module):
         tokens = torch.cat([cls_token, tokens], dim=1)
         if self.residual_dtype is not None:
             tokens = tokens.to(self.residual_dtype)
+        keep = None if drop_noise is None else self.factors(drop_noise)
         stream = (tokens, None, None)
         for i, block in enumerate(self.blocks):
-            keep = None
-            if drop_noise is not None and self.drop_rates[i]:
-                keep = (drop_noise[i] >= self.drop_rates[i]).to(tokens.dtype) / (1 - self.drop_rates[i])
-            stream = recomputed(block, *stream, 0, keep) if self.activation_checkpointing else block(*stream, 0, keep)
+            two = None if keep is None else keep[2 * i : 2 * i + 2]
+            stream = recomputed(block, *stream, 0, two) if self.activation_checkpointing else block(*stream, 0, two)
         tokens, delta, bias = stream
-        return tokens + (delta if bias is None else delta + bias.to(delta.dtype))
+        delta = delta + bias.to(delta.dtype)
+        return tokens + (delta if keep is None else delta * keep[-1, :, None, None].to(delta.dtype))
+
+    def factors(self, drop_noise: Tensor) -> Tensor:
+        """Draws [depth,2,B] -> each image's factor of what is added to the stream, [1+2*depth,B] fp32: before the first block
+        (nothing is), then attention and MLP of every block."""
+        rates = self.rates[:, None, None].float()
+        keep = (drop_noise >= rates) / (1 - rates)
+        return F.pad(keep.flatten(0, 1), (0, 0, 1, 0), value=1.0)
 
     def cut(self, images: Tensor) -> Tensor:
         """All patches of images [B,C,H,W]: [B,L,P] in (channel, row, column) order."""

@@ -59,24 +59,20 @@ class Block(nn.Module):
         delta_bias_D: Tensor | None = None,
         first: int = 0,
         keep_2B: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """x [B,T,D], delta [B,T,D] and delta_bias [D] to be added to it -> the same three for the tokens from `first` on.
 
-        keep: factors of each image's two branches, attention and MLP, for stochastic depth.
+        keep: each image's factors of both additions made here, of delta and of the attention, for stochastic depth.
         """
-        x_BTD, normed_BTD = add_and_norm(x_BTD, delta_BTD, delta_bias_D, self.norm1, self.kernels)
-        delta_BTD, bias_D = _kept(self.attn(normed_BTD, first), self.attn.proj.bias, keep_2B, 0)
-        x_BTD, normed_BTD = add_and_norm(x_BTD[:, first:], delta_BTD, bias_D, self.norm2, self.kernels)
+        of_delta_B, of_attention_B = (None, None) if keep_2B is None else keep_2B.unbind()
+        of_delta_B = None if delta_BTD is None else of_delta_B
+        x_BTD, normed_BTD = add_and_norm(x_BTD, delta_BTD, delta_bias_D, self.norm1, self.kernels, keep_B=of_delta_B)
+        delta_BTD, bias_D = self.attn(normed_BTD, first), self.attn.proj.bias
+        x_BTD, normed_BTD = add_and_norm(
+            x_BTD[:, first:], delta_BTD, bias_D, self.norm2, self.kernels, keep_B=of_attention_B
+        )
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
-        delta_BTD = mlp(normed_BTD, fc1.weight, fc1.bias, fc2.weight, self.mlp_kernels)
-        return x_BTD, *_kept(delta_BTD, fc2.bias, keep_2B, 1)
-
-
-def _kept(delta_BTD: Tensor, bias_D: Tensor, keep_2B: Tensor | None, branch: int) -> tuple[Tensor, Tensor | None]:
-    """A branch and its bias as they are, or added up and weighted image by image."""
-    if keep_2B is None:
-        return delta_BTD, bias_D
-    return (delta_BTD + bias_D.to(delta_BTD.dtype)) * keep_2B[branch, :, None, None].to(delta_BTD.dtype), None
+        return x_BTD, mlp(normed_BTD, fc1.weight, fc1.bias, fc2.weight, self.mlp_kernels), fc2.bias
 
 
 def add_and_norm(
@@ -86,10 +82,11 @@ def add_and_norm(
     norm: nn.LayerNorm,
     kernels: str,
     out_dtype: torch.dtype | None = None,
+    keep_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """add_layer_norm with a module's parameters; the bias is rounded to delta's type, as the linear layer would do it."""
     bias_D = None if delta_bias_D is None else delta_bias_D.to(delta_BTD.dtype)
-    return add_layer_norm(x_BTD, delta_BTD, bias_D, norm.weight, norm.bias, norm.eps, out_dtype, kernels)
+    return add_layer_norm(x_BTD, delta_BTD, bias_D, norm.weight, norm.bias, norm.eps, out_dtype, kernels, keep_B)
 
 
 class PatchEmbed(nn.Module):

@@ -29,25 +29,25 @@ def inputs(shape, mix="fp32"):
     return [x, delta, torch.randn(D).to(compute), weight, bias], out_dtype
 
 
-def outputs_and_gradients(tensors, out_dtype, impl, upstream, eps=1e-6):
+def outputs_and_gradients(tensors, out_dtype, impl, upstream, eps=1e-6, keep=None):
     """Sum, normalised sum and the gradient of every tensor that is there, by name; upstream None: that output is not used."""
     leaves = {n: t if t is None else t.detach().requires_grad_() for n, t in zip(NAMES, tensors)}
-    outs = dict(zip(("s", "n"), add_layer_norm(*leaves.values(), eps, out_dtype, impl)))
+    outs = dict(zip(("s", "n"), add_layer_norm(*leaves.values(), eps, out_dtype, impl, keep)))
     seeds = {n: u.to(outs[n].dtype) for n, u in zip(outs, upstream) if u is not None}
     there = {n: t for n, t in leaves.items() if t is not None}
     grads = torch.autograd.grad([outs[n] for n in seeds], list(there.values()), list(seeds.values()))
     return {n: t.detach() for n, t in outs.items()} | {f"grad {n}": g for n, g in zip(there, grads)}
 
 
-def check(tensors, out_dtype, upstream, eps=1e-6):
+def check(tensors, out_dtype, upstream, eps=1e-6, keep=None):
     """Bitwise repeatable, of eager's types, within the budget."""
     upstream = [u if u is None else u.to(o) for u, o in zip(upstream, (tensors[0].dtype, out_dtype or F32))]
     exact = [t if t is None else t.double() for t in tensors]
-    truth = outputs_and_gradients(exact, torch.float64, "reference", upstream, eps)
-    eager = outputs_and_gradients(tensors, out_dtype, "reference", upstream, eps)
+    truth = outputs_and_gradients(exact, torch.float64, "reference", upstream, eps, keep)
+    eager = outputs_and_gradients(tensors, out_dtype, "reference", upstream, eps, keep)
     with interpret(Sanitizer()) as s:
-        ours = outputs_and_gradients(tensors, out_dtype, "triton", upstream, eps)
-        again = outputs_and_gradients(tensors, out_dtype, "triton", upstream, eps)
+        ours = outputs_and_gradients(tensors, out_dtype, "triton", upstream, eps, keep)
+        again = outputs_and_gradients(tensors, out_dtype, "triton", upstream, eps, keep)
     assert not s.errors
     assert ours.keys() == eager.keys()
     for name, value in ours.items():
@@ -64,6 +64,31 @@ def test_values_and_gradients(shape, mix):
     tensors, out_dtype = inputs(shape, mix)
     dtype = out_dtype or tensors[1].dtype
     check(tensors, dtype, (torch.randn(shape), torch.randn(shape)))
+
+
+@pytest.mark.parametrize("mix", ["fp32", "bf16", "fp32 residual, bf16"])
+@pytest.mark.parametrize("shape", [(3, 13, 33), (5, 48), (4, 2, 3, 16), (1, 19, 128)], ids=str)
+def test_factors_of_the_images(shape, mix):
+    tensors, out_dtype = inputs(shape, mix)
+    keep = torch.tensor([1.25, 0.0, 1.0, 0.0, 2.0])[: shape[0]]
+    check(tensors, out_dtype or tensors[1].dtype, (torch.randn(shape), torch.randn(shape)), keep=keep)
+    tensors[2] = None  # without delta_bias
+    check(tensors, out_dtype or tensors[1].dtype, (torch.randn(shape), torch.randn(shape)), keep=keep)
+
+
+def test_an_image_left_out_gets_nothing_and_gives_nothing():
+    (x, delta, *rest), _ = inputs((3, 7, 32), "bf16")
+    x, delta = x[:, 2:].requires_grad_(), delta[:, 2:].requires_grad_()  # strided
+    with interpret(Sanitizer()) as s:
+        outs = add_layer_norm(x, delta, *rest, impl="triton", keep_B=torch.tensor([1.0, 0.0, 1.0]))
+        plain = add_layer_norm(x, delta, *rest, impl="triton")
+        dx, d_delta = torch.autograd.grad(outs, (x, delta), [torch.randn_like(t) for t in outs])
+    assert not s.errors
+    assert torch.equal(outs[0][1], x[1])
+    assert torch.equal(d_delta[1], torch.zeros_like(d_delta[1]))
+    for image in (0, 2):
+        assert torch.equal(outs[0][image], plain[0][image])
+        assert torch.equal(d_delta[image], dx[image])
 
 
 @pytest.mark.parametrize("mix", ["fp32", "bf16", "fp32 residual, bf16"])
@@ -237,9 +262,24 @@ def test_row_offsets_past_the_range_of_32_bits():
         many[name][-tail:] = value
     m, flags = many, {"D": D, "num_warps": 4}
     with interpret(last=1):
-        stream = (m["x"], m["delta"], delta_bias, weight, bias, m["s"], m["n"], statistics, rows, rows, 0, D, 1e-6)
+        stream = (
+            m["x"],
+            m["delta"],
+            delta_bias,
+            None,
+            weight,
+            bias,
+            m["s"],
+            m["n"],
+            statistics,
+            rows,
+            rows,
+            0,
+            D,
+            1e-6,
+        )
         kernel._add_norm_kernel[(rows // 16,)](*stream, **flags)
-        stream = (m["ds"], m["dn"], m["s"], statistics, weight, m["dx"], None, torch.empty(0), rows)
+        stream = (m["ds"], m["dn"], m["s"], statistics, weight, None, m["dx"], None, torch.empty(0), rows, rows)
         kernel._add_norm_grad_kernel[(rows // 16,)](*stream, OF_NORM=False, OF_DELTA_BIAS=False, **flags)
     truth = outputs_and_gradients([x, delta, delta_bias, weight, bias], BF16, "reference", upstream)
     for name, value in (("s", "s"), ("n", "n"), ("dx", "grad x")):
@@ -256,12 +296,14 @@ def test_operator_registration_and_fullgraph_compilation():
         return total * 2, out * 2
 
     with interpret():
-        torch.library.opcheck(kernel.add_layer_norm, (*leaves, 1e-6, BF16))
-        plain = (leaves[0], None, None, *leaves[3:], 1e-6, BF16)
+        torch.library.opcheck(kernel.add_layer_norm, (*leaves, 1e-6, BF16, None))
+        plain = (leaves[0], None, None, *leaves[3:], 1e-6, BF16, None)
         torch.library.opcheck(kernel.add_layer_norm, plain)
+        torch.library.opcheck(kernel.add_layer_norm, (*leaves, 1e-6, BF16, torch.rand(2)))
         rest = (torch.randn(2, 5, 24), torch.rand(2, 10), torch.randn(24))
-        torch.library.opcheck(kernel.add_layer_norm_grad, (*upstream, *rest, BF16, True, BF16))
-        torch.library.opcheck(kernel.add_layer_norm_grad, (None, upstream[1], *rest, None, False, None))
+        torch.library.opcheck(kernel.add_layer_norm_grad, (*upstream, *rest, BF16, True, BF16, None))
+        torch.library.opcheck(kernel.add_layer_norm_grad, (None, upstream[1], *rest, None, False, None, None))
+        torch.library.opcheck(kernel.add_layer_norm_grad, (*upstream, *rest, BF16, True, BF16, torch.rand(2)))
         eager = normed(*leaves)
         compiled = torch.compile(normed, fullgraph=True, backend="aot_eager")(*leaves)
         assert all(map(torch.equal, eager, compiled))
@@ -293,6 +335,9 @@ def test_the_reference_is_torchs_layer_norm_and_passes_gradcheck():
     assert torch.equal(add_layer_norm(x, None, None, weight, bias)[1], torch.layer_norm(x, (10,), weight, bias, 1e-6))
     leaves = [t.double().requires_grad_() for t in tensors]
     assert torch.autograd.gradcheck(add_layer_norm, leaves)
+    keep = torch.tensor([0.0, 1.5, 1.0], dtype=torch.float64)
+    assert torch.equal(add_layer_norm(*tensors, keep_B=keep)[0], x + (delta + delta_bias) * keep.float()[:, None, None])
+    assert torch.autograd.gradcheck(lambda *t: add_layer_norm(*t, keep_B=keep), leaves)
     assert torch.autograd.gradcheck(lambda x, w, b: add_layer_norm(x, None, None, w, b), [leaves[0], *leaves[3:]])
 
 
@@ -312,6 +357,10 @@ def test_the_reference_is_torchs_layer_norm_and_passes_gradcheck():
         ({"out_dtype": torch.int64}, "out_dtype"),
         ({"out_dtype": torch.float64, "impl": "triton"}, "out_dtype"),
         ({"impl": "cuda"}, "impl"),
+        ({"keep_B": torch.ones(5)}, "keep"),
+        ({"keep_B": torch.ones(2).requires_grad_()}, "keep"),
+        ({"keep_B": torch.ones(2), "delta": None, "delta_bias_D": None}, "keep"),
+        ({"keep_B": torch.ones(2, dtype=torch.int64)}, "keep"),
     ],
 )
 def test_errors_name_the_argument(change, word):
