@@ -1,4 +1,4 @@
-"""python -m mimir_fast.analyze"""
+"""python -m mimir_fast.analyze: the same as `mimir-fast analyze`."""
 
 import sys
 

@@ -91,10 +91,7 @@ def _dress(ax, positions: list[float], labels: list[str] | None) -> None:
         ax.set_xlabel("epoch", fontsize=9)
         return
     step = -(-len(labels) // MOST_LABELS)
-    ax.set_xticks(
-        positions[::step],
-        labels[::step],
-        rotation=20 if len(labels) > 1 else 0,
-        ha="right" if len(labels) > 1 else "center",
-    )
+    slanted = {"rotation": 20, "ha": "right"} if len(labels) > 1 else {}
+    slanted = {"rotation": 20, "ha": "right"} if len(labels) > 1 else {}
+    ax.set_xticks(positions[::step], labels[::step], **slanted)
     ax.set_xlim(-0.6, len(labels) - 0.4)
