@@ -133,17 +133,11 @@ COMPILE = (_lower("spills", "spills", exact=True), _higher("occupancy", "occupan
 KERNELS = (Figure("ms", True, plain("ms", "ms_p20", "ms_p80")),)
 SHAPE = ("config.model", "config.batch_size", "config.input_size", "config.patch_size")
 CASE = ("op", "recipe", "dtype", "direction", "impl")
+STEP_IS = ("task", "variant", "peaks", "config")
 VARIANT = ("op", "kernel", "config", "dtype", "wide", "arch")
 KINDS = (
     Kind("kernels", "impl", (*CASE, "config"), CASE, KERNELS),
-    Kind(
-        "step",
-        "variant",
-        ("task", "variant", "peaks", "config"),
-        ("variant", *SHAPE, "peaks"),
-        STEP,
-        trainer=True,
-    ),
+    Kind("step", "variant", STEP_IS, ("variant", *SHAPE, "peaks"), STEP, trainer=True),
     Kind("train", "stages", ("config", "peaks", "threads"), SHAPE, TRAIN, trainer=True),
     Kind("pairs", "ratios", ("config", "threads"), SHAPE, PAIRS),
     Kind("losses", "points", ("flags", "window"), ("flags",), LOSSES),

@@ -11,7 +11,7 @@ import torch
 from bench import profile, train
 from bench.__main__ import main
 from bench.gpu import command, stages
-from bench.gpu.plan import GROUPS, Stage, plan
+from bench.gpu.plan import FLAGS, GROUPS, Stage, plan
 from bench.gpu.stages import Outcome, run_all
 from bench.gpu.summary import page
 from bench.kernels import command as kernels
@@ -44,10 +44,16 @@ def test_the_plan_is_made_of_commands_that_parse():
     found = planned("--batch 64 --data_root images --output out --results res")
     variants = ("ours", "references", "textbook")
     steps = [f"step {model} {variant}" for model in ("mae_vit_base", "mae_vit_small") for variant in variants]
+    steps += ["finetune vit_base PGD-1", "finetune vit_base PGD-10"]
     assert [s.name for s in found] == ["tests", "peaks", "kernels", *steps, "train", "profile"]
     assert list(dict.fromkeys(s.group for s in found)) == list(GROUPS)
     parsers = {"step": step.build_parser(), "train": train.build_parser(), "profile": profile.build_parser()}
     for stage in found:
+        if stage.group == "finetune":
+            own, flags = partition(stage.command[4:])
+            args = parsers["step"].parse_args(own)
+            assert stage.name == f"finetune {args.model} PGD-{args.steps}"
+            assert (args.task, args.batch, args.results, flags) == ("finetune", 32, "res/step.jsonl", FLAGS)
         if stage.group not in parsers:
             continue
         assert stage.command[:4] == [sys.executable, "-m", "bench", stage.group]
@@ -150,6 +156,10 @@ def test_the_summary(tmp_path):
     assert "most expensive" in text
     assert "s/step" not in text
     assert text.index("## kernels: over time") < text.index("last words")
+    tuning = record_of_a_step(450.0) | {"task": "finetune"}
+    tuning["config"] = {"model": "vit_base", "attack_train": "pgd", "steps": 10}
+    text = page([Outcome(Stage("finetune b PGD-10", "finetune", [], 1), "ok", records=[tuning])], 1, MACHINE)
+    assert "| vit_base | ours, PGD-10 | 450.0 |" in text
     text = page([Outcome(stage["step b ours"], "ok", records=[record_of_a_step(None)])], 1, MACHINE)
     assert "1 of 1 stages done." in text
     assert "| mae_vit_base | ours | - | - | - | 39.4 | - | 719 | 10.1 |" in text
@@ -194,7 +204,10 @@ def test_ctrl_c_ends_the_stage_and_keeps_what_was_done(tmp_path, monkeypatch, ca
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        ("--only tests,nothing", "only: expected some of tests, peaks, kernels, step, train, profile, got nothing"),
+        (
+            "--only tests,nothing",
+            "only: expected some of tests, peaks, kernels, step, finetune, train, profile, got nothing",
+        ),
         ("--minutes 0", "minutes: expected more than 0, got 0"),
         ("--pretend /no/such/wrapper", "pretend: no file /no/such/wrapper"),
     ],

@@ -1,4 +1,4 @@
-"""python -m bench gpu: tests, peaks, kernels, step, training loop and profile on one GPU, in one go, with a summary."""
+"""python -m bench gpu: tests, peaks, kernels, steps, training loop and profile on one GPU, in one go, with a summary."""
 
 import argparse
 import sys
@@ -6,15 +6,15 @@ from pathlib import Path
 
 import torch
 
-from bench.gpu.plan import DEFAULT_MINUTES, GROUPS, plan
+from bench.gpu.plan import DEFAULT_MINUTES, FLAGS, GROUPS, plan
 from bench.gpu.stages import Outcome, run_all
 from bench.gpu.summary import page
 from bench.records import RESULTS, heading, partition
 from bench.step.counts import pretend_gpu
 
-FLAGS = ["--residual_dtype", "bf16"]  # of docs/performance.md
-EPILOG = f"""Trainer flags may follow -- (default: {" ".join(FLAGS)}).  Each stage is a process of its own with its part of the
-time; what fails or takes too long is reported and the rest goes on.  summary.md is written anew after every stage.
+EPILOG = f"""Flags of pre-training may follow -- (default: {" ".join(FLAGS)}, which the fine-tuning steps always have).
+Each stage is a process of its own with its part of the time; what fails or takes too long is reported and the rest goes on.
+summary.md is written anew after every stage.
 Exit status: 0 all stages ok, 1 not all, 2 wrong input or no GPU, 130 Ctrl-C."""
 
 

@@ -6,10 +6,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.rows import FINETUNE
 from bench.step.peaks import PEAKS
 from bench.step.variants import VARIANTS
 
-GROUPS = ("tests", "peaks", "kernels", "step", "train", "profile")
+GROUPS = ("tests", "peaks", "kernels", "step", "finetune", "train", "profile")
+FLAGS = ["--residual_dtype", "bf16"]  # of docs/performance.md
+ATTACKS = (1, 10)  # steps of the fine-tuning steps
 TESTS = ("tests/kernels/test_devices.py", "tests/test_gpu.py")
 COMPILED = 40  # seconds of a step that is compiled first, out of DEFAULT_MINUTES
 DEFAULT_MINUTES = 8.0
@@ -32,7 +35,7 @@ class Stage:
 
 
 def plan(args: argparse.Namespace, flags: list[str]) -> list[Stage]:
-    """The stages in order, those of args.only.  flags: the trainer's, for step, train and profile."""
+    """The stages in order, those of args.only.  flags: pre-training's, for step, train and profile."""
     python, bench = sys.executable, [sys.executable, "-m", "bench"]
     results = Path(args.results)
     prefix = _pretended(args)
@@ -60,6 +63,7 @@ def plan(args: argparse.Namespace, flags: list[str]) -> list[Stage]:
             told=True,
         ),
         *(step for model in args.models for step in _steps(args, model, [*sizes, *record("step")], flags)),
+        *_tuning(args, record("step")),
         Stage(
             "train", "train", [*prefix, *bench, "train", *loop, *record("train"), *after], 60, results / "train.jsonl"
         ),
@@ -77,6 +81,21 @@ def _steps(args: argparse.Namespace, model: str, words: list[str], flags: list[s
         command = [sys.executable, "-m", "bench", "step", *own, *(["--", *flags] if flags else [])]
         share = COMPILED / 2 if variant == "textbook" else COMPILED
         stages.append(Stage(f"step {model} {variant}", "step", command, share, Path(args.results) / "step.jsonl"))
+    return stages
+
+
+def _tuning(args: argparse.Namespace, results: list[str]) -> list[Stage]:
+    """`bench step` of the first model's fine-tuning, half the batch; the second attack finds its code compiled."""
+    model, stages = args.models[0].removeprefix("mae_"), []
+    for steps in ATTACKS:
+        own = ["--task", FINETUNE, "--model", model, "--steps", str(steps), "--batch", str(max(args.batch // 2, 1))]
+        own += ["--input_size", str(args.input_size), "--patch_size", str(args.patch_size), *results]
+        own += ["--pretend", args.pretend] if args.pretend else []
+        command = [sys.executable, "-m", "bench", "step", *own, "--", *FLAGS]
+        share = COMPILED if steps == ATTACKS[0] else COMPILED / 2
+        stages.append(
+            Stage(f"finetune {model} PGD-{steps}", "finetune", command, share, Path(args.results) / "step.jsonl")
+        )
     return stages
 
 

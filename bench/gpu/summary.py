@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 
 from bench.gpu.stages import Outcome
+from bench.report.figures import attack
+from bench.rows import FINETUNE
 from bench.train import lines as train_lines
 
 SHOWN = 12  # lines of a failed stage's log
@@ -13,7 +15,7 @@ def page(outcomes: list[Outcome], planned: int, machine: dict) -> str:
     """Markdown of the outcomes so far, out of `planned` stages; machine: a heading (bench.records)."""
     parts = [_head(outcomes, planned, machine), _stages(outcomes)]
     records = {o.stage.name: o.records for o in outcomes if o.records}
-    steps = [r for name, found in records.items() if name.startswith("step ") for r in found]
+    steps = [r for name, found in records.items() if name.startswith(("step ", "finetune ")) for r in found]
     if "peaks" in records:
         parts.append(["## The GPU", "", *_peaks(records["peaks"][-1])])
     if steps:
@@ -65,7 +67,7 @@ def _steps(records: list[dict]) -> Iterator[str]:
         measured, totals = r["measured"] or {}, r["totals"]
         cells = [
             r["config"]["model"],
-            r["variant"],
+            r["variant"] if r.get("task") != FINETUNE else f"{r['variant']}, {attack(r)}",
             _number(measured.get("ms"), 1),
             _number(measured.get("images_per_s")),
             _number(measured.get("mfu"), 3),

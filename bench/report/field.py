@@ -173,7 +173,7 @@ def _bounds_in_words(rows: list[Row]) -> Iterator[tuple[str, str]]:
         same = ("config.model", "config.steps")
         others = [r for r in beside(rows, row) if all(r.subject[n] == row.subject[n] for n in same)]
         others = [r for r in others if r.record["variant"] != "ours"]
-        named = "" if task == PRETRAIN else f" with {attack(row)}"
+        named = "" if task == PRETRAIN else f" with {attack(row.record)}"
         rivals = "".join(f"; {STEPS[r.record['variant']]} ({setting(r, others)}): {_ms(r)}" for r in others)
         where = f"{model(row.record['config'])}{named} on an {row.record['peaks'].upper()}"
         yield what, f"{where} ({setting(row, [row])}): {_ms(row)}{rivals}"

@@ -112,12 +112,12 @@ def setting(row: Row, among: list[Row]) -> str:
 def step(row: Row) -> str:
     """The variant; of fine-tuning with its attack: mimir_fast, PGD-1."""
     name = STEPS[row.record["variant"]]
-    return name if row.record["task"] == PRETRAIN else f"{name}, {attack(row)}"
+    return name if row.record["task"] == PRETRAIN else f"{name}, {attack(row.record)}"
 
 
-def attack(row: Row) -> str:
+def attack(record: dict) -> str:
     """Of a fine-tuning step: PGD-10."""
-    config = row.record["config"]
+    config = record["config"]
     return f"{config['attack_train'].upper()}-{config['steps']}"
 
 
