@@ -112,6 +112,13 @@ def test_rounds_pass_on_what_they_leave():
     assert record.loss[:3].tolist() == [2.0, 1.0, 2.0]
 
 
+def test_the_first_round_that_breaks_an_image_is_the_one_that_counts():
+    record = Record("nowhere.npz", np.arange(2), np.array([True, False]))
+    for turn in (1, 2):
+        record.note(np.array([0, 1]), turn, np.array([3, 3]), np.array([5, 5]), np.ones(2, np.float32))
+    assert record.broken.tolist() == [1, 0]
+
+
 def test_an_image_that_was_wrong_unattacked_stays_wrong():
     record = Record("nowhere.npz", np.arange(1), np.array([False]))
     record.note(np.array([0]), 1, np.array([3]), np.array([3]), np.array([0.1], np.float32))
