@@ -4,8 +4,7 @@ import torch
 
 from bench.step.pricing import Setting, price
 from bench.step.trace import record
-from bench.step.variants import build_step
-from mimir_fast.config import PretrainConfig
+from bench.step.variants import StepConfig, build_step
 
 # computes like no other setting, but every product is one that the recorder sees
 PLAIN = {
@@ -23,14 +22,16 @@ PLAIN = {
     "activation_checkpointing": False,
     "use_normalize": False,
     "mi_train": "plain",
+    "mi_loss": "plain",
 }
 
 
-def model_flops(config: PretrainConfig) -> float:
+def model_flops(config: StepConfig) -> float:
     """FLOPs of the matrix products and attention of one image: attack, forward and backward pass; a multiply-add is two.
 
     Counted on a step of one image on the CPU.  Not counted: the penalty, elementwise work, what activation checkpointing
     computes twice.
     """
-    step = build_step("ours", config.updated(PLAIN), torch.device("cpu"))
+    plain = {name: value for name, value in PLAIN.items() if name in config.flags()}
+    step = build_step("ours", config.updated(plain), torch.device("cpu"))
     return sum(sum(p.flops.values()) for call in record(step, "cpu") for p in price(call, Setting()))

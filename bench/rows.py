@@ -138,7 +138,7 @@ VARIANT = ("op", "kernel", "config", "dtype", "wide", "arch")
 KINDS = (
     Kind("kernels", "impl", (*CASE, "config"), CASE, KERNELS),
     Kind("step", "variant", STEP_IS, ("variant", *SHAPE, "peaks"), STEP, trainer=True),
-    Kind("train", "stages", ("config", "peaks", "threads"), SHAPE, TRAIN, trainer=True),
+    Kind("train", "stages", ("task", "config", "peaks", "threads"), SHAPE, TRAIN, trainer=True),
     Kind("pairs", "ratios", ("config", "threads"), SHAPE, PAIRS),
     Kind("losses", "points", ("flags", "window"), ("flags",), LOSSES),
     Kind("peaks", "reached", (), (), PEAKS),

@@ -14,6 +14,7 @@ from bench.step.counts import pretend_gpu
 from bench.step.peaks import PEAKS
 from bench.training import EndedEarlyError, add_arguments, check, device_name, open_trainer, peaks_name, run
 from mimir_fast import stages
+from mimir_fast.finetune.trainer import Trainer as FinetuneTrainer
 from mimir_fast.metrics import peak_memory_gib
 from mimir_fast.trainer import Trainer
 
@@ -62,12 +63,13 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def measured(args: argparse.Namespace, trainer: Trainer, times: StageTimes) -> dict:
+def measured(args: argparse.Namespace, trainer: Trainer | FinetuneTrainer, times: StageTimes) -> dict:
     """The record.  On a pretend GPU every time is None: there is none."""
     config, device = trainer.config, device_name(trainer.world, args.gpu)
     images = config.optim.batch_size * config.optim.accum_iter
     record = {
         **heading(device),
+        "task": args.task,
         "threads": torch.get_num_threads(),
         "peaks": peaks_name(device, args.gpu),
         "config": config.flat() | {"data_root": Path(config.data.data_root).name},

@@ -9,19 +9,26 @@ from pathlib import Path
 import torch
 
 from bench.images import write_images
+from bench.rows import FINETUNE, PRETRAIN
 from bench.step.counts import pretend_gpu
+from bench.step.finetuning import RECIPE
 from bench.step.peaks import PEAKS, peak_of
-from mimir_fast.arguments import parse_pretrain_args
+from bench.step.variants import DEFAULTS, StepConfig, fill_in
+from mimir_fast import arguments, pretrain
 from mimir_fast.compiling import keep_compiled_code
-from mimir_fast.config import PretrainConfig
 from mimir_fast.distributed import World, join_world
-from mimir_fast.pretrain import settle_defaults
+from mimir_fast.finetune import command as finetune
+from mimir_fast.finetune.trainer import Trainer as FinetuneTrainer
 from mimir_fast.settle import seed_everything
 from mimir_fast.stages import listening
 from mimir_fast.trainer import Trainer
 
 # as little beside the step as possible; flags after -- win
-QUIET = "--recipe imagenet_vit_b --dataset imagefolder --output_dir= --log_dir= --checkpoint_steps 0".split()
+QUIET = "--dataset imagefolder --output_dir= --log_dir= --checkpoint_steps 0".split()
+RECIPES = {
+    PRETRAIN: "--recipe imagenet_vit_b".split(),
+    FINETUNE: f"--recipe {RECIPE} --test_every 0".split(),
+}
 
 
 class EndedEarlyError(Exception):
@@ -32,8 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser, updates: int, warmup: int) ->
     """The flags that say what is trained and for how long."""
     add = parser.add_argument
     add("--data_root", default="", help="folder of class folders with images (default: synthetic JPEG files)")
-    add("--model", default="mae_vit_base", help="model name (default: %(default)s)")
-    add("--batch", type=int, default=512, help="images per micro-batch (default: %(default)s)")
+    add("--task", choices=list(DEFAULTS), default=PRETRAIN, help="whose loop (default: %(default)s)")
+    add("--model", help="model name (default: mae_vit_base; fine-tuning: vit_base)")
+    add("--batch", type=int, help="images per micro-batch (default: 512; fine-tuning: 256)")
     add("--input_size", type=int, default=224, help="image side [pixels] (default: %(default)s)")
     add("--patch_size", type=int, default=16, help="patch side [pixels] (default: %(default)s)")
     add("--updates", type=int, default=updates, help="observed updates (default: %(default)s)")
@@ -42,14 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser, updates: int, warmup: int) ->
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError naming the number that is too small."""
+    """Fill in the model and the batch of the task; raises ValueError naming the number that is too small."""
+    fill_in(args)
     for name in ("batch", "updates", "warmup"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name}: expected 1 or more, got {getattr(args, name)}")
 
 
 @contextmanager
-def open_trainer(args: argparse.Namespace, flags: list[str]) -> Iterator[Trainer]:
+def open_trainer(args: argparse.Namespace, flags: list[str]) -> Iterator[Trainer | FinetuneTrainer]:
     """The trainer of these flags, about to run warmup + updates; closed at the end.
 
     flags: the trainer's own, over everything else.  Raises ValueError if they do not fit, or end the run earlier.
@@ -67,7 +76,7 @@ def open_trainer(args: argparse.Namespace, flags: list[str]) -> Iterator[Trainer
                 torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN is not there
             seed_everything(config.run.seed)
             keep_compiled_code()
-            trainer = Trainer(config, world, notes)
+            trainer = (FinetuneTrainer if args.task == FINETUNE else Trainer)(config, world, notes)
             try:
                 yield whole(trainer, args.warmup + args.updates)
             finally:
@@ -76,16 +85,18 @@ def open_trainer(args: argparse.Namespace, flags: list[str]) -> Iterator[Trainer
             world.close()
 
 
-def configure(args: argparse.Namespace, flags: list[str]) -> tuple[PretrainConfig, list[str]]:
+def configure(args: argparse.Namespace, flags: list[str]) -> tuple[StepConfig, list[str]]:
     """The trainer's configuration, and the lines it has to say about it."""
     sizes = {"model": args.model, "input_size": args.input_size, "patch_size": args.patch_size}
     words = {**sizes, "batch_size": args.batch, "max_steps": args.warmup + args.updates}
     own = [word for name, value in words.items() for word in (f"--{name}", str(value))]
-    config, explicit = parse_pretrain_args([*QUIET, f"--data_root={args.data_root}", *own, *flags])
-    return settle_defaults(config, explicit)
+    own = [*RECIPES[args.task], *QUIET, f"--data_root={args.data_root}", *own, *flags]
+    if args.task == FINETUNE:
+        return finetune.settle_defaults(*arguments.parse_args(finetune.FINETUNE, own))
+    return pretrain.settle_defaults(*arguments.parse_pretrain_args(own))
 
 
-def whole(trainer: Trainer, count: int) -> Trainer:
+def whole(trainer: Trainer | FinetuneTrainer, count: int) -> Trainer | FinetuneTrainer:
     """The trainer, if its run is `count` updates long.  Raises ValueError if not."""
     if trainer.total_updates - trainer.position.update != count:
         raise ValueError(
@@ -95,7 +106,9 @@ def whole(trainer: Trainer, count: int) -> Trainer:
     return trainer
 
 
-def run(trainer: Trainer, opened: Callable[[str], AbstractContextManager], updated: Callable[[int], None]) -> None:
+def run(
+    trainer: Trainer | FinetuneTrainer, opened: Callable[[str], AbstractContextManager], updated: Callable[[int], None]
+) -> None:
     """Train to the end; updated(n) is called after the n-th update, outside of every stage.
 
     Raises EndedEarlyError if the training diverges or a signal stops it.

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from bench_records import step
+from runs import make_images
 
 from bench.__main__ import main
+from bench.model_flops import model_flops
 from bench.rows import load
 from bench.step import finetuning
 from bench.step.roofline import price_all
@@ -85,6 +87,29 @@ def test_the_textbook_does_the_same_work(priced):
     assert sum(sum(p.flops.values()) for p in products) == expected_flops(
         2, attention=False
     )  # a kernel of its own on a CPU
+
+
+def test_flops_per_image_are_the_same_whatever_computes_them(monkeypatch):
+    monkeypatch.setitem(CLASSIFIERS, "vit_ti", TINY)
+    config = configuration("ours", [*WORDS.split(), "--activation_checkpointing", "--steps", "2"], "finetune")
+    assert model_flops(config) == expected_flops(2) / 2
+
+
+def test_the_training_loop_is_the_fine_tuners(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(CLASSIFIERS, "vit_ti", TINY)
+    results = tmp_path / "train.jsonl"
+    words = (
+        "train --task finetune --model vit_ti --batch 4 --input_size 16 --patch_size 8 --warmup 1 --updates 3".split()
+    )
+    words += ["--data_root", str(make_images(tmp_path / "data")), "--results", str(results)]
+    assert main([*words, "--", "--device", "cpu", "--num_workers", "0"]) == 0, capsys.readouterr().err
+    (row,) = load(results)
+    assert row.record["task"] == "finetune"
+    assert row.subject["config.layer_decay"] == 0.65
+    assert {"data", "prepare", "attack", "encoder", "loss", "backward", "optimizer", "rest"} == set(
+        row.record["stages"]
+    )
+    assert row.readings["images/s"].value > 0
 
 
 def test_the_configuration_is_the_recipes():

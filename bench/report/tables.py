@@ -18,7 +18,7 @@ from bench.report.figures import (
     step,
     threads,
 )
-from bench.rows import PRETRAIN, Row, newest
+from bench.rows import FINETUNE, PRETRAIN, Row, newest
 from bench.step.pricing import CLASSES
 
 NO_BOUND = "No priced step is on record."
@@ -124,7 +124,7 @@ def _training(m: Measurement, among: list[Row]) -> list[str]:
     rate = f"{m.reading.value:.1f} ({m.reading.low:.1f} to {m.reading.high:.1f})"
     mfu = UNKNOWN if r["mfu"] is None else f"{r['mfu']:.1%}"
     return [
-        model(r["config"]),
+        model(r["config"]) + (", fine-tuning" if r["task"] == FINETUNE else ""),
         rate,
         mfu,
         f"{r['data wait']:.1%}",

@@ -10,13 +10,12 @@ import torch
 
 from bench.pretend import start_under
 from bench.records import RESULTS, append, heading, partition
-from bench.rows import FINETUNE, PRETRAIN
+from bench.rows import PRETRAIN
 from bench.step import counts, table
 from bench.step.peaks import PEAKS, peak_of
 from bench.step.roofline import roofline_on_gpu, roofline_on_pretend_gpu
-from bench.step.variants import VARIANTS, StepConfig, configuration
+from bench.step.variants import DEFAULTS, VARIANTS, StepConfig, configuration, fill_in
 
-DEFAULTS = {PRETRAIN: ("mae_vit_base", 512), FINETUNE: ("vit_base", 256)}  # model, batch
 EPILOG = """Trainer flags may follow --, for instance: python -m bench step --batch 256 -- --mask_ratio 0.6
 finetune is adversarial training of the classifier (PGD, eps 4/255), as mimir-fast finetune --recipe imagenet_vit_s does it.
 Units: GB 1e9 bytes, GiB 2**30 bytes, TFLOP 1e12 operations (a multiply-add is two), ms of one step; syncs, copies: per step.
@@ -33,8 +32,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--task", choices=list(DEFAULTS), default=PRETRAIN, help="whose step (default: %(default)s)")
-    add("--model", help="model name (default: mae_vit_base, vit_base)")
-    add("--batch", type=int, help="images per step (default: 512, fine-tuning 256)")
+    add("--model", help="model name (default: mae_vit_base; fine-tuning: vit_base)")
+    add("--batch", type=int, help="images per step (default: 512; fine-tuning: 256)")
     add("--steps", type=int, default=1, help="steps of the attack (default: %(default)s)")
     add("--input_size", type=int, default=224, help="image side [pixels] (default: %(default)s)")
     add("--patch_size", type=int, default=16, help="patch side [pixels] (default: %(default)s)")
@@ -53,8 +52,7 @@ def main(arguments: list[str]) -> int:
     """Print the table and append the record; returns the exit status: 0, or 2 with one line on wrong input."""
     own, flags = partition(arguments)
     args = build_parser().parse_args(own)
-    model, batch = DEFAULTS[args.task]
-    args.model, args.batch = args.model or model, batch if args.batch is None else args.batch
+    fill_in(args)
     try:
         if args.flags:
             raise ValueError(f"arguments: {args.flags[0]!r} is not known; trainer flags come after --")

@@ -9,6 +9,7 @@ A PretrainConfig gives the pre-training step, a FinetuneConfig the fine-tuning s
 The images are on the device already, as floats: reading, decoding and copying them is the data pipeline's.
 """
 
+import argparse
 from collections.abc import Callable
 
 import torch
@@ -29,8 +30,15 @@ from mimir_fast.pretrain import settle_defaults
 from mimir_fast.step import draw_noise, pretrain_step
 
 VARIANTS = ("ours", "references", "textbook")
+DEFAULTS = {PRETRAIN: ("mae_vit_base", 512), FINETUNE: ("vit_base", 256)}  # model, batch
 LEARNING_RATE = 1e-4
 StepConfig = PretrainConfig | FinetuneConfig
+
+
+def fill_in(args: argparse.Namespace) -> None:
+    """args.model and args.batch where they were not given: the task's."""
+    model, batch = DEFAULTS[args.task]
+    args.model, args.batch = args.model or model, batch if args.batch is None else args.batch
 
 
 def configuration(variant: str, words: list[str], task: str = PRETRAIN) -> StepConfig:
