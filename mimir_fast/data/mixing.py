@@ -125,7 +125,7 @@ def _draw(mixing: Mixing, batch: int, height: int, width: int, rng: np.random.Ra
     boxes = np.zeros((4, count), np.int64)
     for i in np.flatnonzero(cuts & (shares != 1)):
         boxes[:, i], shares[i] = _box(mixing, height, width, float(shares[i]), rng)
-    table = np.concatenate([np.stack([shares, 1 - shares, cuts & (shares != 1)]), boxes])
+    table = np.concatenate([np.stack([shares, 1 - shares, cuts]), boxes])
     if mixing.mode == "pair":
         return np.concatenate([table, table[:, ::-1]], axis=1)
     return np.broadcast_to(table, (7, batch))
