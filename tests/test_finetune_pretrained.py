@@ -37,7 +37,8 @@ def test_the_head_starts_afresh_whatever_the_checkpoint_has():
     torch.manual_seed(1)
     model, other = classifier(num_classes=400), classifier(num_classes=400)
     with torch.no_grad():
-        other.head.bias.fill_(1.0)
+        model.head.bias.fill_(1.0)
+        other.head.bias.fill_(2.0)
     said = load(model, other.state_dict(), head_std=2e-5)
     assert model.head.weight.std().item() == pytest.approx(2e-5, rel=0.05)
     assert model.head.weight.abs().max() > 0
