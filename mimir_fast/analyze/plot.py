@@ -1,5 +1,7 @@
 """The figure of an analysis: a row of panels for every series of checkpoints."""
 
+from collections.abc import Sequence
+
 from matplotlib.figure import Figure
 
 from mimir_fast.analyze.estimates import ESTIMATORS
@@ -18,7 +20,8 @@ def draw(results: list[dict]) -> Figure:
     figure = Figure(figsize=(15, 3.9 * len(series) + 0.5), layout="constrained")
     rows = figure.subfigures(len(series), 1, squeeze=False)[:, 0]
     for row, (name, members) in zip(rows, series.items()):
-        row.suptitle(f"{name} ({members[0]['model']})", fontsize=11)
+        models = dict.fromkeys(member["model"] for member in members)
+        row.suptitle(f"{name} ({', '.join(models)})", fontsize=11)
         axes = row.subplots(1, len(ESTIMATORS) + 1)
         positions, labels = places(members)
         for ax, estimator in zip(axes, ESTIMATORS):
@@ -46,21 +49,31 @@ def places(members: list[dict]) -> tuple[list[float], list[str] | None]:
 def _draw_estimator(ax, positions: list[float], members: list[dict], estimator: str) -> None:
     ax.set_title(f"excess, {TITLES[estimator]}", fontsize=10)
     ax.axhline(0, color=GREY, linewidth=0.8)
-    for variable in VARIABLES:
+    for place, variable in enumerate(VARIABLES):
         colour, marker, label = STYLES[variable]
         numbers = [member["information"][variable][estimator]["excess"] for member in members]
-        _points(ax, positions, numbers, colour, marker, label)
+        _points(ax, _beside(positions, place - 1), numbers, colour, marker, label)
 
 
 def _draw_bounds(ax, positions: list[float], members: list[dict]) -> None:
     ax.set_title("bounds [bit]", fontsize=10)
     _points(ax, positions, [m["entropy"]["renyi_1.01"] for m in members], PURPLE, "v", "H(z), order 1.01 (estimate)")
-    if all(member["fano"] for member in members):
-        for name, colour, marker in (("clean", BLUE, "o"), ("adversarial", ORANGE, "s")):
-            _points(ax, positions, [m["fano"][name] for m in members], colour, marker, f"I(y;ŷ) ≥, {name} (Fano)", ":")
-        entropies = [member["fano"]["clean"]["label_entropy"] for member in members]
-        ax.plot(positions, entropies, color=GREY, marker="_", linestyle="--", label="H(y)")
+    known = [(place, member["fano"]) for place, member in zip(positions, members) if member["fano"]]
+    if known:
+        at, bounds = zip(*known)
+        for shift, (name, colour, marker) in enumerate((("clean", BLUE, "o"), ("adversarial", ORANGE, "s"))):
+            label = f"I(y;ŷ) ≥, {name} (Fano)"
+            _points(ax, _beside(at, shift), [bound[name] for bound in bounds], colour, marker, label, ":")
+        entropies = [bound["clean"]["label_entropy"] for bound in bounds]
+        ax.plot(at, entropies, color=GREY, marker="_", linestyle="--", label="H(y)")
     ax.set_ylim(bottom=0)
+    ax.margins(y=0.1)
+
+
+def _beside(positions: Sequence[float], place: int) -> list[float]:
+    """A little to the left (-1) or right (1), so that intervals do not hide each other."""
+    shift = 0.012 * ((max(positions) - min(positions)) or 1) * place
+    return [position + shift for position in positions]
 
 
 def _points(ax, positions, numbers: list[dict], colour: str, marker: str, label: str, line: str = "-") -> None:
