@@ -30,7 +30,9 @@ class DataConfig:
     data_root: str = flag("../data", "folder that holds the data set")
     split: str = flag("val", "val, train, or held_out", new=True)
     held_out: int = flag(0, "with --split held_out: training images that were held out", "images", new=True)
-    num_images: int = flag(0, "look at the first N images; 0: all", "images", new=True)
+    num_images: int = flag(
+        0, "look at N images chosen at random, the same ones whatever --seed; 0: all", "images", new=True
+    )
     image_list: str = flag("", "file of paths below the split's folder, one a line, such as RobustBench's", new=True)
     num_workers: int = flag(0, "data-loading processes; 0 loads in the main process", "processes")
 

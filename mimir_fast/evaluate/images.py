@@ -9,12 +9,15 @@ from torch import Tensor
 
 from mimir_fast.data import eval_batches, subset_indices
 
+CHOICE = 0  # seed of the choice of num_images, whatever the attacks' seed
+
 
 @dataclass(frozen=True)
 class Images:
     """Which images are looked at: of a split or, with image_list, of a file of paths and labels.
 
-    num_images: the first ones, 0 for all; held_out: images that the training held out, for split "held_out".
+    num_images: so many chosen at random (folders are sorted by class), always the same ones, 0 for all; held_out: images that
+    the training held out, for split "held_out".
     Pixels come as in training's validation: the centre, side input_size.
     """
 
@@ -47,7 +50,7 @@ class Images:
         total = stream.num_images
         numbers = np.arange(total)
         if self.num_images:
-            numbers = np.asarray(subset_indices(total, self.num_images), np.int64)
+            numbers = np.asarray(subset_indices(total, self.num_images, CHOICE), np.int64)
         first, label = next(iter(stream))
         facts = f"{self.dataset} {self.split} {self.input_size} {list(stream.classes)} {total} {int(label[0])}"
         digest = hashlib.sha256(facts.encode() + numbers.astype("<i8").tobytes() + first.numpy().tobytes())
