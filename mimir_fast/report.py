@@ -117,13 +117,14 @@ def read_samples(path: Path) -> dict | None:
         return None
 
 
-def curves(folder: Path, rows: list[dict], epochs: list[dict]) -> list[str]:
-    """Sections with the figures of a run, from its metrics and its epochs."""
+def curves(folder: Path, rows: list[dict], epochs: list[dict], names: tuple[str, ...] = ()) -> list[str]:
+    """Sections with the figures of a run, from its metrics and its epochs; names: which figures, all by default."""
     columns = {key: column(rows, key) for key in COLUMNS}
     columns |= {key: column(epochs, key) for key in ACCURACIES}
     columns["epochs"] = column(epochs, "epoch") + 1
-    sections = []
-    for name, (title, caption, draw) in (PRETRAIN_FIGURES if "recon" in rows[-1] else FINETUNE_FIGURES).items():
+    figures, sections = PRETRAIN_FIGURES if "recon" in rows[-1] else FINETUNE_FIGURES, []
+    for name in names or figures:
+        title, caption, draw = figures[name]
         figure = draw(columns)
         sections.append(page.heading(title))
         sections.append(

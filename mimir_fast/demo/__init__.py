@@ -1,0 +1,1 @@
+"""Everything in one go on handwritten digits: pre-train, fine-tune, evaluate, one page."""

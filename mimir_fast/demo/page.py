@@ -1,0 +1,78 @@
+"""The demo's page: accuracies of the three classifiers with their intervals, and the curves behind them."""
+
+import json
+from pathlib import Path
+
+from mimir_fast import page, report
+from mimir_fast.demo.arms import ARMS, Arm, places
+from mimir_fast.figures import draw_intervals
+
+Interval = tuple[float, float, float]  # value, low, high, as shares of 1
+
+
+def write_demo_page(root: Path, seed: int, aa_images: int) -> Path:
+    """Write root/report.html and each run's own report; returns the page's path.  aa_images 0: AutoAttack was left out."""
+    results = {arm: read_results(arm, root, aa_images) for arm in ARMS}
+    columns = ["clean", "PGD-20"] + (["AutoAttack"] if aa_images else [])
+    rows = [(arm.name, *(_words(*results[arm][c]) for c in columns)) for arm in ARMS]
+    names = [arm.name for arm in ARMS]
+    bars = {c: [results[arm][c][0] for arm in ARMS] for c in columns}
+    caption = "Accuracy with 95 % intervals (Wilson)."
+    slices = (
+        f"; AutoAttack: its first {aa_images}, far too few to rank anything, to show that it runs" if aa_images else ""
+    )
+    sections = [
+        page.table(["", *columns], rows),
+        page.picture(root / "report", "accuracies", draw_intervals(names, bars), caption),
+        page.note(
+            f"297 test images{slices}. L∞ attacks within 8/255 of pixels in [0,1], step 2/255. All three are fine-tuned alike "
+            "(adversarial training with one attack step, the same images, epochs and seed), the two pre-trainings see equally "
+            f"many images; seed {seed}. One seed on a toy data set: what differs between rows says little about the method, "
+            "see docs/experiments.md for more."
+        ),
+    ]
+    sections += [section for arm in ARMS for section in _arm_sections(arm, root)]
+    return page.write_page(
+        root / "report.html", "MIMIR on handwritten digits", "pre-training, fine-tuning, attacks", sections
+    )
+
+
+def read_results(arm: Arm, root: Path, aa_images: int) -> dict[str, tuple[Interval, int]]:
+    """Column -> ((accuracy, low, high), images)."""
+    at = places(arm, root)
+    wide = json.loads((at.evaluation / "results.json").read_text())["attacks"]
+    found = {"clean": _find(wide, "clean"), "PGD-20": _find(wide, "pgd-20")}
+    if aa_images:
+        narrow = json.loads((at.autoattack / "results.json").read_text())["attacks"]
+        found["AutoAttack"] = _find(narrow, "aa")
+    return found
+
+
+def _find(attacks: dict, name: str) -> tuple[Interval, int]:
+    entry = next(e for e in attacks.values() if e["settings"]["attack"] == name)
+    return (entry["accuracy"], *entry["interval95"]), entry["n"]
+
+
+def _words(interval: Interval, n: int) -> str:
+    value, low, high = (100 * v for v in interval)
+    return f"{value:.1f} % ({low:.1f} to {high:.1f}, n = {n})"
+
+
+def _arm_sections(arm: Arm, root: Path) -> list[str]:
+    """Curves of an arm's runs; writes the runs' own pages too."""
+    at = places(arm, root)
+    sections = []
+    if arm.attack:
+        path = report.write_report(at.pretraining)
+        samples = report.read_samples(at.pretraining / "samples.npz")
+        sections += [page.heading(f"{arm.name}: pre-training"), *_figures(at.pretraining, "loss")]
+        sections += [report.reconstructions(at.pretraining, samples), page.note(f"More: {path.relative_to(root)}")]
+    path = report.write_report(at.fine_tuning)
+    sections += [page.heading(f"{arm.name}: fine-tuning"), *_figures(at.fine_tuning, "loss", "accuracy")]
+    return [*sections, page.note(f"More: {path.relative_to(root)}")]
+
+
+def _figures(folder: Path, *names: str) -> list[str]:
+    rows, _ = report.read_lines(folder / "metrics.jsonl", "update")
+    epochs, _ = report.read_lines(folder / "log.txt", "epoch")
+    return report.curves(folder, rows, epochs, names)
