@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,9 @@ from runs import make_images
 from bench.__main__ import main
 from bench.model_flops import model_flops
 from bench.rows import load
-from bench.step import finetuning
 from bench.step.roofline import price_all
 from bench.step.trace import record
 from bench.step.variants import build_step, configuration
-from mimir_fast.finetune.computation import build_computation
 from mimir_fast.finetune.config import FinetuneConfig
 from mimir_fast.models import CLASSIFIERS
 
@@ -72,13 +69,6 @@ def test_the_products_are_those_counted_by_hand(priced, steps):
     assert sum(sum(p.flops.values()) for p in prices) == expected_flops(steps)
     assert {p.kind for p in prices} == {"GEMM", "AdamW", "copies", "other ATen"}
     assert [p.name for p in prices if p.why] == []
-
-
-def test_the_compiled_step_has_no_other_products(priced, monkeypatch):
-    """Least of all gradients of weights in the attack, which compiled code would compute if a weight could be trained."""
-    monkeypatch.setattr(finetuning, "build_computation", partial(build_computation, backend="aot_eager"))
-    prices = priced("ours", "--compile", "--attention", "math")
-    assert sum(sum(p.flops.values()) for p in prices) == expected_flops(1)
 
 
 def test_the_textbook_does_the_same_work(priced):

@@ -13,7 +13,7 @@ from bench.textbook import textbook_adversarial_step, textbook_classifier
 from mimir_fast.arguments import parse_args
 from mimir_fast.data.datasets import INFO
 from mimir_fast.distributed import World
-from mimir_fast.finetune.build import build_attack, build_criterion, build_model
+from mimir_fast.finetune.build import build_attack, build_criterion, build_model, information_weights
 from mimir_fast.finetune.command import FINETUNE, settle_defaults
 from mimir_fast.finetune.computation import build_computation
 from mimir_fast.finetune.config import FinetuneConfig
@@ -45,8 +45,9 @@ def tuners(config: FinetuneConfig, images: Tensor, labels: Tensor) -> Callable[[
     world = World(device=images.device)
     model = build_model(config, INFO.get(config.data.dataset), world.device)  # of data: its normalisation
     attack, updater = build_attack(config, config.optim.epochs - 1, world.device), _updater(config, model, world.device)
-    criterion = build_criterion(config)
-    objective, attacked, functions, _ = build_computation(config.optim, world, model, updater, attack, criterion)
+    objective, attacked, functions, _ = build_computation(
+        config.optim, world, model, updater, attack, build_criterion(config), information=information_weights(config)
+    )
     generator = torch.Generator(world.device)
     dtype = AUTOCAST[config.optim.precision]
 
