@@ -20,12 +20,13 @@ from mimir_fast.recipes import RECIPES
 
 
 class Command(NamedTuple):
-    """A verb whose flags are a configuration's."""
+    """A verb whose flags are a configuration's.  original: the original has it too, so that flags of ours are marked."""
 
     prog: str
     description: str
     config: type[Configuration]
     recipes: dict[str, Callable[[], Configuration]]
+    original: bool = False
 
 
 PRETRAIN = Command(
@@ -33,6 +34,7 @@ PRETRAIN = Command(
     "MIMIR pre-training: a masked autoencoder sees adversarial images and reconstructs the clean ones.",
     PretrainConfig,
     RECIPES,
+    original=True,
 )
 
 
@@ -72,30 +74,32 @@ def build_parser(command: Command = PRETRAIN) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=command.prog,
         description=command.description,
-        epilog="Flags take _ or - and any unambiguous beginning. (new) marks flags the original does not have.",
+        epilog="Flags take _ or - and any unambiguous beginning."
+        + (" (new) marks flags the original does not have." if command.original else ""),
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120),
     )
-    summaries = "; ".join(f"{name}: {recipe.__doc__.splitlines()[0]}" for name, recipe in command.recipes.items())
-    parser.add_argument(
-        "--recipe", choices=list(command.recipes), help=f"start from a named run (new). {summaries.replace('%', '%%')}"
-    )
-    parser.add_argument("--config", metavar="FILE.yaml", help="read flags from a file of `flag: value` lines (new)")
+    new = " (new)" if command.original else ""
+    if command.recipes:
+        named = (f"{name}: {recipe.__doc__.splitlines()[0].rstrip('.')}" for name, recipe in command.recipes.items())
+        text = f"start from a named run{new}. {'; '.join(named)}".replace("%", "%%")
+        parser.add_argument("--recipe", choices=list(command.recipes), help=text)
+    parser.add_argument("--config", metavar="FILE.yaml", help=f"read flags from a file of `flag: value` lines{new}")
     for kind in command.config.stages().values():
         group = parser.add_argument_group(kind.__doc__.strip().rstrip("."))
         for f in fields(kind):
-            _add_flag(group, f)
+            _add_flag(group, f, command.original)
     return parser
 
 
-def _add_flag(group, f: Field) -> None:
+def _add_flag(group, f: Field, mark_new: bool) -> None:
     meta = f.metadata
     words = [meta["help"]]
     if meta["unit"]:
         words.append(f"[{meta['unit']}]")
     if f.default is not None and meta["type"] is not bool:
         words.append(f"(default: {f.default!r})")
-    if meta["new"]:
+    if meta["new"] and mark_new:
         words.append("(new)")
     text = " ".join(words).replace("%", "%%")
     if meta["type"] is not bool:

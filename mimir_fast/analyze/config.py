@@ -32,9 +32,9 @@ class DataConfig:
         None, f"one of {', '.join(DATASETS)}; default: the one that the checkpoint was trained on", type=str
     )
     data_root: str = flag("../data", "folder that holds the data set")
-    split: str = flag("val", "which images", choices=SPLITS, new=True)
-    held_out: int = flag(0, "with --split held_out: training images that were held out", "images", new=True)
-    num_images: int = flag(512, "size of the random slice; all of it is held in memory", "images", new=True)
+    split: str = flag("val", "which images", choices=SPLITS)
+    held_out: int = flag(0, "with --split held_out: training images that were held out", "images")
+    num_images: int = flag(512, "size of the random slice; all of it is held in memory", "images")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,6 @@ class RunConfig:
         "kernel width of the matrix entropies: the mean squared distance, or with distance the training's rule, the mean "
         "distance, with which images saturate the estimates",
         choices=BANDWIDTHS,
-        new=True,
     )
     batch_size: int = flag(64, "images at a time; changes nothing but time and memory", "images")
     output_dir: str | None = flag(

@@ -28,12 +28,10 @@ class DataConfig:
         None, f"one of {', '.join(DATASETS)}; default: the one that the checkpoint was trained on", type=str
     )
     data_root: str = flag("../data", "folder that holds the data set")
-    split: str = flag("val", "val, train, or held_out", new=True)
-    held_out: int = flag(0, "with --split held_out: training images that were held out", "images", new=True)
-    num_images: int = flag(
-        0, "look at N images chosen at random, the same ones whatever --seed; 0: all", "images", new=True
-    )
-    image_list: str = flag("", "file of paths below the split's folder, one a line, such as RobustBench's", new=True)
+    split: str = flag("val", "val, train, or held_out")
+    held_out: int = flag(0, "with --split held_out: training images that were held out", "images")
+    num_images: int = flag(0, "look at N images chosen at random, the same ones whatever --seed; 0: all", "images")
+    image_list: str = flag("", "file of paths below the split's folder, one a line, such as RobustBench's")
     num_workers: int = flag(0, "data-loading processes; 0 loads in the main process", "processes")
 
 
@@ -41,7 +39,7 @@ class DataConfig:
 class AttackConfig:
     """Under which attacks; pixels are in [0,1] and everything is in fp32."""
 
-    attacks: str = flag("clean,fgsm,pgd-20", f"separated by commas: {WORDS}", new=True)
+    attacks: str = flag("clean,fgsm,pgd-20", f"separated by commas: {WORDS}")
     eps: float | None = flag(
         None,
         "radius of the L-infinity ball; default: the one that the checkpoint was trained with, else 8",
@@ -51,10 +49,10 @@ class AttackConfig:
     alpha: float | None = flag(
         None, "step size of pgd, cw, pgd-mi and pgd-feature; default: eps / 4", "1/255", type=float
     )
-    restarts: int = flag(1, "random starts of those attacks; all must fail", new=True)
-    mi_weight: float = flag(1e-5, "weight of nHSIC in pgd-mi", "loss per unit of nHSIC", new=True)
+    restarts: int = flag(1, "random starts of those attacks; all must fail")
+    mi_weight: float = flag(1e-5, "weight of nHSIC in pgd-mi", "loss per unit of nHSIC")
     checks: bool = flag(
-        False, "also attack 100 images at eps 127.5, which none can survive unless gradients are masked", new=True
+        False, "also attack 100 images at eps 127.5, which none can survive unless gradients are masked"
     )
 
 
@@ -64,7 +62,7 @@ class RunConfig:
 
     batch_size: int = flag(64, "images at a time; changes nothing but time and memory, except for pgd-mi", "images")
     aa_batch: int = flag(
-        64, "images that AutoAttack draws its random numbers for at once; part of its result", "images", new=True
+        64, "images that AutoAttack draws its random numbers for at once; part of its result", "images"
     )
     output_dir: str | None = flag(
         None, "folder of results.json and of the images' outcomes; default: eval/NAME beside the checkpoint", type=str

@@ -22,6 +22,7 @@ FINETUNE = Command(
     "Adversarial fine-tuning: a pre-trained encoder becomes a robust classifier.",
     FinetuneConfig,
     RECIPES,
+    original=True,
 )
 
 

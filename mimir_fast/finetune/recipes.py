@@ -33,7 +33,7 @@ def imagenet_vit_s() -> FinetuneConfig:
 
 
 def imagenet_vit_b_apgd() -> FinetuneConfig:
-    """The long ImageNet-1K run behind 76.32/54.28: ViT-B/16, 2 steps of APGD at eps 4, 300 epochs; see below.
+    """The long ImageNet-1K run behind 76.32/54.28: ViT-B/16, 2 steps of APGD at eps 4, 300 epochs.
 
     The original publishes its result and not its settings: batch, augmentation and averaging are those of ARES.
     """
