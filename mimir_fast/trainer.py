@@ -78,7 +78,8 @@ class Trainer:
         """Train to the end, to --max_steps, or to a signal; returns the exit status (0, 1 diverged, 130 Ctrl-C)."""
         self.compile_clock.start()
         with StopSignals() as stop:
-            reason = "max_steps" if self.position.update >= self.total_updates else None
+            enough = self.config.run.max_steps and self.position.update >= self.config.run.max_steps
+            reason = "max_steps" if enough else None
             while reason is None and self.position.epoch < self.config.optim.epochs:
                 reason = self._train_epoch(stop)
         return end_status(reason, stop.received, self.position, self.folder, self.log.say)

@@ -41,6 +41,14 @@ def test_resume_in_mid_epoch_is_exact(data, tmp_path, extra):
             )
 
 
+def test_larger_batches_from_a_later_epoch_on_do_not_end_the_run(data, whole, tmp_path):
+    """Six updates are done; at eight images per update the two epochs would have had six in all."""
+    source = whole / "checkpoint-0.pth"
+    assert run(data, tmp_path, f"--batch_size 8 --resume {source}") == 0
+    assert load(tmp_path / "checkpoint-1.pth")["mimir_fast"]["update"] == 9
+    assert [row["epoch"] for row in lines(tmp_path / "log.txt")] == [1]
+
+
 @pytest.mark.parametrize("updates", [1, 7])
 def test_sigkill_and_resume_is_exact(data, whole, tmp_path, updates):
     """Killed as soon as that many updates are on disk, wherever the process is by then, saving included."""
