@@ -154,9 +154,13 @@ def load_model_state(model: torch.nn.Module, state: dict, source: str) -> None:
     if missing or unexpected or shapes:
         words = [f"{len(missing)} missing keys", f"{len(unexpected)} unexpected keys", f"{len(shapes)} other shapes"]
         examples = [*sorted(missing)[:2], *sorted(unexpected)[:2], *shapes[:2]]
+        advice = "check --model, --input_size and --patch_size"
+        if "mask_token" in unexpected:
+            advice = "it is a pre-training's, which a fine-tuning starts from with --finetune"
+        elif any(shape.startswith("head.") for shape in shapes):
+            advice += ", and whether the data has the classes of its head"
         raise CheckpointError(
-            f"resume: {source} belongs to another model: {', '.join(words)} (e.g. {'; '.join(examples)}); "
-            "check --model, --input_size and --patch_size"
+            f"resume: {source} belongs to another model: {', '.join(words)} (e.g. {'; '.join(examples)}); {advice}"
         )
     model.load_state_dict(given, strict=True)
 

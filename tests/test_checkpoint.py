@@ -24,7 +24,7 @@ from mimir_fast.checkpoint import (
     supersede,
 )
 from mimir_fast.config import PretrainConfig
-from mimir_fast.models import MaskedAutoencoderViT, create_model
+from mimir_fast.models import MaskedAutoencoderViT, create_classifier, create_model
 from mimir_fast.optim import Updater, build_optimizer
 from mimir_fast.run_state import Position, checkpoint_state, restore
 
@@ -241,6 +241,11 @@ def test_another_model_is_named():
         load_model_state(small_model(), state, "ti.pth")
     assert "missing" in str(error.value)
     assert "\n" not in str(error.value)
+    heads = [create_classifier("vit_ti", img_size=8, patch_size=4, num_classes=n) for n in (2, 3)]
+    with pytest.raises(CheckpointError, match=r"2 other shapes.*the classes of its head"):
+        load_model_state(heads[0], {"model": heads[1].state_dict()}, "three.pth")
+    with pytest.raises(CheckpointError, match="--finetune"):
+        load_model_state(heads[0], state, "ti.pth")
 
 
 def test_optimizer_of_another_model_is_named():
