@@ -113,6 +113,8 @@ def test_tiny_imagenet_npz_stands_for_the_folder_in_memory(tmp_path):
     np.savez(tmp_path / "train.npz", image=images, label=np.array([1, 0, 1], np.uint8))
     assert_same(read_images("tiny-imagenet", tmp_path, in_memory=True), images, [1, 0, 1])
     assert len(read_images("tiny-imagenet", tmp_path)) == 2
+    np.savez(tmp_path / "val.npz", image=images[:2], label=np.array([0, 1], np.uint8))
+    assert_same(read_images("tiny-imagenet", tmp_path, "val"), images[:2], [0, 1])  # there is no folder
 
 
 def test_tiny_imagenet_val_as_downloaded(tmp_path):

@@ -17,12 +17,12 @@ ANNOTATIONS = "val_annotations.txt"
 def read(data_root: Path, split: str, in_memory: bool = False) -> ArrayImages | FolderImages:
     """Split "train" or "val" of data_root/tiny-imagenet-200, or of data_root itself if it holds the splits.
 
-    in_memory  take train.npz or val.npz if there is one, else decode the folder
+    in_memory  take train.npz or val.npz if there is one, else decode the folder; otherwise only where there is no folder
     Raises DataError for missing or damaged folders and files.
     """
     root = data_root / FOLDER if (data_root / FOLDER).is_dir() else data_root
     arrays = root / f"{split}.npz"
-    if in_memory and arrays.exists():
+    if arrays.exists() and (in_memory or not (root / split).is_dir()):
         return _checked(read_npz(arrays, "data_root"), arrays)
     if not (root / split).is_dir():
         raise DataError(f"data_root: neither {data_root / FOLDER / split} nor {data_root / split} is a folder")
