@@ -12,6 +12,7 @@ from toys import one_thread  # noqa: F401
 
 from mimir_fast.evaluate import command
 from mimir_fast.models import create_classifier
+from mimir_fast.trained import Trained
 
 BASE = "--device cpu --num_images 6 --batch_size 4"
 
@@ -113,3 +114,16 @@ def test_folders_and_lists_that_do_not_fit(checkpoint, tmp_path, capsys):
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "image_list" in line
     assert "names no images" in line
+
+
+@pytest.mark.parametrize(
+    ("eps", "std", "expected"),
+    [
+        (4 / 255, None, 4),
+        (None, None, 8),
+        (4 / 255 / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), (0.229, 0.224, 0.225), 4),  # the original's
+    ],
+)
+def test_the_radius_of_the_training(eps, std, expected):
+    trained = Trained(torch.nn.Identity(), {"eps": eps, "std": std}, None, "x.pth")
+    assert command.trained_eps(trained) == expected

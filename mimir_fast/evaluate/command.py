@@ -71,9 +71,14 @@ def settled_device(device: str, explicit: set[str]) -> str:
 
 
 def trained_eps(trained: Trained) -> float:
-    """Radius of the adversarial training in 1/255, from a checkpoint's args, where it is a share; 8 if they do not say."""
-    eps = trained.args.get("eps")
-    return round(eps * 255, 6) if isinstance(eps, float) and eps > 0 else USUAL_EPS
+    """Radius of the adversarial training in 1/255, from a checkpoint's args, where it is a share; 8 if they do not say.
+
+    The original's args with --use_normalize hold a tensor [C,1,1], divided by each channel's deviation.
+    """
+    eps, std = trained.args.get("eps"), trained.args.get("std")
+    if isinstance(eps, torch.Tensor) and std is not None and eps.numel() == len(std):
+        eps = (eps.flatten().cpu().double() * torch.tensor(std, dtype=torch.float64)).mean().item()
+    return round(eps * 255, 4) if isinstance(eps, float) and eps > 0 else USUAL_EPS
 
 
 def chosen_images(config: EvaluateConfig, trained: Trained) -> Images:
