@@ -184,7 +184,7 @@ class RunLog:
                 file.write(json.dumps({key: _finite(value) for key, value in row.items()}) + "\n")
         if self.writer:
             for tag, key in (tags or {}).items():
-                if row[key] is not None:
+                if row.get(key) is not None:
                     self.writer.add_scalar(tag, row[key], row["epoch"])
             self.writer.flush()
         self.say("epoch " + ", ".join(f"{key} {_short(value)}" for key, value in row.items() if value is not None))

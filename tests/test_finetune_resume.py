@@ -11,6 +11,7 @@ from finetune_runs import finetune, lines, load, make_data, same_run, start, tin
 from runs import finish
 
 from mimir_fast.finetune import rating
+from mimir_fast.finetune.config import FinetuneConfig
 
 RATED = "--model_ema --held_out 2 --val_attack pgd2"  # 24 images are left: six batches of four
 
@@ -67,6 +68,30 @@ def test_resume_in_mid_epoch_is_exact(data, tmp_path, extra):
     check_same(whole, broken)
 
 
+def test_the_last_update_is_not_the_end_of_the_last_epoch(data, tmp_path):
+    """With four micro-batches per update and six per epoch, two come after the last one, then validation and checkpoint."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert finetune(data, whole, f"{RATED} --accum_iter 4") == 0
+    assert finetune(data, broken, f"{RATED} --accum_iter 4 --max_steps 2") == 0
+    assert not (broken / "checkpoint-1.pth").exists()
+    assert finetune(data, broken, f"{RATED} --accum_iter 4 --resume auto") == 0
+    check_same(whole, broken)
+
+
+def test_a_best_epoch_chosen_by_something_else_does_not_count():
+    """Else clean accuracies would stand where robust ones are compared, and best.pth never change again."""
+    config, said = FinetuneConfig().updated({"val_attack": "pgd10", "held_out": 5}), []
+    by_same, by_clean = ({"best": [90.0, 90.0, 3.0], "best_by": [word, 8.0, 4]} for word in ("pgd10", "none"))
+    by_same["best_by"] = rating.criterion(config)
+    assert rating.best_so_far(by_same, config, said.append) == [90.0, 90.0, 3.0]
+    assert rating.best_so_far({}, config, said.append) is None
+    assert not said
+    assert rating.best_so_far(by_clean, config, said.append) is None
+    assert "none at eps 8 on 4" in said[0]
+    assert "pgd10 at eps 8 on 5" in said[0]
+    assert "trained on are now held out" in said[0]
+
+
 @pytest.mark.parametrize("updates", [2, 7])
 def test_sigkill_and_resume_is_exact(data, whole, tmp_path, updates):
     """Killed as soon as that many updates are on disk, wherever the process is by then, validation and saving included."""
@@ -82,6 +107,7 @@ def test_sigkill_and_resume_is_exact(data, whole, tmp_path, updates):
     assert finetune(data, tmp_path, f"{RATED} --resume auto") == 0
     check_same(whole, tmp_path)
     assert not list(tmp_path.glob("*.tmp"))
+    assert load(tmp_path / "best.pth")["mimir_fast"]["best_by"] == ["pgd2", 8.0, 2]
 
 
 def test_signals_save_and_end_within_a_step(data, tmp_path):

@@ -11,6 +11,23 @@ from mimir_fast.models import VisionTransformer
 from mimir_fast.precision import AUTOCAST
 
 
+def criterion(config: FinetuneConfig) -> list:
+    """What a best epoch is chosen by: attack, radius and held-out images."""
+    v = config.validation
+    return [v.val_attack, config.attack.eps, v.held_out]
+
+
+def best_so_far(own: dict, config: FinetuneConfig, say: Callable[[str], None]) -> list[float] | None:
+    """The best epoch of a checkpoint's own entry; None, and said so, if it was chosen by something else."""
+    before, now = own.get("best_by", criterion(config)), criterion(config)
+    if before == now or own.get("best") is None:
+        return own.get("best")
+    leak = "; images that were trained on are now held out" if now[2] > before[2] else ""
+    words = [f"{attack} at eps {eps:g} on {count} held-out images" for attack, eps, count in (before, now)]
+    say(f"resume: best.pth was chosen by {words[0]}, is now by {words[1]}: no epoch is the best so far{leak}")
+    return None
+
+
 class Rating:
     """Clean test accuracy, robust accuracy and the held-out images, each when it is due.
 

@@ -27,7 +27,7 @@ from mimir_fast.finetune.computation import build_computation
 from mimir_fast.finetune.config import FinetuneConfig
 from mimir_fast.finetune.ema import RunningAverage
 from mimir_fast.finetune.layer_decay import build_optimizer
-from mimir_fast.finetune.rating import Rating
+from mimir_fast.finetune.rating import Rating, best_so_far, criterion
 from mimir_fast.finetune.step import FinetuneOutput, draw_noise, finetune_step
 from mimir_fast.metrics import RunLog, peak_memory_gib
 from mimir_fast.optim import Updater, learning_rate, set_learning_rate
@@ -40,7 +40,8 @@ from mimir_fast.step import step_seed
 CHECKPOINT_EVERY, CHECKPOINT_ALSO = 20, 49  # epochs, the original's cadence
 EPOCH_SUMS = ("loss", "finite", "grad_norm", "updates", "micro_steps", "lr")
 TAGS = {"loss": "loss", "lr": "lr"}  # the original's, per update
-EPOCH_TAGS = {f"perf/{name}": name for name in ("test_acc1", "test_acc5", "test_loss")}
+RATINGS = ("test_acc1", "test_acc5", "test_loss", "robust_acc1", "val_acc1", "val_robust_acc1", "val_loss")
+EPOCH_TAGS = {f"perf/{name}": name for name in RATINGS}  # the original's three, and ours
 
 
 class Trainer:
@@ -72,7 +73,7 @@ class Trainer:
         if self.average and "model_ema" in state:
             self.average.load_state_dict(state["model_ema"])
         judged = self.average.module if self.average else frozen_twin(self.model).eval()
-        self.rating = Rating(config, world, judged, own.get("best"))
+        self.rating = Rating(config, world, judged, best_so_far(own, config, notes.append))
         self.compile_clock = CompileClock()
         self._open_outputs(notes)
 
@@ -96,10 +97,9 @@ class Trainer:
         """Train to the end, to --max_steps, or to a signal; returns the exit status (0, 1 diverged, 130 Ctrl-C)."""
         self.compile_clock.start()
         with StopSignals() as stop:
-            unrated = self.position.step == len(
-                self.stream
-            )  # stopped between an epoch's last update and its validation
-            reason = "max_steps" if self.position.update >= self.total_updates and not unrated else None
+            most, p = self.config.run.max_steps, self.position
+            unrated = p.step == len(self.stream)  # stopped between an epoch's last update and its validation
+            reason = "max_steps" if most and p.update >= most and not unrated else None
             while reason is None and self.position.epoch < self.config.optim.epochs:
                 reason = self._train_epoch(stop)
         return end_status(reason, stop.received, self.position, self.folder, self.log.say)
@@ -240,7 +240,7 @@ class Trainer:
         if sums is not None:
             self.position.sums = dict(zip(EPOCH_SUMS, self.world.mean(sums).tolist()))
         if self.folder and self.world.is_main:
-            own = {"geometry": self._geometry(), "best": self.rating.best}
+            own = {"geometry": self._geometry(), "best": self.rating.best, "best_by": criterion(self.config)}
             entries = (*self.computation.states(), self.updater, self.position, self.config, self.lr, self.stream.name)
             state = checkpoint_state(*entries, own) | (extra or {})
             if self.average:
