@@ -3,6 +3,7 @@
 import pytest
 
 from mimir_fast.arguments import build_parser, parse_args
+from mimir_fast.finetune import command
 from mimir_fast.finetune.build import build_mixing, radius_and_step
 from mimir_fast.finetune.command import FINETUNE, settle_defaults
 from mimir_fast.finetune.config import FinetuneConfig, validation_steps
@@ -175,6 +176,7 @@ def test_published_recipes():
         ("--nb_classes 0", ["nb_classes"]),
         ("--clip_grad 0", ["clip_grad"]),
         ("--edm_aug heavy", ["edm_aug", "idbh"]),
+        ("--mixup 0.8 --mixup_mode pair --batch_size 5", ["batch_size", "5", "even"]),
         ("--eval", ["resume", "--eval"]),
     ],
 )
@@ -224,3 +226,13 @@ def test_notes_on_flags_without_effect():
         assert any(word in note for note in notes), word
     line = ["--device", "cpu", "--attack_train", "trades", "--smoothing", "0.1"]
     assert any("trades has a loss of its own" in note for note in settle_defaults(*parse_args(FINETUNE, line))[1])
+
+
+def test_ctrl_c_outside_of_the_loop_is_one_line(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "evaluate", interrupted)
+    assert command.main(["--eval", "--resume", "x.pth", "--device", "cpu"]) == 130
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "the same command goes on" in line

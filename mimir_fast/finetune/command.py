@@ -25,6 +25,10 @@ FINETUNE = Command(
     original=True,
 )
 
+INTERRUPTED = (
+    "mimir-fast finetune: stopped; with --eval finished batches are saved, the same command goes on from there"
+)
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run a fine-tuning; returns the exit status: 0 done or stopped by SIGTERM, 1 failed, 2 wrong input, 130 Ctrl-C."""
@@ -43,8 +47,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"mimir-fast finetune: error: {error}", file=sys.stderr)
         world.close()
         return 2
+    except KeyboardInterrupt:
+        print(INTERRUPTED, file=sys.stderr)
+        world.close()
+        return 130
     try:
         return trainer.run()
+    except KeyboardInterrupt:  # the second one
+        return 130
     except (CheckpointError, DataError, OSError) as error:
         print(f"mimir-fast finetune: error: {error}", file=sys.stderr)
         return 1

@@ -200,6 +200,8 @@ class FinetuneConfig(Configuration):
             raise ValueError(
                 "attack_train: mart needs one label per image; leave out --mixup, --cutmix and --warmup_aa"
             )
+        if (mixed or flat["warmup_aa"]) and flat["mixup_mode"] == "pair" and flat["batch_size"] % 2:
+            raise ValueError(f"batch_size: got {flat['batch_size']}, --mixup_mode pair needs an even number")
         if flat["eval"] and flat["resume"] in ("", "auto"):
             raise ValueError("resume: --eval needs the file of the checkpoint to evaluate")
         return self
