@@ -1,11 +1,15 @@
 """A classifier's start: what it takes from a checkpoint, what it says, and what it refuses."""
 
+import argparse
+
 import pytest
 import torch
 from conftest import load_golden, small_model
 from test_golden_classifier import SIZES
 
 from mimir_fast.checkpoint import CheckpointError
+from mimir_fast.finetune.build import start_from_pretrained
+from mimir_fast.finetune.config import FinetuneConfig
 from mimir_fast.finetune.pretrained import load_pretrained, resize_positions
 from mimir_fast.models import VisionTransformer, create_classifier
 
@@ -111,3 +115,16 @@ def test_a_refused_checkpoint_changes_nothing():
     with pytest.raises(CheckpointError):
         load(model, encoder | {"blocks.1.norm1.bias": torch.zeros(47)})
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("before", [True, False, None])
+@pytest.mark.parametrize("now", [True, False])
+def test_asks_about_other_normalisation(tmp_path, before, now):
+    state = {"model": small_model().state_dict()}
+    if before is not None:
+        state["args"] = argparse.Namespace(use_normalize=before)
+    torch.save(state, tmp_path / "x.pth")
+    said = []
+    config = FinetuneConfig().updated({"finetune": str(tmp_path / "x.pth"), "use_normalize": now})
+    start_from_pretrained(classifier(), config, said.append)
+    assert any(line.startswith("use_normalize:") for line in said) == (before is not None and before != now)

@@ -110,7 +110,14 @@ def start_from_pretrained(model: VisionTransformer, config: FinetuneConfig, say:
         say("finetune: no pre-trained checkpoint given, training from scratch")
         return
     head_std = HEAD_STD.get(config.data.dataset, OTHER_HEAD_STD)
-    load_pretrained(model, load_checkpoint(source, "finetune"), source, say, head_std)
+    state = load_checkpoint(source, "finetune")
+    load_pretrained(model, state, source, say, head_std)
+    before, now = getattr(state.get("args"), "use_normalize", None), config.data.use_normalize
+    if before is not None and bool(before) != now:
+        seen = "with" if before else "without"
+        say(
+            f"use_normalize: {source} was trained {seen} it, this run is {'with' if now else 'without'}; is that meant?"
+        )
 
 
 def build_attack(config: FinetuneConfig, epoch: int, device: torch.device) -> Attack:
