@@ -187,9 +187,7 @@ def _constants(args: dict, source: str) -> dict:
     """dataset under its own name, and the channels' mean and std, None where the training took pixels as they are."""
     dataset = args["dataset"]
     if dataset not in INFO and isinstance(dataset, str):
-        dataset = {"imagenette": "imagenet"}.get(
-            dataset, dataset.removesuffix("s")
-        )  # a trailing s: with generated images
+        dataset = dataset.removesuffix("s")  # a trailing s: with generated images
     if not args["use_normalize"]:
         return {"dataset": dataset, "mean": None, "std": None}
     if dataset not in INFO:
