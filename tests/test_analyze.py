@@ -13,25 +13,35 @@ from mimir_fast.analyze.progress import Progress
 from mimir_fast.analyze.seen import Perturbation, attack_reconstruction, look
 from mimir_fast.attack import linf_bounds, pgd_mae
 from mimir_fast.evaluate.attacks import start_noise
-from mimir_fast.models import create_classifier, create_model
+from mimir_fast.models import CLASSIFIERS, MODELS, create_classifier, create_model
 from mimir_fast.trained import latent_tokens, load_classifier, load_mae
 
-SIZE = {"img_size": 32, "patch_size": 16}
+SIZE = {"img_size": 32, "patch_size": 8}
 EPS = 8 / 255
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _nano():
+    """A named architecture that is quick to build."""
+    sizes = {"embed_dim": 24, "depth": 2, "num_heads": 3}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CLASSIFIERS, "vit_nano", sizes)
+        patch.setitem(MODELS, "mae_vit_nano", sizes)
+        yield
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(_nano, tmp_path_factory):
     """pre/checkpoint-{3,20}.pth of pre-training, one of them normalised, and fine.pth of fine-tuning; handwritten digits."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "pre").mkdir()
     torch.manual_seed(0)
     for epoch in (20, 3):
-        args = {"model": "mae_vit_ti", "dataset": "digits", "norm_pix_loss": True, "use_normalize": epoch == 3}
-        state = {"model": create_model("mae_vit_ti", **SIZE).state_dict(), "epoch": epoch}
+        args = {"model": "mae_vit_nano", "dataset": "digits", "norm_pix_loss": True, "use_normalize": epoch == 3}
+        state = {"model": create_model("mae_vit_nano", **SIZE).state_dict(), "epoch": epoch}
         torch.save({**state, "args": argparse.Namespace(**args)}, folder / "pre" / f"checkpoint-{epoch}.pth")
-    args = {"model": "vit_ti", "dataset": "digits", "eps": 4 / 255}
-    state = {"model": create_classifier("vit_ti", num_classes=10, **SIZE).state_dict(), "epoch": 1}
+    args = {"model": "vit_nano", "dataset": "digits", "eps": 4 / 255}
+    state = {"model": create_classifier("vit_nano", num_classes=10, **SIZE).state_dict(), "epoch": 1}
     torch.save({**state, "args": argparse.Namespace(**args)}, folder / "fine.pth")
     torch.save(state["model"], folder / "bare.pth")
     return folder
@@ -128,7 +138,7 @@ def test_ctrl_c_keeps_what_is_done(runs, tmp_path, monkeypatch, capsys):
 
 
 def test_wrong_input_is_told_in_one_line(runs, tmp_path, capsys):
-    classes = create_classifier("vit_ti", num_classes=7, **SIZE)
+    classes = create_classifier("vit_nano", num_classes=7, **SIZE)
     torch.save(classes.state_dict(), tmp_path / "seven.pth")
     for words, message in {
         (): "checkpoint: got none",
@@ -165,7 +175,7 @@ def test_attack_on_reconstruction(runs, epoch):
     assert (delta > EPS - 1e-4).float().mean() > 0.4
     assert 0 <= adv.min() <= adv.max() <= 1
     if epoch == 20:  # in [0,1]
-        start, mask = start_noise(numbers, x.shape[1:], 2) * EPS, start_noise(numbers, torch.Size([4]), 2, 1)
+        start, mask = start_noise(numbers, x.shape[1:], 2) * EPS, start_noise(numbers, torch.Size([16]), 2, 1)
         expected = pgd_mae(trained.model, x, linf_bounds(EPS, 10 / 255, 0, 1, 3, "cpu"), 1, 0.75, start, [mask])
         torch.testing.assert_close(adv, expected, rtol=0, atol=1e-6)
 

@@ -55,21 +55,20 @@ def test_of_itself_a_variable_tells_its_entropy():
     assert estimated(both, bandwidth="distance")["x", "renyi_1.01", "value"].value == pytest.approx(1, abs=1e-9)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_more_noise_is_less_information(estimator):
-    known = [
-        estimated(pairs(0, 100, 2, correlation))["x", estimator, "excess"] for correlation in (0.99, 0.9, 0.5, 0.0)
-    ]
-    values = [one.value for one in known]
-    assert values == sorted(values, reverse=True)
-    assert known[1].interval[0] > 0 > known[3].interval[0]
-    assert known[3].interval[1] > 0
+def test_more_noise_is_less_information():
+    numbers = [estimated(pairs(0, 80, 2, correlation)) for correlation in (0.99, 0.9, 0.5, 0.0)]
+    for estimator in ESTIMATORS:
+        known = [one["x", estimator, "excess"] for one in numbers]
+        values = [one.value for one in known]
+        assert values == sorted(values, reverse=True)
+        assert known[1].interval[0] > 0 > known[3].interval[0]
+        assert known[3].interval[1] > 0
 
 
 @pytest.fixture(scope="module")
 def simulated() -> dict:
-    """Numbers of independent and of dependent variables, 16 data sets each."""
-    return {correlation: [estimated(pairs(s, 60, 3, correlation), s) for s in range(16)] for correlation in (0.0, 0.7)}
+    """Numbers of independent and of dependent variables, 12 data sets each."""
+    return {correlation: [estimated(pairs(s, 40, 3, correlation), s) for s in range(12)] for correlation in (0.0, 0.7)}
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -79,7 +78,7 @@ def test_intervals_cover(simulated, estimator):
         excess = [one["x", estimator, "excess"] for one in numbers]
         values = torch.tensor([one.value for one in excess])
         truth = 0.0 if correlation == 0 else values.mean().item()
-        assert sum(low <= truth <= high for low, high in (one.interval for one in excess)) >= 14
+        assert sum(low <= truth <= high for low, high in (one.interval for one in excess)) >= 10
         errors = torch.tensor([one.error for one in excess])
         assert 0.6 < (errors.mean() / values.std()).item() < 3  # wide, but not so wide as to say nothing
 
@@ -87,9 +86,9 @@ def test_intervals_cover(simulated, estimator):
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_a_bootstrap_would_not(simulated, estimator):
     """Samples drawn twice look like dependence: the reason for the jackknife."""
-    variables = pairs(0, 60, 3, 0.0)
+    variables = pairs(0, 40, 3, 0.0)
     generator = torch.Generator().manual_seed(0)
-    drawn = [measure(variables, torch.randint(60, (60,), generator=generator), "squared") for _ in range(30)]
+    drawn = [measure(variables, torch.randint(40, (40,), generator=generator), "squared") for _ in range(30)]
     excess = torch.tensor([numbers["x", estimator, "excess"] for numbers in drawn])
     whole = simulated[0.0][0]["x", estimator, "excess"]
     low = excess.quantile(0.025).item()  # lower end of the percentile interval

@@ -8,30 +8,40 @@ from safetensors.torch import save_file
 
 from mimir_fast.checkpoint import CheckpointError
 from mimir_fast.data.datasets import INFO
-from mimir_fast.models import create_classifier, create_model
+from mimir_fast.models import CLASSIFIERS, MODELS, create_classifier, create_model
 from mimir_fast.trained import latent_tokens, load_classifier, load_encoder, load_mae, normalised
 
 SIZE = {"img_size": 16, "patch_size": 4}
 IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _nano():
+    """A named architecture that is quick to build."""
+    sizes = {"embed_dim": 24, "depth": 2, "num_heads": 3}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CLASSIFIERS, "vit_nano", sizes)
+        patch.setitem(MODELS, "mae_vit_nano", sizes)
+        yield
+
+
 @pytest.fixture(scope="module")
-def classifier():
+def classifier(_nano):
     torch.manual_seed(3)
-    model = create_classifier("vit_ti", num_classes=7, **SIZE).eval()
+    model = create_classifier("vit_nano", num_classes=7, **SIZE).eval()
     torch.nn.init.normal_(model.head.bias)
     return model
 
 
 @pytest.fixture(scope="module")
-def mae():
+def mae(_nano):
     torch.manual_seed(4)
-    return create_model("mae_vit_ti", norm_pix_loss=True, **SIZE).eval()
+    return create_model("mae_vit_nano", norm_pix_loss=True, **SIZE).eval()
 
 
 def args(**more) -> argparse.Namespace:
     """What the original's fine-tuning leaves in a checkpoint of this model; sizes from the command line, not the data set."""
-    own = {"model": "vit_ti", "patch_size": 4, "input_size": 224, "nb_classes": 1000, "global_pool": True}
+    own = {"model": "vit_nano", "patch_size": 4, "input_size": 224, "nb_classes": 1000, "global_pool": True}
     return argparse.Namespace(**{**own, "dataset": "cifar10", "use_normalize": False, "eps": 8 / 255, **more})
 
 
@@ -81,7 +91,7 @@ def test_bare_and_wrapped_state_dicts(tmp_path, classifier):
     for name in ("bare.pt", "wrapped.pt", "a.safetensors"):
         trained = load_classifier(tmp_path / name)
         assert same(trained.model, classifier), name
-        assert trained.args["model"] == "vit_ti"
+        assert trained.args["model"] == "vit_nano"
 
 
 def test_half_precision_is_read_as_fp32(tmp_path, classifier):
@@ -90,7 +100,7 @@ def test_half_precision_is_read_as_fp32(tmp_path, classifier):
 
 
 def test_class_token_models(tmp_path):
-    model = create_classifier("vit_ti", num_classes=3, global_pool=False, **SIZE).eval()
+    model = create_classifier("vit_nano", num_classes=3, global_pool=False, **SIZE).eval()
     torch.save(model.state_dict(), tmp_path / "a.pt")
     trained = load_classifier(tmp_path / "a.pt")
     assert same(trained.model, model)
@@ -98,11 +108,11 @@ def test_class_token_models(tmp_path):
 
 
 def test_mae(tmp_path, mae):
-    path = saved(tmp_path / "a.pth", mae, args={"model": "mae_vit_ti_dec128d2b", "norm_pix_loss": True})
+    path = saved(tmp_path / "a.pth", mae, args={"model": "mae_vit_nano_dec128d2b", "norm_pix_loss": True})
     trained = load_mae(path)
     assert trained.model.norm_pix_loss
     assert torch.equal(trained.model.decoder_pred.weight, mae.decoder_pred.weight)
-    assert trained.args["model"] == "mae_vit_ti"
+    assert trained.args["model"] == "mae_vit_nano"
 
 
 def test_latent_of_an_autoencoder_is_its_encoder_on_all_patches(tmp_path, mae):
@@ -110,7 +120,7 @@ def test_latent_of_an_autoencoder_is_its_encoder_on_all_patches(tmp_path, mae):
     path = saved(tmp_path / "a.pth", mae, args={"use_normalize": True, "dataset": "cifar10"})
     trained = load_encoder(path)
     info = INFO["cifar10"]
-    twin = create_classifier("vit_ti", global_pool=False, mean=info.mean, std=info.std, **SIZE)
+    twin = create_classifier("vit_nano", global_pool=False, mean=info.mean, std=info.std, **SIZE)
     twin.load_state_dict(mae.state_dict(), strict=False)
     with torch.no_grad():
         expected = twin.norm(twin.forward_features(IMAGES))
@@ -134,7 +144,7 @@ def test_the_other_kind_is_named(tmp_path, classifier, mae):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"model": "vit_small"}, "^model: .* was trained with vit_ti, the command line says vit_small"),
+        ({"model": "vit_small"}, "^model: .* was trained with vit_nano, the command line says vit_small"),
         ({"patch_size": 8}, "^patch_size: .* with 4, the command line says 8"),
         ({"input_size": 32}, "^input_size: .* with 16, the command line says 32"),
         ({"nb_classes": 10}, "^nb_classes: .* with 7, the command line says 10"),
@@ -151,9 +161,9 @@ def test_overrides_that_contradict_the_tensors(tmp_path, classifier, overrides, 
 
 def test_args_that_contradict_the_tensors(tmp_path, classifier):
     path = saved(tmp_path / "a.pth", classifier, args=args(model="vit_base"))
-    with pytest.raises(CheckpointError, match=r"^model: .* with vit_ti, its own args say vit_base"):
+    with pytest.raises(CheckpointError, match=r"^model: .* with vit_nano, its own args say vit_base"):
         load_classifier(path)
-    load_classifier(saved(tmp_path / "b.pth", classifier), overrides={"model": "vit_ti", "patch_size": None})
+    load_classifier(saved(tmp_path / "b.pth", classifier), overrides={"model": "vit_nano", "patch_size": None})
 
 
 def test_files_that_are_no_models(tmp_path, classifier):
@@ -164,7 +174,7 @@ def test_files_that_are_no_models(tmp_path, classifier):
     torch.save({"model": {"stem.weight": torch.ones(1)}, "args": args(model="xcit_small")}, tmp_path / "xcit.pth")
     torch.save({name: t for name, t in state.items() if "head" not in name}, tmp_path / "encoder.pth")
     torch.save({**state, "extra": torch.ones(1)}, tmp_path / "extra.pth")
-    torch.save({name: t for name, t in state.items() if "blocks.11." not in name}, tmp_path / "shallow.pth")
+    torch.save({name: t for name, t in state.items() if "blocks.1." not in name}, tmp_path / "shallow.pth")
     for name, message in {
         "absent.pth": "no file",
         "absent.safetensors": "no file",
@@ -174,7 +184,7 @@ def test_files_that_are_no_models(tmp_path, classifier):
         "xcit.pth": "no ViT of mimir_fast.*args say xcit_small",
         "encoder.pth": "is an encoder alone",
         "extra.pth": "1 parameters differ .an unexpected extra",
-        "shallow.pth": "depth 11",
+        "shallow.pth": "depth 1,",
     }.items():
         with pytest.raises(CheckpointError, match=message):
             load_classifier(tmp_path / name)

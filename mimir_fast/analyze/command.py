@@ -62,8 +62,9 @@ def analyze(config: AnalyzeConfig, explicit: set[str]) -> int:
     if results:
         for line in table(results, config.data.num_images):
             print(line)
+        figure = draw(results)
         for suffix in ("svg", "png"):
-            draw(results).savefig(folder / f"analysis.{suffix}", dpi=150)
+            figure.savefig(folder / f"analysis.{suffix}", dpi=150)
         print(f"wrote {folder}/analysis.json, analysis.svg, analysis.png")
     return status
 
