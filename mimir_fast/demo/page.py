@@ -19,7 +19,7 @@ def write_demo_page(root: Path, seed: int, aa_images: int) -> Path:
     bars = {c: [results[arm][c][0] for arm in ARMS] for c in columns}
     caption = "Accuracy with 95 % intervals (Wilson)."
     slices = (
-        f"; AutoAttack: its first {aa_images}, far too few to rank anything, to show that it runs" if aa_images else ""
+        f"; AutoAttack: {aa_images} of them, far too few to rank anything, to show that it runs" if aa_images else ""
     )
     sections = [
         page.table(["", *columns], rows),
