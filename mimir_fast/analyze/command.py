@@ -13,7 +13,7 @@ from mimir_fast.analyze.config import AnalyzeConfig
 from mimir_fast.analyze.estimates import GROUPS, estimate, variable
 from mimir_fast.analyze.plot import draw
 from mimir_fast.analyze.progress import Progress
-from mimir_fast.analyze.results import record, table, write_json
+from mimir_fast.analyze.results import FILES, record, table, write_json
 from mimir_fast.analyze.seen import Perturbation, Seen, look
 from mimir_fast.arguments import Command, parse_args
 from mimir_fast.checkpoint import EPOCH_FILE, CheckpointError
@@ -78,7 +78,7 @@ def checkpoints(given: tuple[str, ...]) -> list[tuple[str, str]]:
     for word in given:
         path = Path(word)
         if not path.is_dir():
-            found.append(("checkpoints", word))
+            found.append((FILES, word))
             continue
         files = sorted((p for p in path.iterdir() if EPOCH_FILE.fullmatch(p.name)), key=run_progress)
         if not files:

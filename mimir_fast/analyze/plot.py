@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from mimir_fast.analyze.estimates import ESTIMATORS
-from mimir_fast.analyze.results import VARIABLES
+from mimir_fast.analyze.results import FILES, VARIABLES
 from mimir_fast.figures import BLUE, GREY, ORANGE
 
 GREEN, PURPLE = "#009E73", "#CC79A7"
@@ -15,7 +15,7 @@ MOST_LABELS = 8  # on a horizontal axis
 
 
 def draw(results: list[dict]) -> Figure:
-    """Excess information by estimator, and bounds; checkpoints from left to right, at their epochs where all differ."""
+    """Excess information by estimator, and bounds; a run's checkpoints at their epochs, joined by lines."""
     series = {result["series"]: [r for r in results if r["series"] == result["series"]] for result in results}
     figure = Figure(figsize=(15, 3.9 * len(series) + 0.5), layout="constrained")
     rows = figure.subfigures(len(series), 1, squeeze=False)[:, 0]
@@ -29,6 +29,8 @@ def draw(results: list[dict]) -> Figure:
         _draw_bounds(axes[-1], positions, members)
         for ax in axes:
             _dress(ax, positions, labels)
+            if name == FILES:
+                _unjoin(ax)
         handles, words = axes[0].get_legend_handles_labels()
         more = axes[-1].get_legend_handles_labels()
         row.legend(handles + more[0], words + more[1], loc="outside lower center", ncols=7, frameon=False, fontsize=9)
@@ -36,9 +38,9 @@ def draw(results: list[dict]) -> Figure:
 
 
 def places(members: list[dict]) -> tuple[list[float], list[str] | None]:
-    """Where checkpoints stand on the axis, and their names; None: at their epochs, which are numbers enough."""
+    """Where checkpoints stand on the axis, and their names; None: a run's, at their epochs."""
     epochs = [member["epoch"] for member in members]
-    if len(members) > 1 and None not in epochs and len(set(epochs)) == len(epochs):
+    if members[0]["series"] != FILES and len(members) > 1 and None not in epochs and len(set(epochs)) == len(epochs):
         return [float(epoch) for epoch in epochs], None
     stems = [member["checkpoint"].split("/")[-1].split(" ")[0].rsplit(".", 1)[0] for member in members]
     if len(set(stems)) < len(stems):
@@ -66,8 +68,8 @@ def _draw_bounds(ax, positions: list[float], members: list[dict]) -> None:
             _points(ax, _beside(at, shift), [bound[name] for bound in bounds], colour, marker, label, ":")
         entropies = [bound["clean"]["label_entropy"] for bound in bounds]
         ax.plot(at, entropies, color=GREY, marker="_", linestyle="--", label="H(y)")
-    ax.set_ylim(bottom=0)
     ax.margins(y=0.1)
+    ax.set_ylim(bottom=0)
 
 
 def _beside(positions: Sequence[float], place: int) -> list[float]:
@@ -93,6 +95,12 @@ def _points(ax, positions, numbers: list[dict], colour: str, marker: str, label:
         elinewidth=1.2,
         label=label,
     )
+
+
+def _unjoin(ax) -> None:
+    """Checkpoints of no common run: points without lines between them."""
+    for container in ax.containers:
+        container[0].set_linestyle("none")
 
 
 def _dress(ax, positions: list[float], labels: list[str] | None) -> None:

@@ -12,9 +12,11 @@ from mimir_fast.analyze.seen import Perturbation
 from mimir_fast.trained import Trained
 
 VARIABLES = {"x": "I(x;z)", "x_adv": "I(x_adv;z)", "delta": "I(delta;z)"}
+FILES = "checkpoints"  # the series of checkpoints that were not given as a run's folder
 SATURATED = 0.95  # share of log2 m from which a null says that samples are too few to tell anything apart
 NOTES = {
     "z": "features of the adversarial images, all tokens of all patches",
+    "delta": "x_adv - x, made from x and the model: what z tells about it may be what z tells about x",
     "null": "the same estimator on pairs that do not belong together",
     "excess": "value - null",
     "error, interval": "delete-a-group jackknife, 95 %, of the estimator's expectation at this many images",
