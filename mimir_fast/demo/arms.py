@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 SIZES = "--dataset digits --input_size 32 --patch_size 8 --num_workers 0 --device cpu"
-PRETRAINING = f"--recipe digits_demo {SIZES} --batch_size 64 --epochs 10 --warmup_epochs 1"
+PRETRAINING = f"--recipe digits_demo {SIZES} --batch_size 64 --epochs 8 --warmup_epochs 1"
 FINE_TUNING = (  # the radius grows, or what starts from scratch learns nothing
     f"--recipe digits_demo {SIZES} --batch_size 32 --epochs 4 --warmup_epochs 1 --lr 3e-4 --layer_decay 1 --drop_path 0 "
-    "--eps_warmup_epochs 2 --held_out 0"
+    "--eps 4 --alpha 5 --eps_warmup_epochs 3 --held_out 0 --val_every 4"
 )
-EVALUATION = "--device cpu --eps 8 --alpha 2"
+EVALUATION = "--device cpu --eps 4 --alpha 1"
 WIDE = "clean,pgd-20"  # on all test images
 AUTO = "aa"  # on a slice
 
