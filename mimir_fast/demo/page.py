@@ -25,7 +25,7 @@ def write_demo_page(root: Path, seed: int, aa_images: int) -> Path:
         page.table(["", *columns], rows),
         page.picture(root / "report", "accuracies", draw_intervals(names, bars), caption),
         page.note(
-            f"297 test images{slices}. L∞ attacks within 4/255 of pixels in [0,1], PGD's step 1/255. All three are fine-tuned alike "
+            f"297 test images{slices}. L∞ attacks within 4/255, PGD's step 1/255. All three are fine-tuned alike "
             "(adversarial training with one attack step, the same images, epochs and seed), the two pre-trainings see equally "
             f"many images; seed {seed}. One seed on a toy data set: what differs between rows says little about the method, "
             "see docs/experiments.md for more."
