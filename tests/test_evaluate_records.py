@@ -4,10 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 from toys import Interrupted, classifier, digits, one_thread, short_autoattack, untrained  # noqa: F401
 
 from mimir_fast.checkpoint import CheckpointError
-from mimir_fast.evaluate import Sizes, make_attack, parse_attacks, run_evaluation
+from mimir_fast.evaluate import Images, Sizes, make_attack, parse_attacks, run_evaluation
+from mimir_fast.evaluate.entries import key_of, settings_of
 from mimir_fast.evaluate.records import ROBUST, Record
 
 SILENT = {"say": lambda line: None}
@@ -94,6 +96,31 @@ def test_results_of_another_model_or_other_images_are_set_aside_and_come_back(tm
     again = run_evaluation(classifier(), "a", digits(10), [make_attack("pgd-2", 8, 2)], tmp_path, **SILENT)
     assert list(again["attacks"]) == ["clean", "fgsm eps=8", "pgd-2 eps=8 alpha=2"]
     assert again["attacks"]["fgsm eps=8"] == first["attacks"]["fgsm eps=8"]
+
+
+def test_outcomes_of_an_unknown_model_are_not_taken_for_this_ones(tmp_path):
+    run_evaluation(classifier(), "a", digits(5), [], tmp_path, **SILENT)
+    (tmp_path / "results.json").unlink()
+    with pytest.raises(CheckpointError, match=r"output_dir: .*per_image is there without the results.json"):
+        run_evaluation(untrained(1), "b", digits(5), [], tmp_path, **SILENT)
+
+
+def test_lists_that_begin_alike_are_different_images(tmp_path):
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    for number in range(3):
+        Image.new("RGB", (16, 16), (80 * number, 0, 0)).save(tmp_path / "val" / "a" / f"{number}.png")
+    prints = set()
+    for second in (1, 2):
+        (tmp_path / "list.txt").write_text(f"a/0.png\na/{second}.png\n")
+        images = Images("imagefolder", str(tmp_path), 16, image_list=str(tmp_path / "list.txt"))
+        prints.add(images.choose().fingerprint)
+    assert len(prints) == 2
+
+
+def test_long_seeds_have_results_of_their_own():
+    attack = make_attack("pgd-2", 8, 2)
+    keys = [key_of(settings_of(attack, Sizes(64, 64), seed)) for seed in (1234567, 1234568)]
+    assert keys == [f"pgd-2 eps=8 alpha=2 seed={seed}" for seed in (1234567, 1234568)]
 
 
 def test_rounds_pass_on_what_they_leave():

@@ -113,6 +113,5 @@ def _dress(ax, positions: list[float], labels: list[str] | None) -> None:
         return
     step = -(-len(labels) // MOST_LABELS)
     slanted = {"rotation": 20, "ha": "right"} if len(labels) > 1 else {}
-    slanted = {"rotation": 20, "ha": "right"} if len(labels) > 1 else {}
     ax.set_xticks(positions[::step], labels[::step], **slanted)
     ax.set_xlim(-0.6, len(labels) - 0.4)

@@ -39,9 +39,14 @@ def attack_of(settings: dict) -> Attack:
 
 def key_of(settings: dict) -> str:
     """Settings in a few words: "pgd-20 eps=8 alpha=2"; what is as usual is left out."""
-    words = [f"{name}={value:g}" for name, value in settings.items() if name not in ("attack", "steps")]
-    usual = {f"{name}={value:g}" for name, value in USUAL.items()}
+    words = [f"{name}={_number(value)}" for name, value in settings.items() if name not in ("attack", "steps")]
+    usual = {f"{name}={_number(value)}" for name, value in USUAL.items()}
     return " ".join([settings["attack"], *(word for word in words if word not in usual)])
+
+
+def _number(value: float) -> str:
+    """Whole where it matters: seeds have more than the six digits of :g."""
+    return str(value) if isinstance(value, int) else f"{value:.12g}"
 
 
 def summary(record: Record, rounds: Sequence[str]) -> dict:

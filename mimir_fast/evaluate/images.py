@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -53,7 +54,8 @@ class Images:
             numbers = np.asarray(subset_indices(total, self.num_images, CHOICE), np.int64)
         first, label = next(iter(stream))
         facts = f"{self.dataset} {self.split} {self.input_size} {list(stream.classes)} {total} {int(label[0])}"
-        digest = hashlib.sha256(facts.encode() + numbers.astype("<i8").tobytes() + first.numpy().tobytes())
+        listed = Path(self.image_list).expanduser().read_bytes() if self.image_list else b""
+        digest = hashlib.sha256(facts.encode() + numbers.astype("<i8").tobytes() + first.numpy().tobytes() + listed)
         return Chosen(self, numbers, list(stream.classes), digest.hexdigest())
 
 

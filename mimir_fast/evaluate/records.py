@@ -105,6 +105,8 @@ class Results:
 
     identity: what they are, a dictionary with the hashes "model" and "images" in it.  Results of another model or other
     images are moved to set_aside/HASHES and come back when their turn comes; `note` says so, else it is empty.
+    A kill between two moves leaves no outcomes in `folder` without the results.json that says whose they are.
+    Raises CheckpointError for a damaged results.json, or if there are outcomes without one.
     """
 
     def __init__(self, folder: Path, identity: dict):
@@ -113,13 +115,18 @@ class Results:
         mine = _key(identity)
         if found is not None and _key(found["identity"]) != mine:
             target = folder / "set_aside" / _key(found["identity"])
-            _move(folder, target)
+            _move(folder, target, ("per_image", "results.json"))
             self.note = f"output_dir: the results there were of another model or other images; they are in {target}"
             found = None
         if found is None and (folder / "set_aside" / mine).is_dir():
-            _move(folder / "set_aside" / mine, folder)
+            _move(folder / "set_aside" / mine, folder, ("results.json", "per_image"))
             (folder / "set_aside" / mine).rmdir()
             found = self._read()
+        if found is None and self.record_path("").parent.is_dir():
+            raise CheckpointError(
+                f"output_dir: {self.record_path('').parent} is there without the results.json that says of which model; "
+                "move it away"
+            )
         self.data = {"identity": identity, "attacks": {}, "checks": [], **(found or {})}
         self.data["identity"] = identity
         self.save()
@@ -151,8 +158,8 @@ def _key(identity: dict) -> str:
     return f"{identity['model']['hash'][:12]}-{identity['images']['hash'][:12]}"
 
 
-def _move(source: Path, target: Path) -> None:
+def _move(source: Path, target: Path, names: tuple[str, str]) -> None:
     target.mkdir(parents=True, exist_ok=True)
-    for name in ("results.json", "per_image"):
+    for name in names:
         if (source / name).exists():
             (source / name).rename(target / name)
