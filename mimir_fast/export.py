@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mimir_fast.arguments import Command, parse_args
 from mimir_fast.data.datasets import INFO
 from mimir_fast.flags import Configuration, flag, require
+from mimir_fast.model_files import METADATA
 from mimir_fast.models import CLASSIFIERS, VisionTransformer
 from mimir_fast.robustbench_file import model_file
 from mimir_fast.trained import Trained, latent_tokens, load_classifier, load_encoder
@@ -160,6 +161,7 @@ def export_timm(trained: Trained, path: Path, json_path: Path) -> list[str]:
         "source": {"file": trained.source, "epoch": trained.epoch, "model": trained.args["model"]},
     }
     metadata = {"format": "pt", "create_model": config["create_model"], "config": json.dumps(config)}
+    metadata[METADATA] = json.dumps(training(trained))
     temporary = path.with_name(path.name + ".tmp")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
     os.replace(temporary, path)
@@ -169,10 +171,15 @@ def export_timm(trained: Trained, path: Path, json_path: Path) -> list[str]:
     return [f"wrote {path} and {json_path}; outputs differ by at most {difference:.0e}", config["create_model"]]
 
 
+def training(trained: Trained) -> dict:
+    """What `trained` cannot tell from tensors when the file is given to mimir_fast again."""
+    return {"dataset": trained.args["dataset"], "use_normalize": trained.args["mean"] is not None}
+
+
 def export_robustbench(trained: Trained, path: Path, python_path: Path) -> list[str]:
     """Write both files, load them as a user would and compare; returns lines to print.  As export_timm otherwise."""
     temporary = path.with_name(path.name + ".tmp")
-    torch.save({"state_dict": trained.model.state_dict()}, temporary)
+    torch.save({"state_dict": trained.model.state_dict(), "args": training(trained)}, temporary)
     os.replace(temporary, path)
     python_path.write_text(model_file(trained, path))
     difference = checked(trained, runpy.run_path(str(python_path))["load"](), path)

@@ -1,6 +1,7 @@
 """Parameters from files, whoever wrote them: our checkpoints and the original's, bare state dicts, .safetensors."""
 
 import argparse
+import json
 import pickle
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from mimir_fast.checkpoint import CheckpointError
 
 ENTRIES = ("model_ema", "model", "model_state_dict", "state_dict")  # where tensors may be; the first found is taken
+METADATA = "mimir_fast"  # where a .safetensors of ours holds the args that its tensors do not say, as JSON
 PREFIXES = ("module.", "base_model.", "_orig_mod.")
 
 
@@ -58,10 +60,11 @@ def read_model_file(source: str) -> Contents:
 def _read_safetensors(source: str) -> Contents:
     try:
         with safe_open(source, "pt") as file:
-            return Contents(_bare({name: file.get_tensor(name) for name in file.keys()}), {}, None, source)  # noqa: SIM118
+            args = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+            return Contents(_bare({name: file.get_tensor(name) for name in file.keys()}), args, None, source)  # noqa: SIM118
     except FileNotFoundError as error:
         raise CheckpointError(f"checkpoint: no file {source}") from error
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint: {source} is damaged ({error})") from error
 
 

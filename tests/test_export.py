@@ -114,8 +114,10 @@ def test_robustbench(tmp_path, dataset, normalised):
     assert "mimir_fast" not in (tmp_path / "Mine2026.py").read_text()
 
 
-def test_exports_can_be_loaded_again(tmp_path):
-    source = checkpoint(tmp_path / "a.pth")
+@pytest.mark.parametrize("args", [{}, {"dataset": "cifar10s", "use_normalize": True}])
+def test_exports_can_be_loaded_again(tmp_path, args):
+    """With the normalisation, which their tensors do not say."""
+    source = checkpoint(tmp_path / "a.pth", **args)
     exported(source, tmp_path / "a.safetensors", "timm")
     exported(source, tmp_path / "a.pt", "robustbench")
     for name in ("a.safetensors", "a.pt"):

@@ -10,7 +10,7 @@ not do: a sample drawn twice is its own perfect match in both variables, which t
 independent variables the excess of a bootstrap sample is far above zero.  Halves of the samples would not do either: nhsic of
 many dimensions is near its ceiling, m, and spreads less with fewer samples than a rescaling by m tells.  The jackknife stays
 near m samples, and where it errs it errs upwards (Efron and Stein, The Jackknife Estimate of Variance, 1981): in simulations
-its 95 % intervals cover in 95 to 100 % of all cases, see tests/test_analyze_estimates.py.
+its 95 % intervals cover in 90 to 100 % of all cases, see tests/test_analyze_estimates.py.
 An interval is that of the estimator's expectation at m samples, not of the true information, from which every estimator is
 far in so many dimensions.
 """
