@@ -109,9 +109,11 @@ def test_readme_paths_and_flags_exist():
     text = (ROOT / "README.md").read_text()
     for path in re.findall(r"`((?:mimir_fast|kernels|bench|tests|docs)/[\w./]*)`", text):
         assert (ROOT / path).exists(), path
-    from mimir_fast.arguments import build_parser
+    from mimir_fast.arguments import PRETRAIN, build_parser
+    from mimir_fast.evaluate.command import COMMAND
+    from mimir_fast.finetune.command import FINETUNE
 
-    known = build_parser().format_help()
+    known = "".join(build_parser(command).format_help() for command in (PRETRAIN, FINETUNE, COMMAND))
     for flag in set(re.findall(r"--([a-z]+_[a-z_]+)", text)) - {"nproc_per_node"}:
         assert f"--{flag}" in known, flag
 
@@ -126,7 +128,9 @@ def test_dependencies_are_declared_and_justified():
     imported = set()
     for source in [*ROOT.glob("mimir_fast/**/*.py"), *ROOT.glob("kernels/**/*.py")]:
         imported |= set(re.findall(r"^\s*(?:from|import) (\w+)", source.read_text(), re.MULTILINE))
-    third_party = imported - set(sys.stdlib_module_names) - {"mimir_fast", "wandb", "flash_attn", "xformers"}
+    third_party = (
+        imported - set(sys.stdlib_module_names) - {"mimir_fast", "wandb", "flash_attn", "xformers", "pyautoattack"}
+    )
     provides = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
     assert third_party <= {provides.get(name, name) for name in names} | {"triton"}
 
