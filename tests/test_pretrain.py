@@ -162,7 +162,7 @@ def test_no_output_folder_writes_nothing(data, tmp_path, monkeypatch):
         ("--batch_size 400", ["batch_size", "26"]),
         ("--accum_iter 7", ["accum_iter", "7"]),
         ("--eps 0.03", ["eps", "1/255"]),
-        ("--dataset imagenette", ["dataset", "imagenette"]),
+        ("--dataset caltech", ["dataset", "caltech"]),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(data, tmp_path, capsys, extra, words):
