@@ -7,8 +7,8 @@ from conftest import SMALL, small_model
 from bench.textbook import TextbookMAE
 from mimir_fast.models import MODELS, MaskedAutoencoderViT, create_model
 
-PARAMETERS_224 = {"ti": 6.07, "small": 22.24, "small_ds": 48.56, "base": 86.42, "large": 303.95}
-PARAMETERS_32 = {"ti": 5.85, "small": 21.88, "small_ds": 47.93, "base": 85.79}
+PARAMETERS_224 = {"nano": 1.07, "ti": 6.07, "small": 22.24, "small_ds": 48.56, "base": 86.42, "large": 303.95}
+PARAMETERS_32 = {"nano": 0.92, "ti": 5.85, "small": 21.88, "small_ds": 47.93, "base": 85.79}
 
 
 @pytest.mark.parametrize(("size", "patch", "millions"), [(224, 16, PARAMETERS_224), (32, 2, PARAMETERS_32)])
@@ -17,7 +17,7 @@ def test_names_and_parameter_counts(size, patch, millions):
         with torch.device("meta"):
             model = create_model(f"mae_vit_{name}_dec128d2b", img_size=size, patch_size=patch)
         assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == pytest.approx(expected, abs=0.011), name
-        keys = {"large": 326, "small_ds": 134}.get(name, 182)
+        keys = {"large": 326, "small_ds": 134, "nano": 86}.get(name, 182)
         assert len(model.state_dict()) == keys
     assert {f"mae_vit_{name}" for name in PARAMETERS_224} == set(MODELS)
 

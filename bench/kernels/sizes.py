@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from mimir_fast.config import PretrainConfig
 from mimir_fast.models import DECODER, MODELS
-from mimir_fast.recipes import cifar10_vit_s, digits_demo, imagenet_vit_b, imagenet_vit_s
+from mimir_fast.recipes import cifar10_vit_s, imagenet_vit_b, imagenet_vit_s
 
 
 @dataclass(frozen=True)
@@ -52,5 +52,5 @@ SIZES: dict[str, Size] = {  # the most important first
     "imagenet_vit_s": size_of(imagenet_vit_s()),
     "cifar10_vit_s": size_of(cifar10_vit_s()),
     "imagenet_vit_l": size_of(imagenet_vit_s().updated({"model": "mae_vit_large"})),
-    "small": size_of(digits_demo().updated({"batch_size": 8})),  # for CPUs
+    "small": size_of(cifar10_vit_s().updated({"model": "mae_vit_ti", "patch_size": 4, "batch_size": 8})),  # for CPUs
 }

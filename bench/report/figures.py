@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from bench.records import is_pretend
 from bench.rows import FINETUNE, PRETRAIN, Reading, Row, newest, varying
 
-SIZES = {"ti": "Ti", "small": "S", "small_ds": "S (8 wide blocks)", "base": "B", "large": "L"}
+SIZES = {"nano": "nano", "ti": "Ti", "small": "S", "small_ds": "S (8 wide blocks)", "base": "B", "large": "L"}
 STEPS = {"ours": "mimir_fast", "references": "references", "textbook": "textbook"}
 SHOWN = ("model", "patch_size", "batch_size", "input_size", "precision", "residual_dtype", "compile")
 ATTACK = ("attack_train", "steps")  # of a fine-tuning step: part of its name

@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import NamedTuple
 
-SIZES = "--dataset digits --input_size 32 --patch_size 8 --num_workers 0 --device cpu"
-PRETRAINING = f"--recipe digits_demo {SIZES} --batch_size 64 --epochs 8 --warmup_epochs 1"
-FINE_TUNING = (  # the radius grows, or what starts from scratch learns nothing
-    f"--recipe digits_demo {SIZES} --batch_size 32 --epochs 4 --warmup_epochs 1 --lr 3e-4 --layer_decay 1 --drop_path 0 "
-    "--eps 4 --alpha 5 --eps_warmup_epochs 3 --held_out 0 --val_every 4"
-)
-EVALUATION = "--device cpu --eps 4 --alpha 1"
+from mimir_fast import recipes as pretraining
+from mimir_fast.config import PretrainConfig
+from mimir_fast.finetune import recipes as fine_tuning
+from mimir_fast.finetune.config import FinetuneConfig
+
+RECIPE = ["--recipe", "digits_demo"]
+EPS, ALPHA = 4, 1  # 1/255, of the attacks on the finished classifiers
+EVALUATION = f"--device cpu --eps {EPS} --alpha {ALPHA}"
 WIDE = "clean,pgd-20"  # on all test images
 AUTO = "aa"  # on a slice
 
@@ -39,12 +40,14 @@ class Places(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """What happens, the verb with the words of its command line, and the file that is there when it is done."""
+    """What happens, the verb with the words of its command line, the file that is there when it is done, and roughly how long
+    it takes beside others."""
 
     title: str
     verb: str
     words: list[str]
     product: Path
+    share: float
 
 
 def places(arm: Arm, root: Path) -> Places:
@@ -55,20 +58,20 @@ def stages(arm: Arm, root: Path, seed: int, aa_images: int) -> list[Stage]:
     """In order; each goes on where it was stopped.  aa_images: test images that AutoAttack gets; 0: none."""
     at, plan, start = places(arm, root), [], []
     if arm.attack:
-        encoder = _last_checkpoint(at.pretraining, PRETRAINING)
-        words = [*PRETRAINING.split(), "--attack", arm.attack, *_run(at.pretraining, seed)]
-        plan.append(Stage(f"{arm.name}: pre-training", "pretrain", words, encoder))
+        encoder = _last_checkpoint(at.pretraining, pretraining.digits_demo())
+        words = [*RECIPE, "--attack", arm.attack, *_run(at.pretraining, seed)]
+        plan.append(Stage(f"{arm.name}: pre-training", "pretrain", words, encoder, 20 if arm.attack == "plain" else 40))
         start = ["--finetune", str(encoder)]
-    classifier = _last_checkpoint(at.fine_tuning, FINE_TUNING)
-    words = [*FINE_TUNING.split(), *start, *_run(at.fine_tuning, seed)]
-    plan.append(Stage(f"{arm.name}: adversarial fine-tuning", "finetune", words, classifier))
+    classifier = _last_checkpoint(at.fine_tuning, fine_tuning.digits_demo())
+    words = [*RECIPE, *start, *_run(at.fine_tuning, seed)]
+    plan.append(Stage(f"{arm.name}: adversarial fine-tuning", "finetune", words, classifier, 45))
     words = ["--checkpoint", str(classifier), *EVALUATION.split(), "--seed", str(seed)]
     wide = [*words, "--attacks", WIDE, "--output_dir", str(at.evaluation)]
-    plan.append(Stage(f"{arm.name}: clean and PGD-20", "evaluate", wide, at.evaluation / "results.json"))
+    plan.append(Stage(f"{arm.name}: clean and PGD-20", "evaluate", wide, at.evaluation / "results.json", 5))
     if aa_images:
         narrow = [*words, "--attacks", AUTO, "--num_images", str(aa_images), "--output_dir", str(at.autoattack)]
         title = f"{arm.name}: AutoAttack on {aa_images} images"
-        plan.append(Stage(title, "evaluate", narrow, at.autoattack / "results.json"))
+        plan.append(Stage(title, "evaluate", narrow, at.autoattack / "results.json", 60))
     return plan
 
 
@@ -76,6 +79,5 @@ def _run(folder: Path, seed: int) -> list[str]:
     return ["--output_dir", str(folder), "--log_dir", str(folder), "--seed", str(seed), "--resume", "auto"]
 
 
-def _last_checkpoint(folder: Path, words: str) -> Path:
-    listed = words.split()
-    return folder / f"checkpoint-{int(listed[listed.index('--epochs') + 1]) - 1}.pth"
+def _last_checkpoint(folder: Path, recipe: PretrainConfig | FinetuneConfig) -> Path:
+    return folder / f"checkpoint-{recipe.optim.epochs - 1}.pth"

@@ -5,7 +5,6 @@ import shlex
 import signal
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 from tqdm import tqdm
@@ -14,18 +13,21 @@ from mimir_fast import pretrain
 from mimir_fast.demo.arms import ARMS, Stage, stages
 from mimir_fast.demo.page import write_demo_page
 from mimir_fast.evaluate import command as evaluate
+from mimir_fast.evaluate.autoattack import refusal
+from mimir_fast.exits import guarded
 from mimir_fast.finetune import command as finetune
+from mimir_fast.flags import require
 
 VERBS = {"pretrain": pretrain.main, "finetune": finetune.main, "evaluate": evaluate.main}
+DIGITS = 10  # classes
 STOPPED = 128 + signal.SIGTERM
-SHARES = {"pretrain": 2.0, "finetune": 2.0, "evaluate": 1.0}  # rough durations, for the time left
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mimir-fast demo",
         description="Pre-train with and without the attack, fine-tune three classifiers alike (from scratch, from the masked "
-        "autoencoder, from MIMIR), attack them, and write one page. Handwritten digits, no download, roughly 10 minutes on two "
+        "autoencoder, from MIMIR), attack them, and write one page. Handwritten digits, no download, about 7 minutes on two "
         "CPU cores. Stopped or killed, the same command goes on where it was.",
     )
     add = parser.add_argument
@@ -34,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--aa_images",
         type=int,
-        default=8,
+        default=12,
         metavar="N",
         help="test images that AutoAttack gets [images]; 0: leave AutoAttack out (default: %(default)s)",
     )
@@ -44,12 +46,15 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run what is left of the demo; returns the exit status: 0 done, else that of the stage that ended early."""
     args = build_parser().parse_args(argv)
+    return guarded("mimir-fast demo", lambda: demo(args), "stopped; the same command goes on from there")
+
+
+def demo(args: argparse.Namespace) -> int:
+    """All stages, then the page; raises ValueError for wrong input."""
     for name in ("seed", "aa_images"):
-        if getattr(args, name) < 0:
-            print(f"mimir-fast demo: error: {name}: got {getattr(args, name)}, expected 0 or more", file=sys.stderr)
-            return 2
-    if args.aa_images and find_spec("pyautoattack") is None:
-        print("aa_images: AutoAttack is left out, its package is absent: pip install 'mimir-fast[eval]'")
+        require(getattr(args, name) >= 0, name, getattr(args, name), "0 or more")
+    if args.aa_images and (reason := refusal(DIGITS)):
+        print(f"aa_images: AutoAttack is left out, it {reason}")
         args.aa_images = 0
     root = Path(args.output_dir)
     plan = [stage for arm in ARMS for stage in stages(arm, root, args.seed, args.aa_images)]
@@ -62,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_all(plan: list[Stage]) -> int:
     """Run the stages in order, each in this process; returns the first exit status that is not 0, or 143 after a SIGTERM."""
-    began, done, total = time.perf_counter(), 0.0, sum(SHARES[stage.verb] for stage in plan)
+    began, done, total = time.perf_counter(), 0.0, sum(stage.share for stage in plan)
     for number, stage in enumerate(plan, 1):
         spent = time.perf_counter() - began
         left = f", about {tqdm.format_interval(spent / done * (total - done))} left" if done else ""
@@ -76,7 +81,7 @@ def run_all(plan: list[Stage]) -> int:
         if not stage.product.exists():  # stopped by SIGTERM, which is no failure of the stage
             print("stopped; the same command goes on from there")
             return STOPPED
-        done += SHARES[stage.verb]
+        done += stage.share
     return 0
 
 

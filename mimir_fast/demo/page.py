@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from mimir_fast import page, report
-from mimir_fast.demo.arms import ARMS, Arm, places
+from mimir_fast.demo.arms import ALPHA, ARMS, EPS, Arm, places
 from mimir_fast.figures import draw_intervals
 
 Interval = tuple[float, float, float]  # value, low, high, as shares of 1
@@ -25,7 +25,7 @@ def write_demo_page(root: Path, seed: int, aa_images: int) -> Path:
         page.table(["", *columns], rows),
         page.picture(root / "report", "accuracies", draw_intervals(names, bars), caption),
         page.note(
-            f"297 test images{slices}. L∞ attacks within 4/255, PGD's step 1/255. All three are fine-tuned alike "
+            f"297 test images{slices}. L∞ attacks within {EPS}/255, PGD's step {ALPHA}/255. All three are fine-tuned alike "
             "(adversarial training with one attack step, the same images, epochs and seed), the two pre-trainings see equally "
             f"many images; seed {seed}. One seed on a toy data set: what differs between rows says little about the method, "
             "see docs/experiments.md for more."
@@ -49,7 +49,9 @@ def read_results(arm: Arm, root: Path, aa_images: int) -> dict[str, tuple[Interv
 
 
 def _find(attacks: dict, name: str) -> tuple[Interval, int]:
-    entry = next(e for e in attacks.values() if e["settings"]["attack"] == name)
+    """Of the demo's attacks, which a person may have added others to."""
+    ours = {"attack": name, "eps": EPS, "alpha": ALPHA, "restarts": 1}
+    entry = next(e for e in attacks.values() if all(e["settings"].get(k, v) == v for k, v in ours.items()))
     return (entry["accuracy"], *entry["interval95"]), entry["n"]
 
 
