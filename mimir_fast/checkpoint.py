@@ -1,10 +1,12 @@
 """Checkpoints: the original's format, written so that a kill or a full disk never spoils one."""
 
 import argparse
+import hashlib
 import os
 import pickle
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
 
 import torch
 
@@ -46,6 +48,23 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def is_url(source: str) -> bool:
+    return source.startswith(("https://", "http://"))
+
+
+def local_file(source: str) -> Path:
+    """A path as it is; for a URL its copy in torch.hub's folder, downloaded the first time.  Raises OSError without one."""
+    if not is_url(source):
+        return Path(source)
+    name = PurePosixPath(urlsplit(source).path).name
+    digest = hashlib.sha256(source.encode()).hexdigest()[:16]  # many files are called checkpoint-99.pth
+    path = Path(torch.hub.get_dir()) / "checkpoints" / f"{digest}-{name}"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(source, str(path))
+    return path
+
+
 def load_checkpoint(source: str | Path, flag: str = "resume") -> dict:
     """Read a checkpoint of ours or of the original, from a path or an https URL, onto the CPU; `flag` asked for it.
 
@@ -55,10 +74,7 @@ def load_checkpoint(source: str | Path, flag: str = "resume") -> dict:
     source = str(source)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            if source.startswith(("https://", "http://")):
-                state = torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)
-            else:
-                state = torch.load(source, map_location="cpu", weights_only=True)
+            state = torch.load(local_file(source), map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{flag}: no file {source}") from error
     except pickle.UnpicklingError as error:

@@ -18,7 +18,7 @@ class ModelConfig:
     """What is trained."""
 
     model: str = flag(
-        "mae_vit_ti_patch16", "model name: mae_vit_{ti,small,small_ds,base,large}; the default is mae_vit_ti"
+        "mae_vit_ti_patch16", "model name: mae_vit_{nano,ti,small,small_ds,base,large}; the default is mae_vit_ti"
     )
     input_size: int = flag(224, "side of the square input", "pixels")
     patch_size: int = flag(16, "side of a patch; must divide input_size", "pixels")
@@ -212,7 +212,7 @@ def check_shared(flat: dict) -> None:
     """What every kind of run asks of its flags {name: value}; raises ValueError."""
     for name in ("batch_size", "accum_iter", "epochs", "input_size", "patch_size", "log_every", "max_bad_steps"):
         require(flat[name] >= 1, name, flat[name], "1 or more")
-    for name in ("steps", "eps", "alpha", "warmup_epochs", "start_epoch", "num_workers"):
+    for name in ("steps", "eps", "alpha", "warmup_epochs", "start_epoch", "num_workers", "weight_decay"):
         require(flat[name] >= 0, name, flat[name], "0 or more")
     for name in ("checkpoint_steps", "max_steps", "seed"):
         require(flat[name] >= 0, name, flat[name], "0 or more")

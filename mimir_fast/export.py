@@ -8,6 +8,8 @@ import json
 import os
 import runpy
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,13 +21,15 @@ from torch import Tensor, nn
 
 from mimir_fast.arguments import Command, parse_args
 from mimir_fast.data.datasets import INFO
+from mimir_fast.exits import guarded
 from mimir_fast.flags import Configuration, flag, require
 from mimir_fast.model_files import METADATA
 from mimir_fast.models import CLASSIFIERS, VisionTransformer
 from mimir_fast.robustbench_file import model_file
-from mimir_fast.trained import Trained, latent_tokens, load_classifier, load_encoder
+from mimir_fast.trained import Trained, latent_tokens, load_classifier, load_encoder, training_eps
 
 TIMM_NAMES = {
+    "vit_nano": "vit_tiny_patch16_224",  # with another width and depth
     "vit_ti": "vit_tiny_patch16_224",
     "vit_small": "vit_small_patch16_224",
     "vit_small_ds": "vit_base_patch16_224",  # with another depth, heads and MLP
@@ -101,21 +105,32 @@ class Architecture(NamedTuple):
 
 def main(argv: list[str] | None = None) -> int:
     """Export; returns the exit status: 0 done, 1 the disk refused, 2 wrong input."""
-    try:
-        config, _ = parse_args(COMMAND, sys.argv[1:] if argv is None else argv)
-        overrides = {name: getattr(config.model, name) for name in ("model", "dataset", "use_normalize")}
-        load, write = (
-            (load_encoder, export_timm) if config.output.format == "timm" else (load_classifier, export_robustbench)
-        )
-        for line in write(load(config.model.checkpoint, overrides=overrides), *config.paths()):
-            print(line)
-    except ValueError as error:
-        print(f"mimir-fast export: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"mimir-fast export: error: {error}", file=sys.stderr)
-        return 1
+    words = sys.argv[1:] if argv is None else argv
+    return guarded(COMMAND.prog, lambda: export(parse_args(COMMAND, words)[0]), "stopped, nothing was written")
+
+
+def export(config: ExportConfig) -> int:
+    """Load, write, report; raises ValueError for wrong input."""
+    overrides = {name: getattr(config.model, name) for name in ("model", "dataset", "use_normalize")}
+    load, write = (
+        (load_encoder, export_timm) if config.output.format == "timm" else (load_classifier, export_robustbench)
+    )
+    for line in write(load(config.model.checkpoint, overrides=overrides), *config.paths()):
+        print(line)
     return 0
+
+
+@contextmanager
+def in_place_when_done(*paths: Path) -> Iterator[list[Path]]:
+    """Temporary files that become `paths` at the end, and vanish after an error."""
+    temporary = [path.with_name(f"{path.stem}.tmp{path.suffix}") for path in paths]
+    try:
+        yield temporary
+        for ours, final in zip(temporary, paths):
+            os.replace(ours, final)
+    finally:
+        for path in temporary:
+            path.unlink(missing_ok=True)
 
 
 def architecture(trained: Trained) -> Architecture:
@@ -124,6 +139,7 @@ def architecture(trained: Trained) -> Architecture:
     ours = args["model"].removeprefix("mae_")
     sizes = {"img_size": args["input_size"], "patch_size": args["patch_size"], "mlp_ratio": 4.0, **CLASSIFIERS[ours]}
     named = {**NAMED, "depth": 24 if ours == "vit_large" else 12}
+    named["embed_dim"] = 192 if ours == "vit_nano" else sizes["embed_dim"]
     options = {"num_classes": args["nb_classes"] if classifier else 0}
     options["global_pool"] = "avg" if classifier and args["global_pool"] else "token"
     options |= {name: sizes[name] for name, value in named.items() if sizes[name] != value}
@@ -144,7 +160,7 @@ def architecture(trained: Trained) -> Architecture:
 
 
 def export_timm(trained: Trained, path: Path, json_path: Path) -> list[str]:
-    """Write both files, load them with timm and compare; returns lines to print.
+    """Write both files, once timm has loaded them and gives the same outputs; returns lines to print.
 
     Of a masked autoencoder the encoder alone is written.  Raises ValueError if timm gives other outputs.
     """
@@ -162,27 +178,27 @@ def export_timm(trained: Trained, path: Path, json_path: Path) -> list[str]:
     }
     metadata = {"format": "pt", "create_model": config["create_model"], "config": json.dumps(config)}
     metadata[METADATA] = json.dumps(training(trained))
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-    os.replace(temporary, path)
-    json_path.write_text(json.dumps(config, indent=2) + "\n")
-    model = timm.create_model(built.name, checkpoint_path=str(path), **built.options)
-    difference = checked(trained, PixelModel(model, built.pretrained_cfg), path)
+    with in_place_when_done(path, json_path) as (written, written_json):
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, written, metadata)
+        written_json.write_text(json.dumps(config, indent=2) + "\n")
+        model = timm.create_model(built.name, checkpoint_path=str(written), **built.options)
+        difference = checked(trained, PixelModel(model, built.pretrained_cfg), path)
     return [f"wrote {path} and {json_path}; outputs differ by at most {difference:.0e}", config["create_model"]]
 
 
 def training(trained: Trained) -> dict:
     """What `trained` cannot tell from tensors when the file is given to mimir_fast again."""
-    return {"dataset": trained.args["dataset"], "use_normalize": trained.args["mean"] is not None}
+    facts = {"dataset": trained.args["dataset"], "use_normalize": trained.args["mean"] is not None}
+    eps = training_eps(trained)
+    return facts if eps is None else {**facts, "eps": eps / 255}
 
 
 def export_robustbench(trained: Trained, path: Path, python_path: Path) -> list[str]:
-    """Write both files, load them as a user would and compare; returns lines to print.  As export_timm otherwise."""
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save({"state_dict": trained.model.state_dict(), "args": training(trained)}, temporary)
-    os.replace(temporary, path)
-    python_path.write_text(model_file(trained, path))
-    difference = checked(trained, runpy.run_path(str(python_path))["load"](), path)
+    """Write both files, once loading them as a user would gives the same outputs; see export_timm."""
+    with in_place_when_done(path, python_path) as (written, written_python):
+        torch.save({"state_dict": trained.model.state_dict(), "args": training(trained)}, written)
+        written_python.write_text(model_file(trained, path))
+        difference = checked(trained, runpy.run_path(str(written_python))["load"](written), path)
     return [f"wrote {path} and {python_path}; logits differ by at most {difference:.0e}"]
 
 
@@ -208,7 +224,7 @@ def checked(trained: Trained, exported: nn.Module, path: Path) -> float:
     difference = ((exported(images) - ours).abs().max() / ours.abs().max().clamp_min(1e-12)).item()
     if not difference < TOLERANCE:
         raise ValueError(
-            f"output: {path} gives other outputs in timm {timm.__version__} than here (by {difference:.1e}); do not use it"
+            f"output: {path} would give other outputs in timm {timm.__version__} than here (by {difference:.1e}); not written"
         )
     return difference
 

@@ -68,7 +68,7 @@ class RunLog:
         self.folder = Path(config.output_dir) if config.output_dir and world.is_main else None
         self.writer = self.wandb = self.bar = None
         self.pending: list[tuple[dict, Tensor]] = []
-        self.first_update, self.started = update, time.perf_counter()
+        self.first_update, self.last_update, self.started = update, update, time.perf_counter()
         self.last_flush, self.data_seconds, self.images = self.started, 0.0, 0
         self.epoch_started, self.epoch_images = self.started, 0
         if not world.is_main:
@@ -135,6 +135,7 @@ class RunLog:
                         self.writer.add_scalar(tag, row[key], row["x"])
             if self.wandb:
                 self.wandb.log({key: value for key, value in row.items() if value is not None}, step=row["update"])
+        self.last_update = rows[-1]["update"]
         self._show(rows[-1])
 
     def _show(self, row: dict) -> None:
@@ -187,6 +188,9 @@ class RunLog:
                 if row.get(key) is not None:
                     self.writer.add_scalar(tag, row[key], row["epoch"])
             self.writer.flush()
+        if self.wandb:
+            known = {f"epoch/{key}": value for key, value in row.items() if value is not None}
+            self.wandb.log(known, step=self.last_update)
         self.say("epoch " + ", ".join(f"{key} {_short(value)}" for key, value in row.items() if value is not None))
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mimir_fast.checkpoint import CheckpointError
+from mimir_fast.checkpoint import CheckpointError, local_file
 
 ENTRIES = ("model_ema", "model", "model_state_dict", "state_dict")  # where tensors may be; the first found is taken
 METADATA = "mimir_fast"  # where a .safetensors of ours holds the args that its tensors do not say, as JSON
@@ -31,10 +31,7 @@ def read_model_file(source: str) -> Contents:
         return _read_safetensors(source)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            if source.startswith(("https://", "http://")):
-                state = torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)
-            else:
-                state = torch.load(source, map_location="cpu", weights_only=True)
+            state = torch.load(local_file(source), map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"checkpoint: no file {source}") from error
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
@@ -59,7 +56,7 @@ def read_model_file(source: str) -> Contents:
 
 def _read_safetensors(source: str) -> Contents:
     try:
-        with safe_open(source, "pt") as file:
+        with safe_open(local_file(source), "pt") as file:
             args = json.loads((file.metadata() or {}).get(METADATA, "{}"))
             return Contents(_bare({name: file.get_tensor(name) for name in file.keys()}), args, None, source)  # noqa: SIM118
     except FileNotFoundError as error:

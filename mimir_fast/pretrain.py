@@ -6,12 +6,13 @@ Also `python -m mimir_fast.pretrain`, alone or under torchrun.
 import sys
 from dataclasses import replace
 
-from mimir_fast.arguments import parse_pretrain_args
-from mimir_fast.checkpoint import CheckpointError
+import torch
+
+from mimir_fast.arguments import PRETRAIN, parse_pretrain_args
 from mimir_fast.compiling import keep_compiled_code
 from mimir_fast.config import OptimConfig, PretrainConfig
-from mimir_fast.data import DataError
 from mimir_fast.distributed import World, join_world
+from mimir_fast.exits import RUN_ERRORS, complain
 from mimir_fast.mi import PENALTIES
 from mimir_fast.settle import seed_everything, settle_machine
 from mimir_fast.trainer import Trainer
@@ -27,14 +28,14 @@ def main(argv: list[str] | None = None) -> int:
         seed_everything(config.run.seed + world.rank)
         keep_compiled_code()
         trainer = Trainer(config, world, notes)
-    except (ValueError, OSError) as error:
-        print(f"mimir-fast pretrain: error: {error}", file=sys.stderr)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        complain(PRETRAIN.prog, error)
         world.close()
         return 2
     try:
         return trainer.run()
-    except (CheckpointError, DataError, OSError) as error:
-        print(f"mimir-fast pretrain: error: {error}", file=sys.stderr)
+    except RUN_ERRORS as error:
+        complain(PRETRAIN.prog, error)
         return 1
     finally:
         trainer.close()

@@ -1,6 +1,7 @@
 """What every run settles before it starts: device, precision, compilation, implementations, seeds."""
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -18,11 +19,7 @@ def settle_machine(
     Raises ValueError if the machine or another flag does not go with a flag that was set.
     """
     notes = []
-    if run.device == "cuda" and not torch.cuda.is_available():
-        if "device" in explicit:
-            raise ValueError("device: no CUDA device is available here; pass --device cpu")
-        notes.append("device: no CUDA device is available here, running on the CPU (--device cpu)")
-        run = replace(run, device="cpu")
+    run = replace(run, device=settled_device(run.device, explicit, notes.append))
     on_cuda = run.device.startswith("cuda")
     if optim.precision is None:
         optim = replace(optim, precision="bf16" if on_cuda else "fp32")
@@ -34,6 +31,22 @@ def settle_machine(
         notes.append(f"compile: {reason}; running eager")
         optim = replace(optim, compile=False)
     return run, _settle_implementations(optim, on_cuda), notes
+
+
+def settled_device(device: str, explicit: set[str], say: Callable[[str], None] = print) -> str:
+    """The device to run on, the CPU in place of a default that is not there.  Raises ValueError if it was asked for."""
+    kind, _, index = device.partition(":")
+    if kind != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        if "device" in explicit:
+            raise ValueError(f"device: got {device}, no CUDA device is available here; pass --device cpu")
+        say("device: no CUDA device is available here, running on the CPU (--device cpu)")
+        return "cpu"
+    count = torch.cuda.device_count()
+    if index and not (index.isdigit() and int(index) < count):
+        raise ValueError(f"device: got {device}, this machine has {count} CUDA devices, counted from cuda:0")
+    return device
 
 
 def _settle_implementations(optim: UpdateConfig, on_cuda: bool) -> UpdateConfig:

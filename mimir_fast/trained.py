@@ -20,7 +20,16 @@ from mimir_fast.models import (
     create_model,
 )
 
-__all__ = ["OVERRIDES", "Trained", "latent_tokens", "load_classifier", "load_encoder", "load_mae", "normalised"]
+__all__ = [
+    "OVERRIDES",
+    "Trained",
+    "latent_tokens",
+    "load_classifier",
+    "load_encoder",
+    "load_mae",
+    "normalised",
+    "training_eps",
+]
 
 # flags that a caller may insist on
 OVERRIDES = (
@@ -106,6 +115,18 @@ def normalised(trained: Trained, images: Tensor) -> Tensor:
         return images
     mean, std = (images.new_tensor(trained.args[name])[:, None, None] for name in ("mean", "std"))
     return (images - mean) / std
+
+
+def training_eps(trained: Trained, otherwise: float | None = None) -> float | None:
+    """Radius of the adversarial training in 1/255, from a checkpoint's args, where it is a share; `otherwise` if they do not
+    say.
+
+    The original's args with --use_normalize hold a tensor [C,1,1], divided by each channel's deviation.
+    """
+    eps, std = trained.args.get("eps"), trained.args.get("std")
+    if isinstance(eps, Tensor) and std is not None and eps.numel() == len(std):
+        eps = (eps.flatten().cpu().double() * torch.tensor(std, dtype=torch.float64)).mean().item()
+    return round(eps * 255, 4) if isinstance(eps, float) and eps > 0 else otherwise
 
 
 def _kind(contents: Contents) -> str:

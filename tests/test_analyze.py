@@ -8,6 +8,7 @@ import torch
 
 from mimir_fast.analyze import command
 from mimir_fast.analyze.command import main
+from mimir_fast.analyze.config import AnalyzeConfig
 from mimir_fast.analyze.plot import draw
 from mimir_fast.analyze.progress import Progress
 from mimir_fast.analyze.seen import Perturbation, attack_reconstruction, look
@@ -117,6 +118,16 @@ def test_figure(analyzed):
         assert list(line.get_ydata()) == [e["value"] for e in excess]
         for segment, one in zip(bars.get_segments(), excess):
             assert segment[:, 1] == pytest.approx(one["interval"])
+
+
+def test_files_of_one_folder_do_not_overwrite_each_other(runs):
+    def folder(*files):
+        return command.output_folder(AnalyzeConfig().updated({"checkpoint": tuple(map(str, files))}))
+
+    pre = runs / "pre"
+    assert folder(pre / "checkpoint-3.pth") == pre / "analysis" / "checkpoint-3"
+    assert folder(pre / "checkpoint-3.pth", pre / "checkpoint-20.pth") == folder(pre) == pre / "analysis"
+    assert folder("https://example.org/a/b.pth?v=1").parts == ("analysis", "b")
 
 
 def test_ctrl_c_keeps_what_is_done(runs, tmp_path, monkeypatch, capsys):

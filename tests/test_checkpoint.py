@@ -165,6 +165,22 @@ def test_order_of_checkpoints_and_rotation(tmp_path):
     }
 
 
+def test_urls_are_fetched_once_and_told_apart(tmp_path, monkeypatch):
+    fetched = []
+
+    def download(url, path):
+        fetched.append(url)
+        torch.save({"model": {"url": torch.tensor(len(fetched))}}, path)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    urls = [f"https://example.org/{run}/checkpoint-99.pth" for run in "ab"]
+    seen = [int(load_checkpoint(url)["model"]["url"]) for url in (*urls, *urls)]
+    assert seen == [1, 2, 1, 2]
+    assert fetched == urls
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
 @pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.999])
 def test_truncated_newest_falls_back(tmp_path, keep):
     model, updater = trained()

@@ -12,7 +12,7 @@ from toys import one_thread  # noqa: F401
 
 from mimir_fast.evaluate import command
 from mimir_fast.models import create_classifier
-from mimir_fast.trained import Trained
+from mimir_fast.trained import Trained, training_eps
 
 BASE = "--device cpu --num_images 6 --batch_size 4"
 
@@ -126,4 +126,4 @@ def test_folders_and_lists_that_do_not_fit(checkpoint, tmp_path, capsys):
 )
 def test_the_radius_of_the_training(eps, std, expected):
     trained = Trained(torch.nn.Identity(), {"eps": eps, "std": std}, None, "x.pth")
-    assert command.trained_eps(trained) == expected
+    assert training_eps(trained, command.USUAL_EPS) == expected

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from mimir_fast import export
 from mimir_fast.export import main
 from mimir_fast.models import create_classifier, create_model
-from mimir_fast.trained import load_classifier, load_encoder
+from mimir_fast.trained import load_classifier, load_encoder, training_eps
 
 SIZE = {"img_size": 16, "patch_size": 4}
 IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -67,7 +67,7 @@ def test_timm_by_its_plain_name(tmp_path):
         torch.testing.assert_close(theirs, model(images), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["vit_small", "vit_small_ds", "vit_base", "vit_large"])
+@pytest.mark.parametrize("name", ["vit_nano", "vit_small", "vit_small_ds", "vit_base", "vit_large"])
 def test_the_other_sizes_fit_their_timm_names(name):
     """Built without memory: names and shapes of all parameters, and what shapes do not show."""
     args = {"model": name, "input_size": 32, "patch_size": 2, "nb_classes": 10, "global_pool": True, "dataset": None}
@@ -122,6 +122,9 @@ def test_exports_can_be_loaded_again(tmp_path, args):
     exported(source, tmp_path / "a.pt", "robustbench")
     for name in ("a.safetensors", "a.pt"):
         assert torch.equal(logits(load_classifier(tmp_path / name).model), logits(load_classifier(source).model))
+        assert (
+            training_eps(load_classifier(tmp_path / name)) == training_eps(load_classifier(source)) == args.get("eps")
+        )
 
 
 def test_wrong_input_is_told_in_one_line(tmp_path, capsys):
@@ -154,5 +157,15 @@ def test_other_outputs_are_noticed(tmp_path):
     other = load_classifier(tmp_path / "a.pth").model
     assert export.checked(trained, other, tmp_path) == 0
     other.fc_norm.eps = 0.1
-    with pytest.raises(ValueError, match=r"^output: .* gives other outputs in timm"):
+    with pytest.raises(ValueError, match=r"^output: .* would give other outputs in timm"):
         export.checked(trained, other, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
+@pytest.mark.parametrize("error", [ValueError("other outputs"), KeyboardInterrupt])
+def test_nothing_is_left_of_an_export_that_fails(tmp_path, monkeypatch, name, error):
+    source = checkpoint(tmp_path / "source.pth")
+    monkeypatch.setattr(export, "checked", lambda *args: (_ for _ in ()).throw(error))
+    expected = 2 if isinstance(error, ValueError) else 130
+    assert exported(source, tmp_path / name, "timm" if name.endswith("s") else "robustbench") == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["source.pth"]

@@ -15,6 +15,7 @@ from mimir_fast.distributed import World
 from mimir_fast.finetune.computation import Computation, build_computation
 from mimir_fast.finetune.layer_decay import build_optimizer
 from mimir_fast.finetune.step import FP16_ATTACK_SCALE, Attack, FinetuneOutput, attack_images, draw_noise, finetune_step
+from mimir_fast.finetune.validation import build_validation_attack, validate
 from mimir_fast.models import VisionTransformer
 from mimir_fast.optim import Updater
 
@@ -71,7 +72,9 @@ def weight_products(graph: torch.fx.GraphModule) -> list[bool]:
     return [tuple(node.meta["val"].shape) in weights | {shape[::-1] for shape in weights} for node in nodes]
 
 
-@pytest.mark.parametrize(("kind", "region"), [("apgd", "model"), ("pgd", "block")])
+@pytest.mark.parametrize(
+    ("kind", "region"), [("apgd", "model"), ("pgd", "block"), ("trades", "model"), ("mart", "block")]
+)
 def test_compiled_is_the_same_step_compiles_once_and_attacks_without_weight_gradients(kind, region):
     torch._dynamo.reset()
     graphs, counts = Graphs(), []
@@ -86,6 +89,26 @@ def test_compiled_is_the_same_step_compiles_once_and_attacks_without_weight_grad
     assert len(attack) == (6 if region == "model" else 4)  # the block's four, patches, head
     assert not any(attack)
     assert sum(training) >= 4
+
+
+@pytest.mark.parametrize("region", ["model", "block"])
+def test_validation_uses_the_compiled_attack_and_compiles_once(region):
+    torch._dynamo.reset()
+    graphs = Graphs()
+    model, _, computation = build(optim(compile=True, compile_region=region), "pgd", graphs.backend)
+    plain = frozen_twin(model).eval()
+    images = [(group[:2] * 255).round().byte() for group in golden_images()[:2]]
+    stream = [*zip(images, (labels()[:2], labels()[2:4])), (images[0][:1], labels()[:1])]  # the last batch is smaller
+    attack = build_validation_attack("pgd2", 8.0, torch.device("cpu"))
+    whole = validate(computation.attacked, stream[:1], World(), torch.float32, attack, functions=computation.functions)
+    count = len(graphs.forwards)
+    options = {"functions": computation.functions, "fill": 2}
+    scores = validate(computation.attacked, stream, World(), torch.float32, attack, **options)
+    assert count > 1
+    assert len(graphs.forwards) == count
+    want = validate(plain, stream, World(), torch.float32, attack)
+    assert scores == pytest.approx(want, rel=1e-4)
+    assert whole == pytest.approx(validate(plain, stream[:1], World(), torch.float32, attack), rel=1e-4)
 
 
 class Products(TorchDispatchMode):

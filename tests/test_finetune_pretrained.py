@@ -37,6 +37,14 @@ def test_takes_the_encoder_and_says_so():
     assert len(said) == 4
 
 
+def test_a_running_average_is_preferred():
+    model, trained, average = classifier(), classifier().state_dict(), classifier().state_dict()
+    average["cls_token"] = trained["cls_token"] + 1
+    said = load(model, {"model": trained, "model_ema": average})
+    assert torch.equal(model.cls_token, average["cls_token"])
+    assert said[0].startswith("finetune: x.pth (model_ema): 30 of 32")
+
+
 def test_the_head_starts_afresh_whatever_the_checkpoint_has():
     torch.manual_seed(1)
     model, other = classifier(num_classes=400), classifier(num_classes=400)

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -142,6 +143,32 @@ def test_a_signal_during_validation_ends_at_once_and_the_validation_is_repeated(
     assert load(tmp_path / "resume-1-6.pth")["mimir_fast"]["update"] == 12
     assert finetune(data, tmp_path, f"{RATED} --resume auto") == 0
     check_same(whole, tmp_path)
+
+
+def test_an_unreadable_test_image_loses_nothing(data, whole, tmp_path, capsys):
+    broken = tmp_path / "images"
+    shutil.copytree(data, broken)
+    image = sorted(broken.glob("val/*/*"))[5]
+    content = image.read_bytes()
+    image.write_bytes(content[:40])
+    assert finetune(broken, tmp_path / "out", RATED) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert str(image) in line
+    assert load(tmp_path / "out" / "resume-0-6.pth")["mimir_fast"]["update"] == 6
+    image.write_bytes(content)
+    assert finetune(broken, tmp_path / "out", f"{RATED} --resume auto") == 0
+    check_same(whole, tmp_path / "out")
+
+
+def test_an_average_that_appears_or_ends_is_told(data, whole, tmp_path, capsys):
+    where = f"--resume {whole / 'checkpoint-1.pth'} --epochs 2"
+    assert finetune(data, tmp_path / "without", f"{where} --held_out 2 --val_attack pgd2") == 0
+    assert "without the flag it ends here" in capsys.readouterr().out
+    state = load(whole / "checkpoint-1.pth")
+    del state["model_ema"]
+    torch.save(state, tmp_path / "none.pth")
+    assert finetune(data, tmp_path / "with", f"{RATED} --resume {tmp_path / 'none.pth'}") == 0
+    assert "starts from the parameters of now" in capsys.readouterr().out
 
 
 def test_a_finished_run_stays_and_a_new_one_puts_its_best_aside(data, tmp_path, capsys):

@@ -157,6 +157,7 @@ def test_validation_counts_every_image_and_moves_pixels_by_eps(val_attack):
     scores = validate(Brightness(), stream, World(), torch.float32, attack)
     assert (scores.acc1, scores.acc5) == (80.0, 100.0)
     assert scores.robust_acc1 == 60.0
+    assert validate(Brightness(), stream, World(), torch.float32, attack, fill=3) == scores
     assert validate(Brightness(), stream, World(), torch.float32).robust_acc1 is None
     assert validate(Brightness(), stream, World(), torch.float32, ends=lambda: True) is None
 
@@ -251,6 +252,8 @@ def other_model(path) -> None:
         ("--aa rond-m9", ["aa"]),
         ("--batch_size 400", ["batch_size"]),
         ("--accum_iter 7", ["accum_iter", "7"]),
+        ("--weight_decay -0.1", ["weight_decay", "-0.1"]),
+        ("--device cuda:9", ["device", "cuda:9", "--device cpu"]),
         ("--layer_decay 0", ["layer_decay"]),
         ("--model_ema --model_ema_decay 1", ["ema_decay"]),
     ],
@@ -270,6 +273,11 @@ def test_test_images_of_other_classes_and_labels_out_of_range(data, tmp_path, ca
     assert finetune(folder, tmp_path / "out") == 2
     err = capsys.readouterr().err.strip().splitlines()
     assert len(err) == 1
+    (folder / "val").rename(folder / "elsewhere")
+    assert finetune(folder, tmp_path / "out") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert str(folder / "val") in line
+    assert line.endswith("--test_every 0 trains without test images")
     rng = np.random.default_rng(0)
     for i in range(8):
         for split in ("train", "val"):
@@ -295,11 +303,21 @@ def test_eval_runs_the_originals_sequence(data, whole, monkeypatch, capsys):
     places = ["--data_root", str(data), "--device", "cpu", "--batch_size", "5"]
     assert main(["--eval", "--resume", str(out / "best.pth"), *places]) == 0
     assert seen["attacks"][0] == "clean"
-    assert len(seen["attacks"]) == 5
+    assert seen["attacks"] == ["clean", "pgd-5", "pgd-20", "pgd-100"]
+    assert "AutoAttack is left out, it needs 4 classes" in capsys.readouterr().out
+    monkeypatch.setattr(evaluation, "refusal", lambda num_classes: "")
+    assert main(["--eval", "--resume", str(out / "best.pth"), *places]) == 0
+    assert seen["attacks"][-1] == "aa"
     assert (seen["images"].dataset, seen["images"].input_size, seen["sizes"].batch) == ("imagefolder", 16, 5)
     assert seen["folder"] == out / "eval" / "best"
     assert main(["--eval", "--adap_eval", "--resume", str(out / "best.pth"), *places]) == 0
     assert seen["attacks"][1:] == ["pgd-feature-100", "pgd-mi-100"]
+    seen.clear()
+    with monkeypatch.context() as other:  # the second of two processes
+        for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+            other.setenv(name, value)
+        assert main(["--eval", "--resume", str(out / "best.pth"), *places]) == 0
+    assert not seen
     assert main(["--eval", "--resume", str(out / "mae.pth"), *places]) == 2
     assert "pre-training checkpoint" in capsys.readouterr().err
 
@@ -313,14 +331,28 @@ def test_the_rated_model_follows_the_trained_one():
     assert not any(p.requires_grad for p in twin.parameters())
 
 
-def test_wandb_and_digits_demo(tmp_path, monkeypatch, capsys):
+def test_out_of_memory_is_one_line_and_status_1(data, tmp_path, monkeypatch, capsys):
+    def run(trainer):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 79 GiB.\nSee ...")
+
+    monkeypatch.setattr("mimir_fast.finetune.command.Trainer.run", run)
+    assert finetune(data, tmp_path) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("mimir-fast finetune: error: batch_size: CUDA out of memory; pass a smaller one")
+
+
+def test_wandb_and_digits_demo(data, tmp_path, monkeypatch, capsys):
     logged = []
-    session = SimpleNamespace(log=lambda row, step: logged.append(step), finish=lambda: None)
+    session = SimpleNamespace(log=lambda row, step: logged.append((step, row)), finish=lambda: None)
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **words: session))
     places = ["--output_dir", str(tmp_path), "--log_dir", "", "--max_steps", "2", "--batch_size", "8", "--wandb"]
     assert cli.main(["finetune", "--recipe", "digits_demo", *places]) == 0
-    assert logged == [1, 2]
+    assert [step for step, _ in logged] == [1, 2]
     assert "training from scratch" in capsys.readouterr().out
+    logged.clear()
+    assert finetune(data, tmp_path / "epoch", "--wandb --epochs 1") == 0
+    assert [step for step, _ in logged] == [*range(1, 7), 6]
+    assert {"epoch/test_acc1", "epoch/train_loss"} <= logged[-1][1].keys()
     with pytest.raises(SystemExit):
         cli.main(["finetune", "-h"])
     assert "digits_demo" in capsys.readouterr().out

@@ -4,7 +4,7 @@ x: images; x_adv: adversarial images; delta = x_adv - x; z: the features of x_ad
 """
 
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 
@@ -16,12 +16,14 @@ from mimir_fast.analyze.progress import Progress
 from mimir_fast.analyze.results import FILES, record, table, write_json
 from mimir_fast.analyze.seen import Perturbation, Seen, look
 from mimir_fast.arguments import Command, parse_args
-from mimir_fast.checkpoint import EPOCH_FILE, CheckpointError
+from mimir_fast.checkpoint import EPOCH_FILE, CheckpointError, is_url
 from mimir_fast.checkpoint import progress as run_progress
 from mimir_fast.data import eval_batches, subset_indices
-from mimir_fast.evaluate.command import settled_device, trained_eps
+from mimir_fast.evaluate.command import USUAL_EPS
+from mimir_fast.exits import guarded
 from mimir_fast.models import VisionTransformer
-from mimir_fast.trained import Trained, load_encoder
+from mimir_fast.settle import settled_device
+from mimir_fast.trained import Trained, load_encoder, training_eps
 
 DESCRIPTION = """Estimates of I(x;z), I(x_adv;z) and I(delta;z), z being the features of the adversarial images x_adv and
 delta = x_adv - x, with 95 % intervals; the features' entropy; for classifiers the least information that their accuracy
@@ -31,15 +33,8 @@ COMMAND = Command("mimir-fast analyze", DESCRIPTION, AnalyzeConfig, {})
 
 def main(argv: list[str] | None = None) -> int:
     """Analyze, print a table, write the files; returns the exit status."""
-    try:
-        config, explicit = parse_args(COMMAND, sys.argv[1:] if argv is None else argv)
-        return analyze(config, explicit)
-    except ValueError as error:
-        print(f"mimir-fast analyze: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"mimir-fast analyze: error: {error}", file=sys.stderr)
-        return 1
+    words = sys.argv[1:] if argv is None else argv
+    return guarded(COMMAND.prog, lambda: analyze(*parse_args(COMMAND, words)), "stopped, nothing was written")
 
 
 def analyze(config: AnalyzeConfig, explicit: set[str]) -> int:
@@ -88,13 +83,16 @@ def checkpoints(given: tuple[str, ...]) -> list[tuple[str, str]]:
 
 
 def output_folder(config: AnalyzeConfig) -> Path:
-    """Where the results go: beside a file, in a run's folder, or in the working directory for a URL."""
+    """Where the results go: in a run's folder, beside a file under its name, or in the working directory for a URL."""
     if config.run.output_dir is not None:
         return Path(config.run.output_dir)
-    first = config.model.checkpoint[0]
-    if first.startswith(("https://", "http://")):
-        return Path("analysis")
-    return (Path(first) if Path(first).is_dir() else Path(first).parent) / "analysis"
+    first, *others = config.model.checkpoint
+    if is_url(first):
+        return Path("analysis") / PurePosixPath(first).stem
+    path = Path(first)
+    if path.is_dir():
+        return path / "analysis"
+    return path.parent / "analysis" / ("" if others else path.stem)
 
 
 def analyzed(config: AnalyzeConfig, source: str, device: str, progress: Progress) -> dict:
@@ -120,7 +118,7 @@ def perturbation(config: AnalyzeConfig, trained: Trained) -> Perturbation:
     """With the defaults that depend on what the checkpoint is."""
     classifier = isinstance(trained.model, VisionTransformer)
     given = config.attack
-    eps = trained_eps(trained) if given.eps is None else given.eps
+    eps = training_eps(trained, USUAL_EPS) if given.eps is None else given.eps
     alpha = (eps / 4 if classifier else 1.25 * eps) if given.alpha is None else given.alpha
     steps = (20 if classifier else 1) if given.steps is None else given.steps
     return Perturbation(eps, alpha, steps, config.run.seed)

@@ -62,7 +62,9 @@ class RunConfig:
     )
     batch_size: int = flag(64, "images at a time; changes nothing but time and memory", "images")
     output_dir: str | None = flag(
-        None, "folder of analysis.json, .svg and .png; default: analysis beside the first checkpoint", type=str
+        None,
+        "folder of analysis.json, .svg and .png; default: analysis/NAME beside a checkpoint, or analysis in the folder",
+        type=str,
     )
     device: str = flag("cuda", "cuda or cpu; without a CUDA device the default falls back to cpu and says so")
     seed: int = flag(0, "seed of the slice, of the attack's random draws and of the groups behind the intervals")

@@ -50,14 +50,10 @@ class AutoAttack:
     def __init__(
         self, model: nn.Module, num_classes: int, eps: float, seed: int, device: torch.device, batch_size: int
     ):
-        package = _package()
-        if num_classes < FEWEST_CLASSES:
-            raise ValueError(
-                f"attacks: aa needs {FEWEST_CLASSES} classes or more (targeted DLR loss), the model has {num_classes}; "
-                "take pgd-100 and cw"
-            )
+        if reason := refusal(num_classes):
+            raise ValueError(f"attacks: aa {reason}")
         self.seed, self.device = seed, device
-        self.attacks = package.AutoAttack(
+        self.attacks = _package().AutoAttack(
             InParts(model, batch_size), norm="Linf", eps=eps / 255, version="standard", seed=0, device=device
         )
         self.attacks.fab.targeted, self.attacks.apgd.loss = True, "ce"
@@ -84,16 +80,23 @@ class AutoAttack:
             return attack.perturb(images, labels).detach()
 
 
+def refusal(num_classes: int) -> str:
+    """Why AutoAttack cannot be had for a model of so many classes; empty if it can."""
+    if num_classes < FEWEST_CLASSES:
+        return f"needs {FEWEST_CLASSES} classes or more (targeted DLR loss), the model has {num_classes}; take pgd-100 and cw"
+    try:
+        _package()
+    except ImportError as error:
+        return f"needs the package pyautoattack: pip install 'mimir-fast[eval]' ({error})"
+    return ""
+
+
 def version() -> str:
-    """The package's version.  Raises ValueError if it is absent."""
+    """The package's name and version."""
     return f"pyautoattack {_package().__version__}"
 
 
 def _package():
-    try:
-        import pyautoattack
-    except ImportError as error:
-        raise ValueError(
-            f"attacks: aa needs the package pyautoattack: pip install 'mimir-fast[eval]' ({error})"
-        ) from error
+    import pyautoattack  # an extra
+
     return pyautoattack

@@ -6,34 +6,28 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from mimir_fast.arguments import Command, parse_args
+from mimir_fast.checkpoint import is_url
 from mimir_fast.evaluate.attacks import parse_attacks
 from mimir_fast.evaluate.config import RECIPES, EvaluateConfig
 from mimir_fast.evaluate.evaluation import run_evaluation
 from mimir_fast.evaluate.images import Images
 from mimir_fast.evaluate.rounds import Sizes
-from mimir_fast.trained import Trained, load_classifier
+from mimir_fast.exits import guarded
+from mimir_fast.settle import settled_device
+from mimir_fast.trained import Trained, load_classifier, training_eps
 
 DESCRIPTION = """Accuracy of a classifier, clean and under attack, with 95 % intervals.  An image counts as robust if the
 model is right on it unattacked and after the attack.  Every batch is saved: the same command goes on where it was stopped,
 other attacks are added to the results.  Exit status: 0 done, 1 failed, 2 wrong input, 130 Ctrl-C."""
 COMMAND = Command("mimir-fast evaluate", DESCRIPTION, EvaluateConfig, RECIPES)
 USUAL_EPS = 8.0  # 1/255
+STOPPED = "stopped; finished batches are saved, the same command goes on from there"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluate, print a table, write results.json; returns the exit status."""
-    try:
-        config, explicit = parse_args(COMMAND, sys.argv[1:] if argv is None else argv)
-        return evaluate(config, explicit)
-    except ValueError as error:
-        print(f"mimir-fast evaluate: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"mimir-fast evaluate: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; finished batches are saved, the same command goes on from there", file=sys.stderr)
-        return 130
+    words = sys.argv[1:] if argv is None else argv
+    return guarded(COMMAND.prog, lambda: evaluate(*parse_args(COMMAND, words)), STOPPED)
 
 
 def evaluate(config: EvaluateConfig, explicit: set[str]) -> int:
@@ -44,7 +38,7 @@ def evaluate(config: EvaluateConfig, explicit: set[str]) -> int:
     if config.model.use_normalize:  # whose constants
         overrides["dataset"] = config.data.dataset
     trained = load_classifier(config.model.checkpoint, overrides=overrides, device=device)
-    eps = trained_eps(trained) if config.attack.eps is None else config.attack.eps
+    eps = training_eps(trained, USUAL_EPS) if config.attack.eps is None else config.attack.eps
     alpha = eps / 4 if config.attack.alpha is None else config.attack.alpha
     print(f"{trained.source}: {trained.args['model']}, eps {eps:g}/255, alpha {alpha:g}/255, on {device}")
     run_evaluation(
@@ -58,27 +52,6 @@ def evaluate(config: EvaluateConfig, explicit: set[str]) -> int:
         with_checks=config.attack.checks,
     )
     return 0
-
-
-def settled_device(device: str, explicit: set[str]) -> str:
-    """The device to run on.  Raises ValueError if one was asked for that is not there."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        if "device" in explicit:
-            raise ValueError(f"device: got {device}, no CUDA device is available here; pass --device cpu")
-        print("device: no CUDA device is available here, running on the CPU (--device cpu)")
-        return "cpu"
-    return device
-
-
-def trained_eps(trained: Trained) -> float:
-    """Radius of the adversarial training in 1/255, from a checkpoint's args, where it is a share; 8 if they do not say.
-
-    The original's args with --use_normalize hold a tensor [C,1,1], divided by each channel's deviation.
-    """
-    eps, std = trained.args.get("eps"), trained.args.get("std")
-    if isinstance(eps, torch.Tensor) and std is not None and eps.numel() == len(std):
-        eps = (eps.flatten().cpu().double() * torch.tensor(std, dtype=torch.float64)).mean().item()
-    return round(eps * 255, 4) if isinstance(eps, float) and eps > 0 else USUAL_EPS
 
 
 def chosen_images(config: EvaluateConfig, trained: Trained) -> Images:
@@ -104,7 +77,7 @@ def folder(config: EvaluateConfig) -> Path:
     source = config.model.checkpoint
     if config.run.output_dir is not None:
         return Path(config.run.output_dir)
-    if source.startswith(("https://", "http://")):
+    if is_url(source):
         return Path("eval") / PurePosixPath(source).stem
     return Path(source).parent / "eval" / Path(source).stem
 

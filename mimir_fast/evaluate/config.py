@@ -14,7 +14,9 @@ class ModelConfig:
     checkpoint: str = flag(
         "", "file or https URL of a classifier: a checkpoint of ours or of the original, or a state dict"
     )
-    model: str | None = flag(None, "vit_{ti,small,small_ds,base,large}; default: what the checkpoint says", type=str)
+    model: str | None = flag(
+        None, "vit_{nano,ti,small,small_ds,base,large}; default: what the checkpoint says", type=str
+    )
     use_normalize: bool | None = flag(
         None, "the model was trained on normalised images; default: what the checkpoint says, else not", type=bool
     )

@@ -3,14 +3,16 @@
 Also `python -m mimir_fast.finetune`, alone or under torchrun.
 """
 
+import os
 import sys
 from dataclasses import replace
 
+import torch
+
 from mimir_fast.arguments import Command, parse_args
-from mimir_fast.checkpoint import CheckpointError
 from mimir_fast.compiling import keep_compiled_code
-from mimir_fast.data import DataError
-from mimir_fast.distributed import World, join_world
+from mimir_fast.distributed import World, find_rank, join_world
+from mimir_fast.exits import RUN_ERRORS, complain
 from mimir_fast.finetune.config import FinetuneConfig
 from mimir_fast.finetune.evaluation import evaluate
 from mimir_fast.finetune.recipes import RECIPES
@@ -37,14 +39,15 @@ def main(argv: list[str] | None = None) -> int:
         config, explicit = parse_args(FINETUNE, sys.argv[1:] if argv is None else argv)
         config, notes = settle_defaults(config, explicit)
         if config.validation.eval:
-            evaluate(config, explicit)
+            if find_rank(config.dist, os.environ)[0] == 0:  # the other processes have nothing to do
+                evaluate(config, explicit)
             return 0
         world = join_world(config.dist, config.run.device)
         seed_everything(config.run.seed + world.rank)
         keep_compiled_code()
         trainer = Trainer(config, world, notes)
-    except (ValueError, OSError) as error:
-        print(f"mimir-fast finetune: error: {error}", file=sys.stderr)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        complain(FINETUNE.prog, error)
         world.close()
         return 2
     except KeyboardInterrupt:
@@ -55,8 +58,8 @@ def main(argv: list[str] | None = None) -> int:
         return trainer.run()
     except KeyboardInterrupt:  # the second one
         return 130
-    except (CheckpointError, DataError, OSError) as error:
-        print(f"mimir-fast finetune: error: {error}", file=sys.stderr)
+    except RUN_ERRORS as error:
+        complain(FINETUNE.prog, error)
         return 1
     finally:
         trainer.close()

@@ -20,7 +20,9 @@ ALPHA_SCHEDULES = ("constant", "linear", "cosine")
 class ModelConfig:
     """What is trained."""
 
-    model: str = flag("vit_large_patch16", "model name: vit_{ti,small,small_ds,base,large}; the default is vit_large")
+    model: str = flag(
+        "vit_large_patch16", "model name: vit_{nano,ti,small,small_ds,base,large}; the default is vit_large"
+    )
     finetune: str = flag("", "pre-trained checkpoint to start from, a path or an https URL; empty: train from scratch")
     input_size: int = inherited(
         shared.ModelConfig, "input_size", help="side of the square input; where it is not given, the data set's own"
@@ -83,8 +85,8 @@ class AttackConfig:
 
     attack_train: str = flag(
         "plain",
-        f"one of {', '.join(ATTACKS)}; plain: clean images; apgd: the ImageNet recipe's (Croce & Hein 2020), which chooses its "
-        "steps itself and ignores --alpha",
+        f"one of {', '.join(ATTACKS)}; plain: clean images; apgd: the long ImageNet recipe's, there with --steps 2 "
+        "(Croce & Hein 2020), which chooses the size of its steps itself and ignores --alpha",
     )
     attack: str = flag("pgd", "accepted for compatibility; the original never reads it (see --attack_train)")
     steps: int = inherited(shared.AttackConfig, "steps", 10)
@@ -136,9 +138,13 @@ class OptimConfig(shared.UpdateConfig):
 class ValidationConfig:
     """Evaluation."""
 
-    eval: bool = flag(False, "evaluate --resume and end: clean accuracy, PGD, AutoAttack (see mimir-fast evaluate)")
+    eval: bool = flag(
+        False, "evaluate --resume and end: clean accuracy, PGD, and AutoAttack if installed (see mimir-fast evaluate)"
+    )
     adap_eval: bool = flag(False, "with --eval: the adaptive attacks of the paper instead")
-    dist_eval: bool = flag(False, "accepted for compatibility; processes always share the evaluation, each image once")
+    dist_eval: bool = flag(
+        False, "accepted for compatibility; processes always share validation, each image once; --eval is one process's"
+    )
     test_every: int = flag(1, "clean test accuracy every N epochs and in the last; 0: never", "epochs", new=True)
     val_attack: str = flag(
         "none", "attack that measures robust accuracy during training: none, fgsm or pgdN, as pgd10", new=True

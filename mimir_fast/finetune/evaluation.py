@@ -2,6 +2,8 @@
 
 from pathlib import Path, PurePosixPath
 
+from mimir_fast.checkpoint import is_url
+from mimir_fast.evaluate.autoattack import refusal
 from mimir_fast.evaluate.evaluation import original_sequence, run_evaluation
 from mimir_fast.evaluate.images import Images
 from mimir_fast.evaluate.rounds import Sizes
@@ -22,13 +24,17 @@ def evaluate(config: FinetuneConfig, explicit: set[str]) -> None:
     print(
         f"{trained.source}: {trained.args['model']}, eps {a.eps:g}/255, alpha {a.alpha:g}/255, on {config.run.device}"
     )
+    attacks = original_sequence(a.eps, a.alpha, config.validation.adap_eval)
+    if any(attack.kind == "aa" for attack in attacks) and (reason := refusal(trained.args["nb_classes"])):
+        print(f"eval: AutoAttack is left out, it {reason}")
+        attacks = tuple(attack for attack in attacks if attack.kind != "aa")
     images = Images(dataset, d.data_root, trained.args["input_size"], num_workers=d.num_workers)
     batch = config.optim.batch_size
     run_evaluation(
         trained.model,
         trained.source,
         images,
-        original_sequence(a.eps, a.alpha, config.validation.adap_eval),
+        attacks,
         results_folder(source),
         sizes=Sizes(batch, batch),
         seed=config.run.seed,
@@ -37,6 +43,6 @@ def evaluate(config: FinetuneConfig, explicit: set[str]) -> None:
 
 def results_folder(source: str) -> Path:
     """Beside a file; in the working directory for a URL."""
-    if source.startswith(("https://", "http://")):
+    if is_url(source):
         return Path("eval") / PurePosixPath(source).stem
     return Path(source).parent / "eval" / Path(source).stem

@@ -27,13 +27,15 @@ def load_pretrained(
 ) -> None:
     """Start a classifier from a checkpoint of ours or of the original, of pre-training or of a classifier.
 
-    state        the checkpoint, or its 'model' entry; source: its name in messages
+    state        the checkpoint, or its 'model' entry; source: its name in messages.  A running average (model_ema) is preferred
     say          gets a table of what was loaded, what is missing and what is not used
     head_std     the head always starts afresh: truncated normal with this deviation, bias zero
     A positional table of another grid is resized (bicubic, the class row is kept).
     Raises CheckpointError if the encoder is not all there, has other sizes, or its positions are no square grid.
     """
-    match = match_encoder(model, state.get("model", state), source)
+    entry = next((name for name in ("model_ema", "model") if name in state), None)
+    source += " (model_ema)" if entry == "model_ema" else ""
+    match = match_encoder(model, state[entry] if entry else state, source)
     table = match.tensors["pos_embed"]
     resized = resize_positions(table, math.isqrt(model.num_patches))
     model.load_state_dict(match.tensors | {"pos_embed": resized}, strict=False)

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 
+from mimir_fast.data import DataError, EvalStream
 from mimir_fast.distributed import World
 from mimir_fast.finetune.build import build_eval_data
 from mimir_fast.finetune.config import FinetuneConfig
-from mimir_fast.finetune.step import FP16_ATTACK_SCALE
+from mimir_fast.finetune.step import FP16_ATTACK_SCALE, AttackFunctions
 from mimir_fast.finetune.validation import Scores, build_validation_attack, validate
 from mimir_fast.models import VisionTransformer
 from mimir_fast.precision import AUTOCAST
@@ -31,19 +32,27 @@ def best_so_far(own: dict, config: FinetuneConfig, say: Callable[[str], None]) -
 class Rating:
     """Clean test accuracy, robust accuracy and the held-out images, each when it is due.
 
-    model     what is rated: the running average, or a frozen twin that follows the trained model
+    model     what is rated: the running average, or the frozen twin of the trained model that the attack runs on
+    functions the training attack's, plain or compiled
     best      [robust accuracy on the held-out images, clean accuracy on them, epoch] of the best epoch so far, or None
     is_best   whether the epoch rated last was it; without --val_attack clean accuracy decides
     """
 
-    def __init__(self, config: FinetuneConfig, world: World, model: VisionTransformer, best: list[float] | None):
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        world: World,
+        model: VisionTransformer,
+        functions: AttackFunctions,
+        best: list[float] | None,
+    ):
         v = config.validation
-        self.config, self.world, self.model = config, world, model
+        self.config, self.world, self.model, self.functions = config, world, model, functions
         self.best, self.is_best = best, False
         scale = FP16_ATTACK_SCALE if config.optim.precision == "fp16" else 1.0
         self.attack = build_validation_attack(v.val_attack, config.attack.eps, world.device, scale)
         tests = v.test_every or (self.attack and not v.held_out)
-        self.test = build_eval_data(config, world, "val") if tests else None
+        self.test = self._test_images() if tests else None
         self.held_out = build_eval_data(config, world, "held_out") if v.held_out else None
 
     def rate(self, epoch: int, ends: Callable[[], bool]) -> dict | None:
@@ -69,12 +78,20 @@ class Rating:
             self._compare(scores, epoch)
         return rated
 
+    def _test_images(self) -> EvalStream:
+        try:
+            return build_eval_data(self.config, self.world, "val")
+        except DataError as error:
+            advice = "; --test_every 0 trains without test images" if self.config.validation.test_every else ""
+            raise DataError(f"{error}{advice}") from error
+
     def _due(self, epoch: int, every: int) -> bool:
         return bool(every) and ((epoch + 1) % every == 0 or epoch + 1 == self.config.optim.epochs)
 
-    def _validate(self, images, attacked: bool, ends: Callable[[], bool]) -> Scores | None:
-        dtype = AUTOCAST[self.config.optim.precision]
-        return validate(self.model, images, self.world, dtype, self.attack if attacked else None, ends)
+    def _validate(self, images: EvalStream, attacked: bool, ends: Callable[[], bool]) -> Scores | None:
+        o = self.config.optim
+        attack, fill = self.attack if attacked else None, o.batch_size if o.compile else 0
+        return validate(self.model, images, self.world, AUTOCAST[o.precision], attack, ends, self.functions, fill)
 
     def _compare(self, scores: Scores, epoch: int) -> None:
         robust = scores.acc1 if scores.robust_acc1 is None else scores.robust_acc1

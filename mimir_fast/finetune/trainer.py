@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from mimir_fast import checkpoint as ckpt
-from mimir_fast.attack import frozen_twin
 from mimir_fast.build import peak_learning_rate
 from mimir_fast.compiling import CompileClock
-from mimir_fast.data import mix, mixing_seed, prefetch, to_float
+from mimir_fast.data import DataError, mix, mixing_seed, prefetch, to_float
 from mimir_fast.distributed import World
 from mimir_fast.finetune.build import (
     build_attack,
@@ -70,12 +69,22 @@ class Trainer:
         parts = (self.model, self.updater, self.attack, build_criterion(config))
         self.computation = build_computation(o, world, *parts, information=information_weights(config))
         self.average = RunningAverage(self.model, o.model_ema_decay) if o.model_ema else None
-        if self.average and "model_ema" in state:
-            self.average.load_state_dict(state["model_ema"])
-        judged = self.average.module if self.average else frozen_twin(self.model).eval()
-        self.rating = Rating(config, world, judged, best_so_far(own, config, notes.append))
+        if state:
+            self._take_up_average(state.get("model_ema"), notes)
+        judged = self.average.module if self.average else self.computation.attacked
+        best = best_so_far(own, config, notes.append)
+        self.rating = Rating(config, world, judged, self.computation.functions, best)
         self.compile_clock = CompileClock()
         self._open_outputs(notes)
+
+    def _take_up_average(self, saved: dict | None, notes: list[str]) -> None:
+        """The resumed run's running average, and a line where there is one too few."""
+        if self.average and saved:
+            self.average.load_state_dict(saved)
+        elif self.average:
+            notes.append("model_ema: the resumed run kept no average; it starts from the parameters of now")
+        elif saved:
+            notes.append("model_ema: the resumed run kept an average; without the flag it ends here")
 
     def _open_outputs(self, notes: list[str]) -> None:
         o, r, p = self.config.optim, self.config.run, self.position
@@ -196,10 +205,15 @@ class Trainer:
         """Validate, log and save.  Interrupted validations are repeated: the saved position is the end of this epoch."""
         o, r, p = self.config.optim, self.config.run, self.position
         self.log.flush()
+        unrated = f"resume-{p.epoch}-{len(self.stream)}.pth"
         with self.log.paused():
-            rated = self.rating.rate(p.epoch, lambda: stop.received is not None)
+            try:
+                rated = self.rating.rate(p.epoch, lambda: stop.received is not None)
+            except DataError:  # on every rank
+                self._save(unrated, sums)
+                raise
         if rated is None:
-            self._save(f"resume-{p.epoch}-{len(self.stream)}.pth", sums)
+            self._save(unrated, sums)
             return "signal"
         self._log_epoch(sums, rated)
         epoch = p.epoch

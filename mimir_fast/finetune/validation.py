@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimir_fast.attack import linf_bounds
-from mimir_fast.data import EvalStream, to_float
+from mimir_fast.data import DataError, EvalStream, to_float
 from mimir_fast.distributed import World
 from mimir_fast.finetune.config import validation_steps
+from mimir_fast.finetune.step import AttackFunctions
 from mimir_fast.linf import pgd
 from mimir_fast.models import VisionTransformer
 from mimir_fast.step import step_seed
@@ -60,12 +61,16 @@ def validate(
     dtype: torch.dtype,
     attack: ValidationAttack | None = None,
     ends: Callable[[], bool] = lambda: False,
+    functions: AttackFunctions = AttackFunctions(),  # noqa: B008 (immutable)
+    fill: int = 0,
 ) -> Scores | None:
     """Accuracy on clean images, and under the attack if there is one; None if `ends` says so before all are seen.
 
     model   in evaluation mode, nothing to train: the attack differentiates the images alone
     images  this rank's share; dtype: of autocast, torch.float32 for none
     ends    asked before every batch, by all ranks together
+    functions, fill: plain, or compiled; smaller batches are filled up to `fill` images, so that nothing is compiled again
+    Raises DataError on every rank if one of them meets an unreadable image.
     """
     sums = torch.zeros(5, dtype=torch.float64, device=world.device)
     autocast = torch.autocast(world.device.type, dtype=dtype, enabled=dtype != torch.float32)
@@ -73,8 +78,9 @@ def validate(
         if world.any(ends()):
             return None
         if batch is not None:
+            filled = (_filled(part.to(world.device), fill) for part in batch)
             with autocast:
-                sums += _batch_sums(model, *(part.to(world.device) for part in batch), attack, (world.rank, number))
+                sums += _batch_sums(model, *filled, len(batch[1]), attack, (world.rank, number), functions)
     loss, top1, top5, robust, count = (world.mean(sums) * world.size).tolist()
     return Scores(
         loss / count, 100 * top1 / count, 100 * top5 / count, None if attack is None else 100 * robust / count
@@ -85,40 +91,65 @@ def _in_step(images: EvalStream, world: World) -> Iterator[tuple[Tensor, Tensor]
     """The batches of this rank, and None in place of those that only other ranks have."""
     batches = iter(images)
     for _ in range(world.largest(len(images))):
-        yield next(batches, None)
+        batch = error = None
+        try:
+            batch = next(batches, None)
+        except DataError as met:
+            error = met
+        if world.any(error is not None):
+            raise error or DataError("an image to validate on is unreadable; another process names it")
+        yield batch
+
+
+def _filled(part: Tensor, size: int) -> Tensor:
+    """A batch's images or labels, the first one repeated at the end until there are `size` of them."""
+    lacking = size - len(part)
+    return torch.cat([part, part[:1].expand(lacking, *part.shape[1:])]) if lacking > 0 else part
 
 
 def _batch_sums(
     model: VisionTransformer,
     images_u8: Tensor,
     labels: Tensor,
+    count: int,
     attack: ValidationAttack | None,
     position: tuple[int, int],
+    functions: AttackFunctions,
 ) -> Tensor:
-    """[5] float64 on the device: loss, right at first guess, among five guesses, right under attack, images."""
-    images = to_float(images_u8)
+    """[5] float64 on the device, of the first `count` images: loss, right at first guess, among five guesses, right under
+    attack, how many they are."""
+    images, first = to_float(images_u8), labels[:count]
     with torch.no_grad():
-        logits = model(images).float()
-    loss = F.cross_entropy(logits, labels, reduction="sum")
-    best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        logits = functions.logits(model, images)[:count].float()
+    loss = F.cross_entropy(logits, first, reduction="sum")
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices == first[:, None]
     robust = torch.zeros_like(loss)
     if attack is not None:
-        adv = _attacked(model, images, labels, attack, position)
+        adv = _attacked(model, images, labels, attack, position, functions)
         with torch.no_grad():
-            robust = (model(adv).argmax(dim=1) == labels).sum()
-    terms = (loss, best[:, 0].sum(), best.sum(), robust, torch.full_like(loss, len(labels)))
+            robust = (functions.logits(model, adv)[:count].argmax(dim=1) == first).sum()
+    terms = (loss, best[:, 0].sum(), best.sum(), robust, torch.full_like(loss, count))
     return torch.stack([term.double() for term in terms])
 
 
-def _attacked(model: VisionTransformer, images: Tensor, labels: Tensor, attack: ValidationAttack, position) -> Tensor:
+def _attacked(
+    model: VisionTransformer,
+    images: Tensor,
+    labels: Tensor,
+    attack: ValidationAttack,
+    position: tuple[int, int],
+    functions: AttackFunctions,
+) -> Tensor:
     start = None
     if attack.steps:
         start = torch.tensor(step_seed(START_SEED, *position, 0), device=images.device)
     return pgd(
-        lambda adv: F.cross_entropy(model(adv).float(), labels, reduction="sum"),
+        lambda adv: functions.losses(model, adv, labels),
         images,
         attack.bounds,
         max(attack.steps, 1),
         start,
         loss_scale=attack.loss_scale,
+        step=functions.step,
+        begin=functions.begin,
     )
