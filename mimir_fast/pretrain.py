@@ -42,9 +42,14 @@ def main(argv: list[str] | None = None) -> int:
         world.close()
 
 
-def settle_defaults(config: PretrainConfig, explicit: set[str]) -> tuple[PretrainConfig, list[str]]:
-    """Fill in what depends on the machine (device, precision, compilation); returns the configuration and lines to print."""
-    run, optim, notes = settle_machine(config.run, config.optim, explicit)
+def settle_defaults(
+    config: PretrainConfig, explicit: set[str], pretend: bool = False
+) -> tuple[PretrainConfig, list[str]]:
+    """Fill in what depends on the machine (device, precision, compilation); returns the configuration and lines to print.
+
+    pretend: the device need not be there.
+    """
+    run, optim, notes = settle_machine(config.run, config.optim, explicit, pretend)
     optim = _settle_parallel(optim, explicit)
     if config.penalty.mi_train not in (*PENALTIES, "plain"):
         notes.append(

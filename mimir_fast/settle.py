@@ -12,14 +12,15 @@ from mimir_fast.config import RunConfig, UpdateConfig
 
 
 def settle_machine(
-    run: RunConfig, optim: UpdateConfig, explicit: set[str]
+    run: RunConfig, optim: UpdateConfig, explicit: set[str], pretend: bool = False
 ) -> tuple[RunConfig, UpdateConfig, list[str]]:
-    """Fill in what depends on the machine; returns both stages and lines to print.
+    """Fill in what depends on the machine; returns both stages and lines to print.  pretend: the device need not be there.
 
     Raises ValueError if the machine or another flag does not go with a flag that was set.
     """
     notes = []
-    run = replace(run, device=settled_device(run.device, explicit, notes.append))
+    if not pretend:
+        run = replace(run, device=settled_device(run.device, explicit, notes.append))
     on_cuda = run.device.startswith("cuda")
     if optim.precision is None:
         optim = replace(optim, precision="bf16" if on_cuda else "fp32")

@@ -87,7 +87,7 @@ def on_cuda(config: PretrainConfig, explicit: set[str]) -> PretrainConfig:
     if config.optim.attention in PACKAGES:
         raise ValueError(f"attention: got {config.optim.attention}; fit predicts auto, short, sdpa and math")
     compiled = config.optim.compile in (None, True)  # whether this machine has a compiler or not
-    settled, _ = settle_defaults(replace(config, run=replace(config.run, device="cuda:0")), explicit)
+    settled, _ = settle_defaults(replace(config, run=replace(config.run, device="cuda:0")), explicit, pretend=True)
     return replace(settled, optim=replace(settled.optim, compile=compiled))
 
 
