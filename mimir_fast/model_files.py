@@ -27,7 +27,7 @@ class Contents(NamedTuple):
 
 def read_model_file(source: str) -> Contents:
     """Tensors without wrappers' prefixes, args as a dict, epoch.  Raises CheckpointError if the file cannot be used."""
-    if source.endswith(".safetensors"):
+    if source.split("?")[0].endswith(".safetensors"):
         return _read_safetensors(source)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
