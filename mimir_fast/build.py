@@ -18,7 +18,6 @@ from mimir_fast.models import MaskedAutoencoderViT, create_model
 from mimir_fast.objective import Objective
 from mimir_fast.optim import Updater
 from mimir_fast.precision import AUTOCAST, ComputeCopy
-from mimir_fast.sharding import Reconstruction, Shards
 from mimir_fast.step import Attack
 
 FP16_ATTACK_SCALE = 65536.0
@@ -151,6 +150,8 @@ def _replicate(config: PretrainConfig, world: World, computation: Computation, u
 
 
 def _shard(config: PretrainConfig, world: World, computation: Computation, updater: Updater) -> Computation:
+    from mimir_fast.sharding import Reconstruction, Shards  # slow to import: only where there are shards
+
     o = config.optim
     loss = Reconstruction(computation.attacked)
     reduce_dtype = torch.bfloat16 if o.grad_compression == "bf16" else torch.float32

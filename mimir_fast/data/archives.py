@@ -9,10 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import scipy.io
 from PIL import Image
-from scipy.io.matlab import MatReadError
-from sklearn.datasets import load_digits
 
 from mimir_fast.data.errors import DataError
 from mimir_fast.data.sources import ArrayImages
@@ -30,7 +27,6 @@ READ_ERRORS = (
     zlib.error,
     zipfile.BadZipFile,
     pickle.UnpicklingError,
-    MatReadError,
 )
 CIFAR10_FILES = {"train": [f"data_batch_{number}" for number in range(1, 6)], "val": ["test_batch"]}
 CIFAR100_FILES = {"train": ["train"], "val": ["test"]}
@@ -113,9 +109,15 @@ def _cifar_names(folder: Path, label_key: str) -> list[str] | None:
 
 def read_svhn(path: Path) -> ArrayImages:
     """SVHN's cropped digits in a .mat file: X [32,32,3,N], y [N,1] with 10 for the digit 0.  Raises DataError."""
+    from scipy.io import loadmat  # slow to import, as sklearn below: only where it reads
+    from scipy.io.matlab import MatReadError
+
     advice = f"remove {path} to download it again"
     with _reading(path, advice):
-        content = scipy.io.loadmat(path, variable_names=("X", "y"))
+        try:
+            content = loadmat(path, variable_names=("X", "y"))
+        except MatReadError as error:
+            raise ValueError(error) from error
         images = np.ascontiguousarray(np.moveaxis(content["X"], -1, 0))
         images, labels = _checked(images, content["y"].reshape(-1) % 10, path, advice)
     return ArrayImages(images, labels)
@@ -137,6 +139,8 @@ def read_npz(path: Path, field: str) -> ArrayImages:
 
 def read_digits(split: str) -> ArrayImages:
     """scikit-learn's 8x8 handwritten digits as smooth 32x32 RGB; train: the first 1500, val: the other 297."""
+    from sklearn.datasets import load_digits
+
     grey, labels = load_digits(return_X_y=True)
     grey = np.rint(grey.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     part = slice(None, DIGITS_TRAIN) if split == "train" else slice(DIGITS_TRAIN, None)

@@ -1,6 +1,7 @@
 """What fine-tuning does to training images: the flags, and the operations that they stand for.
 
-Libraries do most of the work, and draw from global random generators; see randomness.borrowed_generators.
+Libraries do most of the work, and draw from global random generators; see randomness.borrowed_generators.  They are slow to
+import: only where a plan needs them.
 """
 
 from collections.abc import Callable
@@ -10,14 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from timm.data.auto_augment import (
-    AugmentOp,
-    augment_and_mix_transform,
-    auto_augment_transform,
-    posterize,
-    rand_augment_transform,
-)
-from torchvision import transforms as tv
 
 from mimir_fast.data import idbh
 from mimir_fast.data.augment import CROP_AREA
@@ -108,7 +101,9 @@ def _plan(augment: Augment, edm_aug: str | None, size: int) -> Plan:
     plan = _edm_plan(edm_aug)._replace(area=CROP_AREA if policy is None else AUGMENTED_AREA)
     after = [*plan.after] if policy is None else [*plan.after, _library(policy)]
     if augment.color_jitter and (policy is None or "3a" in augment.aa):
-        after.append(_library(tv.ColorJitter(*[augment.color_jitter] * 3)))
+        from torchvision.transforms import ColorJitter
+
+        after.append(_library(ColorJitter(*[augment.color_jitter] * 3)))
     if augment.reprob:
         after.append(partial(random_erasing, prob=augment.reprob, mode=augment.remode, max_count=augment.recount))
     return plan._replace(after=tuple(after))
@@ -121,9 +116,13 @@ def _edm_plan(edm_aug: str | None) -> Plan:
     if edm_aug == "cutout":
         return Plan(after=(cutout,))
     if edm_aug == "autoaugment":
-        return Plan(after=(_library(tv.AutoAugment(tv.AutoAugmentPolicy.CIFAR10)), cutout))
+        from torchvision.transforms import AutoAugment, AutoAugmentPolicy
+
+        return Plan(after=(_library(AutoAugment(AutoAugmentPolicy.CIFAR10)), cutout))
     if edm_aug == "randaugment":
-        return Plan(before=(_library(tv.RandAugment(2, 14)),))
+        from torchvision.transforms import RandAugment
+
+        return Plan(before=(_library(RandAugment(2, 14)),))
     if edm_aug == "idbh":
         return Plan(move=False, after=(idbh.crop_shift, idbh.color_or_shape, idbh.erase))
     return Plan()
@@ -155,8 +154,10 @@ def _policy(aa: str, size: int) -> Callable[[Image.Image], Image.Image] | None:
     return policy
 
 
-def _timm_policy(aa: str, settings: dict) -> tuple[Callable[[Image.Image], Image.Image], list[AugmentOp]]:
-    """A transform, and the operations that it chooses from."""
+def _timm_policy(aa: str, settings: dict) -> tuple[Callable[[Image.Image], Image.Image], list]:
+    """A transform, and the operations (timm's AugmentOp) that it chooses from."""
+    from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+
     for section in aa.split("-")[1:]:
         if not section.startswith("t") and not any(character.isdigit() for character in section):
             raise ValueError(f"no number in {section!r}")  # timm would ignore it
@@ -172,4 +173,6 @@ def _timm_policy(aa: str, settings: dict) -> tuple[Callable[[Image.Image], Image
 
 def _posterize(image: Image.Image, bits: int, **_) -> Image.Image:
     """Keep the highest bits; none of them, which timm asks for at magnitude 10, is refused by newer versions of Pillow."""
+    from timm.data.auto_augment import posterize
+
     return posterize(image, bits) if bits > 0 else Image.new("RGB", image.size)

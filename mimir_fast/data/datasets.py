@@ -4,8 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchvision import datasets as tv
-
 from mimir_fast.data import archives, tiny_imagenet
 from mimir_fast.data.augment import Channels
 from mimir_fast.data.errors import DataError
@@ -103,7 +101,7 @@ def _read_cifar10(root: Path, split: str) -> ArrayImages:
         "cifar10",
         archive,
         lambda: archives.read_cifar(archive, archives.CIFAR10_FILES[split], "labels"),
-        lambda: tv.CIFAR10(str(root), train=split == "train", download=True),
+        lambda: _torchvision().CIFAR10(str(root), train=split == "train", download=True),
     )
 
 
@@ -115,7 +113,7 @@ def _read_cifar100(root: Path, split: str) -> ArrayImages:
         "cifar100",
         archive,
         lambda: archives.read_cifar(archive, archives.CIFAR100_FILES[split], "fine_labels"),
-        lambda: tv.CIFAR100(str(root), train=split == "train", download=True),
+        lambda: _torchvision().CIFAR100(str(root), train=split == "train", download=True),
     )
 
 
@@ -127,8 +125,14 @@ def _read_svhn(root: Path, split: str) -> ArrayImages:
         "svhn",
         archive,
         lambda: archives.read_svhn(archive),
-        lambda: tv.SVHN(str(root), split="train" if split == "train" else "test", download=True),
+        lambda: _torchvision().SVHN(str(root), split="train" if split == "train" else "test", download=True),
     )
+
+
+def _torchvision():
+    from torchvision import datasets  # slow to import: only where it downloads
+
+    return datasets
 
 
 def _read_archive(

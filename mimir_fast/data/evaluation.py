@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as tvf
 
 from mimir_fast.data.augment import Channels
 from mimir_fast.data.build import check_input_size
@@ -81,6 +79,7 @@ class EvalMaker:
     def __init__(self, source: Source, input_size: int, resize: bool):
         self.source, self.input_size = source, input_size
         self.convert = partial(resized_centre if resize else centre, size=input_size)
+        self.convert(Image.new("RGB", (2, 2)))  # what it imports, workers need not
 
     def __getitem__(self, indices: np.ndarray) -> Batch:
         try:
@@ -101,12 +100,17 @@ class EvalMaker:
 
 def centre(image: Image.Image, size: int) -> np.ndarray:
     """The middle size x size pixels of an RGB image, padded with zeros where it is smaller: uint8 [S,S,C]."""
-    return np.asarray(tvf.center_crop(image, [size, size]))
+    from torchvision.transforms.functional import center_crop  # slow to import
+
+    return np.asarray(center_crop(image, [size, size]))
 
 
 def resized_centre(image: Image.Image, size: int) -> np.ndarray:
     """Resize the shorter side to size / CROPPED pixels, bicubic, and cut out the middle: uint8 [S,S,C]."""
-    resized = tvf.resize(image, [int(size / CROPPED)], InterpolationMode.BICUBIC, antialias=True)
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.functional import resize
+
+    resized = resize(image, [int(size / CROPPED)], InterpolationMode.BICUBIC, antialias=True)
     return centre(resized, size)
 
 

@@ -43,6 +43,7 @@ class BatchMaker:
         self.source, self.input_size = source, input_size
         self.resize, self.flip, self.augmentation = resize, flip, augmentation
         self.seed, self.rank = seed, rank
+        augmentation.plan(0, input_size)  # what it imports, workers need not
 
     def __getitem__(self, key: BatchKey) -> Batch:
         try:

@@ -2,7 +2,6 @@
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 from mimir_fast.kernels import add_layer_norm, mlp
@@ -27,6 +26,15 @@ class Attention(nn.Module):
         return F.linear(attention(self.qkv(x_BTD), self.num_heads, first, self.backend), self.proj.weight)
 
 
+class MLP(nn.Module):
+    """The parameters of the operation mlp: D -> hidden -> D."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+
 class Block(nn.Module):
     """Pre-norm Transformer block: x + attention(norm(x)), then x + mlp(norm(x)), exact GELU.
 
@@ -49,7 +57,7 @@ class Block(nn.Module):
         self.attn = Attention(width, num_heads, attention)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         hidden = int(width * mlp_ratio)
-        self.mlp = Mlp(width, hidden_features=hidden, act_layer=nn.GELU)
+        self.mlp = MLP(width, hidden)
         self.mlp_kernels = mlp if supported(width, hidden) else "reference"
 
     def forward(
