@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 from pathlib import Path, PurePosixPath
+from urllib.error import URLError
 from urllib.parse import urlsplit
 
 import torch
@@ -77,6 +78,10 @@ def load_checkpoint(source: str | Path, flag: str = "resume") -> dict:
             state = torch.load(local_file(source), map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{flag}: no file {source}") from error
+    except IsADirectoryError as error:
+        raise CheckpointError(f"{flag}: {source} is a folder; name a file in it") from error
+    except URLError as error:
+        raise CheckpointError(f"{flag}: {source} could not be fetched ({error})") from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{flag}: {source} is refused: it is damaged, or holds more than tensors and plain values ({_first_line(error)})"

@@ -30,7 +30,9 @@ class ModelConfig:
 class DataConfig:
     """Where images come from."""
 
-    dataset: str = flag("imagenet", "imagenet, imagefolder, cifar10, cifar100, svhn, tiny-imagenet or digits")
+    dataset: str = flag(
+        "imagenet", "imagenet, imagenette, imagefolder, cifar10, cifar100, svhn, tiny-imagenet or digits"
+    )
     data_root: str = flag("../data", "folder that holds the data set")
     use_edm: bool = flag(False, "mix generated images into every batch (cifar10, cifar100, svhn, tiny-imagenet)")
     unsup_fraction: float = flag(0.7, "generated images in a batch; negative merges both pools", "share, below 1")

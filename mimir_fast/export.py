@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -121,6 +122,15 @@ def export(config: ExportConfig) -> int:
 
 
 @contextmanager
+def refused_by_disk(path: Path) -> Iterator[None]:
+    """Libraries' errors while writing as an OSError that names the file."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise OSError(f"output: could not write {path}: {error}") from error
+
+
+@contextmanager
 def in_place_when_done(*paths: Path) -> Iterator[list[Path]]:
     """Temporary files that become `paths` at the end, and vanish after an error."""
     temporary = [path.with_name(f"{path.stem}.tmp{path.suffix}") for path in paths]
@@ -179,8 +189,9 @@ def export_timm(trained: Trained, path: Path, json_path: Path) -> list[str]:
     metadata = {"format": "pt", "create_model": config["create_model"], "config": json.dumps(config)}
     metadata[METADATA] = json.dumps(training(trained))
     with in_place_when_done(path, json_path) as (written, written_json):
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, written, metadata)
-        written_json.write_text(json.dumps(config, indent=2) + "\n")
+        with refused_by_disk(path):
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, written, metadata)
+            written_json.write_text(json.dumps(config, indent=2) + "\n")
         model = timm.create_model(built.name, checkpoint_path=str(written), **built.options)
         difference = checked(trained, PixelModel(model, built.pretrained_cfg), path)
     return [f"wrote {path} and {json_path}; outputs differ by at most {difference:.0e}", config["create_model"]]
@@ -196,8 +207,9 @@ def training(trained: Trained) -> dict:
 def export_robustbench(trained: Trained, path: Path, python_path: Path) -> list[str]:
     """Write both files, once loading them as a user would gives the same outputs; see export_timm."""
     with in_place_when_done(path, python_path) as (written, written_python):
-        torch.save({"state_dict": trained.model.state_dict(), "args": training(trained)}, written)
-        written_python.write_text(model_file(trained, path))
+        with refused_by_disk(path):
+            torch.save({"state_dict": trained.model.state_dict(), "args": training(trained)}, written)
+            written_python.write_text(model_file(trained, path))
         difference = checked(trained, runpy.run_path(str(written_python))["load"](written), path)
     return [f"wrote {path} and {python_path}; logits differ by at most {difference:.0e}"]
 

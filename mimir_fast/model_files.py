@@ -4,6 +4,7 @@ import argparse
 import json
 import pickle
 from typing import NamedTuple
+from urllib.error import URLError
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,22 +26,29 @@ class Contents(NamedTuple):
     source: str
 
 
-def read_model_file(source: str) -> Contents:
-    """Tensors without wrappers' prefixes, args as a dict, epoch.  Raises CheckpointError if the file cannot be used."""
+def read_model_file(source: str, flag: str = "checkpoint") -> Contents:
+    """Tensors without wrappers' prefixes, args as a dict, epoch; `flag` asked for it.
+
+    Raises CheckpointError if the file cannot be used.
+    """
     if source.split("?")[0].endswith(".safetensors"):
-        return _read_safetensors(source)
+        return _read_safetensors(source, flag)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(local_file(source), map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise CheckpointError(f"checkpoint: no file {source}") from error
+        raise CheckpointError(f"{flag}: no file {source}") from error
+    except IsADirectoryError as error:
+        raise CheckpointError(f"{flag}: {source} is a folder; name a file in it") from error
+    except URLError as error:
+        raise CheckpointError(f"{flag}: {source} could not be fetched ({error})") from error
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"checkpoint: {source} is damaged, no checkpoint, or holds more than tensors and plain values ({reason})"
+            f"{flag}: {source} is damaged, no checkpoint, or holds more than tensors and plain values ({reason})"
         ) from error
     if not isinstance(state, dict):
-        raise CheckpointError(f"checkpoint: {source} holds {type(state).__name__}, expected a dictionary")
+        raise CheckpointError(f"{flag}: {source} holds {type(state).__name__}, expected a dictionary")
     entry = next((name for name in ENTRIES if isinstance(state.get(name), dict)), None)
     tensors = state if entry is None else state[entry]
     args, epoch = (state.get(name) if entry else None for name in ("args", "epoch"))
@@ -54,15 +62,17 @@ def read_model_file(source: str) -> Contents:
     )
 
 
-def _read_safetensors(source: str) -> Contents:
+def _read_safetensors(source: str, flag: str) -> Contents:
     try:
         with safe_open(local_file(source), "pt") as file:
             args = json.loads((file.metadata() or {}).get(METADATA, "{}"))
             return Contents(_bare({name: file.get_tensor(name) for name in file.keys()}), args, None, source)  # noqa: SIM118
     except FileNotFoundError as error:
-        raise CheckpointError(f"checkpoint: no file {source}") from error
+        raise CheckpointError(f"{flag}: no file {source}") from error
+    except URLError as error:
+        raise CheckpointError(f"{flag}: {source} could not be fetched ({error})") from error
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"checkpoint: {source} is damaged ({error})") from error
+        raise CheckpointError(f"{flag}: {source} is damaged ({error})") from error
 
 
 def _bare(tensors: dict) -> dict[str, Tensor]:

@@ -32,6 +32,10 @@ def main(argv: list[str] | None = None) -> int:
         complain(PRETRAIN.prog, error)
         world.close()
         return 2
+    except KeyboardInterrupt:
+        print(f"{PRETRAIN.prog}: stopped before the first update", file=sys.stderr)
+        world.close()
+        return 130
     try:
         return trainer.run()
     except RUN_ERRORS as error:

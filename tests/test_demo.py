@@ -14,6 +14,7 @@ from mimir_fast.demo.command import main, run_all
 from mimir_fast.evaluate.command import COMMAND as EVALUATE
 from mimir_fast.finetune.command import FINETUNE
 
+CONFIG = "model: vit_nano\ndataset: digits\nseed: 7\n"
 COMMANDS = {"pretrain": PRETRAIN, "finetune": FINETUNE, "evaluate": EVALUATE}
 
 
@@ -66,12 +67,13 @@ def finished(tmp_path):
         at = places(arm, tmp_path)
         at.fine_tuning.mkdir(parents=True)
         if arm.attack:
-            make_run(at.pretraining, [row(i) for i in range(1, 9)])
+            make_run(at.pretraining, [row(i) for i in range(1, 9)], config=CONFIG)
         keys = ("update", "epoch", "x", "loss", "lr", "images_per_s", "data_wait", "peak_memory_gib", "skipped_steps")
-        make_run(at.fine_tuning, [{key: row(i)[key] for key in keys} for i in range(1, 9)], samples=False)
+        tuned = [{key: row(i)[key] for key in keys} for i in range(1, 9)]
+        make_run(at.fine_tuning, tuned, samples=False, config=CONFIG)
         for folder, attacks in ((at.evaluation, ("clean", "pgd-20")), (at.autoattack, ("clean", "aa"))):
             folder.mkdir()
-            settings = {"eps": 8.0, "alpha": 1.0, "restarts": 1, "seed": 0}  # a person's, not the demo's
+            settings = {"eps": 8.0, "alpha": 1.0, "restarts": 1, "seed": 7}  # a person's, not the demo's
             entries = {name: {"settings": {"attack": name, **settings}} for name in attacks if name != "clean"}
             for i, name in enumerate(attacks):
                 mine = {"attack": name} if name == "clean" else {"attack": name, **settings, "eps": 4.0}
@@ -98,11 +100,19 @@ def test_page(finished, monkeypatch, capsys):
     assert (finished / "mimir" / "fine_tuning" / "report.html").exists()
 
 
+def test_another_seed_is_refused(finished, monkeypatch, capsys):
+    monkeypatch.setattr(command, "run_all", lambda plan: 130)
+    (finished / "mae" / "fine_tuning" / "config.yaml").write_text("seed: 7\n")
+    assert main(["--output_dir", str(finished), "--seed", "7"]) == 130
+    assert main(["--output_dir", str(finished)]) == 2
+    assert f"seed: got 0, expected 7, which {finished} was begun with" in capsys.readouterr().err
+
+
 def test_without_autoattack(finished, monkeypatch, capsys):
     plans = []
     monkeypatch.setattr(command, "run_all", lambda plan: plans.append(plan) or 0)
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
-    assert main(["--output_dir", str(finished)]) == 0
+    assert main(["--output_dir", str(finished), "--seed", "7"]) == 0
     assert "mimir-fast[eval]" in capsys.readouterr().out
     assert not any("AutoAttack" in stage.title for stage in plans[0])
     assert "AutoAttack" not in (finished / "report.html").read_text()

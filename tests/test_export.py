@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import resource
 import runpy
+import signal
 
 import pytest
 import timm
@@ -159,6 +161,22 @@ def test_other_outputs_are_noticed(tmp_path):
     other.fc_norm.eps = 0.1
     with pytest.raises(ValueError, match=r"^output: .* would give other outputs in timm"):
         export.checked(trained, other, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
+def test_a_full_disk_is_one_line_and_status_1(tmp_path, capsys, name):
+    source = checkpoint(tmp_path / "source.pth")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        assert exported(source, tmp_path / name, "timm" if name.endswith("s") else "robustbench") == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"mimir-fast export: error: output: could not write {tmp_path / name}: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["source.pth"]
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])

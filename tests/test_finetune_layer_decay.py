@@ -39,12 +39,13 @@ def test_the_optimizer_moves_layers_by_their_share():
         assert torch.allclose(moved, torch.full_like(moved, 1e-3 * share), rtol=1e-2), name
 
 
-def averaged(warmup: bool) -> list[float]:
+def averaged(first: int) -> list[float]:
+    """Three averages of a parameter that was 1 and grows by 1, from update number `first` on."""
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.constant_(model.weight, 1.0)
-    average = RunningAverage(model, 0.9, warmup)
+    average = RunningAverage(model, 0.9)
     values = []
-    for number in (1, 2, 3):
+    for number in range(first, first + 3):
         with torch.no_grad():
             model.weight.add_(1.0)
         average.update(number)
@@ -53,15 +54,15 @@ def averaged(warmup: bool) -> list[float]:
 
 
 def test_running_average():
-    assert averaged(False) == pytest.approx([1.1, 1.29, 1.561])
-    first = 2 / 11 * 1 + 9 / 11 * 2
-    assert averaged(True)[:2] == pytest.approx([first, 3 / 12 * first + 9 / 12 * 3])
+    assert averaged(100) == pytest.approx([1.1, 1.29, 1.561])
+    begun = 2 / 11 * 1 + 9 / 11 * 2
+    assert averaged(1)[:2] == pytest.approx([begun, 3 / 12 * begun + 9 / 12 * 3])
 
 
 def test_a_running_average_goes_on_where_it_stood():
     torch.manual_seed(0)
     model = VisionTransformer(**SIZES, mean=(0.5,) * 3, std=(0.5,) * 3)
-    average = RunningAverage(model, 0.99, warmup=True)
+    average = RunningAverage(model, 0.99)
     assert list(average.state_dict()) == list(model.state_dict())
     assert not any(p.requires_grad for p in average.module.parameters())
     assert not average.module.training
@@ -71,7 +72,7 @@ def test_a_running_average_goes_on_where_it_stood():
             for p in model.parameters():
                 p.add_(torch.randn_like(p))
         if number == 3:
-            other = RunningAverage(model, 0.99, warmup=True)
+            other = RunningAverage(model, 0.99)
             other.load_state_dict({key: value.clone() for key, value in average.state_dict().items()})
         for each in (average, other):
             if each:

@@ -5,6 +5,7 @@ import argparse
 import pytest
 import torch
 from conftest import load_golden, small_model
+from safetensors.torch import save_file
 from test_golden_classifier import SIZES
 
 from mimir_fast.checkpoint import CheckpointError
@@ -22,7 +23,7 @@ def classifier(**options) -> VisionTransformer:
 
 def load(model: VisionTransformer, state: dict, head_std: float = 0.02) -> list[str]:
     said = []
-    load_pretrained(model, state, "x.pth", said.append, head_std)
+    load_pretrained(model, state.get("model", state), "x.pth", said.append, head_std)
     return said
 
 
@@ -37,12 +38,19 @@ def test_takes_the_encoder_and_says_so():
     assert len(said) == 4
 
 
-def test_a_running_average_is_preferred():
-    model, trained, average = classifier(), classifier().state_dict(), classifier().state_dict()
+def test_every_kind_of_file_and_the_running_average_first(tmp_path):
+    trained, average = classifier().state_dict(), classifier().state_dict()
     average["cls_token"] = trained["cls_token"] + 1
-    said = load(model, {"model": trained, "model_ema": average})
-    assert torch.equal(model.cls_token, average["cls_token"])
-    assert said[0].startswith("finetune: x.pth (model_ema): 30 of 32")
+    torch.save({"model": trained, "model_ema": average}, tmp_path / "both.pth")
+    torch.save(trained, tmp_path / "bare.pth")
+    save_file(trained, tmp_path / "exported.safetensors")
+    for name, expected in {"both.pth": average, "bare.pth": trained, "exported.safetensors": trained}.items():
+        model, said = classifier(), []
+        config = FinetuneConfig().updated({"finetune": str(tmp_path / name)})
+        start_from_pretrained(model, config, said.append)
+        assert torch.equal(model.cls_token, expected["cls_token"])
+        taken = f"{name} (model_ema)" if expected is average else name
+        assert said[0] == f"finetune: {tmp_path / taken}: 30 of 32 tensors loaded"
 
 
 def test_the_head_starts_afresh_whatever_the_checkpoint_has():

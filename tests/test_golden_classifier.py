@@ -45,7 +45,7 @@ def test_state_dict_and_what_a_pretrained_encoder_gives():
     match = match_encoder(model, given, "recorded")
     assert match.missing == record["missing"]
     assert match.unexpected == record["unexpected"]
-    load_pretrained(model, {"model": given}, "recorded", lambda _: None, 0.02)
+    load_pretrained(model, given, "recorded", lambda _: None, 0.02)
     want = recorded_classifier().state_dict()
     assert all(torch.equal(model.state_dict()[key], want[key]) for key in match.tensors)
 

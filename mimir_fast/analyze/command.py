@@ -21,6 +21,7 @@ from mimir_fast.checkpoint import progress as run_progress
 from mimir_fast.data import eval_batches, subset_indices
 from mimir_fast.evaluate.command import USUAL_EPS
 from mimir_fast.exits import guarded
+from mimir_fast.flags import require
 from mimir_fast.models import VisionTransformer
 from mimir_fast.settle import settled_device
 from mimir_fast.trained import Trained, load_encoder, training_eps
@@ -55,7 +56,7 @@ def analyze(config: AnalyzeConfig, explicit: set[str]) -> int:
         print(f"stopped after {len(results)} of {len(sources)} checkpoints", file=sys.stderr)
         status = 130
     if results:
-        for line in table(results, config.data.num_images):
+        for line in table(results):
             print(line)
         figure = draw(results)
         for suffix in ("svg", "png"):
@@ -103,7 +104,8 @@ def analyzed(config: AnalyzeConfig, source: str, device: str, progress: Progress
     trained = load_encoder(source, overrides=overrides, device=device)
     how = perturbation(config, trained)
     progress.begin()
-    seen = look(trained, *images(config, trained), how, lambda: progress.step("attack", source))
+    batches, numbers = images(config, trained)
+    seen = look(trained, batches, numbers, how, lambda: progress.step("attack", source))
     rows = {"x": seen.x, "x_adv": seen.x_adv, "delta": seen.x_adv - seen.x, "latent": seen.latent}
     estimates = estimate(
         {name: variable(row) for name, row in rows.items()},
@@ -111,7 +113,7 @@ def analyzed(config: AnalyzeConfig, source: str, device: str, progress: Progress
         torch.Generator().manual_seed(config.run.seed),
         lambda: progress.step("estimates", source),
     )
-    return record(trained, how, estimates, bounds(trained, seen))
+    return record(trained, how, len(numbers), estimates, bounds(trained, seen))
 
 
 def perturbation(config: AnalyzeConfig, trained: Trained) -> Perturbation:
@@ -125,7 +127,7 @@ def perturbation(config: AnalyzeConfig, trained: Trained) -> Perturbation:
 
 
 def images(config: AnalyzeConfig, trained: Trained):
-    """Batches of the slice and the numbers of its images.  Raises ValueError if no data set is named."""
+    """Batches of the slice and the numbers of its images.  Raises ValueError if no data set is named or it is too small."""
     data = config.data
     dataset = data.dataset or trained.args["dataset"]
     if not dataset:
@@ -133,7 +135,8 @@ def images(config: AnalyzeConfig, trained: Trained):
     options = {"split": data.split, "held_out": data.held_out}
     where = (dataset, data.data_root, trained.args["input_size"], config.run.batch_size)
     total = eval_batches(*where, **options).num_images
-    numbers = subset_indices(total, data.num_images, config.run.seed)
+    require(total >= 2 * GROUPS, "num_images", f"{total} images in all", f"{2 * GROUPS} or more")
+    numbers = subset_indices(total, min(data.num_images, total), config.run.seed)
     classes = trained.args.get("nb_classes")
     return eval_batches(*where, **options, indices=numbers, num_classes=classes), torch.tensor(numbers)
 

@@ -34,7 +34,7 @@ class DataConfig:
     data_root: str = flag("../data", "folder that holds the data set")
     split: str = flag("val", "which images", choices=SPLITS)
     held_out: int = flag(0, "with --split held_out: training images that were held out", "images")
-    num_images: int = flag(512, "size of the random slice; all of it is held in memory", "images")
+    num_images: int = flag(512, "size of the random slice, all images where there are fewer; held in memory", "images")
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ NOTES = {
 }
 
 
-def record(trained: Trained, how: Perturbation, estimates: dict[Key, Estimate], bounds: dict) -> dict:
+def record(trained: Trained, how: Perturbation, num_images: int, estimates: dict[Key, Estimate], bounds: dict) -> dict:
     """One checkpoint's entry in analysis.json."""
     numbers = {key: {"value": e.value, "error": e.error, "interval": list(e.interval)} for key, e in estimates.items()}
     information = {
@@ -38,10 +38,17 @@ def record(trained: Trained, how: Perturbation, estimates: dict[Key, Estimate], 
         "epoch": trained.epoch,
         "model": trained.args["model"],
         "attack": asdict(how),
+        "num_images": num_images,
         "information": information,
         "entropy": {name: numbers["latent", name, "value"] for name in ORDERS},
         "fano": bounds,
     }
+
+
+def _epoch(number: int | None) -> str:
+    if number is None:
+        return ""
+    return f"epoch {number}, " if number >= 0 else "in its first epoch, "
 
 
 def write_json(path: Path, config, results: list[dict], planned: int) -> None:
@@ -52,13 +59,14 @@ def write_json(path: Path, config, results: list[dict], planned: int) -> None:
     os.replace(temporary, path)
 
 
-def table(results: list[dict], num_images: int) -> Iterator[str]:
+def table(results: list[dict]) -> Iterator[str]:
     """Lines: for every checkpoint the excess over shuffled pairs, with the half width of its interval; then the bounds."""
+    num_images = max(result["num_images"] for result in results)
     ceiling = math.log2(num_images)
     yield f"excess over shuffled pairs ± 95 %, {num_images} images; in brackets the value itself"
     yield f"{'':<14}" + "".join(f"{name + unit:>32}" for name, unit in zip(ESTIMATORS, ("", " [bit]", " [bit]")))
     for result in results:
-        yield f"{result['checkpoint']} (epoch {result['epoch']}, {result['model']})"
+        yield f"{result['checkpoint']} ({_epoch(result['epoch'])}{result['model']})"
         for name, words in VARIABLES.items():
             cells = [_cell(result["information"][name][est]) for est in ESTIMATORS]
             yield f"  {words:<12}" + "".join(f"{cell:>32}" for cell in cells)

@@ -23,11 +23,12 @@ class BadFiles:
         self.reasons: dict[str, str] = {}
 
     def record(self, found: dict[str, str]) -> None:
-        """Add path -> reason and warn once per file.  Raises DataError when more than `limit` files are bad."""
+        """Add path -> reason and warn once per file that is skipped.  Raises DataError when more than `limit` files are bad."""
         for path, reason in found.items():
             if path not in self.reasons:
                 self.reasons[path] = reason
-                log.warning("skipping unreadable image %s: %s", path, reason)
+                if self.limit:
+                    log.warning("skipping unreadable image %s: %s", path, reason)
         if len(self.reasons) > self.limit:
             path, reason = next(iter(self.reasons.items()))
             raise DataError(

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import yaml
 from tqdm import tqdm
 
 from mimir_fast import pretrain
@@ -57,12 +58,20 @@ def demo(args: argparse.Namespace) -> int:
         print(f"aa_images: AutoAttack is left out, it {reason}")
         args.aa_images = 0
     root = Path(args.output_dir)
+    check_seed(root, args.seed)
     plan = [stage for arm in ARMS for stage in stages(arm, root, args.seed, args.aa_images)]
     status = run_all(plan)
     if status:
         return status
     print(f"report: {write_demo_page(root, args.seed, args.aa_images)}")
     return 0
+
+
+def check_seed(root: Path, seed: int) -> None:
+    """Raises ValueError if the folder holds the runs of another seed, which would be taken up."""
+    for path in root.glob("*/*/config.yaml"):
+        before = yaml.safe_load(path.read_text()).get("seed")
+        require(before == seed, "seed", seed, f"{before}, which {root} was begun with, or another --output_dir")
 
 
 def run_all(plan: list[Stage]) -> int:

@@ -12,7 +12,7 @@ Interval = tuple[float, float, float]  # value, low, high, as shares of 1
 
 def write_demo_page(root: Path, seed: int, aa_images: int) -> Path:
     """Write root/report.html and each run's own report; returns the page's path.  aa_images 0: AutoAttack was left out."""
-    results = {arm: read_results(arm, root, aa_images) for arm in ARMS}
+    results = {arm: read_results(arm, root, seed, aa_images) for arm in ARMS}
     columns = ["clean", "PGD-20"] + (["AutoAttack"] if aa_images else [])
     rows = [(arm.name, *(_words(*results[arm][c]) for c in columns)) for arm in ARMS]
     names = [arm.name for arm in ARMS]
@@ -37,20 +37,20 @@ def write_demo_page(root: Path, seed: int, aa_images: int) -> Path:
     )
 
 
-def read_results(arm: Arm, root: Path, aa_images: int) -> dict[str, tuple[Interval, int]]:
+def read_results(arm: Arm, root: Path, seed: int, aa_images: int) -> dict[str, tuple[Interval, int]]:
     """Column -> ((accuracy, low, high), images)."""
     at = places(arm, root)
     wide = json.loads((at.evaluation / "results.json").read_text())["attacks"]
-    found = {"clean": _find(wide, "clean"), "PGD-20": _find(wide, "pgd-20")}
+    found = {"clean": _find(wide, "clean", seed), "PGD-20": _find(wide, "pgd-20", seed)}
     if aa_images:
         narrow = json.loads((at.autoattack / "results.json").read_text())["attacks"]
-        found["AutoAttack"] = _find(narrow, "aa")
+        found["AutoAttack"] = _find(narrow, "aa", seed)
     return found
 
 
-def _find(attacks: dict, name: str) -> tuple[Interval, int]:
+def _find(attacks: dict, name: str, seed: int) -> tuple[Interval, int]:
     """Of the demo's attacks, which a person may have added others to."""
-    ours = {"attack": name, "eps": EPS, "alpha": ALPHA, "restarts": 1}
+    ours = {"attack": name, "eps": EPS, "alpha": ALPHA, "restarts": 1, "seed": seed}
     entry = next(e for e in attacks.values() if all(e["settings"].get(k, v) == v for k, v in ours.items()))
     return (entry["accuracy"], *entry["interval95"]), entry["n"]
 

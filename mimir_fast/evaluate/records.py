@@ -61,7 +61,7 @@ class Record:
         self.loss[rows] = np.fmax(self.loss[rows], losses)
 
     def save(self, durable: bool = False) -> None:
-        """Write whole or not at all; durable: it also survives a power cut.  Raises CheckpointError if the disk refuses."""
+        """Write whole or not at all; durable: it also survives a power cut.  Raises OSError if the disk refuses."""
         arrays = {name: getattr(self, name) for name in self.ARRAYS}
         write_whole(self.path, lambda file: np.savez_compressed(file, seconds=self.seconds, **arrays), durable)
 
@@ -85,7 +85,7 @@ class Record:
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object], durable: bool = True) -> None:
-    """write(file) to a temporary file, to the disk itself if durable, rename.  Raises CheckpointError if the disk refuses."""
+    """write(file) to a temporary file, to the disk itself if durable, rename.  Raises OSError if the disk refuses."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -97,7 +97,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], durable: bool =
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"output_dir: could not write {path}: {error}") from error
+        raise OSError(f"output_dir: could not write {path}: {error}") from error
 
 
 class Results:
@@ -145,7 +145,7 @@ class Results:
         return data
 
     def save(self) -> None:
-        """Write results.json.  Raises CheckpointError if the disk refuses."""
+        """Write results.json.  Raises OSError if the disk refuses."""
         text = json.dumps(self.data, indent=1) + "\n"
         write_whole(self.path, lambda file: file.write(text.encode()))
 

@@ -84,8 +84,8 @@ def run_attack(
 ) -> list[str]:
     """Let the images of a record go through what is left of an attack's rounds; returns the rounds' names.
 
-    After every batch the record is on disk.  Raises CheckpointError for a model that answers NaN or infinity, or if the
-    disk refuses; RuntimeError if an attack leaves its ball, which is a bug.
+    After every batch the record is on disk.  Raises CheckpointError for a model that answers NaN or infinity, OSError if
+    the disk refuses, RuntimeError if an attack leaves its ball, which is a bug.
     """
     rounds = rounds_of(attack, subject, sizes, seed)
     size = sizes.aa if attack.kind == "aa" else sizes.batch

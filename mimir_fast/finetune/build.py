@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from mimir_fast.attack import linf_bounds
-from mimir_fast.checkpoint import load_checkpoint
 from mimir_fast.data import Augment, BatchStream, EvalStream, Mixing, build_train_data, eval_batches, warmup_mixing
 from mimir_fast.distributed import World
 from mimir_fast.finetune.config import AttackConfig, FinetuneConfig
 from mimir_fast.finetune.losses import cross_entropy
 from mimir_fast.finetune.pretrained import load_pretrained
 from mimir_fast.finetune.step import FP16_ATTACK_SCALE, Attack
+from mimir_fast.model_files import read_model_file
 from mimir_fast.models import VisionTransformer, create_classifier
 
 HEAD_STD = {"imagenet": 2e-5}  # of a re-initialised head; elsewhere OTHER_HEAD_STD
@@ -110,9 +110,9 @@ def start_from_pretrained(model: VisionTransformer, config: FinetuneConfig, say:
         say("finetune: no pre-trained checkpoint given, training from scratch")
         return
     head_std = HEAD_STD.get(config.data.dataset, OTHER_HEAD_STD)
-    state = load_checkpoint(source, "finetune")
-    load_pretrained(model, state, source, say, head_std)
-    before, now = getattr(state.get("args"), "use_normalize", None), config.data.use_normalize
+    contents = read_model_file(source, "finetune")
+    load_pretrained(model, contents.tensors, contents.source, say, head_std)
+    before, now = contents.args.get("use_normalize"), config.data.use_normalize
     if before is not None and bool(before) != now:
         seen = "with" if before else "without"
         say(

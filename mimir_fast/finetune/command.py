@@ -12,7 +12,7 @@ import torch
 from mimir_fast.arguments import Command, parse_args
 from mimir_fast.compiling import keep_compiled_code
 from mimir_fast.distributed import World, find_rank, join_world
-from mimir_fast.exits import RUN_ERRORS, complain
+from mimir_fast.exits import RUN_ERRORS, complain, guarded
 from mimir_fast.finetune.config import FinetuneConfig
 from mimir_fast.finetune.evaluation import evaluate
 from mimir_fast.finetune.recipes import RECIPES
@@ -27,9 +27,7 @@ FINETUNE = Command(
     original=True,
 )
 
-INTERRUPTED = (
-    "mimir-fast finetune: stopped; with --eval finished batches are saved, the same command goes on from there"
-)
+EVALUATION_STOPPED = "stopped; finished batches are saved, the same command goes on from there"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,9 +37,10 @@ def main(argv: list[str] | None = None) -> int:
         config, explicit = parse_args(FINETUNE, sys.argv[1:] if argv is None else argv)
         config, notes = settle_defaults(config, explicit)
         if config.validation.eval:
-            if find_rank(config.dist, os.environ)[0] == 0:  # the other processes have nothing to do
-                evaluate(config, explicit)
-            return 0
+            if find_rank(config.dist, os.environ)[0]:
+                return 0  # one process evaluates
+            print(*notes, sep="\n")
+            return guarded(FINETUNE.prog, lambda: evaluate(config, explicit), EVALUATION_STOPPED)
         world = join_world(config.dist, config.run.device)
         seed_everything(config.run.seed + world.rank)
         keep_compiled_code()
@@ -51,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         world.close()
         return 2
     except KeyboardInterrupt:
-        print(INTERRUPTED, file=sys.stderr)
+        print(f"{FINETUNE.prog}: stopped before the first update", file=sys.stderr)
         world.close()
         return 130
     try:

@@ -96,6 +96,12 @@ def compiled_pieces(
     return features, functions._replace(step=step, move=move, begin=partial(begin, kernels=model.kernels))
 
 
+def compile_rated(model: VisionTransformer, optim: UpdateConfig) -> None:
+    """Compile a model that only validation sees where `compiled_pieces` cannot: blocks belong to their model."""
+    if optim.compile and optim.compile_region == "block":
+        compile_blocks(model.blocks, fullgraph=True, dynamic=False, mode=optim.compile_mode)
+
+
 def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
     return model.state_dict(), optimizer.state_dict()
 

@@ -131,7 +131,9 @@ class OptimConfig(shared.UpdateConfig):
     model_ema: bool = flag(
         False, "keep a running average of the parameters, which is evaluated and saved beside them", new=True
     )
-    model_ema_decay: float = flag(0.9998, "share of the average that stays at each update", "share, 0 to 1", new=True)
+    model_ema_decay: float = flag(
+        0.9998, "share of the average that stays at update n, at most (1 + n) / (10 + n)", "share, 0 to 1", new=True
+    )
 
 
 @dataclass(frozen=True)

@@ -7,26 +7,26 @@ from torch import nn
 
 
 class RunningAverage:
-    """average <- decay * average + (1 - decay) * parameters, after every optimizer update.
+    """average <- d * average + (1 - d) * parameters, after every optimizer update.
 
     module       a frozen copy of the model that holds the average, for validation and checkpoints
-    decay        0 <= decay < 1; raises ValueError otherwise
-    warmup       average faster at first: update n decays by at most (1 + n) / (10 + n)
+    decay        d, but at most (1 + n) / (10 + n) at update n, so that short runs forget where they began; 0 <= decay < 1,
+                 raises ValueError otherwise
     Make it after the processes agreed on the parameters.  Its state is the module's state dict: the number of the update is
     an argument, so a run that is taken up again goes on exactly.
     """
 
-    def __init__(self, model: nn.Module, decay: float, warmup: bool = False):
+    def __init__(self, model: nn.Module, decay: float):
         if not 0 <= decay < 1:
             raise ValueError(f"model_ema_decay: expected 0 <= decay < 1, got {decay}")
-        self.decay, self.warmup = decay, warmup
+        self.decay = decay
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         self.averages, self.parameters = list(self.module.parameters()), list(model.parameters())
 
     @torch.no_grad()
     def update(self, number: int) -> None:
         """Follow the model after its update `number`, counted from 1 over the whole run."""
-        decay = min(self.decay, (1 + number) / (10 + number)) if self.warmup else self.decay
+        decay = min(self.decay, (1 + number) / (10 + number))
         torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
 
     def state_dict(self) -> dict:

@@ -11,10 +11,11 @@ from mimir_fast.finetune.config import FinetuneConfig
 from mimir_fast.trained import OVERRIDES, load_classifier
 
 
-def evaluate(config: FinetuneConfig, explicit: set[str]) -> None:
+def evaluate(config: FinetuneConfig, explicit: set[str]) -> int:
     """Clean accuracy, PGD-5 at eps 1, PGD-20, PGD-100 and AutoAttack, or with --adap_eval the adaptive attacks; in fp32.
 
-    Everything the flags do not say is the checkpoint's.  Results go beside it.  Raises ValueError for wrong input.
+    Model and data set are the checkpoint's where the flags do not say; eps and alpha are the flags', as in the original.
+    Results go beside it.  Returns 0; raises ValueError for wrong input.
     """
     flat, source = config.flat(), config.run.resume
     overrides = {name: flat[name] for name in OVERRIDES if name in explicit and name in flat}
@@ -39,6 +40,7 @@ def evaluate(config: FinetuneConfig, explicit: set[str]) -> None:
         sizes=Sizes(batch, batch),
         seed=config.run.seed,
     )
+    return 0
 
 
 def results_folder(source: str) -> Path:

@@ -23,19 +23,17 @@ class Match(NamedTuple):
 
 
 def load_pretrained(
-    model: VisionTransformer, state: dict, source: str, say: Callable[[str], None], head_std: float
+    model: VisionTransformer, given: dict[str, Tensor], source: str, say: Callable[[str], None], head_std: float
 ) -> None:
     """Start a classifier from a checkpoint of ours or of the original, of pre-training or of a classifier.
 
-    state        the checkpoint, or its 'model' entry; source: its name in messages.  A running average (model_ema) is preferred
+    given        the checkpoint's parameters; source: its name in messages
     say          gets a table of what was loaded, what is missing and what is not used
     head_std     the head always starts afresh: truncated normal with this deviation, bias zero
     A positional table of another grid is resized (bicubic, the class row is kept).
     Raises CheckpointError if the encoder is not all there, has other sizes, or its positions are no square grid.
     """
-    entry = next((name for name in ("model_ema", "model") if name in state), None)
-    source += " (model_ema)" if entry == "model_ema" else ""
-    match = match_encoder(model, state[entry] if entry else state, source)
+    match = match_encoder(model, given, source)
     table = match.tensors["pos_embed"]
     resized = resize_positions(table, math.isqrt(model.num_patches))
     model.load_state_dict(match.tensors | {"pos_embed": resized}, strict=False)

@@ -52,7 +52,7 @@ class Rating:
         scale = FP16_ATTACK_SCALE if config.optim.precision == "fp16" else 1.0
         self.attack = build_validation_attack(v.val_attack, config.attack.eps, world.device, scale)
         tests = v.test_every or (self.attack and not v.held_out)
-        self.test = self._test_images() if tests else None
+        self.test = self._test_images(config, world) if tests else None
         self.held_out = build_eval_data(config, world, "held_out") if v.held_out else None
 
     def rate(self, epoch: int, ends: Callable[[], bool]) -> dict | None:
@@ -78,12 +78,13 @@ class Rating:
             self._compare(scores, epoch)
         return rated
 
-    def _test_images(self) -> EvalStream:
+    def _test_images(self, config: FinetuneConfig, world: World) -> EvalStream:
         try:
-            return build_eval_data(self.config, self.world, "val")
+            return build_eval_data(config, world, "val")
         except DataError as error:
-            advice = "; --test_every 0 trains without test images" if self.config.validation.test_every else ""
-            raise DataError(f"{error}{advice}") from error
+            attacked = self.attack is not None and not config.validation.held_out
+            needed = ", --val_attack on --held_out N images (or none)" if attacked else ""
+            raise DataError(f"{error}; to train without test images: --test_every 0{needed}") from error
 
     def _due(self, epoch: int, every: int) -> bool:
         return bool(every) and ((epoch + 1) % every == 0 or epoch + 1 == self.config.optim.epochs)

@@ -35,8 +35,9 @@ def imagenet_vit_s() -> FinetuneConfig:
 def imagenet_vit_b_apgd() -> FinetuneConfig:
     """The long ImageNet-1K run behind 76.32/54.28: ViT-B/16, 2 steps of APGD at eps 4, 300 epochs.
 
-    The original publishes its result and not its settings: batch, augmentation, averaging
-    and the growing radius are those of ARES, learning rate, layer decay and drop path those of the original's ViT-S run.
+    The original publishes its result and not its settings: batch, augmentation and averaging
+    are those of ARES, learning rate, layer decay and drop path those of the original's ViT-S run.  The radius grows over
+    five epochs in place of ARES's step, which APGD chooses itself.
     """
     return imagenet_vit_s().updated(
         {

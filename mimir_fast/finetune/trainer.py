@@ -22,7 +22,7 @@ from mimir_fast.finetune.build import (
     information_weights,
     start_from_pretrained,
 )
-from mimir_fast.finetune.computation import build_computation
+from mimir_fast.finetune.computation import build_computation, compile_rated
 from mimir_fast.finetune.config import FinetuneConfig
 from mimir_fast.finetune.ema import RunningAverage
 from mimir_fast.finetune.layer_decay import build_optimizer
@@ -72,6 +72,8 @@ class Trainer:
         if state:
             self._take_up_average(state.get("model_ema"), notes)
         judged = self.average.module if self.average else self.computation.attacked
+        if self.average:
+            compile_rated(judged, o)
         best = best_so_far(own, config, notes.append)
         self.rating = Rating(config, world, judged, self.computation.functions, best)
         self.compile_clock = CompileClock()
