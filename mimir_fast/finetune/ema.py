@@ -1,6 +1,7 @@
 """A running average of the parameters, kept on the device."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -36,3 +37,13 @@ class RunningAverage:
     def load_state_dict(self, state: dict) -> None:
         """Take up an average; keys and shapes must be the model's."""
         self.module.load_state_dict(state, strict=True)
+
+
+def take_up_average(average: RunningAverage | None, saved: dict | None, say: Callable[[str], None]) -> None:
+    """Load a resumed run's average; a line where this run keeps one and that did not, or the reverse."""
+    if average and saved:
+        average.load_state_dict(saved)
+    elif average:
+        say("model_ema: the resumed run kept no average; it starts from the parameters of now")
+    elif saved:
+        say("model_ema: the resumed run kept an average; without the flag it ends here")

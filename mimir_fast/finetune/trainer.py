@@ -24,7 +24,7 @@ from mimir_fast.finetune.build import (
 )
 from mimir_fast.finetune.computation import build_computation, compile_rated
 from mimir_fast.finetune.config import FinetuneConfig
-from mimir_fast.finetune.ema import RunningAverage
+from mimir_fast.finetune.ema import RunningAverage, take_up_average
 from mimir_fast.finetune.layer_decay import build_optimizer
 from mimir_fast.finetune.rating import Rating, best_so_far, criterion
 from mimir_fast.finetune.step import FinetuneOutput, draw_noise, finetune_step
@@ -66,27 +66,23 @@ class Trainer:
             start_from_pretrained(self.model, config, notes.append)
         self.first_update = self.position.update + 1
         self._start_epoch()
+        self._build_computation(state, own, notes)
+        self.compile_clock = CompileClock()
+        self._open_outputs(notes)
+
+    def _build_computation(self, state: dict, own: dict, notes: list[str]) -> None:
+        """What a step runs, the running average, and what rates them; state, own: the resumed checkpoint's, empty without."""
+        config, world, o = self.config, self.world, self.config.optim
         parts = (self.model, self.updater, self.attack, build_criterion(config))
         self.computation = build_computation(o, world, *parts, information=information_weights(config))
         self.average = RunningAverage(self.model, o.model_ema_decay) if o.model_ema else None
         if state:
-            self._take_up_average(state.get("model_ema"), notes)
+            take_up_average(self.average, state.get("model_ema"), notes.append)
         judged = self.average.module if self.average else self.computation.attacked
         if self.average:
             compile_rated(judged, o)
         best = best_so_far(own, config, notes.append)
         self.rating = Rating(config, world, judged, self.computation.functions, best)
-        self.compile_clock = CompileClock()
-        self._open_outputs(notes)
-
-    def _take_up_average(self, saved: dict | None, notes: list[str]) -> None:
-        """The resumed run's running average, and a line where there is one too few."""
-        if self.average and saved:
-            self.average.load_state_dict(saved)
-        elif self.average:
-            notes.append("model_ema: the resumed run kept no average; it starts from the parameters of now")
-        elif saved:
-            notes.append("model_ema: the resumed run kept an average; without the flag it ends here")
 
     def _open_outputs(self, notes: list[str]) -> None:
         o, r, p = self.config.optim, self.config.run, self.position
