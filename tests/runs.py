@@ -2,14 +2,17 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.multiprocessing as mp
 from PIL import Image
 
 from mimir_fast.pretrain import main
@@ -54,6 +57,12 @@ def finish(child: subprocess.Popen, timeout: float = 300) -> str:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
+
+
+def two_processes(worker: Callable, *arguments) -> None:
+    """worker(rank, *arguments) for both ranks; forked from one process that has imported everything."""
+    multiprocessing.set_forkserver_preload(["mimir_fast.sharding", "mimir_fast.trainer", "torch._dynamo"])
+    mp.start_processes(worker, arguments, nprocs=2, start_method="forkserver")
 
 
 def load(path: Path) -> dict:

@@ -6,9 +6,8 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import BOUNDS, golden_images, small_model
-from runs import finish, load, make_images, run, same_state, start
+from runs import finish, load, make_images, run, same_state, start, two_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from mimir_fast.build import build_computation
@@ -76,7 +75,7 @@ def ddp_worker(rank: int, port: int, penalty: str | None, folder: str) -> None:
 
 @pytest.mark.parametrize("penalty", [None, "hsic"])
 def test_two_processes_have_the_gradients_of_one(tmp_path, penalty):
-    mp.spawn(ddp_worker, (free_port(), penalty, str(tmp_path)), nprocs=2)
+    two_processes(ddp_worker, free_port(), penalty, str(tmp_path))
     model, images = small_model(), golden_images()[0]
     objective = Objective(model, 0.75, penalty, 1e-2)
     if penalty is None:
@@ -121,7 +120,7 @@ def computation_worker(rank: int, port: int, compression: str, folder: str) -> N
 
 @pytest.mark.parametrize("compression", ["none", "bf16"])
 def test_two_processes_in_bf16_stay_the_same(tmp_path, compression):
-    mp.spawn(computation_worker, (free_port(), compression, str(tmp_path)), nprocs=2)
+    two_processes(computation_worker, free_port(), compression, str(tmp_path))
     ours, theirs = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert all(torch.equal(ours["model"][n], theirs["model"][n]) for n in ours["model"])
     model = small_model()
@@ -134,7 +133,7 @@ def test_two_processes_in_bf16_stay_the_same(tmp_path, compression):
 
 
 def test_non_finite_loss_on_one_rank_skips_the_step_on_all(tmp_path):
-    mp.spawn(bad_worker, (free_port(), str(tmp_path)), nprocs=2)
+    two_processes(bad_worker, free_port(), str(tmp_path))
     for rank in range(2):
         result = torch.load(tmp_path / f"{rank}.pt")
         assert result["counters"] == [1, 1, 1]
@@ -164,9 +163,19 @@ def data(tmp_path_factory):
 def test_torchrun_one_writer_and_resume(data, tmp_path):
     extra = "--batch_size 2 --mi_train renyi2 --accum_iter 2 --epochs 1 --warmup_epochs 0"
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    runs = [(whole, extra), (broken, f"{extra} --max_steps 2"), (broken, f"{extra} --resume auto")]
-    for folder, words in runs:
-        child = start(data, folder, words, TORCHRUN)
+    older = (
+        "-m",
+        "torch.distributed.launch",
+        "--nproc_per_node=2",
+        f"--master_port={free_port()}",
+    )  # passes --local-rank
+    runs = [
+        (whole, extra, TORCHRUN),
+        (broken, f"{extra} --max_steps 2", older),
+        (broken, f"{extra} --resume auto", TORCHRUN),
+    ]
+    for folder, words, launcher in runs:
+        child = start(data, folder, words, launcher)
         out = finish(child)
         assert child.returncode == 0, out
         assert out.count("device cpu x 2") == 1, out  # rank 1 is silent
@@ -180,11 +189,3 @@ def test_torchrun_one_writer_and_resume(data, tmp_path):
     assert not same_state(
         load(whole / "checkpoint-0.pth"), load(alone / "checkpoint-0.pth")
     )  # another noise, another penalty
-
-
-def test_torch_distributed_launch_passes_local_rank(data, tmp_path):
-    launcher = ("-m", "torch.distributed.launch", "--nproc_per_node=2", f"--master_port={free_port()}")
-    child = start(data, tmp_path, "--batch_size 2 --max_steps 1", launcher)
-    out = finish(child)
-    assert child.returncode == 0, out
-    assert (tmp_path / "resume-0-1.pth").exists()

@@ -7,9 +7,8 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import golden_images, small_model
-from runs import finish, make_images, run, start
+from runs import finish, make_images, run, start, two_processes
 from test_distributed import ATTACK, CPU, TORCHRUN, free_port, half, the_noise
 from torch import nn
 
@@ -102,7 +101,7 @@ def _compile_quickly(module: nn.Module, mode: str, backend: str, **options) -> N
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, (free_port(), str(folder)), nprocs=2)
+    two_processes(worker, free_port(), str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -17,7 +17,8 @@ def by_the_formula(model: VisionTransformer, images: Tensor, noise: Tensor, rate
         dropped = rate * i / (len(model.blocks) - 1)
         attention, mlp = ((draw >= dropped) / (1 - dropped) for draw in noise[i])
         x = x + attention[:, None, None] * (block.attn(block.norm1(x)) + block.attn.proj.bias)
-        x = x + mlp[:, None, None] * block.mlp(block.norm2(x))
+        hidden = torch.nn.functional.gelu(block.mlp.fc1(block.norm2(x)))
+        x = x + mlp[:, None, None] * block.mlp.fc2(hidden)
     return model.classify(x)
 
 
