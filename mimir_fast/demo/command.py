@@ -85,11 +85,12 @@ def run_all(plan: list[Stage]) -> int:
             flush=True,
         )
         status = VERBS[stage.verb](stage.words)
+        if status == 0 and not stage.product.exists():  # stopped by SIGTERM, which is no failure of the stage
+            status = STOPPED
+        if status in (STOPPED, 130):
+            print("stopped; the same demo command goes on from there")
         if status:
             return status
-        if not stage.product.exists():  # stopped by SIGTERM, which is no failure of the stage
-            print("stopped; the same command goes on from there")
-            return STOPPED
         done += stage.share
     return 0
 
