@@ -2,8 +2,14 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from finetune_runs import finetune, lines, load, make_data, same_run, start, tiny_models
-from runs import finish
+from runs import finish, two_processes
+from test_distributed import CPU, free_port
+
+from mimir_fast.data import DataError
+from mimir_fast.distributed import World
+from mimir_fast.finetune.validation import validate
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 EXTRA = "--batch_size 2 --accum_iter 2 --epochs 1 --warmup_epochs 0 --held_out 5 --val_attack fgsm --model_ema --drop_path 0"
@@ -48,3 +54,38 @@ def check_against_one_process(data, whole, alone, row: dict) -> None:
     (ours,) = lines(alone / "log.txt")
     for name in ("test_loss", "test_acc1", "val_loss", "val_acc1", "val_robust_acc1"):
         assert ours[name] == pytest.approx(row[name], rel=1e-5), name
+
+
+class Stream:
+    """Two batches of two images; the second one of rank 1 is unreadable."""
+
+    def __init__(self, rank: int):
+        self.rank = rank
+
+    def __len__(self) -> int:
+        return 2
+
+    def __iter__(self):
+        batch = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
+        yield batch
+        if self.rank == 1:
+            raise DataError("a.png is unreadable")
+        yield batch
+
+
+def unreadable_worker(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+    world = World(rank, 2, rank, CPU, dist.group.WORLD)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 3))
+    try:
+        validate(model, Stream(rank), world, torch.float32)
+    except DataError as error:
+        torch.save(str(error), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_an_unreadable_image_ends_the_validation_of_both(tmp_path):
+    two_processes(unreadable_worker, free_port(), str(tmp_path))
+    assert torch.load(tmp_path / "1.pt") == "a.png is unreadable"
+    assert "another process names it" in torch.load(tmp_path / "0.pt")
