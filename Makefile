@@ -1,4 +1,4 @@
-# make demo   install into .venv, then pre-train, fine-tune and attack small ViTs on handwritten digits (about 7 minutes, no GPU)
+# make demo   install into .venv, then pre-train, fine-tune and attack small ViTs on handwritten digits (7 to 8 minutes, no GPU)
 # make test   install into .venv and run every test, files on two processes
 # make lint   ruff
 PYTHON ?= python3
