@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 from pathlib import Path, PurePosixPath
+from stat import S_ISDIR
 from urllib.error import URLError
 from urllib.parse import urlsplit
 
@@ -53,10 +54,31 @@ def is_url(source: str) -> bool:
     return source.startswith(("https://", "http://"))
 
 
-def local_file(source: str) -> Path:
-    """A path as it is; for a URL its copy in torch.hub's folder, downloaded the first time.  Raises OSError without one."""
-    if not is_url(source):
-        return Path(source)
+def beside(source: str, folder: str) -> Path:
+    """Where results about a checkpoint go: folder/NAME beside the file, or in the working directory for a URL."""
+    path = PurePosixPath(source) if is_url(source) else Path(source)
+    return (Path() if is_url(source) else Path(source).parent) / folder / path.stem
+
+
+def local_file(source: str, flag: str) -> Path:
+    """A path as it is; for a URL its copy in torch.hub's folder, downloaded the first time.  `flag` asked for it.
+
+    Raises CheckpointError if nothing is there, if it is a folder, or if it could not be fetched.
+    """
+    try:
+        path = _fetched(source) if is_url(source) else Path(source)
+        if S_ISDIR(path.stat().st_mode):
+            raise CheckpointError(f"{flag}: {source} is a folder; name a file in it")
+    except URLError as error:
+        raise CheckpointError(f"{flag}: {source} could not be fetched ({error})") from error
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{flag}: no file {source}") from error
+    except OSError as error:
+        raise CheckpointError(f"{flag}: {source} cannot be read ({error})") from error
+    return path
+
+
+def _fetched(source: str) -> Path:
     name = PurePosixPath(urlsplit(source).path).name
     digest = hashlib.sha256(source.encode()).hexdigest()[:16]  # many files are called checkpoint-99.pth
     path = Path(torch.hub.get_dir()) / "checkpoints" / f"{digest}-{name}"
@@ -73,15 +95,10 @@ def load_checkpoint(source: str | Path, flag: str = "resume") -> dict:
     truncated, wants to run other code, or holds no model.
     """
     source = str(source)
+    path = local_file(source, flag)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(local_file(source), map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{flag}: no file {source}") from error
-    except IsADirectoryError as error:
-        raise CheckpointError(f"{flag}: {source} is a folder; name a file in it") from error
-    except URLError as error:
-        raise CheckpointError(f"{flag}: {source} could not be fetched ({error})") from error
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{flag}: {source} is refused: it is damaged, or holds more than tensors and plain values ({_first_line(error)})"

@@ -3,8 +3,8 @@
 import argparse
 import json
 import pickle
+from pathlib import Path
 from typing import NamedTuple
-from urllib.error import URLError
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,17 +31,12 @@ def read_model_file(source: str, flag: str = "checkpoint") -> Contents:
 
     Raises CheckpointError if the file cannot be used.
     """
-    if source.split("?")[0].endswith(".safetensors"):
-        return _read_safetensors(source, flag)
+    path = local_file(source, flag)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path, source, flag)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(local_file(source), map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{flag}: no file {source}") from error
-    except IsADirectoryError as error:
-        raise CheckpointError(f"{flag}: {source} is a folder; name a file in it") from error
-    except URLError as error:
-        raise CheckpointError(f"{flag}: {source} could not be fetched ({error})") from error
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
@@ -62,15 +57,11 @@ def read_model_file(source: str, flag: str = "checkpoint") -> Contents:
     )
 
 
-def _read_safetensors(source: str, flag: str) -> Contents:
+def _read_safetensors(path: Path, source: str, flag: str) -> Contents:
     try:
-        with safe_open(local_file(source), "pt") as file:
+        with safe_open(path, "pt") as file:
             args = json.loads((file.metadata() or {}).get(METADATA, "{}"))
             return Contents(_bare({name: file.get_tensor(name) for name in file.keys()}), args, None, source)  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{flag}: no file {source}") from error
-    except URLError as error:
-        raise CheckpointError(f"{flag}: {source} could not be fetched ({error})") from error
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{flag}: {source} is damaged ({error})") from error
 

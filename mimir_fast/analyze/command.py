@@ -4,7 +4,7 @@ x: images; x_adv: adversarial images; delta = x_adv - x; z: the features of x_ad
 """
 
 import sys
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import torch
 
@@ -16,7 +16,7 @@ from mimir_fast.analyze.progress import Progress
 from mimir_fast.analyze.results import FILES, record, table, write_json
 from mimir_fast.analyze.seen import Perturbation, Seen, look
 from mimir_fast.arguments import Command, parse_args
-from mimir_fast.checkpoint import EPOCH_FILE, CheckpointError, is_url
+from mimir_fast.checkpoint import EPOCH_FILE, CheckpointError, beside, is_url
 from mimir_fast.checkpoint import progress as run_progress
 from mimir_fast.data import eval_batches, subset_indices
 from mimir_fast.evaluate.command import USUAL_EPS
@@ -88,12 +88,10 @@ def output_folder(config: AnalyzeConfig) -> Path:
     if config.run.output_dir is not None:
         return Path(config.run.output_dir)
     first, *others = config.model.checkpoint
-    if is_url(first):
-        return Path("analysis") / PurePosixPath(first).stem
-    path = Path(first)
-    if path.is_dir():
-        return path / "analysis"
-    return path.parent / "analysis" / ("" if others else path.stem)
+    if Path(first).is_dir():
+        return Path(first) / "analysis"
+    own = beside(first, "analysis")
+    return own.parent if others and not is_url(first) else own
 
 
 def analyzed(config: AnalyzeConfig, source: str, device: str, progress: Progress) -> dict:

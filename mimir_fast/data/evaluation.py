@@ -79,7 +79,8 @@ class EvalMaker:
     def __init__(self, source: Source, input_size: int, resize: bool):
         self.source, self.input_size = source, input_size
         self.convert = partial(resized_centre if resize else centre, size=input_size)
-        self.convert(Image.new("RGB", (2, 2)))  # what it imports, workers need not
+        if not self._fits():
+            self.convert(Image.new("RGB", (2, 2)))  # what it imports, workers need not
 
     def __getitem__(self, indices: np.ndarray) -> Batch:
         try:
@@ -89,11 +90,15 @@ class EvalMaker:
         images = np.ascontiguousarray(taken.images.transpose(0, 3, 1, 2))
         return torch.from_numpy(images), torch.from_numpy(taken.labels), {}
 
+    def _fits(self) -> bool:
+        """Whether images are used as they are."""
+        return isinstance(self.source, ArrayImages) and self.source.images.shape[1] == self.input_size
+
     def _take(self, indices: np.ndarray):
         if isinstance(self.source, FolderImages):
             return self.source.take(indices, self.convert)
         taken = self.source.take(indices)
-        if taken.images.shape[1] == self.input_size:
+        if self._fits():
             return taken
         return taken._replace(images=np.stack([self.convert(Image.fromarray(image)) for image in taken.images]))
 

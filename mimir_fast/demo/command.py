@@ -11,6 +11,7 @@ import yaml
 from tqdm import tqdm
 
 from mimir_fast import pretrain
+from mimir_fast.data import dataset_info
 from mimir_fast.demo.arms import ARMS, Stage, stages
 from mimir_fast.demo.page import write_demo_page
 from mimir_fast.evaluate import command as evaluate
@@ -20,7 +21,6 @@ from mimir_fast.finetune import command as finetune
 from mimir_fast.flags import require
 
 VERBS = {"pretrain": pretrain.main, "finetune": finetune.main, "evaluate": evaluate.main}
-DIGITS = 10  # classes
 STOPPED = 128 + signal.SIGTERM
 
 
@@ -54,7 +54,7 @@ def demo(args: argparse.Namespace) -> int:
     """All stages, then the page; raises ValueError for wrong input."""
     for name in ("seed", "aa_images"):
         require(getattr(args, name) >= 0, name, getattr(args, name), "0 or more")
-    if args.aa_images and (reason := refusal(DIGITS)):
+    if args.aa_images and (reason := refusal(dataset_info("digits").num_classes)):
         print(f"aa_images: AutoAttack is left out, it {reason}")
         args.aa_images = 0
     root = Path(args.output_dir)

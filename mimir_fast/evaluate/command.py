@@ -1,12 +1,12 @@
 """mimir-fast evaluate: accuracy of a classifier, clean and under attack.  Also `python -m mimir_fast.evaluate`."""
 
 import sys
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import torch
 
 from mimir_fast.arguments import Command, parse_args
-from mimir_fast.checkpoint import is_url
+from mimir_fast.checkpoint import beside
 from mimir_fast.evaluate.attacks import parse_attacks
 from mimir_fast.evaluate.config import RECIPES, EvaluateConfig
 from mimir_fast.evaluate.evaluation import run_evaluation
@@ -74,12 +74,9 @@ def chosen_images(config: EvaluateConfig, trained: Trained) -> Images:
 
 def folder(config: EvaluateConfig) -> Path:
     """Where the results go: beside a file, or in the working directory for a URL."""
-    source = config.model.checkpoint
     if config.run.output_dir is not None:
         return Path(config.run.output_dir)
-    if is_url(source):
-        return Path("eval") / PurePosixPath(source).stem
-    return Path(source).parent / "eval" / Path(source).stem
+    return beside(config.model.checkpoint, "eval")
 
 
 if __name__ == "__main__":

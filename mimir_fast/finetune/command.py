@@ -12,6 +12,7 @@ import torch
 from mimir_fast.arguments import Command, parse_args
 from mimir_fast.compiling import keep_compiled_code
 from mimir_fast.distributed import World, find_rank, join_world
+from mimir_fast.evaluate.command import STOPPED
 from mimir_fast.exits import RUN_ERRORS, complain, guarded
 from mimir_fast.finetune.config import FinetuneConfig
 from mimir_fast.finetune.evaluation import evaluate
@@ -27,8 +28,6 @@ FINETUNE = Command(
     original=True,
 )
 
-EVALUATION_STOPPED = "stopped; finished batches are saved, the same command goes on from there"
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run a fine-tuning; returns the exit status: 0 done or stopped by SIGTERM, 1 failed, 2 wrong input, 130 Ctrl-C."""
@@ -39,8 +38,9 @@ def main(argv: list[str] | None = None) -> int:
         if config.validation.eval:
             if find_rank(config.dist, os.environ)[0]:
                 return 0  # one process evaluates
-            print(*notes, sep="\n")
-            return guarded(FINETUNE.prog, lambda: evaluate(config, explicit), EVALUATION_STOPPED)
+            for note in notes:
+                print(note)
+            return guarded(FINETUNE.prog, lambda: evaluate(config, explicit), STOPPED)
         world = join_world(config.dist, config.run.device)
         seed_everything(config.run.seed + world.rank)
         keep_compiled_code()

@@ -1,8 +1,6 @@
 """`mimir-fast finetune --eval --resume CKPT`: the original's sequence of attacks, by mimir_fast.evaluate."""
 
-from pathlib import Path, PurePosixPath
-
-from mimir_fast.checkpoint import is_url
+from mimir_fast.checkpoint import beside
 from mimir_fast.evaluate.autoattack import refusal
 from mimir_fast.evaluate.evaluation import original_sequence, run_evaluation
 from mimir_fast.evaluate.images import Images
@@ -36,15 +34,8 @@ def evaluate(config: FinetuneConfig, explicit: set[str]) -> int:
         trained.source,
         images,
         attacks,
-        results_folder(source),
+        beside(source, "eval"),
         sizes=Sizes(batch, batch),
         seed=config.run.seed,
     )
     return 0
-
-
-def results_folder(source: str) -> Path:
-    """Beside a file; in the working directory for a URL."""
-    if is_url(source):
-        return Path("eval") / PurePosixPath(source).stem
-    return Path(source).parent / "eval" / Path(source).stem
