@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.records import RESULTS, append, heading, partition
-from mimir_fast import pretrain
+from mimir_fast.cli import pretrain
 
 DEFAULTS = (
     "--attack pgd_mae --mi_train hsic --norm_pix_loss --num_workers 0 --log_every 20 --checkpoint_steps 0 --log_dir="

@@ -14,7 +14,7 @@ from bench import proton
 from bench.records import partition
 from bench.step.counts import pretend_gpu
 from bench.training import EndedEarlyError, add_arguments, check, device_name, open_trainer, run
-from mimir_fast.stages import STAGES
+from mimir_fast.training.stages import STAGES
 
 TOP = 10
 DOMAIN = "mimir_fast"  # of the NVTX ranges

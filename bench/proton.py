@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from bench.step.counts import pretend_gpu
-from mimir_fast.stages import STAGES
+from mimir_fast.training.stages import STAGES
 
 
 class Session:

@@ -9,8 +9,8 @@ from functools import cache
 from pathlib import Path
 
 from bench.stage_times import percentiles
-from mimir_fast.config import PretrainConfig
-from mimir_fast.finetune.config import FinetuneConfig
+from mimir_fast.config.finetuning import FinetuneConfig
+from mimir_fast.config.pretraining import PretrainConfig
 
 HEADING = ("date", "commit", "torch", "triton", "device")
 BUILD = ("commit", "torch", "triton", "driver")  # rows repeat one another only if these agree

@@ -27,7 +27,7 @@ class Range(NamedTuple):
 
 
 class StageTimes:
-    """Collects ranges and updates; `open` goes to mimir_fast.stages.listening, `updated` is called after every update.
+    """Collects ranges and updates; `open` goes to mimir_fast.training.stages.listening, `updated` is called after every update.
 
     Everything up to the update number `warmup` (1 or more) is left out.
     """

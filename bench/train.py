@@ -13,13 +13,13 @@ from bench.stage_times import BESIDE, StageTimes, percentiles
 from bench.step.counts import pretend_gpu
 from bench.step.peaks import PEAKS
 from bench.training import EndedEarlyError, add_arguments, check, device_name, open_trainer, peaks_name, run
-from mimir_fast import stages
-from mimir_fast.finetune.trainer import Trainer as FinetuneTrainer
-from mimir_fast.metrics import peak_memory_gib
-from mimir_fast.trainer import Trainer
+from mimir_fast.training import stages
+from mimir_fast.training.finetune_trainer import Trainer as FinetuneTrainer
+from mimir_fast.training.logs import peak_memory_gib
+from mimir_fast.training.loop import Trainer
 
 EPILOG = f"""Trainer flags may follow --, for instance: python -m bench train --data_root FOLDER -- --num_workers 8
-Nothing is saved unless --output_dir is among them.  Stages (mimir_fast/stages.py):
+Nothing is saved unless --output_dir is among them.  Stages (mimir_fast/training/stages.py):
 {stages.__doc__.split(chr(10), 2)[2].strip()}
 rest: logs, sums, and on CUDA the wait for the penalty.  A share is the time between a stage's ends on its stream, where the
 device had nothing to do included.  Shares add up to 1; on CUDA the penalty runs beside the decoder and comes on top.

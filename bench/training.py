@@ -14,14 +14,14 @@ from bench.step.counts import pretend_gpu
 from bench.step.finetuning import RECIPE
 from bench.step.peaks import PEAKS, peak_of
 from bench.step.variants import DEFAULTS, StepConfig, fill_in
-from mimir_fast import arguments, pretrain
-from mimir_fast.compiling import keep_compiled_code
-from mimir_fast.distributed import World, join_world
-from mimir_fast.finetune import command as finetune
-from mimir_fast.finetune.trainer import Trainer as FinetuneTrainer
-from mimir_fast.settle import seed_everything
-from mimir_fast.stages import listening
-from mimir_fast.trainer import Trainer
+from mimir_fast.cli import finetune, pretrain
+from mimir_fast.cli import parser as arguments
+from mimir_fast.config.resolve import seed_everything
+from mimir_fast.training.compilation import keep_compiled_code
+from mimir_fast.training.distributed import World, join_world
+from mimir_fast.training.finetune_trainer import Trainer as FinetuneTrainer
+from mimir_fast.training.loop import Trainer
+from mimir_fast.training.stages import listening
 
 # as little beside the step as possible; flags after -- win
 QUIET = "--dataset imagefolder --output_dir= --log_dir= --checkpoint_steps 0".split()

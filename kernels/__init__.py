@@ -5,9 +5,7 @@ The import name is `mimir_fast.kernels`: the bare name `kernels` belongs to anot
 """
 
 if __name__ != "mimir_fast.kernels":
-    raise ImportError(
-        "this folder is the package mimir_fast.kernels: install the project (pip install -e .) and import it by that name"
-    )
+    raise ImportError("this folder is the package mimir_fast.kernels: import it by that name")
 
 from mimir_fast.kernels.add_layer_norm.op import add_layer_norm
 from mimir_fast.kernels.linf_patch_step.op import linf_bounds, linf_patch_step

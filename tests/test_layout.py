@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+# the environment's packages; -S leaves out the hooks of an editable installation
+SITE = [path for path in sys.path if path.endswith("site-packages")]
 OPS = sorted(p.parent.name for p in (ROOT / "kernels").glob("*/op.py"))
 
 
 def test_every_operation_has_its_files_and_its_function():
     assert OPS
-    folders = sorted(p.name for p in (ROOT / "kernels").iterdir() if p.is_dir() and p.name != "__pycache__")
+    folders = sorted(p.name for p in (ROOT / "kernels").iterdir() if p.is_dir() and not p.name.startswith("_"))
     assert folders == OPS
     for op in OPS:
         for name in ("reference.py", "kernel.py"):
@@ -28,6 +30,18 @@ def test_every_operation_has_its_files_and_its_function():
             assert re.search(rf"^    {line}  ", doc, re.MULTILINE), (op, line)
 
 
+def test_nothing_is_loose_at_the_top():
+    assert [path.name for path in (ROOT / "mimir_fast").glob("*.py")] == ["__init__.py"]
+
+
+def test_a_checkout_imports_without_an_install_step():
+    code = "import mimir_fast.kernels as k, mimir_fast.cli as c; print(k.__file__, c.__file__)"
+    words = [sys.executable, "-S", "-c", f"import site, sys; sys.path[:0] = [{str(ROOT)!r}, *{SITE!r}]; {code}"]
+    done = subprocess.run(words, cwd="/", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(str(ROOT)) == 2
+
+
 def test_every_operation_is_in_the_benchmark():
     from bench.kernels.suite import OPS as BENCHED
 
@@ -37,8 +51,8 @@ def test_every_operation_is_in_the_benchmark():
 def test_references_import_with_triton_blocked():
     modules = [f"mimir_fast.kernels.{op}.reference" for op in OPS] + [
         "mimir_fast.models",
-        "mimir_fast.attack",
-        "mimir_fast.mi",
+        "mimir_fast.attacks.pgd_mae",
+        "mimir_fast.objectives.information",
     ]
     code = f"""
 import sys
@@ -71,7 +85,10 @@ def wheel(tmp_path_factory):
     ).stdout
     names = [n for n in tracked.split("\0") if n] or [str(p.relative_to(ROOT)) for p in ROOT.rglob("*.py")]
     for name in [*names, "README.md", "LICENSE", "pyproject.toml", "setup.py"]:
-        if (ROOT / name).is_file() and not name.startswith(("tests/", ".")):
+        if (ROOT / name).is_symlink():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).symlink_to((ROOT / name).readlink())
+        elif (ROOT / name).is_file() and not name.startswith(("tests/", ".")):
             target = copy / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes((ROOT / name).read_bytes())
@@ -109,9 +126,9 @@ def test_readme_paths_and_flags_exist():
     text = (ROOT / "README.md").read_text()
     for path in re.findall(r"`((?:mimir_fast|kernels|bench|tests|docs)/[\w./]*)`", text):
         assert (ROOT / path).exists(), path
-    from mimir_fast.arguments import PRETRAIN, build_parser
-    from mimir_fast.evaluate.command import COMMAND
-    from mimir_fast.finetune.command import FINETUNE
+    from mimir_fast.cli.evaluate import COMMAND
+    from mimir_fast.cli.finetune import FINETUNE
+    from mimir_fast.cli.parser import PRETRAIN, build_parser
 
     known = "".join(build_parser(command).format_help() for command in (PRETRAIN, FINETUNE, COMMAND))
     for flag in set(re.findall(r"--([a-z]+_[a-z_]+)", text)) - {"nproc_per_node"}:

@@ -13,7 +13,7 @@ from bench.step.variants import VARIANTS
 GROUPS = ("tests", "peaks", "kernels", "step", "finetune", "train", "profile")
 FLAGS = ["--residual_dtype", "bf16"]  # of docs/performance.md
 ATTACKS = (1, 10)  # steps of the fine-tuning steps
-TESTS = ("tests/kernels/test_devices.py", "tests/test_gpu.py")
+TESTS = ("tests/kernels/test_devices.py", "tests/runs/test_gpu.py")
 COMPILED = 40  # seconds of a step that is compiled first, out of DEFAULT_MINUTES
 DEFAULT_MINUTES = 8.0
 

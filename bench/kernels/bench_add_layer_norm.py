@@ -1,10 +1,10 @@
 """add_layer_norm: between two branches of a block, encoder and decoder; weights fp32, the residual stream in the dtype."""
 
 import torch
-from mimir_fast.kernels import add_layer_norm
 
 from bench.kernels.case import DTYPES, Case
 from bench.kernels.sizes import Size
+from mimir_fast.kernels import add_layer_norm
 
 
 def cases(size: Size, dtype: str) -> list[Case]:

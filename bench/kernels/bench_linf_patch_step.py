@@ -1,11 +1,11 @@
 """linf_patch_step: one step of the attack.  Images and the visible patches' gradient are fp32, predictions 16-bit."""
 
 import torch
-from mimir_fast.kernels import linf_bounds, linf_patch_step
 from torch import Tensor
 
 from bench.kernels.case import DTYPES, Case, random_order
 from bench.kernels.sizes import Size
+from mimir_fast.kernels import linf_bounds, linf_patch_step
 
 EPS = 8 / 255
 FLIPPED = 1e-3  # share of pixels whose gradient may be so close to zero that rounding decides its sign

@@ -4,11 +4,11 @@ torch noise, the rival from elsewhere, draws other numbers: it is held to the ba
 """
 
 import torch
-from mimir_fast.kernels import linf_bounds, linf_start
 from torch import Tensor
 
 from bench.kernels.case import DTYPES, Case
 from bench.kernels.sizes import Size
+from mimir_fast.kernels import linf_bounds, linf_start
 
 EPS = 8 / 255
 ALL = 2**63 - 1  # seeds

@@ -1,10 +1,10 @@
 """mask_indices: noise [B,L] -> two index tables [B,L].  Recipes draw the noise in fp32."""
 
 import torch
-from mimir_fast.kernels import mask_indices
 
 from bench.kernels.case import DTYPES, Case
 from bench.kernels.sizes import Size
+from mimir_fast.kernels import mask_indices
 
 
 def cases(size: Size, dtype: str) -> list[Case]:

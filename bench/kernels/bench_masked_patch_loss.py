@@ -1,10 +1,10 @@
 """masked_patch_loss: the reconstruction loss and the predictions' gradient.  Images are fp32, predictions 16-bit."""
 
 import torch
-from mimir_fast.kernels import masked_patch_loss
 
 from bench.kernels.case import DTYPES, Case, random_order
 from bench.kernels.sizes import Size
+from mimir_fast.kernels import masked_patch_loss
 
 
 def cases(size: Size, dtype: str) -> list[Case]:

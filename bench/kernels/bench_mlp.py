@@ -1,11 +1,11 @@
 """mlp: two linear layers with GELU between them, encoder and decoder; everything in the dtype."""
 
 import torch
-from mimir_fast.kernels import mlp
-from mimir_fast.kernels.mlp.op import supported
 
 from bench.kernels.case import DTYPES, Case
 from bench.kernels.sizes import Size
+from mimir_fast.kernels import mlp
+from mimir_fast.kernels.mlp.op import supported
 
 RATIO = 4  # hidden width to width
 

@@ -4,13 +4,13 @@ A rival that never stores the kernel matrices, as KeOps does, cannot be: their i
 """
 
 import torch
-from mimir_fast.kernels import nhsic
-from mimir_fast.kernels.nhsic.reference import RIDGE, center_rows, ridge_inverse
 from torch import Tensor
 
 from bench.kernels.case import DTYPES, Case
 from bench.kernels.sizes import Size
 from bench.step.counts import pretend_gpu
+from mimir_fast.kernels import nhsic
+from mimir_fast.kernels.nhsic.reference import RIDGE, center_rows, ridge_inverse
 
 CLOSE = {"fp32": 2e-3, "fp16": 2e-2, "bf16": 2e-2}  # relative, in the L2 norm
 

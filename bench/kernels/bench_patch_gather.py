@@ -1,10 +1,10 @@
 """patch_gather: the kept patches of a batch, and the gradient image.  Recipes store images in fp32."""
 
 import torch
-from mimir_fast.kernels import patch_gather
 
 from bench.kernels.case import DTYPES, Case, random_order
 from bench.kernels.sizes import Size
+from mimir_fast.kernels import patch_gather
 
 
 def cases(size: Size, dtype: str) -> list[Case]:

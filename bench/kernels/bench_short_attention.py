@@ -3,14 +3,14 @@
 from importlib.util import find_spec
 
 import torch
-from mimir_fast.kernels import short_attention
-from mimir_fast.kernels.short_attention.op import supported
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.kernels.case import DTYPES, Case
 from bench.kernels.sizes import Size
 from bench.step.counts import pretend_gpu
+from mimir_fast.kernels import short_attention
+from mimir_fast.kernels.short_attention.op import supported
 from mimir_fast.models.attention import PACKAGES, attention
 
 HALF = ("bf16", "fp16")  # what the others' kernels take

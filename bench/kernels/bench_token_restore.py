@@ -1,10 +1,10 @@
 """token_restore: the decoder's input and its gradient.  The mask token and the position table are fp32."""
 
 import torch
-from mimir_fast.kernels import token_restore
 
 from bench.kernels.case import DTYPES, Case, random_order
 from bench.kernels.sizes import Size
+from mimir_fast.kernels import token_restore
 
 
 def cases(size: Size, dtype: str) -> list[Case]:

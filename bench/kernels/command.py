@@ -23,7 +23,7 @@ from bench.pretend import start_under
 from bench.records import RESULTS, append, heading
 from bench.step.counts import pretend_gpu
 from bench.training import device_name
-from mimir_fast.distributed import World
+from mimir_fast.training.distributed import World
 
 ON_GPU = {"recipes": "imagenet_vit_b,imagenet_vit_s,cifar10_vit_s,imagenet_vit_l", "dtypes": "bf16,fp16,fp32"}
 ON_CPU = {"recipes": "small", "dtypes": "fp32"}

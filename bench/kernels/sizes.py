@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from mimir_fast.config import PretrainConfig
+from mimir_fast.config.pretraining import PretrainConfig
+from mimir_fast.config.pretraining_recipes import cifar10_vit_s, imagenet_vit_b, imagenet_vit_s
 from mimir_fast.models import DECODER, MODELS
-from mimir_fast.recipes import cifar10_vit_s, imagenet_vit_b, imagenet_vit_s
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from bench.kernels.cases import DIRECTIONS, Prepared, Setting, contender, conten
 from bench.kernels.suite import OPS, SIZES, entries
 from bench.step.counts import pretend_gpu
 from bench.training import device_name
-from mimir_fast.distributed import World
+from mimir_fast.training.distributed import World
 
 pytest.importorskip("pytest_benchmark", reason="pip install 'mimir-fast[dev]' brings pytest-benchmark")
 if pretend_gpu():

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from bench.textbook import textbook_adversarial_step, textbook_classifier
-from mimir_fast.arguments import parse_args
+from mimir_fast.cli.finetune import FINETUNE, settle_defaults
+from mimir_fast.cli.parser import parse_args
+from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.data.datasets import INFO
-from mimir_fast.distributed import World
-from mimir_fast.finetune.build import build_attack, build_criterion, build_model, information_weights
-from mimir_fast.finetune.command import FINETUNE, settle_defaults
-from mimir_fast.finetune.computation import build_computation
-from mimir_fast.finetune.config import FinetuneConfig
-from mimir_fast.finetune.layer_decay import build_optimizer
-from mimir_fast.finetune.step import draw_noise, finetune_step
 from mimir_fast.models import CLASSIFIER_ALIASES, CLASSIFIERS
-from mimir_fast.optim import Updater
-from mimir_fast.precision import AUTOCAST
+from mimir_fast.training.distributed import World
+from mimir_fast.training.engine import build_computation
+from mimir_fast.training.finetune_step import draw_noise, finetune_step
+from mimir_fast.training.finetuning import build_attack, build_criterion, build_model, information_weights
+from mimir_fast.training.layer_decay import build_optimizer
+from mimir_fast.training.optimizer import Updater
+from mimir_fast.training.precision import AUTOCAST
 
 RECIPE = "imagenet_vit_s"
 LEARNING_RATE = 1e-4

@@ -18,16 +18,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.rows import FINETUNE, PRETRAIN
 from bench.step import finetuning
 from bench.textbook import TextbookMAE, textbook_step
-from mimir_fast.arguments import parse_pretrain_args
-from mimir_fast.build import build_attack, build_computation, build_model
-from mimir_fast.config import PretrainConfig
-from mimir_fast.distributed import World
-from mimir_fast.finetune.config import FinetuneConfig
+from mimir_fast.cli.parser import parse_pretrain_args
+from mimir_fast.cli.pretrain import settle_defaults
+from mimir_fast.config.finetuning import FinetuneConfig
+from mimir_fast.config.pretraining import PretrainConfig
 from mimir_fast.models import ALIASES, DECODER, MODELS
-from mimir_fast.optim import Updater, build_optimizer
-from mimir_fast.precision import AUTOCAST
-from mimir_fast.pretrain import settle_defaults
-from mimir_fast.step import draw_noise, pretrain_step
+from mimir_fast.training.distributed import World
+from mimir_fast.training.optimizer import Updater, build_optimizer
+from mimir_fast.training.precision import AUTOCAST
+from mimir_fast.training.pretrain_step import draw_noise, pretrain_step
+from mimir_fast.training.pretraining import build_attack, build_computation, build_model
 
 VARIANTS = ("ours", "references", "textbook")
 DEFAULTS = {PRETRAIN: ("mae_vit_base", 512), FINETUNE: ("vit_base", 256)}  # model, batch

@@ -9,11 +9,12 @@ two sums over the row, each a wait of all warps for each other, before the two t
 import torch
 import triton
 import triton.language as tl
-from mimir_fast.kernels.column_sums import add_partials
-from mimir_fast.kernels.launch import FUSED, STORAGE, Launch, empty
-from mimir_fast.kernels.patch_tile import tile_block, tile_rows
-from mimir_fast.kernels.registration import register
 from torch import Tensor
+
+from mimir_fast.kernels._shared.column_sums import add_partials
+from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, empty
+from mimir_fast.kernels._shared.patch_tile import tile_block, tile_rows
+from mimir_fast.kernels._shared.registration import register
 
 ROWS_PER_PROGRAM = 16  # at least: parameters and partial sums are then a sixteenth of a row's traffic
 MULTIPROCESSORS = 132  # an H100's; all programs run at once there

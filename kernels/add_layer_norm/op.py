@@ -1,9 +1,10 @@
 """The residual step of a pre-norm Transformer.  Shapes: ... any leading dimensions, D width; a row is one token's D numbers."""
 
 import torch
-from mimir_fast.kernels.add_layer_norm import reference
-from mimir_fast.kernels.registration import check_floats, check_storage, choose
 from torch import Tensor
+
+from mimir_fast.kernels._shared.registration import check_floats, check_storage, choose
+from mimir_fast.kernels.add_layer_norm import reference
 
 
 def add_layer_norm(

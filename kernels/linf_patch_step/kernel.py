@@ -3,9 +3,10 @@
 import torch
 import triton
 import triton.language as tl
-from mimir_fast.kernels.launch import FUSED, STORAGE, Launch, empty
-from mimir_fast.kernels.masked_patch_loss.reference import VARIANCE_FLOOR
-from mimir_fast.kernels.patch_tile import (
+from torch import Tensor
+
+from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, empty
+from mimir_fast.kernels._shared.patch_tile import (
     NUM_WARPS,
     image_offsets,
     normalise,
@@ -16,8 +17,8 @@ from mimir_fast.kernels.patch_tile import (
     tile_rows_of,
     to_prediction_order,
 )
-from mimir_fast.kernels.registration import register
-from torch import Tensor
+from mimir_fast.kernels._shared.registration import register
+from mimir_fast.kernels.masked_patch_loss.reference import VARIANCE_FLOOR
 
 FLOOR = tl.constexpr(VARIANCE_FLOOR)
 NAN = tl.constexpr(tl.PropagateNan.ALL)  # a NaN pixel stays visible

@@ -1,10 +1,11 @@
 """One ascent step of the attack.  Shapes: B batch, C channels, H W sides, L patches, K kept, M removed, P = C*p*p each."""
 
 import torch
+from torch import Tensor
+
+from mimir_fast.kernels._shared.registration import check_floats, check_indices, check_storage, choose
 from mimir_fast.kernels.linf_patch_step import reference
 from mimir_fast.kernels.patch_gather.op import check_image_grid
-from mimir_fast.kernels.registration import check_floats, check_indices, check_storage, choose
-from torch import Tensor
 
 Bound = float | Tensor  # one number for all channels, or one per channel
 

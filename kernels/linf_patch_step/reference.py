@@ -1,8 +1,9 @@
 """linf_patch_step in plain PyTorch, by way of the whole gradient image."""
 
 import torch
-from mimir_fast.kernels.masked_patch_loss.reference import assemble, cut, patch_statistics, predicted, select
 from torch import Tensor
+
+from mimir_fast.kernels.masked_patch_loss.reference import assemble, cut, patch_statistics, predicted, select
 
 
 def linf_patch_step(

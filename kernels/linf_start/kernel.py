@@ -3,9 +3,10 @@
 import torch
 import triton
 import triton.language as tl
-from mimir_fast.kernels.launch import STORAGE, Launch, empty
-from mimir_fast.kernels.registration import register
 from torch import Tensor
+
+from mimir_fast.kernels._shared.launch import STORAGE, Launch, empty
+from mimir_fast.kernels._shared.registration import register
 
 BLOCK = 256  # counters per program, four numbers each
 NUM_WARPS = 4

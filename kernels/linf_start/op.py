@@ -1,8 +1,9 @@
 """Where the attack starts.  Shapes: B batch, C channels, H W sides."""
 
-from mimir_fast.kernels.linf_start import reference
-from mimir_fast.kernels.registration import check_floats, check_indices, check_storage, choose
 from torch import Tensor
+
+from mimir_fast.kernels._shared.registration import check_floats, check_indices, check_storage, choose
+from mimir_fast.kernels.linf_start import reference
 
 
 def linf_start(images_BCHW: Tensor, bounds_4C: Tensor, seed: Tensor, impl: str = "auto") -> Tensor:

@@ -3,9 +3,10 @@
 import torch
 import triton
 import triton.language as tl
-from mimir_fast.kernels.launch import FUSED, STORAGE, Launch, empty
-from mimir_fast.kernels.registration import register
 from torch import Tensor
+
+from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, empty
+from mimir_fast.kernels._shared.registration import register
 
 BLOCK = 256  # entries ranked by a program: a whole row up to 256 patches
 CHUNK = 16  # entries they are compared with at a time

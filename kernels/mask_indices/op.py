@@ -1,8 +1,9 @@
 """The order in which a random mask takes patches.  Shapes: B batch, L patches."""
 
-from mimir_fast.kernels.mask_indices import reference
-from mimir_fast.kernels.registration import check_storage, choose
 from torch import Tensor
+
+from mimir_fast.kernels._shared.registration import check_storage, choose
+from mimir_fast.kernels.mask_indices import reference
 
 
 def mask_indices(noise_BL: Tensor, impl: str = "auto") -> tuple[Tensor, Tensor]:

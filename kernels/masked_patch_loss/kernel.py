@@ -6,9 +6,10 @@ The target is never stored: each program reads its patches from the image and no
 import torch
 import triton
 import triton.language as tl
-from mimir_fast.kernels.launch import FUSED, STORAGE, Launch, empty
-from mimir_fast.kernels.masked_patch_loss.reference import VARIANCE_FLOOR
-from mimir_fast.kernels.patch_tile import (
+from torch import Tensor
+
+from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, empty
+from mimir_fast.kernels._shared.patch_tile import (
     NUM_WARPS,
     image_offsets,
     normalise,
@@ -20,8 +21,8 @@ from mimir_fast.kernels.patch_tile import (
     to_image_order,
     to_prediction_order,
 )
-from mimir_fast.kernels.registration import register
-from torch import Tensor
+from mimir_fast.kernels._shared.registration import register
+from mimir_fast.kernels.masked_patch_loss.reference import VARIANCE_FLOOR
 
 FLOOR = tl.constexpr(VARIANCE_FLOOR)
 MEAN_BLOCK = 8192

@@ -1,9 +1,10 @@
 """The reconstruction loss.  Shapes: B batch, C channels, H W sides, L patches, M removed, P = C*p*p numbers per patch."""
 
+from torch import Tensor
+
+from mimir_fast.kernels._shared.registration import check_floats, check_images, check_indices, check_storage, choose
 from mimir_fast.kernels.masked_patch_loss import reference
 from mimir_fast.kernels.patch_gather.op import check_image_grid
-from mimir_fast.kernels.registration import check_floats, check_images, check_indices, check_storage, choose
-from torch import Tensor
 
 
 def masked_patch_loss(

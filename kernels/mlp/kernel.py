@@ -7,10 +7,11 @@ column part by column part, so that GELU's intermediate values take few register
 import torch
 import triton
 import triton.language as tl
-from mimir_fast.kernels.column_sums import add_partials
-from mimir_fast.kernels.launch import FUSED, STORAGE, Launch, empty
-from mimir_fast.kernels.registration import register
 from torch import Tensor
+
+from mimir_fast.kernels._shared.column_sums import add_partials
+from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, empty
+from mimir_fast.kernels._shared.registration import register
 
 GROUP = 8  # tiles of rows whose programs run together and share weights
 # two programs share a multiprocessor: one computes GELU and writes while the other multiplies

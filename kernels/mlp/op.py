@@ -1,9 +1,10 @@
 """The Transformer's MLP.  Shapes: D width, F hidden width."""
 
 import torch
-from mimir_fast.kernels.mlp import reference
-from mimir_fast.kernels.registration import check_floats, choose
 from torch import Tensor
+
+from mimir_fast.kernels._shared.registration import check_floats, choose
+from mimir_fast.kernels.mlp import reference
 
 HALF = (torch.float16, torch.bfloat16)
 TILE_D, TILE_F = 64, 128

@@ -3,8 +3,9 @@
 import torch
 import triton
 import triton.language as tl
-from mimir_fast.kernels.launch import FUSED
 from torch import Tensor
+
+from mimir_fast.kernels._shared.launch import FUSED
 
 PROGRAMS = 512  # about four per SM on A100 and H100; a constant, so that results do not depend on the device
 GRAM = {

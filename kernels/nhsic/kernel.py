@@ -15,11 +15,12 @@ difference of large terms.
 import torch
 import triton
 import triton.language as tl
-from mimir_fast.kernels.launch import FUSED, STORAGE, Launch, empty
+from torch import Tensor
+
+from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, empty
+from mimir_fast.kernels._shared.registration import register
 from mimir_fast.kernels.nhsic.gram import gaussian_gram
 from mimir_fast.kernels.nhsic.reference import RIDGE
-from mimir_fast.kernels.registration import register
-from torch import Tensor
 
 MATMUL = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
 

@@ -1,9 +1,10 @@
 """The mutual-information penalty.  Shapes: m samples (the batch), d numbers per sample."""
 
 import torch
-from mimir_fast.kernels.nhsic import reference
-from mimir_fast.kernels.registration import check_floats, check_storage, choose
 from torch import Tensor
+
+from mimir_fast.kernels._shared.registration import check_floats, check_storage, choose
+from mimir_fast.kernels.nhsic import reference
 
 KERNELS = ("gaussian", "linear")
 LARGEST = 8192  # samples; past it rows of [m,m] matrices spill from registers

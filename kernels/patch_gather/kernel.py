@@ -3,10 +3,11 @@
 import torch
 import triton
 import triton.language as tl
-from mimir_fast.kernels.launch import FUSED, STORAGE, Launch, empty
-from mimir_fast.kernels.patch_tile import NUM_WARPS, tile_block, tile_grid, tile_rows, tile_rows_of
-from mimir_fast.kernels.registration import register
 from torch import Tensor
+
+from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, empty
+from mimir_fast.kernels._shared.patch_tile import NUM_WARPS, tile_block, tile_grid, tile_rows, tile_rows_of
+from mimir_fast.kernels._shared.registration import register
 
 CHUNK = 32  # kept indices that the backward searches at a time
 

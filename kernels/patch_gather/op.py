@@ -1,9 +1,10 @@
 """Visible patches of an image.  Shapes: B batch, C channels, H W sides, L patches, K kept, P = C*p*p numbers per patch."""
 
 import torch
-from mimir_fast.kernels.patch_gather import reference
-from mimir_fast.kernels.registration import check_images, check_indices, check_storage, choose
 from torch import Tensor
+
+from mimir_fast.kernels._shared.registration import check_images, check_indices, check_storage, choose
+from mimir_fast.kernels.patch_gather import reference
 
 
 def check_image_grid(images_BCHW: Tensor, patch_size: int) -> int:

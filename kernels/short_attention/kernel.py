@@ -14,9 +14,10 @@ import math
 import torch
 import triton
 import triton.language as tl
-from mimir_fast.kernels.launch import FUSED, STORAGE, Launch, empty
-from mimir_fast.kernels.registration import register
 from torch import Tensor
+
+from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, empty
+from mimir_fast.kernels._shared.registration import register
 
 
 @triton.constexpr_function

@@ -1,9 +1,10 @@
 """Attention over a short sequence.  Shapes: B batch, T tokens, N heads, d numbers per head, D = N*d, Q = 3*D."""
 
 import torch
-from mimir_fast.kernels.registration import check_storage, choose
-from mimir_fast.kernels.short_attention import reference
 from torch import Tensor
+
+from mimir_fast.kernels._shared.registration import check_storage, choose
+from mimir_fast.kernels.short_attention import reference
 
 # Bytes per number -> numbers per head, at most -> tokens, at most.  Past it registers spill on A100 or H100.
 LONGEST = {2: {16: 512, 32: 128, 64: 128, 128: 80}, 4: {16: 128, 32: 64, 64: 64}}

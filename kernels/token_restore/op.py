@@ -1,8 +1,9 @@
 """The decoder's input.  Shapes: B batch, L patches, K kept patches, E decoder width."""
 
-from mimir_fast.kernels.registration import check_floats, check_indices, check_storage, choose
-from mimir_fast.kernels.token_restore import reference
 from torch import Tensor
+
+from mimir_fast.kernels._shared.registration import check_floats, check_indices, check_storage, choose
+from mimir_fast.kernels.token_restore import reference
 
 
 def token_restore(

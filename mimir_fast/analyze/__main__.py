@@ -2,6 +2,6 @@
 
 import sys
 
-from mimir_fast.analyze.command import main
+from mimir_fast.cli.analyze import main
 
 sys.exit(main())

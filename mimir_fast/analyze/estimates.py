@@ -1,16 +1,16 @@
 """Estimates of mutual information, and how far chance moves them.  m samples.
 
-Three estimators: nhsic (no unit), renyi_1.01 and renyi_2 (bits); see mimir_fast.mi.  None of them is zero for independent
-variables: with few samples in many dimensions every sample is like no other in both, and that alone looks like information.
-So each value comes with its `null`, the same estimator on pairs that do not belong together, and their difference, the
-`excess`.
+Three estimators: nhsic (no unit), renyi_1.01 and renyi_2 (bits); see mimir_fast.objectives.information. None of them is zero
+for independent variables: with few samples in many dimensions every sample is like no other in both, and that alone looks
+like information. So each value comes with its `null`, the same estimator on pairs that do not belong together, and their
+difference, the `excess`.
 
 Standard errors are those of the delete-a-group jackknife: 20 random groups of samples, each left out once.  A bootstrap would
 not do: a sample drawn twice is its own perfect match in both variables, which these estimators take for dependence; with
 independent variables the excess of a bootstrap sample is far above zero.  Halves of the samples would not do either: nhsic of
 many dimensions is near its ceiling, m, and spreads less with fewer samples than a rescaling by m tells.  The jackknife stays
 near m samples, and where it errs it errs upwards (Efron and Stein, The Jackknife Estimate of Variance, 1981): in simulations
-its 95 % intervals cover in 90 to 100 % of all cases, see tests/test_analyze_estimates.py.
+its 95 % intervals cover in 90 to 100 % of all cases, see tests/unit/analyze/test_estimates.py.
 An interval is that of the estimator's expectation at m samples, not of the true information, from which every estimator is
 far in so many dimensions.
 """
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mimir_fast.kernels.nhsic.reference import RIDGE, ridge_inverse
-from mimir_fast.mi import BANDWIDTH_ROWS, renyi_entropy, squared_distances
+from mimir_fast.objectives.information import BANDWIDTH_ROWS, renyi_entropy, squared_distances
 
 ORDERS = {"renyi_1.01": 1.01, "renyi_2": 2.0}
 ESTIMATORS = ("nhsic", *ORDERS)
@@ -79,8 +79,8 @@ def marginal(v: Variable, samples: Tensor, bandwidth: str) -> Marginal:
 
     nhsic's kernel: exp(-D / (2 sigma^2 d)), D squared distances, sigma 5.  The entropies': exp(-D / s), with s by `bandwidth`:
     "squared", the mean of D over all pairs, whatever the unit and the number of dimensions; or "distance", the training's
-    rule (mimir_fast.mi.bandwidth), the mean *distance*, with which images saturate: no two are alike, and estimates are near
-    log2 m whatever the variables have in common.
+    rule (`bandwidth` of mimir_fast.objectives.information), the mean *distance*, with which images saturate: no two are alike,
+    and estimates are near log2 m whatever the variables have in common.
     """
     D, m = v.distances[samples][:, samples], len(samples)
     scale = D.sum() / (m * (m - 1)) if bandwidth == "squared" else D[:BANDWIDTH_ROWS].sqrt().mean()
@@ -94,7 +94,7 @@ def entropies(kernel: Tensor) -> dict[str, float]:
 
 
 def information(a: Marginal, b: Marginal) -> dict[str, float]:
-    """All estimators' values for paired samples: those of mimir_fast.mi.nhsic and renyi_mi."""
+    """All estimators' values for paired samples: those of mimir_fast.objectives.information.nhsic and renyi_mi."""
     m = len(a.kernel)
     c = RIDGE * m
     nhsic = m - c * a.inverse.trace() - c * b.inverse.trace() + c**2 * (a.inverse * b.inverse).sum()

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from mimir_fast.analyze.estimates import ESTIMATORS
 from mimir_fast.analyze.results import FILES, VARIABLES
-from mimir_fast.figures import BLUE, GREY, ORANGE
+from mimir_fast.report.figures import BLUE, GREY, ORANGE
 
 GREEN, PURPLE = "#009E73", "#CC79A7"
 STYLES = {"x": (BLUE, "o", "I(x;z)"), "x_adv": (ORANGE, "s", "I(x_adv;z)"), "delta": (GREEN, "^", "I(δ;z)")}

@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mimir_fast.attack import pgd_mae
+from mimir_fast.attacks.named import Attack, cross_entropy, gradient_attack, start_noise
+from mimir_fast.attacks.pgd_mae import pgd_mae
+from mimir_fast.checkpoints.trained import Trained, latent_tokens, normalised
 from mimir_fast.data import to_float
-from mimir_fast.evaluate.attacks import Attack, cross_entropy, gradient_attack, start_noise
 from mimir_fast.kernels import linf_bounds
 from mimir_fast.models import VisionTransformer
-from mimir_fast.trained import Trained, latent_tokens, normalised
 
 
 @dataclass(frozen=True)

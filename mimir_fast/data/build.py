@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mimir_fast.data.archives import read_npz
-from mimir_fast.data.augment import PAD
-from mimir_fast.data.augmentation import Augment, Augmentation
+from mimir_fast.data.crops import PAD
 from mimir_fast.data.datasets import INFO, DatasetInfo, Source, dataset_info, read_images
 from mimir_fast.data.errors import DataError
+from mimir_fast.data.policies import Augment, Augmentation
 from mimir_fast.data.schedule import EdmSampler, Schedule, ShuffleSchedule, check_unsup_fraction
 from mimir_fast.data.sources import MixedImages
 from mimir_fast.data.splits import check_labels, class_names, held_out_indices

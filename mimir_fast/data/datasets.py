@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mimir_fast.data import archives, tiny_imagenet
-from mimir_fast.data.augment import Channels
+from mimir_fast.data.crops import Channels
 from mimir_fast.data.errors import DataError
 from mimir_fast.data.folders import class_folders, scan_class_folders
 from mimir_fast.data.sources import ArrayImages, FolderImages, decode_all

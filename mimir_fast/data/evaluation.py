@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mimir_fast.data.augment import Channels
 from mimir_fast.data.build import check_input_size
+from mimir_fast.data.crops import Channels
 from mimir_fast.data.datasets import DatasetInfo, Source, dataset_info, read_images
 from mimir_fast.data.errors import DataError
 from mimir_fast.data.image_list import listed_images

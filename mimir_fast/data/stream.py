@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mimir_fast.data.augment import Channels
+from mimir_fast.data.crops import Channels
 from mimir_fast.data.datasets import DatasetInfo
 from mimir_fast.data.errors import BadFiles, DataError
 from mimir_fast.data.schedule import KeySampler, Schedule

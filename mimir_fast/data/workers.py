@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mimir_fast.data.augment import centre_crop, random_flip, random_pad_crop, random_resized_crop
-from mimir_fast.data.augmentation import Augment, Augmentation, Operation
+from mimir_fast.data.crops import centre_crop, random_flip, random_pad_crop, random_resized_crop
+from mimir_fast.data.policies import Augment, Augmentation, Operation
 from mimir_fast.data.randomness import Purpose, borrowed_generators, random_stream
 from mimir_fast.data.schedule import BatchKey
 from mimir_fast.data.sources import ArrayImages, FolderImages, MixedImages, TooManyBadError

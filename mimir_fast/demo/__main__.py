@@ -1,6 +1,6 @@
 import sys
 
-from mimir_fast.demo.command import main
+from mimir_fast.cli.demo import main
 
 if __name__ == "__main__":
     sys.exit(main())

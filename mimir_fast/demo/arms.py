@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from mimir_fast import recipes as pretraining
-from mimir_fast.config import PretrainConfig
-from mimir_fast.finetune import recipes as fine_tuning
-from mimir_fast.finetune.config import FinetuneConfig
+from mimir_fast.config import finetuning_recipes as fine_tuning
+from mimir_fast.config import pretraining_recipes as pretraining
+from mimir_fast.config.finetuning import FinetuneConfig
+from mimir_fast.config.pretraining import PretrainConfig
 
 RECIPE = ["--recipe", "digits_demo"]
 EPS, ALPHA = 4, 1  # 1/255, of the attacks on the finished classifiers

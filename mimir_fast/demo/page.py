@@ -3,9 +3,10 @@
 import json
 from pathlib import Path
 
-from mimir_fast import page, report
 from mimir_fast.demo.arms import ALPHA, ARMS, EPS, Arm, places
-from mimir_fast.figures import draw_intervals
+from mimir_fast.report import page
+from mimir_fast.report import run_page as report
+from mimir_fast.report.figures import draw_intervals
 
 Interval = tuple[float, float, float]  # value, low, high, as shares of 1
 

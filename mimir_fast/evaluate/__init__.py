@@ -1,6 +1,6 @@
 """Accuracy of a classifier under attack: `run_evaluation` as a function, `mimir-fast evaluate` on the command line."""
 
-from mimir_fast.evaluate.attacks import Attack, make_attack, parse_attacks
+from mimir_fast.attacks.named import Attack, make_attack, parse_attacks
 from mimir_fast.evaluate.evaluation import original_sequence, run_evaluation
 from mimir_fast.evaluate.images import Images
 from mimir_fast.evaluate.rounds import Sizes

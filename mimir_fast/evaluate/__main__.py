@@ -2,6 +2,6 @@
 
 import sys
 
-from mimir_fast.evaluate.command import main
+from mimir_fast.cli.evaluate import main
 
 sys.exit(main())

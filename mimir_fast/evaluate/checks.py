@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mimir_fast.evaluate.attacks import Attack
+from mimir_fast.attacks.named import Attack
 from mimir_fast.evaluate.autoattack import SUB_ATTACKS
 from mimir_fast.evaluate.records import ROBUST, Record
 from mimir_fast.evaluate.statistics import mean_and_error, sign_test, wilson

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from mimir_fast.evaluate.attacks import Attack, make_attack
+from mimir_fast.attacks.named import Attack, make_attack
 from mimir_fast.evaluate.autoattack import version
 from mimir_fast.evaluate.records import Record
 from mimir_fast.evaluate.rounds import Sizes, Subject

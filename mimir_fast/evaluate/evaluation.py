@@ -8,16 +8,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from mimir_fast.attack import frozen_twin
-from mimir_fast.data.augment import to_float
+from mimir_fast.attacks.linf import gradient
+from mimir_fast.attacks.named import Attack, cross_entropy, make_attack
+from mimir_fast.attacks.pgd_mae import frozen_twin
+from mimir_fast.data.crops import to_float
 from mimir_fast.evaluate import checks
-from mimir_fast.evaluate.attacks import Attack, cross_entropy, make_attack
 from mimir_fast.evaluate.checks import Finding, Outcome
 from mimir_fast.evaluate.entries import attack_of, circumstances, key_of, model_hash, settings_of, summary, table
 from mimir_fast.evaluate.images import Chosen, Images
 from mimir_fast.evaluate.records import Record, Results
 from mimir_fast.evaluate.rounds import Sizes, Subject, rounds_of, run_attack
-from mimir_fast.linf import gradient
 
 CLEAN = Attack("clean")
 SLICE = 100  # images that the checks attack

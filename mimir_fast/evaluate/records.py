@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from mimir_fast.checkpoint import CheckpointError
+from mimir_fast.checkpoints.files import CheckpointError
 
 ROBUST = 127  # larger than any number of rounds
 

@@ -1,1 +1,5 @@
-"""Adversarial fine-tuning of a pre-trained encoder."""
+"""`python -m mimir_fast.finetune`: the original's entry point for fine-tuning; see mimir_fast/cli/finetune.py."""
+
+from mimir_fast.cli.finetune import main
+
+__all__ = ["main"]

@@ -1,5 +1,5 @@
 import sys
 
-from mimir_fast.finetune.command import main
+from mimir_fast.cli.finetune import main
 
 sys.exit(main())

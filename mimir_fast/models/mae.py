@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mimir_fast.kernels import mask_indices, masked_patch_loss, patch_gather, token_restore
 from mimir_fast.models.layers import Block, PatchEmbed, add_and_norm, sincos_table
-from mimir_fast.stages import stage
+from mimir_fast.training.stages import stage
 
 # nothing in a block is random: no generator state to keep, which would wait for the device
 recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)

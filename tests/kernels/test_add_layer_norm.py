@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from budget import assert_within_budget
-from interpreter import Sanitizer, interpret
+
 from mimir_fast.kernels import add_layer_norm
 from mimir_fast.kernels.add_layer_norm import kernel
+from tests.support.budget import assert_within_budget
+from tests.support.interpreter import Sanitizer, interpret
 
 NAMES = ("x", "delta", "delta_bias", "weight", "bias")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from interpreter import Sanitizer, interpret
-from mimir_fast.kernels.column_sums import add_partials
+
+from mimir_fast.kernels._shared.column_sums import add_partials
+from tests.support.interpreter import Sanitizer, interpret
 
 
 @pytest.mark.parametrize("count", [3, 2, 1])

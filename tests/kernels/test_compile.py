@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from mimir_fast.kernels import column_sums
 
 from bench import compile as gate
 from mimir_fast import kernels as package
+from mimir_fast.kernels._shared import column_sums
 
 DTYPES = ("bf16", "fp32", "uint8")
 

@@ -5,8 +5,7 @@ Outputs and gradients against the reference in float64, with the error budget; b
 
 import pytest
 import torch
-from budget import assert_within_budget
-from interpreter import interpret
+
 from mimir_fast.kernels import (
     add_layer_norm,
     linf_bounds,
@@ -19,6 +18,8 @@ from mimir_fast.kernels import (
     short_attention,
     token_restore,
 )
+from tests.support.budget import assert_within_budget
+from tests.support.interpreter import interpret
 
 NO_GPU = "no CUDA device here: the kernels run in the interpreter only"
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)

@@ -4,9 +4,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from interpreter import Sanitizer, interpret
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from tests.support.interpreter import Sanitizer, interpret
 
 
 @triton.jit

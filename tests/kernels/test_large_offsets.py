@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from interpreter import interpret
+
 from mimir_fast.kernels import (
     linf_bounds,
     linf_patch_step,
@@ -17,6 +17,7 @@ from mimir_fast.kernels.nhsic import gram
 from mimir_fast.kernels.nhsic import kernel as nhsic_kernel
 from mimir_fast.kernels.patch_gather import kernel as gather_kernel
 from mimir_fast.kernels.token_restore import kernel as restore_kernel
+from tests.support.interpreter import interpret
 
 LIMIT = 2**31
 SIDE, PATCH = 32, 16

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from conftest import golden_images, small_model
-from interpreter import Sanitizer, interpret
+
 from mimir_fast.kernels import linf_bounds, linf_patch_step, mask_indices, patch_gather
 from mimir_fast.kernels.linf_patch_step import kernel, reference
 from mimir_fast.kernels.masked_patch_loss.reference import patchify
+from tests.support.golden import golden_images, small_model
+from tests.support.interpreter import Sanitizer, interpret
 
 SHAPES = [  # B, C, H, W, patch size, K
     (2, 3, 32, 32, 16, 1),

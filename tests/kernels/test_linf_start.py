@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from interpreter import Sanitizer, interpret
+
 from mimir_fast.kernels import linf_bounds, linf_start
 from mimir_fast.kernels.linf_start import kernel, reference
+from tests.support.interpreter import Sanitizer, interpret
 
 BOUNDS = linf_bounds(torch.tensor([0.1, 0.2, 0.05]), 0.1, 0.0, torch.tensor([1.0, 0.9, 1.0]), 3, "cpu")
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from interpreter import Sanitizer, interpret
+
 from mimir_fast.kernels import mask_indices
+from tests.support.interpreter import Sanitizer, interpret
 
 SHAPES = [(1, 1), (3, 4), (2, 7), (5, 49), (2, 196), (1, 257), (2, 300)]  # B, L
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from budget import assert_within_budget
-from interpreter import Sanitizer, interpret
+
 from mimir_fast.kernels import masked_patch_loss
 from mimir_fast.kernels.masked_patch_loss import kernel
 from mimir_fast.kernels.masked_patch_loss.reference import patchify
+from tests.support.budget import assert_within_budget
+from tests.support.interpreter import Sanitizer, interpret
 
 SHAPES = [  # B, C, H, W, patch size
     (2, 3, 32, 32, 16),

@@ -4,11 +4,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from budget import assert_within_budget
-from interpreter import Sanitizer, interpret
-from mimir_fast.kernels import column_sums, mlp
-from mimir_fast.kernels.mlp import kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from mimir_fast.kernels import mlp
+from mimir_fast.kernels._shared import column_sums
+from mimir_fast.kernels.mlp import kernel
+from tests.support.budget import assert_within_budget
+from tests.support.interpreter import Sanitizer, interpret
 
 NAMES = ("x", "weight1", "bias1", "weight2")
 BF16 = torch.bfloat16

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import triton
-from conftest import load_golden, relative_error
-from interpreter import Sanitizer, interpret
+
 from mimir_fast.kernels import nhsic
 from mimir_fast.kernels.nhsic import gram, kernel, reference
+from tests.support.golden import load_golden, relative_error
+from tests.support.interpreter import Sanitizer, interpret
 
 SHAPES = [(1, 7, 5), (2, 1, 3), (5, 7, 9), (33, 50, 130), (65, 200, 96)]  # m, dx, dy
 

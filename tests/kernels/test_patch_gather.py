@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from budget import assert_within_budget
-from interpreter import Sanitizer, interpret
+
 from mimir_fast.kernels import patch_gather
+from tests.support.budget import assert_within_budget
+from tests.support.interpreter import Sanitizer, interpret
 
 SHAPES = [  # B, C, H, W, patch size, kept
     (2, 3, 32, 48, 16, 2),

@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from budget import assert_within_budget
-from interpreter import Builder, Sanitizer, interpret, stock
+
 from mimir_fast.kernels import short_attention
 from mimir_fast.kernels.short_attention import kernel
 from mimir_fast.kernels.short_attention.op import supported
+from tests.support.budget import assert_within_budget
+from tests.support.interpreter import Builder, Sanitizer, interpret, stock
 
 SHAPES = [  # B, T, N, d: heads whole and several to a program, one and several parts of keys, one and several blocks of rows
     (2, 50, 1, 64),

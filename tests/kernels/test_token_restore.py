@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from budget import assert_within_budget
-from interpreter import Sanitizer, interpret
+
 from mimir_fast.kernels import token_restore
+from tests.support.budget import assert_within_budget
+from tests.support.interpreter import Sanitizer, interpret
 
 SHAPES = [(2, 49, 12, 32), (1, 4, 1, 7), (3, 5, 5, 48), (5, 1, 1, 128), (2, 9, 2, 1100), (1, 70, 20, 1)]  # B, L, K, E
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

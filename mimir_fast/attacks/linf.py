@@ -1,0 +1,176 @@
+"""L-infinity attacks on any loss of an image: PGD and Auto-PGD.  Shapes: B batch, C channels, H W sides.
+
+Every decision is taken on the device; the number of passes depends on `steps` alone.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mimir_fast.attacks.pgd_mae import starting_point
+
+__all__ = ["apgd", "linf_step", "momentum_step", "pgd"]
+
+MOMENTUM = 0.75  # weight of the new direction; the rest follows the last move
+RISES = 0.75  # share of steps that must raise the loss, or the step is halved
+
+
+def project(images: Tensor, adv: Tensor, bounds: Tensor) -> Tensor:
+    """The point within eps of the images and in [lo, hi] that is nearest to adv; all [B,C,H,W], bounds [4,C]."""
+    eps, _, lo, hi = bounds.to(adv.dtype)[:, :, None, None]
+    return torch.clamp(images + torch.clamp(adv - images, -eps, eps), lo, hi)
+
+
+def linf_step(images: Tensor, adv: Tensor, grad: Tensor, bounds: Tensor) -> Tensor:
+    """adv + alpha * sign(grad), within eps of the images and in [lo, hi]; where grad is 0 the pixel stays."""
+    alpha = bounds.to(adv.dtype)[1, :, None, None]
+    return project(images, adv + alpha * grad.sign(), bounds)
+
+
+def momentum_step(images: Tensor, adv: Tensor, last: Tensor, grad: Tensor, size_B: Tensor, bounds: Tensor) -> Tensor:
+    """APGD's move: a sign step of size_B * eps, mixed with the move from `last` to adv; both ends are projected."""
+    size = bounds.to(adv.dtype)[0, :, None, None] * size_B[:, None, None, None]
+    target = project(images, adv + size * grad.sign(), bounds)
+    return project(images, adv + MOMENTUM * (target - adv) + (1 - MOMENTUM) * (adv - last), bounds)
+
+
+def pgd(
+    loss: Callable[[Tensor], Tensor],
+    images: Tensor,
+    bounds: Tensor,
+    steps: int,
+    start: Tensor | None = None,
+    *,
+    loss_scale: float = 1.0,
+    step: Callable[..., Tensor] = linf_step,
+    begin: Callable[..., Tensor] = starting_point,
+) -> Tensor:
+    """Projected gradient ascent.
+
+    loss         adv [B,C,H,W] -> scalar to ascend.  Give it a model without trainable parameters (attack.frozen_twin), or
+                 a compiled loss builds their gradients in vain
+    bounds       [4,C] eps, alpha, lo, hi of every channel in the images' units (mimir_fast.kernels.linf_bounds)
+    start        None: the images; a seed (one int64 number) of uniform noise in the ball; or the noise itself [B,C,H,W]
+    loss_scale   multiplies the loss before its backward pass: fp16 gradients underflow without; the sign ignores it
+    step, begin  the step and the start, plain or compiled
+    Returns [B,C,H,W], detached, within eps of the images and in [lo, hi].
+    Raises ValueError if steps < 0.  Source: Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, 2018.
+    """
+    check_steps(steps)
+    images = images.detach()
+    adv = images if start is None else begin(images, bounds, start)
+    for _ in range(steps):
+        _, grad = gradient(loss, adv, loss_scale)
+        adv = step(images, adv, grad, bounds)
+    return adv
+
+
+def apgd(
+    losses: Callable[[Tensor], Tensor],
+    images: Tensor,
+    bounds: Tensor,
+    steps: int,
+    start: Tensor | None = None,
+    *,
+    loss_scale: float = 1.0,
+    step: Callable[..., Tensor] = linf_step,
+    move: Callable[..., Tensor] = momentum_step,
+    begin: Callable[..., Tensor] = starting_point,
+) -> Tensor:
+    """Auto-PGD: momentum, a step of 2 eps that each image halves where its loss stops rising, the best iterate returned.
+
+    losses       adv [B,C,H,W] -> the images' losses [B]; called steps + 1 times, the last time without a backward pass
+    bounds, start, loss_scale, begin: as in `pgd`; alpha is not used.  step, move: the first step and the others
+    With 2 steps nothing is halved: the one checkpoint with a step after it follows the first step, which counts as a rise.
+    Returns [B,C,H,W], detached: of the start and all iterates, each image's with the highest loss.
+    Raises ValueError if steps < 0.  Source: Croce and Hein, arXiv 2003.01690, algorithm 1, with checkpoints rounded down and
+    the first step counted as a rise, as its authors run it.
+    """
+    check_steps(steps)
+    images = images.detach()
+    adv = images if start is None else begin(images, bounds, start)
+    if not steps:
+        return adv
+    value, grad = gradient(losses, adv, loss_scale)
+    search = _Search.begun(adv, grad, value)
+    size_B, checks = torch.full_like(value, 2.0), checkpoints(steps)
+    last, adv = adv, step(images, adv, grad, torch.cat([bounds[:1], 2 * bounds[:1], bounds[2:]]))
+    for i in range(1, steps):
+        value, grad = gradient(losses, adv, loss_scale)
+        search = search.seen(adv, grad, value, counts=i > 1)
+        if i in checks:
+            search, halved = search.judged(checks[i])
+            size_B = torch.where(halved, size_B / 2, size_B)
+            adv, grad = _choose(halved, search.best, adv), _choose(halved, search.best_grad, grad)
+        last, adv = adv, move(images, adv, last, grad, size_B, bounds)
+    with torch.no_grad():
+        return _choose(losses(adv) > search.best_value, adv, search.best)
+
+
+class _Search(NamedTuple):
+    """What APGD remembers of every image: best iterate, its gradient and loss [B]; the last loss; the best loss at the last
+    checkpoint; the rises since then; whether the step was halved there (at the start: as if it was)."""
+
+    best: Tensor
+    best_grad: Tensor
+    best_value: Tensor
+    value: Tensor
+    checked: Tensor
+    rises: Tensor
+    halved: Tensor
+
+    @classmethod
+    def begun(cls, adv: Tensor, grad: Tensor, value: Tensor) -> "_Search":
+        """At the start; what is remembered are copies, since compiled functions may reuse their outputs' memory."""
+        value, grad = value.clone(), grad.clone()
+        return cls(adv, grad, value, value, value, torch.ones_like(value), torch.ones_like(value, dtype=torch.bool))
+
+    def seen(self, adv: Tensor, grad: Tensor, value: Tensor, counts: bool) -> "_Search":
+        """After an iterate with its gradient and loss; counts: whether it may be no rise."""
+        better = value > self.best_value
+        return self._replace(
+            best=_choose(better, adv, self.best),
+            best_grad=_choose(better, grad, self.best_grad),
+            best_value=torch.where(better, value, self.best_value),
+            value=value.clone(),
+            rises=self.rises + (value > self.value) if counts else self.rises,
+        )
+
+    def judged(self, window: int) -> tuple["_Search", Tensor]:
+        """At a checkpoint, `window` steps after the one before: which images halve their step and go back to the best."""
+        stuck = ~self.halved & (self.best_value <= self.checked)
+        halved = (self.rises <= RISES * window) | stuck
+        return self._replace(checked=self.best_value, rises=torch.zeros_like(self.rises), halved=halved), halved
+
+
+def checkpoints(steps: int) -> dict[int, int]:
+    """Iterations after which the step may be halved, with their distance from the one before: 22 % of the steps at first,
+    3 % less every time, at least 6 %."""
+    at, window = 0, max(int(0.22 * steps), 1)
+    found = {}
+    while at + window <= steps:
+        at += window
+        found[at] = window
+        window = max(window - max(int(0.03 * steps), 1), max(int(0.06 * steps), 1))
+    return found
+
+
+def gradient(loss: Callable[[Tensor], Tensor], adv: Tensor, loss_scale: float) -> tuple[Tensor, Tensor]:
+    """The loss at adv, detached, and loss_scale * the gradient of its sum in adv."""
+    leaf = adv.detach().requires_grad_(True)
+    with torch.enable_grad():
+        value = loss(leaf)
+        (grad,) = torch.autograd.grad(value.sum() * loss_scale, leaf)
+    return value.detach(), grad
+
+
+def check_steps(steps: int) -> None:
+    """Raises ValueError for a negative number of steps."""
+    if steps < 0:
+        raise ValueError(f"steps: expected 0 or more, got {steps}")
+
+
+def _choose(which_B: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    return torch.where(which_B[:, None, None, None], yes, no)

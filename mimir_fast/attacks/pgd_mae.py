@@ -1,0 +1,94 @@
+"""PGD-MAE: the L-infinity attack on the reconstruction.  Shapes: B batch, C channels, H W sides, L patches, K kept.
+
+The loss of reconstructing an image from itself has two gradients: through the encoder for the kept patches, through the
+target for the removed ones.  Only the first is differentiated by autograd, on the kept patches alone; the second has a
+closed form, taken where the pixels are moved (mimir_fast.kernels.linf_patch_step).  No gradient image exists.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mimir_fast.kernels import linf_bounds, linf_patch_step, linf_start
+from mimir_fast.models import MaskedAutoencoderViT
+
+__all__ = ["AttackFunctions", "frozen_twin", "linf_bounds", "pgd_mae", "reconstruction", "starting_point"]
+
+
+def frozen_twin(model: nn.Module) -> nn.Module:
+    """The same module over the same memory with nothing to train: it follows every in-place update of `model`."""
+    shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, memo=shared)
+
+
+def reconstruction(
+    model: MaskedAutoencoderViT, patches: Tensor, ids_shuffle: Tensor, images: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Loss and predictions [B,L-K,P] from the kept patches [B,K,P] of images [B,C,H,W]; compile this one."""
+    return model.reconstruct(model.encode(patches, ids_shuffle[:, : patches.shape[1]]), ids_shuffle, images)
+
+
+def starting_point(images: Tensor, bounds: Tensor, start: Tensor, kernels: str = "auto") -> Tensor:
+    """Where the attack starts, [B,C,H,W] within the valid range.
+
+    start: a seed (one int64 number) of uniform noise in the ball, or the additive noise itself [B,C,H,W].
+    """
+    if not start.is_floating_point():
+        return linf_start(images, bounds, start, impl=kernels)
+    lo, hi = bounds[2:, :, None, None].to(images.dtype)
+    return torch.clamp(images + start, lo, hi)
+
+
+class AttackFunctions(NamedTuple):
+    """What an attack computes with: as they are, or compiled (mimir_fast.training.compilation)."""
+
+    loss: Callable[..., tuple[Tensor, Tensor]] = reconstruction
+    start: Callable[..., Tensor] = starting_point
+    step: Callable[..., Tensor] = linf_patch_step
+
+
+def pgd_mae(
+    model: MaskedAutoencoderViT,
+    images: Tensor,
+    bounds: Tensor,
+    steps: int = 1,
+    mask_ratio: float = 0.75,
+    start: Tensor | None = None,
+    mask_noise: Sequence[Tensor] | Tensor | None = None,
+    loss_scale: float = 1.0,
+    functions: AttackFunctions = AttackFunctions(),  # noqa: B008 (immutable)
+) -> Tensor:
+    """Adversarial images that a masked autoencoder reconstructs badly from themselves.
+
+    images         [B,C,H,W], clean
+    bounds         eps, alpha, lo, hi of every channel in the images' units: linf_bounds(8/255, 10/255, 0, 1, C, device)
+    steps          ascent steps, each under a fresh mask that removes `mask_ratio` of the patches
+    start          see `starting_point` (default: a seed drawn from torch's generator); mask_noise: one [B,L] per step
+    loss_scale     multiplies the loss before its backward pass: fp16 gradients underflow without; the sign ignores it
+    functions      plain or compiled.  A compiled loss computes every gradient that it could be asked for: give it a model
+                   without trainable parameters (`frozen_twin`), or weight gradients are built in vain
+    Returns [B,C,H,W], detached, within eps of the images and within [lo, hi].
+    Raises ValueError if steps < 0 or mask_noise does not hold one entry per step.  Source: MIMIR, arXiv 2312.04960, section 4.
+    """
+    if steps < 0:
+        raise ValueError(f"steps: expected 0 or more, got {steps}")
+    if mask_noise is None:
+        mask_noise = [torch.rand(len(images), model.num_patches, device=images.device) for _ in range(steps)]
+    if len(mask_noise) != steps:
+        raise ValueError(f"mask_noise: expected one [B,L] tensor for each of {steps} steps, got {len(mask_noise)}")
+    if start is None:
+        start = torch.randint(2**63 - 1, (), device=images.device)
+    images = images.detach()
+    adv = functions.start(images, bounds, start, model.kernels)
+    for noise in mask_noise:
+        ids_shuffle, ids_restore, keep = model.hide(noise, mask_ratio)
+        patches = model.cut(adv, ids_shuffle[:, :keep]).requires_grad_(True)
+        with torch.enable_grad():
+            loss, pred = functions.loss(model, patches, ids_shuffle, adv)
+            (grad,) = torch.autograd.grad(loss * loss_scale, patches)
+        shape = (model.patch_size, model.norm_pix_loss)
+        adv = functions.step(images, adv, grad, pred.detach(), ids_restore, bounds, *shape, impl=model.kernels)
+    return adv

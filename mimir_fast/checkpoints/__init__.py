@@ -1,0 +1,1 @@
+"""Files with parameters: reading, matching, writing, resuming, exporting."""

@@ -1,0 +1,229 @@
+"""A trained model as a file for other programs.
+
+timm: .safetensors that `timm.create_model(..., checkpoint_path=FILE)` loads; the call stands in the file's metadata and, with
+everything timm calls a pretrained_cfg, in a .json beside it.  robustbench: a .pt and a .py that needs torch and timm only.
+"""
+
+import json
+import os
+import runpy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mimir_fast.checkpoints.model_files import METADATA
+from mimir_fast.checkpoints.robustbench_file import model_file
+from mimir_fast.checkpoints.trained import Trained, latent_tokens, load_classifier, load_encoder, training_eps
+from mimir_fast.config.fields import Configuration, flag, require
+from mimir_fast.data.datasets import INFO
+from mimir_fast.models import CLASSIFIERS, VisionTransformer
+
+TIMM_NAMES = {
+    "vit_nano": "vit_tiny_patch16_224",  # with another width and depth
+    "vit_ti": "vit_tiny_patch16_224",
+    "vit_small": "vit_small_patch16_224",
+    "vit_small_ds": "vit_base_patch16_224",  # with another depth, heads and MLP
+    "vit_base": "vit_base_patch16_224",
+    "vit_large": "vit_large_patch16_224",
+}
+NAMED = {"img_size": 224, "patch_size": 16, "depth": 12, "mlp_ratio": 4.0}  # what such a name says; 24 blocks in large
+SUFFIXES = {"timm": (".safetensors", ".json"), "robustbench": (".pt", ".py")}
+ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
+TOLERANCE = 1e-3  # of outputs of order 1: rounding is below 1e-5, a wrong architecture far above
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What is exported."""
+
+    checkpoint: str = flag("", "file or https URL: a checkpoint of ours or of the original, or a state dict")
+    model: str | None = flag(None, "model name; default: what the checkpoint says", type=str)
+    dataset: str | None = flag(None, "data set of the training; default: what the checkpoint says", type=str)
+    use_normalize: bool | None = flag(
+        None, "the model was trained on normalised images; default: what the checkpoint says, else not", type=bool
+    )
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """Where to and how."""
+
+    format: str = flag("timm", "what will read it", choices=tuple(SUFFIXES))
+    output: str = flag("", "file to write: .safetensors for timm, .pt for robustbench; .json or .py is put beside it")
+    overwrite: bool = flag(False, "replace files that are there already")
+
+
+@dataclass(frozen=True)
+class ExportConfig(Configuration):
+    """Everything an export depends on."""
+
+    model: ModelConfig = ModelConfig()
+    output: OutputConfig = OutputConfig()
+
+    def check(self) -> "ExportConfig":
+        """Return self if every value is possible; raises ValueError naming the flag, its value and what is allowed."""
+        require(bool(self.model.checkpoint), "checkpoint", "none", "a file or URL")
+        suffix = SUFFIXES[self.output.format][0]
+        path = Path(self.output.output)
+        require(path.suffix == suffix, "output", repr(str(path)), f"FILE{suffix} with --format {self.output.format}")
+        require(path.parent.is_dir(), "output", path, "a file in a folder that exists")
+        there = [p for p in self.paths() if p.exists()]
+        require(self.output.overwrite or not there, "output", "existing " + ", ".join(map(str, there)), "--overwrite")
+        return self
+
+    def paths(self) -> list[Path]:
+        """The two files that are written."""
+        return [Path(self.output.output).with_suffix(suffix) for suffix in SUFFIXES[self.output.format]]
+
+
+class Architecture(NamedTuple):
+    """A timm model: its name, what timm.create_model is told beside it, and its pretrained_cfg."""
+
+    name: str
+    options: dict
+    pretrained_cfg: dict
+
+    def call(self, path: Path) -> str:
+        """The line of Python that loads it."""
+        overlay = {name: self.pretrained_cfg[name] for name in ("input_size", "mean", "std")}
+        words = {"checkpoint_path": str(path), **self.options, "pretrained_cfg_overlay": overlay}
+        return f"timm.create_model({self.name!r}, {', '.join(f'{name}={value!r}' for name, value in words.items())})"
+
+
+def export(config: ExportConfig) -> int:
+    """Load, write, report; raises ValueError for wrong input."""
+    overrides = {name: getattr(config.model, name) for name in ("model", "dataset", "use_normalize")}
+    load, write = (
+        (load_encoder, export_timm) if config.output.format == "timm" else (load_classifier, export_robustbench)
+    )
+    for line in write(load(config.model.checkpoint, overrides=overrides), *config.paths()):
+        print(line)
+    return 0
+
+
+@contextmanager
+def refused_by_disk(path: Path) -> Iterator[None]:
+    """Libraries' errors while writing as an OSError that names the file."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise OSError(f"output: could not write {path}: {error}") from error
+
+
+@contextmanager
+def in_place_when_done(*paths: Path) -> Iterator[list[Path]]:
+    """Temporary files that become `paths` at the end, and vanish after an error."""
+    temporary = [path.with_name(f"{path.stem}.tmp{path.suffix}") for path in paths]
+    try:
+        yield temporary
+        for ours, final in zip(temporary, paths):
+            os.replace(ours, final)
+    finally:
+        for path in temporary:
+            path.unlink(missing_ok=True)
+
+
+def architecture(trained: Trained) -> Architecture:
+    """How timm calls a model of ours; an encoder of pre-training has no classes and gives its class token."""
+    args, classifier = trained.args, isinstance(trained.model, VisionTransformer)
+    ours = args["model"].removeprefix("mae_")
+    sizes = {"img_size": args["input_size"], "patch_size": args["patch_size"], "mlp_ratio": 4.0, **CLASSIFIERS[ours]}
+    named = {**NAMED, "depth": 24 if ours == "vit_large" else 12}
+    named["embed_dim"] = 192 if ours == "vit_nano" else sizes["embed_dim"]
+    options = {"num_classes": args["nb_classes"] if classifier else 0}
+    options["global_pool"] = "avg" if classifier and args["global_pool"] else "token"
+    options |= {name: sizes[name] for name, value in named.items() if sizes[name] != value}
+    if "depth" in options and ours == "vit_small_ds":
+        options["num_heads"] = sizes["num_heads"]
+    cropped = args["dataset"] in INFO and INFO[args["dataset"]].side is None
+    cfg = {
+        "input_size": (3, args["input_size"], args["input_size"]),
+        "mean": args["mean"] or (0.0, 0.0, 0.0),
+        "std": args["std"] or (1.0, 1.0, 1.0),
+        "interpolation": "bicubic",
+        "crop_pct": 0.875 if cropped else 1.0,
+        "num_classes": options["num_classes"],
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }
+    return Architecture(TIMM_NAMES[ours], options, cfg)
+
+
+def export_timm(trained: Trained, path: Path, json_path: Path) -> list[str]:
+    """Write both files, once timm has loaded them and gives the same outputs; returns lines to print.
+
+    Of a masked autoencoder the encoder alone is written.  Raises ValueError if timm gives other outputs.
+    """
+    built, tensors = architecture(trained), trained.model.state_dict()
+    if not isinstance(trained.model, VisionTransformer):
+        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(ENCODER)}
+    config = {
+        "architecture": built.name,
+        "num_classes": built.options["num_classes"],
+        "global_pool": built.options["global_pool"],
+        "model_args": {k: v for k, v in built.options.items() if k not in ("num_classes", "global_pool")},
+        "pretrained_cfg": built.pretrained_cfg,
+        "create_model": built.call(path),
+        "source": {"file": trained.source, "epoch": trained.epoch, "model": trained.args["model"]},
+    }
+    metadata = {"format": "pt", "create_model": config["create_model"], "config": json.dumps(config)}
+    metadata[METADATA] = json.dumps(training(trained))
+    with in_place_when_done(path, json_path) as (written, written_json):
+        with refused_by_disk(path):
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, written, metadata)
+            written_json.write_text(json.dumps(config, indent=2) + "\n")
+        model = timm.create_model(built.name, checkpoint_path=str(written), **built.options)
+        difference = checked(trained, PixelModel(model, built.pretrained_cfg), path)
+    return [f"wrote {path} and {json_path}; outputs differ by at most {difference:.0e}", config["create_model"]]
+
+
+def training(trained: Trained) -> dict:
+    """What `trained` cannot tell from tensors when the file is given to mimir_fast again."""
+    facts = {"dataset": trained.args["dataset"], "use_normalize": trained.args["mean"] is not None}
+    eps = training_eps(trained)
+    return facts if eps is None else {**facts, "eps": eps / 255}
+
+
+def export_robustbench(trained: Trained, path: Path, python_path: Path) -> list[str]:
+    """Write both files, once loading them as a user would gives the same outputs; see export_timm."""
+    with in_place_when_done(path, python_path) as (written, written_python):
+        with refused_by_disk(path):
+            torch.save({"state_dict": trained.model.state_dict(), "args": training(trained)}, written)
+            written_python.write_text(model_file(trained, path))
+        difference = checked(trained, runpy.run_path(str(written_python))["load"](written), path)
+    return [f"wrote {path} and {python_path}; logits differ by at most {difference:.0e}"]
+
+
+class PixelModel(nn.Module):
+    """A timm model behind the normalisation of its pretrained_cfg: logits, or all tokens where it has no classes."""
+
+    def __init__(self, model: nn.Module, cfg: dict):
+        super().__init__()
+        self.model, self.cfg = model.eval(), cfg
+
+    def forward(self, images: Tensor) -> Tensor:
+        mean, std = (images.new_tensor(self.cfg[name])[:, None, None] for name in ("mean", "std"))
+        images = (images - mean) / std
+        return self.model(images) if self.cfg["num_classes"] else self.model.forward_features(images)
+
+
+@torch.no_grad()
+def checked(trained: Trained, exported: nn.Module, path: Path) -> float:
+    """Largest difference of outputs on two random images, relative to the largest output.  Raises ValueError if it matters."""
+    size = trained.args["input_size"]
+    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    ours = trained.model(images) if isinstance(trained.model, VisionTransformer) else latent_tokens(trained, images)
+    difference = ((exported(images) - ours).abs().max() / ours.abs().max().clamp_min(1e-12)).item()
+    if not difference < TOLERANCE:
+        raise ValueError(
+            f"output: {path} would give other outputs in timm {timm.__version__} than here (by {difference:.1e}); not written"
+        )
+    return difference

@@ -1,0 +1,81 @@
+"""The Python file beside a RobustBench export: the text of a model class that stands on torch and timm alone."""
+
+from pathlib import Path
+
+from mimir_fast.checkpoints.trained import Trained
+from mimir_fast.models import CLASSIFIERS
+
+ZOO_DATASETS = ("cifar10", "cifar100", "imagenet")  # those of RobustBench
+
+TEXT = '''"""{title}, exported by mimir-fast.
+
+Takes images in [0,1] and normalises inside.  Needs torch and timm.
+
+    model = load()  # in evaluation mode, with the parameters of {file}
+
+RobustBench: copy this file to robustbench/model_zoo/architectures/, {file} to models/{dataset}/Linf/, and enter
+    ("{stem}", {{"model": zoo_model, "gdrive_id": "<id of {file}>"}})
+in the table linf of robustbench/model_zoo/{dataset}.py.
+"""
+
+{imports}from pathlib import Path
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+SIZES = {sizes}
+MEAN, STD = {mean}, {std}  # of the images that the network itself sees
+
+
+class PixelViT(VisionTransformer):
+    """{name} for images [B,3,{size},{size}] in [0,1]: logits [B,{classes}]."""
+
+    def __init__(self):
+        super().__init__(**SIZES)
+        self.register_buffer("mean", torch.tensor(MEAN).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward((images - self.mean) / self.std)
+
+
+def zoo_model() -> nn.Module:
+    """Without parameters, as RobustBench's loader wants it: on ImageNet it puts `model.` before every name."""
+    return {zoo}
+
+
+def load(path: str | Path = Path(__file__).with_suffix(".pt")) -> nn.Module:
+    """The trained model."""
+    model = PixelViT()
+    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
+    return model.eval()
+'''
+
+
+def model_file(trained: Trained, path: Path) -> str:
+    """The text that belongs to the parameters in `path`."""
+    args = trained.args
+    sizes = {
+        "img_size": args["input_size"],
+        "patch_size": args["patch_size"],
+        "num_classes": args["nb_classes"],
+        "global_pool": "avg" if args["global_pool"] else "token",
+        **CLASSIFIERS[args["model"]],
+    }
+    dataset = args["dataset"] if args["dataset"] in ZOO_DATASETS else "DATASET"
+    on_imagenet = "nn.Sequential(OrderedDict(model=PixelViT()))"
+    return TEXT.format(
+        title=f"{args['model']} with patches of {args['patch_size']} pixels",
+        name=args["model"],
+        file=path.name,
+        stem=path.stem,
+        dataset=dataset,
+        sizes=repr(sizes).replace("'", '"'),
+        mean=tuple(args["mean"] or (0.0, 0.0, 0.0)),
+        std=tuple(args["std"] or (1.0, 1.0, 1.0)),
+        size=args["input_size"],
+        classes=args["nb_classes"],
+        imports="from collections import OrderedDict\n" if dataset == "imagenet" else "",
+        zoo=on_imagenet if dataset == "imagenet" else "PixelViT()",
+    )

@@ -1,0 +1,193 @@
+"""A run's state: where it stands, what goes into a checkpoint, and how it is taken up again.
+
+Every random draw of the loader and of the step is a function of (seed, rank, epoch, step), so the position is the state
+of every random generator.
+"""
+
+import argparse
+import signal
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import yaml
+from torch import nn
+
+from mimir_fast.checkpoints import files as ckpt
+from mimir_fast.config.fields import Configuration
+from mimir_fast.config.pretraining import RunConfig
+from mimir_fast.training.distributed import World
+from mimir_fast.training.optimizer import Updater
+
+# the original resumes with an enabled GradScaler, which refuses an empty state
+FRESH_SCALER = {
+    "scale": 65536.0,
+    "growth_factor": 2.0,
+    "backoff_factor": 0.5,
+    "growth_interval": 2000,
+    "_growth_tracker": 0,
+}
+
+
+@dataclass
+class Position:
+    """Where a run stands: the next micro-step `step` of `epoch`, `update` optimizer updates done, this epoch's sums."""
+
+    epoch: int = 0
+    step: int = 0
+    update: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+
+
+def checkpoint_state(
+    weights: dict,
+    moments: dict,
+    updater: Updater,
+    position: Position,
+    config: Configuration,
+    lr: float,
+    dataset: str,
+    own: dict,
+) -> dict:
+    """The original's five entries, and ours under `mimir_fast`; only tensors, plain values and the args Namespace.
+
+    As in the original, args holds eps and alpha divided by 255, the learning rate used and the data set's full name.
+    weights, moments: state dicts of the whole model and its optimizer
+    own: what else a run of this kind needs to go on; `geometry` is in it, what a position inside an epoch depends on.
+    """
+    flat = config.flat()
+    flat |= {"eps": flat["eps"] / 255, "alpha": flat["alpha"] / 255, "lr": lr, "dataset": dataset}
+    return {
+        "model": weights,
+        "optimizer": moments,
+        "epoch": position.epoch - 1,  # the original goes on at epoch + 1
+        "scaler": updater.scaler.state_dict() or FRESH_SCALER,
+        "args": argparse.Namespace(**flat),
+        "mimir_fast": asdict(position) | {"counters": updater.counters.tolist()} | own,
+    }
+
+
+def find_state(resume: str, folder: Path | None, say: Callable[[str], None]) -> tuple[str, dict] | None:
+    """The checkpoint --resume means, with its name; None to start from the beginning.
+
+    Raises ValueError if 'auto' has no output_dir to look into, CheckpointError if the file cannot be used.
+    """
+    if not resume:
+        return None
+    if resume != "auto":
+        return resume, ckpt.load_checkpoint(resume)
+    if folder is None:
+        raise ValueError("resume: 'auto' looks into output_dir, which is empty")
+    found = ckpt.load_newest(folder, say)
+    if found is None:
+        say(f"resume: no checkpoint in {folder}, starting from the beginning")
+        return None
+    return str(found[0]), found[1]
+
+
+def restore(
+    state: dict,
+    source: str,
+    model: nn.Module,
+    updater: Updater,
+    start: Position,
+    geometry: list[int],
+    updates_per_epoch: int,
+    say: Callable[[str], None],
+) -> tuple[Position, dict]:
+    """Load a checkpoint of ours or of the original; returns the position and our own entry, empty if there is none.
+
+    start: the position to keep if the checkpoint holds parameters only.
+    """
+    ckpt.load_model_state(model, state, source)
+    if "optimizer" not in state or "epoch" not in state:
+        say(f"resume: {source} holds parameters only; optimizer and epoch start afresh")
+        return start, {}
+    ckpt.load_optimizer_state(updater.optimizer, state["optimizer"], source)
+    if state.get("scaler") and updater.scaler.is_enabled():
+        updater.scaler.load_state_dict(state["scaler"])
+    own = state.get("mimir_fast")
+    if own is None:
+        epoch = int(state["epoch"]) + 1
+        return Position(epoch=epoch, update=epoch * updates_per_epoch), {}
+    total, in_a_row, _ = own["counters"]
+    updater.counters = torch.tensor([total, in_a_row, in_a_row], device=updater.counters.device)
+    position = Position(epoch=own["epoch"], step=own["step"], update=own["update"], sums=dict(own["sums"]))
+    if position.step and own["geometry"] != geometry:
+        say("resume: batch size, processes or seed changed; the interrupted epoch starts again from its beginning")
+        position = Position(epoch=own["epoch"], update=own["update"])
+    return position, own
+
+
+def take_up(
+    resume: str,
+    folder: Path | None,
+    world: World,
+    model: nn.Module,
+    updater: Updater,
+    start: Position,
+    geometry: list[int],
+    updates_per_epoch: int,
+    say: Callable[[str], None],
+) -> tuple[Position, dict, dict]:
+    """Continue from --resume; returns the position, the checkpoint and our own entry of it, both empty without one.
+
+    Raises ValueError if the processes found different checkpoints; see find_state and restore for the rest.
+    """
+    found, position, own = find_state(resume, folder, say), start, {}
+    if found is not None:
+        source, state = found
+        position, own = restore(state, source, model, updater, start, geometry, updates_per_epoch, say)
+    p = position
+    if not world.same([p.epoch, p.step, p.update]):
+        raise ValueError("resume: the processes found different checkpoints; output_dir must be a folder they share")
+    if found is None:
+        return start, {}, {}
+    say(f"resumed {source}: epoch {p.epoch}, micro-step {p.step}, {p.update} updates done")
+    return p, state, own
+
+
+def open_folder(folder: Path, flat: dict, position: Position) -> list[str]:
+    """Make a run's folder ready for the position it starts at, and write config.yaml; returns lines to print."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ckpt.clean_folder(folder)
+    past = ckpt.supersede(folder, position.epoch, position.step)
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
+    (folder / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+    return [f"output_dir: {path} is past this run's start and was moved to superseded/" for path in past]
+
+
+class Due(NamedTuple):
+    """What an update is followed by: logging, a resume point, and why the run ends there, if it does."""
+
+    log: bool
+    resume_point: bool
+    reason: str | None
+
+
+def due(run: RunConfig, position: Position, steps: int, first_update: int, ends: bool) -> Due:
+    """After an update inside an epoch of `steps` micro-steps; ends: whether a signal asks for it.
+
+    Where the epoch is over, its end decides the rest.
+    """
+    p, last = position, position.step == steps
+    enough = bool(run.max_steps) and p.update >= run.max_steps
+    log = p.update % run.log_every == 0 or p.update == first_update or ends or enough or last
+    point = bool(run.checkpoint_steps) and p.update % run.checkpoint_steps == 0
+    if last:
+        return Due(log, False, None)
+    return Due(log, point or ends or enough, "signal" if ends else "max_steps" if enough else None)
+
+
+def end_status(reason: str | None, received: int | None, position: Position, folder: Path | None, say) -> int:
+    """Say how the run ended; returns the exit status: 0, 1 diverged, 130 Ctrl-C."""
+    if reason == "diverged":
+        return 1
+    if reason == "signal":
+        name = signal.Signals(received or signal.SIGTERM).name
+        say(f"stopped by {name}; " + ("go on with --resume auto" if folder else "nothing saved: no output_dir"))
+        return 130 if received == signal.SIGINT else 0
+    say(f"done: epoch {position.epoch}, {position.update} updates")
+    return 0

@@ -1,0 +1,241 @@
+"""Trained models from files: checkpoints of ours and of the original, bare state dicts, exported .safetensors.
+
+The tensors say what the model is; a checkpoint's `args` add what tensors cannot say (data set, normalisation, loss).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mimir_fast.checkpoints.files import CheckpointError
+from mimir_fast.checkpoints.model_files import Contents, read_model_file
+from mimir_fast.data.datasets import INFO
+from mimir_fast.models import (
+    CLASSIFIERS,
+    MaskedAutoencoderViT,
+    VisionTransformer,
+    create_classifier,
+    create_model,
+)
+
+__all__ = [
+    "OVERRIDES",
+    "Trained",
+    "latent_tokens",
+    "load_classifier",
+    "load_encoder",
+    "load_mae",
+    "normalised",
+    "training_eps",
+]
+
+# flags that a caller may insist on
+OVERRIDES = (
+    "model",
+    "input_size",
+    "patch_size",
+    "nb_classes",
+    "global_pool",
+    "dataset",
+    "use_normalize",
+    "norm_pix_loss",
+)
+# what the tensors say about themselves, and whether a checkpoint's args must agree: the original's args hold the command
+# line's input_size and nb_classes even where the data set's own were used
+BINDING = {"model": True, "patch_size": True, "global_pool": True, "input_size": False, "nb_classes": False}
+
+
+class Trained(NamedTuple):
+    """A model to look at: fp32, eval mode, nothing to train.
+
+    args    the checkpoint's args with what was found out filled in: model, input_size, patch_size, dataset (None: not
+            known), use_normalize, mean, std (None: images come in [0,1]); nb_classes and global_pool of a classifier,
+            norm_pix_loss of a masked autoencoder
+    epoch   the last finished one, where the file says it
+    source  the file's name and which entry was taken
+    """
+
+    model: VisionTransformer | MaskedAutoencoderViT
+    args: dict
+    epoch: int | None
+    source: str
+
+
+def load_classifier(source: str, *, overrides: dict = {}, device: str | torch.device = "cpu") -> Trained:  # noqa: B006
+    """A classifier that takes pixels in [0,1]: where the training normalised, so does the model, inside.
+
+    source: a path or URL; averaged parameters (model_ema) are preferred.  overrides: flags of OVERRIDES that decide where
+    a file does not say, and must agree with its tensors where it does; None: not given.
+    Raises CheckpointError for a file that cannot be read, belongs to pre-training or to another architecture, or
+    contradicts itself or an override.
+    """
+    contents = read_model_file(str(source))
+    if _kind(contents) == "mae":
+        raise CheckpointError(f"checkpoint: {contents.source} is a pre-training checkpoint; fine-tune it first")
+    return _classifier(contents, overrides, device)
+
+
+def load_mae(source: str, *, overrides: dict = {}, device: str | torch.device = "cpu") -> Trained:  # noqa: B006
+    """A masked autoencoder.  It takes images as its training saw them: normalised with args["mean"] and args["std"], if any.
+
+    As load_classifier otherwise.
+    """
+    contents = read_model_file(str(source))
+    if _kind(contents) == "classifier":
+        raise CheckpointError(
+            f"checkpoint: {contents.source} is a classifier; expected a masked autoencoder of `mimir-fast pretrain`"
+        )
+    return _mae(contents, overrides, device)
+
+
+def load_encoder(source: str, *, overrides: dict = {}, device: str | torch.device = "cpu") -> Trained:  # noqa: B006
+    """Whichever of the two the file holds."""
+    contents = read_model_file(str(source))
+    return (_mae if _kind(contents) == "mae" else _classifier)(contents, overrides, device)
+
+
+def latent_tokens(trained: Trained, images: Tensor) -> Tensor:
+    """Pixels [B,C,H,W] in [0,1] -> what the encoder says about all patches, [B,1+L,D], class token first.
+
+    The masked autoencoder's tokens are normalised (its last LayerNorm), the classifier's are those of its last block.
+    """
+    model = trained.model
+    if isinstance(model, VisionTransformer):
+        return model.forward_features(images)
+    images = normalised(trained, images)
+    everything = torch.arange(model.num_patches, device=images.device).expand(len(images), -1).contiguous()
+    return model.encode(model.cut(images, everything), everything)
+
+
+def normalised(trained: Trained, images: Tensor) -> Tensor:
+    """Pixels [B,C,H,W] in [0,1] -> images as a masked autoencoder's training saw them."""
+    if trained.args["mean"] is None:
+        return images
+    mean, std = (images.new_tensor(trained.args[name])[:, None, None] for name in ("mean", "std"))
+    return (images - mean) / std
+
+
+def training_eps(trained: Trained, otherwise: float | None = None) -> float | None:
+    """Radius of the adversarial training in 1/255, from a checkpoint's args, where it is a share; `otherwise` if they do not
+    say.
+
+    The original's args with --use_normalize hold a tensor [C,1,1], divided by each channel's deviation.
+    """
+    eps, std = trained.args.get("eps"), trained.args.get("std")
+    if isinstance(eps, Tensor) and std is not None and eps.numel() == len(std):
+        eps = (eps.flatten().cpu().double() * torch.tensor(std, dtype=torch.float64)).mean().item()
+    return round(eps * 255, 4) if isinstance(eps, float) and eps > 0 else otherwise
+
+
+def _kind(contents: Contents) -> str:
+    """mae or classifier, from the tensors.  Raises CheckpointError for what is no Vision Transformer of ours."""
+    names = contents.tensors.keys()
+    needed = (
+        "cls_token",
+        "pos_embed",
+        "patch_embed.proj.weight",
+        "blocks.0.attn.qkv.weight",
+        "blocks.0.mlp.fc1.weight",
+    )
+    missing = [name for name in needed if name not in names]
+    if missing:
+        said = f", and its args say {contents.args['model']}" if "model" in contents.args else ""
+        raise CheckpointError(f"checkpoint: {contents.source} holds no ViT of mimir_fast: no {missing[0]}{said}")
+    if "mask_token" in names:
+        return "mae"
+    if "head.weight" in names:
+        return "classifier"
+    raise CheckpointError(f"checkpoint: {contents.source} is an encoder alone: neither decoder (mask_token) nor head")
+
+
+def _classifier(contents: Contents, overrides: dict, device: str | torch.device) -> Trained:
+    tensors = contents.tensors
+    head = {"nb_classes": len(tensors["head.weight"]), "global_pool": "fc_norm.weight" in tensors}
+    args = _settled(contents, overrides, {**_encoder_facts(contents, ""), **head})
+    options = {"num_classes": args["nb_classes"], "global_pool": args["global_pool"]}
+    options |= {name: args[name] for name in ("mean", "std")}
+    return _filled(create_classifier(args["model"], **_size(args), **options), contents, args, device)
+
+
+def _mae(contents: Contents, overrides: dict, device: str | torch.device) -> Trained:
+    args = _settled(contents, overrides, _encoder_facts(contents, "mae_"))
+    args["norm_pix_loss"] = bool(args.get("norm_pix_loss", False))
+    model = create_model(args["model"], **_size(args), norm_pix_loss=args["norm_pix_loss"])
+    return _filled(model, contents, args, device)
+
+
+def _encoder_facts(contents: Contents, family: str) -> dict:
+    """Flags that can be read off the tensors.  Raises CheckpointError for widths and depths without a name."""
+    tensors = contents.tensors
+    width, patch = tensors["cls_token"].shape[-1], tensors["patch_embed.proj.weight"].shape[-1]
+    depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
+    ratio = tensors["blocks.0.mlp.fc1.weight"].shape[0] / width
+    grid = math.isqrt(tensors["pos_embed"].shape[1] - 1)
+    for name, sizes in CLASSIFIERS.items():
+        if (width, depth, ratio) == (sizes["embed_dim"], sizes["depth"], sizes.get("mlp_ratio", 4.0)):
+            return {"model": family + name, "patch_size": patch, "input_size": patch * grid}
+    raise CheckpointError(
+        f"checkpoint: {contents.source} has width {width}, depth {depth}, MLP ratio {ratio:g}: "
+        f"none of {', '.join(family + name for name in CLASSIFIERS)}"
+    )
+
+
+def _settled(contents: Contents, overrides: dict, facts: dict) -> dict:
+    """args, overrides and what the tensors say in one dictionary.  Raises CheckpointError where they contradict each other."""
+    unknown = overrides.keys() - set(OVERRIDES)
+    if unknown:
+        raise ValueError(f"{min(unknown)}: expected one of {', '.join(OVERRIDES)}")
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    for name, fact in facts.items():
+        for whose, given in (("the command line says", overrides), ("its own args say", contents.args)):
+            binding = given is overrides or BINDING[name]
+            if name in given and binding and _canonical(name, given[name]) != fact:
+                raise CheckpointError(f"{name}: {contents.source} was trained with {fact}, {whose} {given[name]}")
+    args = {"dataset": None, "use_normalize": False, **contents.args, **overrides, **facts}
+    return args | _constants(args, contents.source)
+
+
+def _canonical(name: str, value):
+    """Model names without the suffixes that some of them may carry."""
+    if name != "model" or not isinstance(value, str):
+        return value
+    return value.removesuffix("_dec128d2b").removesuffix("_patch16")
+
+
+def _constants(args: dict, source: str) -> dict:
+    """dataset under its own name, and the channels' mean and std, None where the training took pixels as they are."""
+    dataset = args["dataset"]
+    if dataset not in INFO and isinstance(dataset, str):
+        dataset = dataset.removesuffix("s")  # a trailing s: with generated images
+    if not args["use_normalize"]:
+        return {"dataset": dataset, "mean": None, "std": None}
+    if dataset not in INFO:
+        raise CheckpointError(
+            f"dataset: {source} was trained on normalised images of {args['dataset']}, whose constants are not known; "
+            f"expected one of {', '.join(INFO)}"
+        )
+    return {"dataset": dataset, "mean": INFO[dataset].mean, "std": INFO[dataset].std}
+
+
+def _size(args: dict) -> dict:
+    return {"img_size": args["input_size"], "patch_size": args["patch_size"]}
+
+
+def _filled(model: torch.nn.Module, contents: Contents, args: dict, device: str | torch.device) -> Trained:
+    own, given = model.state_dict(), contents.tensors
+    wrong = [f"no {name}" for name in own if name not in given]
+    wrong += [f"an unexpected {name}" for name in given if name not in own]
+    wrong += [
+        f"{name} {tuple(given[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in own
+        if name in given and given[name].shape != own[name].shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"checkpoint: {contents.source} is no {args['model']}: {len(wrong)} parameters differ ({'; '.join(wrong[:3])})"
+        )
+    model.load_state_dict(given)
+    model = model.float().to(device).eval().requires_grad_(False)
+    return Trained(model, args, contents.epoch, contents.source)

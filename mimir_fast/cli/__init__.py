@@ -1,0 +1,46 @@
+"""mimir-fast VERB [flags]: one command for everything; each verb's module also runs by itself."""
+
+import importlib
+import sys
+
+VERBS = {
+    "pretrain": ("mimir_fast.cli.pretrain", "adversarial masked-autoencoder pre-training"),
+    "finetune": ("mimir_fast.cli.finetune", "from a pre-trained encoder to a robust classifier"),
+    "evaluate": ("mimir_fast.cli.evaluate", "a classifier's accuracy, clean and under attack"),
+    "analyze": ("mimir_fast.cli.analyze", "what a checkpoint's features tell about images and perturbations"),
+    "export": ("mimir_fast.cli.export", "a trained encoder or classifier as a file for timm or RobustBench"),
+    "demo": ("mimir_fast.cli.demo", "all of it on handwritten digits, on two CPU cores"),
+    "memory": ("mimir_fast.cli.memory", "peak memory of a pre-training and the largest batch that fits; needs no GPU"),
+    "report": ("mimir_fast.cli.report", "HTML report of a run's folder"),
+}
+
+
+RENAMED = {"fit": "memory"}
+
+
+def usage() -> str:
+    """The text of `mimir-fast -h`."""
+    verbs = "\n".join(f"  {verb:<10} {what}" for verb, (_, what) in VERBS.items())
+    return f"usage: mimir-fast VERB [flags]\n\nverbs:\n{verbs}\n\nmimir-fast VERB -h explains a verb's flags."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Dispatch to a verb; returns its exit status, 2 for a word that is no verb."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in VERBS:
+        return importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
+    if argv and argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if argv and argv[0] in RENAMED:
+        print(
+            f"mimir-fast: error: {argv[0]} is called {RENAMED[argv[0]]} now: mimir-fast {RENAMED[argv[0]]}",
+            file=sys.stderr,
+        )
+        return 2
+    print(usage() if not argv else f"mimir-fast: error: {argv[0]!r} is no verb\n{usage()}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""How a verb ends: its errors as one line on stderr, and its exit status."""
+
+import sys
+from collections.abc import Callable
+
+import torch
+
+from mimir_fast.checkpoints.files import CheckpointError
+from mimir_fast.data import DataError
+
+# what may go wrong while a run is under way: exit status 1
+RUN_ERRORS = (CheckpointError, DataError, OSError, torch.OutOfMemoryError)
+
+
+def complain(prog: str, error: Exception) -> None:
+    """Print `prog: error: ...`, one line, with advice where the error itself has none."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        first = text.split(". ")[0].splitlines()[0]
+        text = f"batch_size: {first}; pass a smaller one, with --accum_iter or --activation_checkpointing where there is one"
+    print(f"{prog}: error: {text}", file=sys.stderr)
+
+
+def guarded(prog: str, body: Callable[[], int], stopped: str) -> int:
+    """Run a verb's body; returns its exit status, or 2 wrong input, 1 the disk or memory refused, 130 Ctrl-C.
+
+    stopped: what a person who pressed Ctrl-C should know.
+    """
+    try:
+        return body()
+    except ValueError as error:
+        complain(prog, error)
+        return 2
+    except (OSError, torch.OutOfMemoryError) as error:
+        complain(prog, error)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{prog}: {stopped}", file=sys.stderr)
+        return 130

@@ -1,0 +1,54 @@
+"""mimir-fast memory: what a training needs in GPU memory, and the largest batch that fits; no GPU needed.
+
+Also `python -m mimir_fast.memory`.  Takes every flag of `mimir-fast pretrain`: try a command line as it stands.
+"""
+
+import sys
+
+from mimir_fast.cli.parser import PRETRAIN, build_parser, canonical, configuration
+from mimir_fast.config.pretraining import PretrainConfig
+from mimir_fast.memory.capacity import GPUS, Gpu, describe, needed, on_cuda
+from mimir_fast.memory.prediction import predict
+
+DESCRIPTION = """Peak GPU memory [GiB, 2^30 bytes] of one process's pre-training step, and the largest batch [images] that fits.
+Needs no GPU, reads no data, takes seconds when eager and a minute or two when compiled.  Exit status: 0 the batch fits a GPU,
+1 it does not, 2 wrong input."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Predict and print; returns the exit status: 0 the batch fits, 1 it does not, 2 wrong input."""
+    try:
+        config, gpus = parse_memory_args(sys.argv[1:] if argv is None else argv)
+        prediction = predict(config)
+    except (ValueError, ImportError) as error:
+        print(f"mimir-fast memory: error: {error}", file=sys.stderr)
+        return 2
+    for line in describe(config, prediction, gpus):
+        print(line)
+    batch = config.optim.batch_size
+    return 0 if any(needed(prediction, gpu, batch) <= gpu.memory for gpu in gpus.values()) else 1
+
+
+def parse_memory_args(argv: list[str]) -> tuple[PretrainConfig, dict[str, Gpu]]:
+    """Command-line words -> the configuration as it would run on CUDA, and the GPUs it is held against.
+
+    Exits with status 2 and one line on a wrong flag (argparse); raises ValueError on a wrong value.
+    """
+    parser = build_parser(PRETRAIN._replace(prog="mimir-fast memory", description=DESCRIPTION))
+    group = parser.add_argument_group("What it must fit (default: every GPU known by name)")
+    group.add_argument("--gpu", choices=list(GPUS), help="a GPU by name and memory")
+    group.add_argument("--memory_gib", type=float, metavar="FLOAT", help="any other GPU's memory [GiB]")
+    given = vars(parser.parse_args([canonical(word) for word in argv]))
+    name, memory = given.pop("gpu", None), given.pop("memory_gib", None)
+    if name and memory is not None:
+        raise ValueError(f"memory_gib: got {memory:g} beside --gpu {name}; pass one of the two")
+    if memory is not None and not memory > 0:
+        raise ValueError(f"memory_gib: got {memory:g}, expected more than 0")
+    config = on_cuda(*configuration(given))
+    if memory is not None:
+        return config, {f"{memory:g} GiB": Gpu(memory, 32)}
+    return config, {name: GPUS[name]} if name else GPUS
+
+
+if __name__ == "__main__":
+    sys.exit(main())

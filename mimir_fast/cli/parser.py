@@ -1,0 +1,171 @@
+"""The command line, generated from the dataclasses of a configuration (config.py, finetune/config.py).
+
+Flags may be written with `_` or `-`, and shortened to any unambiguous beginning, as the original's argparse allows.
+Values come from, in rising order: defaults, --recipe, --config, flags.
+"""
+
+import argparse
+import contextlib
+import difflib
+from collections.abc import Callable
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from mimir_fast.config.fields import Configuration
+from mimir_fast.config.pretraining import PretrainConfig
+from mimir_fast.config.pretraining_recipes import RECIPES
+
+
+class Command(NamedTuple):
+    """A verb whose flags are a configuration's.  original: the original has it too, so that flags of ours are marked."""
+
+    prog: str
+    description: str
+    config: type[Configuration]
+    recipes: dict[str, Callable[[], Configuration]]
+    original: bool = False
+
+
+PRETRAIN = Command(
+    "mimir-fast pretrain",
+    "MIMIR pre-training: a masked autoencoder sees adversarial images and reconstructs the clean ones.",
+    PretrainConfig,
+    RECIPES,
+    original=True,
+)
+
+
+def parse_pretrain_args(argv: list[str]) -> tuple[PretrainConfig, set[str]]:
+    """`parse_args` for pre-training."""
+    return parse_args(PRETRAIN, argv)
+
+
+def parse_args(command: Command, argv: list[str]) -> tuple[Configuration, set[str]]:
+    """Command-line words -> the checked configuration, and the names of the flags that were set anywhere.
+
+    Exits with status 2 and one line on a wrong flag (argparse); raises ValueError on a wrong value or configuration file.
+    """
+    words = [canonical(word, command) for word in argv]
+    return configuration(vars(build_parser(command).parse_args(words)), command)
+
+
+def configuration(given: dict, command: Command = PRETRAIN) -> tuple[Configuration, set[str]]:
+    """What build_parser's parser found -> the checked configuration, and the names of the flags that were set anywhere.
+
+    Raises ValueError on a wrong value or configuration file.
+    """
+    recipe, config_file = given.pop("recipe", None), given.pop("config", None)
+    config, explicit = command.config(), set()
+    if recipe is not None:
+        defaults, config = config.flat(), command.recipes[recipe]()
+        explicit = {name for name, value in config.flat().items() if value != defaults[name]}
+    layers = [read_config_file(config_file, command)] if config_file is not None else []
+    for layer in [*layers, given]:
+        layer = {name: tuple(value) if isinstance(value, list) else value for name, value in layer.items()}
+        config, explicit = config.updated(layer), explicit | layer.keys()
+    return config.completed(explicit).check(), explicit
+
+
+def build_parser(command: Command = PRETRAIN) -> argparse.ArgumentParser:
+    """One argument group per stage; every default is left out of the result, so that only given flags appear in it."""
+    parser = argparse.ArgumentParser(
+        prog=command.prog,
+        description=command.description,
+        epilog="Flags take _ or - and any unambiguous beginning."
+        + (" (new) marks flags the original does not have." if command.original else ""),
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120),
+    )
+    new = " (new)" if command.original else ""
+    if command.recipes:
+        named = (f"{name}: {recipe.__doc__.splitlines()[0].rstrip('.')}" for name, recipe in command.recipes.items())
+        text = f"start from a named run{new}. {'; '.join(named)}".replace("%", "%%")
+        parser.add_argument("--recipe", choices=list(command.recipes), help=text)
+    parser.add_argument("--config", metavar="FILE.yaml", help=f"read flags from a file of `flag: value` lines{new}")
+    for kind in command.config.stages().values():
+        group = parser.add_argument_group(kind.__doc__.strip().rstrip("."))
+        for f in fields(kind):
+            _add_flag(group, f, command.original)
+    return parser
+
+
+def _add_flag(group, f: Field, mark_new: bool) -> None:
+    meta = f.metadata
+    words = [meta["help"]]
+    if meta["unit"]:
+        words.append(f"[{meta['unit']}]")
+    if f.default is not None and meta["type"] is not bool:
+        words.append(f"(default: {f.default!r})")
+    if meta["new"] and mark_new:
+        words.append("(new)")
+    text = " ".join(words).replace("%", "%%")
+    if meta["type"] is not bool:
+        kwargs = {"choices": list(meta["choices"])} if meta["choices"] else {"metavar": meta["type"].__name__.upper()}
+        kwargs |= {"nargs": "+"} if meta["several"] else {}
+        group.add_argument(f"--{f.name}", type=meta["type"], help=text, **kwargs)
+        return
+    group.add_argument(f"--{f.name}", action="store_true", help=f"{text} (default: {_switch(f.default)})")
+    if negative := _negative(f):
+        group.add_argument(f"--{negative}", dest=f.name, action="store_false", help=f"the opposite of --{f.name}")
+
+
+def _negative(f: Field) -> str:
+    """How a switch that is not off by default is turned off, in the original's spelling; empty where there is nothing."""
+    return "" if f.metadata["type"] is not bool or f.default is False else f.metadata["negative"] or f"no_{f.name}"
+
+
+def _switch(default: bool | None) -> str:
+    return {True: "on", False: "off", None: "see above"}[default]
+
+
+def canonical(word: str, command: Command = PRETRAIN) -> str:
+    """--local-rank=3 -> --local_rank=3; a beginning shared by one original flag means that flag, whatever is new."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    name = name.replace("-", "_")
+    flags = command.config.flags()
+    exact = {*flags, *map(_negative, flags.values())}
+    known = {n for f in flags.values() if not f.metadata["new"] for n in (f.name, _negative(f)) if n}
+    original = [n for n in known if n.startswith(name)]
+    if len(original) == 1 and name not in exact and not name.startswith("no_"):
+        name = original[0]
+    return f"--{name}{equals}{value}"
+
+
+def read_config_file(path: str, command: Command = PRETRAIN) -> dict:
+    """Flags from a YAML file.  Raises ValueError naming the file and the line that is no flag or has the wrong type."""
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"config: cannot read {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"config: {path} must hold `flag: value` lines")
+    known = command.config.flags()
+    return {name: _typed(path, name, value, known) for name, value in values.items()}
+
+
+def _typed(path: str, name: str, value, known: dict[str, Field]):
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=1)
+        raise ValueError(f"config: {path}: {name} is no flag{f'; did you mean {near[0]}?' if near else ''}")
+    meta = known[name].metadata
+    if value is None and known[name].default is None:
+        return None
+    if meta["several"] and isinstance(value, list):
+        return tuple(_one(path, name, entry, meta) for entry in value)
+    return _one(path, name, value, meta)
+
+
+def _one(path: str, name: str, value, meta):
+    wanted, choices = meta["type"], meta["choices"]
+    if wanted is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):  # reported below
+            value = float(value)  # YAML reads 1e-5 as a word
+    if type(value) is not wanted or (choices and value not in choices):
+        expected = " or ".join(choices) if choices else wanted.__name__
+        raise ValueError(f"config: {path}: {name}: got {value!r}, expected {expected}")
+    return value

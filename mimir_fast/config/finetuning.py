@@ -1,0 +1,256 @@
+"""Configuration of a fine-tuning run: one frozen dataclass per stage, each field one command-line flag.
+
+The counterpart of mimir_fast/config/pretraining.py, with which it shares flags; flags marked `new` are not in the original.
+"""
+
+import re
+from dataclasses import dataclass
+
+from mimir_fast.config import pretraining as shared
+from mimir_fast.config.fields import Configuration, flag, inherited, require
+from mimir_fast.config.pretraining import DistConfig, check_shared
+from mimir_fast.data.datasets import INFO
+
+ATTACKS = ("plain", "pgd", "trades", "mart", "apgd")
+EDM_AUGMENTATIONS = ("none", "base", "cutout", "autoaugment", "randaugment", "idbh")
+ALPHA_SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What is trained."""
+
+    model: str = flag(
+        "vit_large_patch16", "model name: vit_{nano,ti,small,small_ds,base,large}; the default is vit_large"
+    )
+    finetune: str = flag("", "pre-trained checkpoint to start from, a path or an https URL; empty: train from scratch")
+    input_size: int = inherited(
+        shared.ModelConfig, "input_size", help="side of the square input; where it is not given, the data set's own"
+    )
+    patch_size: int = inherited(shared.ModelConfig, "patch_size")
+    nb_classes: int | None = flag(
+        1000, "classes of the head; where it is not given, as many as the data has", "classes", type=int
+    )
+    global_pool: bool = flag(
+        True, "the head reads the mean over the patches; --cls_token: the class token", negative="cls_token"
+    )
+    drop_path: float = flag(0.1, "stochastic depth of the last block, rising linearly from 0", "share, below 1")
+
+
+@dataclass(frozen=True)
+class DataConfig(shared.DataConfig):
+    """Where images come from."""
+
+    dataset: str = inherited(shared.DataConfig, "dataset")
+    edm_aug: str = inherited(
+        shared.DataConfig,
+        "edm_aug",
+        help=f"augmentation of every image with --use_edm: {', '.join(EDM_AUGMENTATIONS)}",
+    )
+    use_normalize: bool = inherited(
+        shared.DataConfig,
+        "use_normalize",
+        help="normalise images by mean and std inside of the model; eps and alpha stay in pixels",
+    )
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Augmentation, of every data set."""
+
+    aa: str = flag("rand-m9-mstd0.5-inc1", "RandAugment in timm's spelling; noaug: crop and flip alone")
+    color_jitter: float | None = flag(None, "strength of colour jitter; default: none", type=float)
+    reprob: float = flag(0.25, "images with random rectangles erased, whatever --aa says", "share, 0 to 1")
+    remode: str = flag("pixel", "what fills the rectangle: const, rand or pixel")
+    recount: int = flag(1, "most rectangles per image")
+    resplit: bool = flag(False, "accepted for compatibility; the original never reads it")
+    warmup_aa: bool = flag(
+        False,
+        "in the first 11 epochs of adversarial training augmentation grows step by step (magnitude, mixup, cutmix)",
+    )
+    smoothing: float = flag(0.1, "label smoothing (not with trades and mart)", "share, 0 to 1")
+    mixup: float = flag(0.0, "mixup's alpha; 0: off")
+    cutmix: float = flag(0.0, "cutmix's alpha; 0: off")
+    cutmix_minmax: tuple[float, ...] | None = flag(
+        None, "least and largest share of a side that cutmix cuts; overrides --cutmix", type=float, several=True
+    )
+    mixup_prob: float = flag(1.0, "batches that are mixed", "share, 0 to 1")
+    mixup_switch_prob: float = flag(0.5, "mixed batches that get cutmix where both are on", "share, 0 to 1")
+    mixup_mode: str = flag("batch", "what shares one mixture: batch, pair or elem")
+
+
+@dataclass(frozen=True)
+class AttackConfig:
+    """Adversarial training."""
+
+    attack_train: str = flag(
+        "plain",
+        f"one of {', '.join(ATTACKS)}; plain: clean images; apgd: the long ImageNet recipe's, there with --steps 2 "
+        "(Croce & Hein 2020), which chooses the size of its steps itself and ignores --alpha",
+    )
+    attack: str = flag("pgd", "accepted for compatibility; the original never reads it (see --attack_train)")
+    steps: int = inherited(shared.AttackConfig, "steps", 10)
+    eps: float = inherited(shared.AttackConfig, "eps")
+    alpha: float = inherited(shared.AttackConfig, "alpha", 2.0)
+    trades_beta: float = flag(6.0, "weight of the robust term of trades and mart")
+    eps_warmup_epochs: int = flag(
+        0, "the radius grows linearly from 0 in epoch 0 to --eps in epoch N", "epochs", new=True
+    )
+    alpha_warmup_epochs: int = flag(
+        0, "the step grows linearly from 0 in epoch 0 to --alpha in epoch N, as in ARES with 5", "epochs", new=True
+    )
+    alpha_schedule: str = flag(
+        "constant",
+        "the step after that: constant, or going to --alpha_end in the last epoch along a line or half a cosine",
+        choices=ALPHA_SCHEDULES,
+        new=True,
+    )
+    alpha_end: float = flag(0.0, "the step in the last epoch with --alpha_schedule linear or cosine", "1/255", new=True)
+
+
+@dataclass(frozen=True)
+class PenaltyConfig:
+    """Mutual information beside the loss."""
+
+    mi_loss: str = flag(
+        "plain", "dib_mi: add mi_xz I(images; features) - mi_yz I(logits; features); any other word: none"
+    )
+    mi_xz: float = flag(1e-4, "weight of the information between images and features", "loss per bit")
+    mi_yz: float = flag(1e-3, "weight of the information between logits and features", "loss per bit")
+
+
+@dataclass(frozen=True)
+class OptimConfig(shared.UpdateConfig):
+    """Optimizer and schedule."""
+
+    epochs: int = inherited(shared.UpdateConfig, "epochs", 50)
+    warmup_epochs: int = inherited(shared.UpdateConfig, "warmup_epochs", 5)
+    min_lr: float = inherited(shared.UpdateConfig, "min_lr", 1e-6)
+    layer_decay: float = flag(0.75, "each block's learning rate is this times that of the block above it")
+    clip_grad: float | None = flag(None, "largest L2 norm of the gradient; default: not clipped", type=float)
+    model_ema: bool = flag(
+        False, "keep a running average of the parameters, which is evaluated and saved beside them", new=True
+    )
+    model_ema_decay: float = flag(
+        0.9998, "share of the average that stays at update n, at most (1 + n) / (10 + n)", "share, 0 to 1", new=True
+    )
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Evaluation."""
+
+    eval: bool = flag(
+        False, "evaluate --resume and end: clean accuracy, PGD, and AutoAttack if installed (see mimir-fast evaluate)"
+    )
+    adap_eval: bool = flag(False, "with --eval: the adaptive attacks of the paper instead")
+    dist_eval: bool = flag(
+        False, "accepted for compatibility; processes always share validation, each image once; --eval is one process's"
+    )
+    test_every: int = flag(1, "clean test accuracy every N epochs and in the last; 0: never", "epochs", new=True)
+    val_attack: str = flag(
+        "none", "attack that measures robust accuracy during training: none, fgsm or pgdN, as pgd10", new=True
+    )
+    val_every: int = flag(
+        1, "robust accuracy and the held-out images every N epochs and in the last", "epochs", new=True
+    )
+    held_out: int = flag(
+        0,
+        "training images kept out to choose best.pth by, robust accuracy first; robust accuracy is then theirs, else the test "
+        "images'",
+        "images",
+        new=True,
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig(shared.RunConfig):
+    """Outputs, resuming, device, seed."""
+
+    output_dir: str = inherited(shared.RunConfig, "output_dir", "./output_dir")
+    log_dir: str = inherited(shared.RunConfig, "log_dir", "./output_dir")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(Configuration):
+    """Everything a fine-tuning run depends on."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    attack: AttackConfig = AttackConfig()
+    penalty: PenaltyConfig = PenaltyConfig()
+    optim: OptimConfig = OptimConfig()
+    validation: ValidationConfig = ValidationConfig()
+    run: RunConfig = RunConfig()
+    dist: DistConfig = DistConfig()  # noqa: RUF009 (frozen)
+
+    def completed(self, explicit: set[str]) -> "FinetuneConfig":
+        """A copy with the data set's side and classes where the flags were not set; classes None: as the folder has."""
+        info = INFO.get(self.data.dataset)
+        if info is None:  # the data reports it
+            return self
+        known = {"nb_classes": info.num_classes, "input_size": info.input_size or self.model.input_size}
+        return self.updated({name: value for name, value in known.items() if name not in explicit})
+
+    def check(self) -> "FinetuneConfig":
+        """Return self if every value is possible; raises ValueError naming the flag, its value and what is allowed."""
+        flat = self.flat()
+        check_shared(flat)
+        for name, allowed in (("attack_train", ATTACKS), ("edm_aug", EDM_AUGMENTATIONS)):
+            require(flat[name] in allowed, name, repr(flat[name]), f"one of {', '.join(allowed)}")
+        for name, allowed in (("remode", ("const", "rand", "pixel")), ("mixup_mode", ("batch", "pair", "elem"))):
+            require(flat[name] in allowed, name, repr(flat[name]), f"one of {', '.join(allowed)}")
+        _check_numbers(flat)
+        validation_steps(flat["val_attack"])
+        mixed = flat["mixup"] > 0 or flat["cutmix"] > 0 or flat["cutmix_minmax"] is not None
+        if flat["attack_train"] == "mart" and (mixed or flat["warmup_aa"]):
+            raise ValueError(
+                "attack_train: mart needs one label per image; leave out --mixup, --cutmix and --warmup_aa"
+            )
+        if (mixed or flat["warmup_aa"]) and flat["mixup_mode"] == "pair" and flat["batch_size"] % 2:
+            raise ValueError(f"batch_size: got {flat['batch_size']}, --mixup_mode pair needs an even number")
+        if flat["eval"] and flat["resume"] in ("", "auto"):
+            raise ValueError("resume: --eval needs the file of the checkpoint to evaluate")
+        return self
+
+
+def _check_numbers(flat: dict) -> None:
+    for name in (
+        "drop_path",
+        "layer_decay",
+        "smoothing",
+        "reprob",
+        "mixup_prob",
+        "mixup_switch_prob",
+        "model_ema_decay",
+    ):
+        require(0 <= flat[name] <= 1, name, flat[name], "a share between 0 and 1")
+    for name in (
+        "mixup",
+        "cutmix",
+        "trades_beta",
+        "eps_warmup_epochs",
+        "alpha_warmup_epochs",
+        "test_every",
+        "held_out",
+    ):
+        require(flat[name] >= 0, name, flat[name], "0 or more")
+    for name in ("recount", "val_every"):
+        require(flat[name] >= 1, name, flat[name], "1 or more")
+    for name in ("alpha", "alpha_end"):
+        require(flat[name] == 0 or flat[name] >= 0.05, name, flat[name], "a number in 1/255: 2, not 2/255 = 0.0078")
+    require(flat["clip_grad"] is None or flat["clip_grad"] > 0, "clip_grad", flat["clip_grad"], "more than 0")
+    classes, minmax = flat["nb_classes"], flat["cutmix_minmax"]
+    require(classes is None or classes >= 1, "nb_classes", classes, "1 or more")
+    two = minmax is None or (isinstance(minmax, tuple) and len(minmax) == 2 and 0 < minmax[0] < minmax[1] <= 1)
+    require(two, "cutmix_minmax", minmax, "two rising shares between 0 and 1")
+
+
+def validation_steps(val_attack: str) -> int | None:
+    """Steps of the attack that --val_attack names: None for none, 0 for FGSM.  Raises ValueError for another word."""
+    if val_attack in ("none", "fgsm"):
+        return None if val_attack == "none" else 0
+    match = re.fullmatch(r"pgd-?([1-9]\d*)", val_attack)
+    require(match is not None, "val_attack", repr(val_attack), "none, fgsm or pgdN, as pgd10")
+    return int(match[1])

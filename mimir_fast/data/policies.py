@@ -1,0 +1,178 @@
+"""What fine-tuning does to training images: the flags, and the operations that they stand for.
+
+Libraries do most of the work, and draw from global random generators; see randomness.borrowed_generators.  They are slow to
+import: only where a plan needs them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from mimir_fast.data import idbh
+from mimir_fast.data.crops import CROP_AREA
+from mimir_fast.data.erasing import MODES, cutout, random_erasing
+from mimir_fast.data.errors import DataError
+
+Operation = Callable[[Image.Image, np.random.Generator], Image.Image]
+AUGMENTED_AREA = (0.08, 1.0)  # fraction of an image that a crop at random scale covers, where aa is in use
+EDM_AUGS = ("none", "base", "cutout", "autoaugment", "randaugment", "idbh")
+WARMUP_MAGNITUDES = (1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9)  # of epochs 0, 1, ...; the last one stays
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Flags of the augmentation, honoured for every data set; raises DataError for values that are not possible.
+
+    aa             noaug, or timm's RandAugment, AugMix or AutoAugment in its notation: rand-m9-mstd0.5-inc1, augmix-m5, v0
+    color_jitter   largest relative change of brightness, contrast and saturation; as in timm without effect beside aa,
+                   "3a" excepted
+    reprob         probability of random erasing; remode: pixel, rand or const; recount: up to so many boxes
+    """
+
+    aa: str = "noaug"
+    color_jitter: float | None = None
+    reprob: float = 0.0
+    remode: str = "pixel"
+    recount: int = 1
+
+    def __post_init__(self):
+        if self.color_jitter is not None and not self.color_jitter >= 0:
+            raise DataError(f"color_jitter: {self.color_jitter}, expected 0 or more")
+        if not 0 <= self.reprob <= 1:
+            raise DataError(f"reprob: {self.reprob}, expected a probability, 0 to 1")
+        if self.remode not in MODES:
+            raise DataError(f"remode: {self.remode!r}, expected one of {', '.join(MODES)}")
+        if self.recount < 1:
+            raise DataError(f"recount: {self.recount}, expected 1 or more")
+        _policy(self.aa, 32)
+
+
+class Plan(NamedTuple):
+    """The way of one image: `before`, a crop and a flip, `after`.
+
+    area     of crops at random scale; small images are padded and cropped instead, or if not `move` taken from the middle
+    """
+
+    before: tuple[Operation, ...] = ()
+    move: bool = True
+    area: tuple[float, float] = CROP_AREA
+    flip: bool = True
+    after: tuple[Operation, ...] = ()
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """From an epoch to its plan.
+
+    edm_aug   what is done to real and generated images first, where generated ones are mixed in, else None
+    warmup    let the strength of RandAugment grow, see warmup_augment
+    """
+
+    augment: Augment
+    edm_aug: str | None = None
+    warmup: bool = False
+
+    def __post_init__(self):
+        if self.edm_aug is not None and self.edm_aug not in EDM_AUGS:
+            raise DataError(f"edm_aug: {self.edm_aug!r}, expected one of {', '.join(EDM_AUGS)}")
+
+    def plan(self, epoch: int, size: int) -> Plan:
+        """What an epoch does to images that become size x size pixels."""
+        augment = warmup_augment(epoch, self.augment) if self.warmup else self.augment
+        return _plan(augment, self.edm_aug, size)
+
+
+def warmup_augment(epoch: int, augment: Augment) -> Augment:
+    """The augmentation of an epoch under --warmup_aa: RandAugment whose magnitude grows from 1 to 9 over eleven epochs.
+
+    It stays at 9 from then on, in a resumed run as well.
+    """
+    magnitude = WARMUP_MAGNITUDES[min(epoch, len(WARMUP_MAGNITUDES) - 1)]
+    return replace(augment, aa=f"rand-m{magnitude}-mstd0.5-inc1")
+
+
+@lru_cache(maxsize=4)
+def _plan(augment: Augment, edm_aug: str | None, size: int) -> Plan:
+    policy = _policy(augment.aa, size)
+    plan = _edm_plan(edm_aug)._replace(area=CROP_AREA if policy is None else AUGMENTED_AREA)
+    after = [*plan.after] if policy is None else [*plan.after, _library(policy)]
+    if augment.color_jitter and (policy is None or "3a" in augment.aa):
+        from torchvision.transforms import ColorJitter
+
+        after.append(_library(ColorJitter(*[augment.color_jitter] * 3)))
+    if augment.reprob:
+        after.append(partial(random_erasing, prob=augment.reprob, mode=augment.remode, max_count=augment.recount))
+    return plan._replace(after=tuple(after))
+
+
+def _edm_plan(edm_aug: str | None) -> Plan:
+    """The augmentations of CIFAR-10 that robust training with generated images has used."""
+    if edm_aug == "none":
+        return Plan(move=False, flip=False)
+    if edm_aug == "cutout":
+        return Plan(after=(cutout,))
+    if edm_aug == "autoaugment":
+        from torchvision.transforms import AutoAugment, AutoAugmentPolicy
+
+        return Plan(after=(_library(AutoAugment(AutoAugmentPolicy.CIFAR10)), cutout))
+    if edm_aug == "randaugment":
+        from torchvision.transforms import RandAugment
+
+        return Plan(before=(_library(RandAugment(2, 14)),))
+    if edm_aug == "idbh":
+        return Plan(move=False, after=(idbh.crop_shift, idbh.color_or_shape, idbh.erase))
+    return Plan()
+
+
+def _library(transform: Callable[[Image.Image], Image.Image]) -> Operation:
+    """A library's transform, which takes its numbers from the global generators."""
+    return lambda image, _: transform(image)
+
+
+def _policy(aa: str, size: int) -> Callable[[Image.Image], Image.Image] | None:
+    """timm's transform of an aa string with the original's settings: bicubic, shifts up to 0.45 of the side, black borders.
+
+    None for noaug.  Raises DataError for what timm does not understand.
+    """
+    if aa == "noaug":
+        return None
+    settings = {"translate_const": int(size * 0.45), "img_mean": (0, 0, 0), "interpolation": Image.Resampling.BICUBIC}
+    try:
+        policy, operations = _timm_policy(aa, settings)
+    except (AssertionError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"aa: {aa!r} is not understood ({reason}), expected noaug or for example rand-m9-mstd0.5-inc1, augmix-m5, original"
+        ) from error
+    for operation in operations:
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = _posterize
+    return policy
+
+
+def _timm_policy(aa: str, settings: dict) -> tuple[Callable[[Image.Image], Image.Image], list]:
+    """A transform, and the operations (timm's AugmentOp) that it chooses from."""
+    from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+
+    for section in aa.split("-")[1:]:
+        if not section.startswith("t") and not any(character.isdigit() for character in section):
+            raise ValueError(f"no number in {section!r}")  # timm would ignore it
+    if aa.startswith("rand"):
+        policy = rand_augment_transform(aa, settings)
+        return policy, policy.ops
+    if aa.startswith("augmix"):
+        policy = augment_and_mix_transform(aa, settings | {"translate_pct": 0.3})
+        return policy, policy.ops
+    policy = auto_augment_transform(aa, settings)
+    return policy, [operation for operations in policy.policy for operation in operations]
+
+
+def _posterize(image: Image.Image, bits: int, **_) -> Image.Image:
+    """Keep the highest bits; none of them, which timm asks for at magnitude 10, is refused by newer versions of Pillow."""
+    from timm.data.auto_augment import posterize
+
+    return posterize(image, bits) if bits > 0 else Image.new("RGB", image.size)

@@ -1,0 +1,65 @@
+"""The demo's stages in order, each in this process."""
+
+import argparse
+import shlex
+import signal
+import time
+from pathlib import Path
+
+import yaml
+from tqdm import tqdm
+
+from mimir_fast.cli import evaluate, finetune, pretrain
+from mimir_fast.config.fields import require
+from mimir_fast.data import dataset_info
+from mimir_fast.demo.arms import ARMS, Stage, stages
+from mimir_fast.demo.page import write_demo_page
+from mimir_fast.evaluate.autoattack import refusal
+
+VERBS = {"pretrain": pretrain.main, "finetune": finetune.main, "evaluate": evaluate.main}
+STOPPED = 128 + signal.SIGTERM
+
+
+def demo(args: argparse.Namespace) -> int:
+    """All stages, then the page; raises ValueError for wrong input."""
+    for name in ("seed", "aa_images"):
+        require(getattr(args, name) >= 0, name, getattr(args, name), "0 or more")
+    if args.aa_images and (reason := refusal(dataset_info("digits").num_classes)):
+        print(f"aa_images: AutoAttack is left out, it {reason}")
+        args.aa_images = 0
+    root = Path(args.output_dir)
+    check_seed(root, args.seed)
+    plan = [stage for arm in ARMS for stage in stages(arm, root, args.seed, args.aa_images)]
+    status = run_all(plan)
+    if status:
+        return status
+    print(f"report: {write_demo_page(root, args.seed, args.aa_images)}")
+    return 0
+
+
+def check_seed(root: Path, seed: int) -> None:
+    """Raises ValueError if the folder holds the runs of another seed, which would be taken up."""
+    for path in root.glob("*/*/config.yaml"):
+        before = yaml.safe_load(path.read_text()).get("seed")
+        require(before == seed, "seed", seed, f"{before}, which {root} was begun with, or another --output_dir")
+
+
+def run_all(plan: list[Stage]) -> int:
+    """Run the stages in order, each in this process; returns the first exit status that is not 0, or 143 after a SIGTERM."""
+    began, done, total = time.perf_counter(), 0.0, sum(stage.share for stage in plan)
+    for number, stage in enumerate(plan, 1):
+        spent = time.perf_counter() - began
+        left = f", about {tqdm.format_interval(spent / done * (total - done))} left" if done else ""
+        print(
+            f"\n[{number}/{len(plan)}{left}] {stage.title}\n$ mimir-fast {stage.verb} {shlex.join(stage.words)}",
+            flush=True,
+        )
+        status = VERBS[stage.verb](stage.words)
+        if status == 0 and not stage.product.exists():  # stopped by SIGTERM, which is no failure of the stage
+            status = STOPPED
+        if status in (STOPPED, 130):
+            print("stopped; the same demo command goes on from there")
+        if status:
+            return status
+        done += stage.share
+    return 0

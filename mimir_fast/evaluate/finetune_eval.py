@@ -1,0 +1,41 @@
+"""`mimir-fast finetune --eval --resume CKPT`: the original's sequence of attacks, by mimir_fast.evaluate."""
+
+from mimir_fast.checkpoints.files import beside
+from mimir_fast.checkpoints.trained import OVERRIDES, load_classifier
+from mimir_fast.config.finetuning import FinetuneConfig
+from mimir_fast.evaluate.autoattack import refusal
+from mimir_fast.evaluate.evaluation import original_sequence, run_evaluation
+from mimir_fast.evaluate.images import Images
+from mimir_fast.evaluate.rounds import Sizes
+
+
+def evaluate(config: FinetuneConfig, explicit: set[str]) -> int:
+    """Clean accuracy, PGD-5 at eps 1, PGD-20, PGD-100 and AutoAttack, or with --adap_eval the adaptive attacks; in fp32.
+
+    Model and data set are the checkpoint's where the flags do not say; eps and alpha are the flags', as in the original.
+    Results go beside it.  Returns 0; raises ValueError for wrong input.
+    """
+    flat, source = config.flat(), config.run.resume
+    overrides = {name: flat[name] for name in OVERRIDES if name in explicit and name in flat}
+    trained = load_classifier(source, overrides=overrides, device=config.run.device)
+    dataset = flat["dataset"] if "dataset" in explicit else trained.args.get("dataset") or flat["dataset"]
+    a, d = config.attack, config.data
+    print(
+        f"{trained.source}: {trained.args['model']}, eps {a.eps:g}/255, alpha {a.alpha:g}/255, on {config.run.device}"
+    )
+    attacks = original_sequence(a.eps, a.alpha, config.validation.adap_eval)
+    if any(attack.kind == "aa" for attack in attacks) and (reason := refusal(trained.args["nb_classes"])):
+        print(f"eval: AutoAttack is left out, it {reason}")
+        attacks = tuple(attack for attack in attacks if attack.kind != "aa")
+    images = Images(dataset, d.data_root, trained.args["input_size"], num_workers=d.num_workers)
+    batch = config.optim.batch_size
+    run_evaluation(
+        trained.model,
+        trained.source,
+        images,
+        attacks,
+        beside(source, "eval"),
+        sizes=Sizes(batch, batch),
+        seed=config.run.seed,
+    )
+    return 0

@@ -1,5 +1,0 @@
-import sys
-
-from mimir_fast.fit.command import main
-
-sys.exit(main())

@@ -1,0 +1,99 @@
+"""GPUs, what a prediction leaves free on them, and the report."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from mimir_fast.cli.pretrain import settle_defaults
+from mimir_fast.config.pretraining import PretrainConfig
+from mimir_fast.memory.prediction import Prediction
+from mimir_fast.models.attention import PACKAGES
+from mimir_fast.training.pretraining import penalty_name
+
+GIB = 2**30
+CONTEXT = 1.0  # GiB kept free for the CUDA context, loaded kernels and libraries
+FRAGMENTATION = 0.05  # share of the predicted peak kept free for holes between allocations
+LARGEST = 2**20  # images; no GPU holds more
+
+
+class Gpu(NamedTuple):
+    """Memory in GiB as CUDA reports it, and what cuBLAS takes from the allocator for each thread that uses it, MiB."""
+
+    memory: float
+    workspace: float
+
+
+GPUS = {
+    "a100-40": Gpu(39.4, 8.125),
+    "a100-80": Gpu(79.1, 8.125),
+    "h100-80": Gpu(79.1, 32),
+    "h200-141": Gpu(139.7, 32),
+    "l40s-48": Gpu(44.3, 8.125),
+    "rtx4090-24": Gpu(23.5, 8.125),
+}
+
+
+def on_cuda(config: PretrainConfig, explicit: set[str]) -> PretrainConfig:
+    """The configuration with the defaults it would have on a CUDA machine.
+
+    Raises ValueError if it asks for the CPU, for shards of the model or for a package's attention, or is wrong in itself.
+    """
+    if "device" in explicit and not config.run.device.startswith("cuda"):
+        raise ValueError(f"device: got {config.run.device}, expected cuda: memory predicts GPU memory")
+    if config.optim.parallel == "fsdp" and config.dist.world_size > 1:
+        raise ValueError("parallel: got fsdp; memory predicts a process that has the whole model, expected ddp")
+    if config.optim.attention in PACKAGES:
+        raise ValueError(f"attention: got {config.optim.attention}; memory predicts auto, short, sdpa and math")
+    compiled = config.optim.compile in (None, True)  # whether this machine has a compiler or not
+    settled, _ = settle_defaults(replace(config, run=replace(config.run, device="cuda:0")), explicit, pretend=True)
+    return replace(settled, optim=replace(settled.optim, compile=compiled))
+
+
+def peak(prediction: Prediction, gpu: Gpu, batch: int) -> dict[str, float]:
+    """GiB by kind at the step's peak.  cuBLAS has two workspaces: the main thread's and autograd's."""
+    kinds = {kind: size / GIB for kind, size in prediction.at(batch).items()}
+    return {**kinds, "cuBLAS workspaces": 2 * gpu.workspace / 1024}
+
+
+def needed(prediction: Prediction, gpu: Gpu, batch: int) -> float:
+    """GiB the GPU must have: the peak and the reserve."""
+    return sum(peak(prediction, gpu, batch).values()) * (1 + FRAGMENTATION) + CONTEXT
+
+
+def largest_batch(prediction: Prediction, gpu: Gpu) -> int:
+    """The largest batch that fits with the reserve, 0 if not even one image does."""
+    low, high = 0, LARGEST
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = needed(prediction, gpu, middle) <= gpu.memory
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low
+
+
+def describe(config: PretrainConfig, prediction: Prediction, gpus: dict[str, Gpu]) -> list[str]:
+    """The lines of the report."""
+    m, o, a = config.model, config.optim, config.attack
+    attack = "none" if a.attack == "plain" else f"{a.steps} step(s)"
+    compiled = f"compiled by {o.compile_region}" if o.compile else "eager"
+    settings = [compiled, f"kernels {o.kernels}", f"attention {o.attention}", f"residual {o.residual_dtype}"]
+    settings += ["activation checkpointing"] * o.activation_checkpointing
+    kinds = peak(prediction, next(iter(gpus.values())), o.batch_size)
+    lines = [
+        f"{m.model} at {m.input_size}/{m.patch_size}, {o.precision}, {', '.join(settings)}; "
+        f"attack {attack}; penalty {penalty_name(config) or 'none'}",
+        f"predicted peak at batch {o.batch_size} (one process; torch.cuda.max_memory_allocated):",
+        *(f"  {kind:<28}{size:8.2f} GiB" for kind, size in kinds.items()),
+        f"  {'sum':<28}{sum(kinds.values()):8.2f} GiB",
+        f"largest batch that fits, keeping {CONTEXT:g} GiB (CUDA context) and {FRAGMENTATION:.0%} of the peak "
+        "(fragmentation) free:",
+    ]
+    for name, gpu in gpus.items():
+        fits = needed(prediction, gpu, o.batch_size) <= gpu.memory
+        verdict = "fits" if fits else "does not fit"
+        lines.append(
+            f"  {name:<12}{gpu.memory:7.1f} GiB {largest_batch(prediction, gpu):8d}   (batch {o.batch_size} {verdict})"
+        )
+    if o.compile and o.compile_mode in ("reduce-overhead", "max-autotune"):
+        lines.append(f"compile_mode: {o.compile_mode} runs CUDA graphs, whose memory pools are not counted here")
+    if config.dist.world_size > 1:
+        lines.append("world_size: the gradients' buffers of data parallelism are not counted here")
+    return lines

@@ -1,0 +1,1 @@
+"""What is minimised: reconstruction, mutual-information penalties, the losses of adversarial training."""

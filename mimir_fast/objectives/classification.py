@@ -1,0 +1,72 @@
+"""What fine-tuning minimises: all training passes of one micro-batch.  Shapes: B batch, C channels, H W sides, O classes."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mimir_fast.models import VisionTransformer
+from mimir_fast.objectives.adversarial_losses import TWO_BRANCHES, check_kind, cross_entropy, mart_loss, trades_loss
+from mimir_fast.objectives.information import renyi_mi
+from mimir_fast.training.stages import stage
+
+
+class FinetuneOutput(NamedTuple):
+    """Device values only: loss (scalar); logits [B,O] of the images trained on, detached; these images, adv [B,C,H,W]."""
+
+    loss: Tensor
+    logits: Tensor
+    adv: Tensor
+
+
+class Objective(nn.Module):
+    """The loss of a classifier on attacked images: what is trained, and what DDP wraps.
+
+    kind         plain, pgd, apgd: the criterion on the images given; trades, mart: their loss on clean and adversarial
+                 images, which pass through the model as one batch
+    criterion    (logits, targets) -> scalar; trades and mart have their own, without smoothing, as in the original
+    beta         weight of the robust term of trades and mart
+    information  None, or weights (xz, yz) of an added xz I(images; features) - yz I(logits; features) in bits, with the
+                 tokens of the images trained on as features
+    features     the model's forward_features, or its compiled version
+    The clean images pass once: TRADES' two terms see the same draw of stochastic depth, where the original draws twice.
+    """
+
+    def __init__(
+        self,
+        model: VisionTransformer,
+        kind: str = "plain",
+        criterion: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+        beta: float = 6.0,
+        information: tuple[float, float] | None = None,
+        features: Callable[..., Tensor] | None = None,
+    ):
+        super().__init__()
+        check_kind(kind, mixing=False)
+        self.model, self.kind, self.criterion, self.beta = model, kind, criterion, beta
+        self.information, self.features = information, features or model.forward_features
+
+    def forward(self, images: Tensor, adv: Tensor, targets: Tensor, drop_noise: Tensor | None = None) -> FinetuneOutput:
+        """images [B,C,H,W], their adversarial version, targets [B] or [B,O], drop_noise of all images that pass."""
+        both = self.kind in TWO_BRANCHES
+        with stage("encoder"):
+            tokens = self.features(torch.cat([images, adv]) if both else adv, drop_noise)
+            logits = self.model.classify(tokens)
+        with stage("loss"):
+            seen = logits[-len(adv) :]
+            loss = self._two_branches(logits, targets) if both else self.criterion(logits, targets)
+            if self.information:
+                loss = loss + information_term(self.information, images, tokens[-len(adv) :], seen)
+        return FinetuneOutput(loss, seen.detach(), adv)
+
+    def _two_branches(self, logits: Tensor, targets: Tensor) -> Tensor:
+        loss = trades_loss if self.kind == "trades" else mart_loss
+        return loss(*logits.chunk(2), targets, self.beta)
+
+
+def information_term(weights: tuple[float, float], images: Tensor, tokens: Tensor, logits: Tensor) -> Tensor:
+    """xz I(images; tokens) - yz I(logits; tokens) of [B,C,H,W], [B,1+L,D] and [B,O]: the deep information bottleneck."""
+    with stage("penalty"):
+        terms = (renyi_mi(seen.flatten(1), tokens.flatten(1)) for seen in (images, logits))
+        return sum(weight * term for weight, term in zip((weights[0], -weights[1]), terms))

@@ -1,0 +1,111 @@
+"""What pre-training minimises: reconstruction loss + weight * mutual-information penalty.
+
+Shapes: B batch, C channels, H W sides, L patches, K kept patches, P numbers per patch, D width.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mimir_fast.models import MaskedAutoencoderViT
+from mimir_fast.objectives.information import penalty_value
+from mimir_fast.training.stages import stage
+
+
+class StepOutput(NamedTuple):
+    """Device values only.
+
+    loss = recon + weight * penalty (scalars, mi unweighted), penalty_used (bool), adv [B,C,H,W]; pred [B,M,P] predicts the
+    removed patches, whose numbers are ids_removed [B,M].
+    """
+
+    loss: Tensor
+    recon: Tensor
+    mi: Tensor
+    penalty_used: Tensor
+    adv: Tensor
+    pred: Tensor
+    ids_removed: Tensor
+
+
+class Objective(nn.Module):
+    """Reconstruction loss + weight * penalty of a masked autoencoder: what is trained, and what DDP wraps.
+
+    penalty      hsic, dib_mi, renyi2 or None; only with an attack, as in the original
+    encode, reconstruct: compiled versions of the model's methods; the cut between them is the latent, so that the penalty
+    on the latent runs beside the decoder, on a stream of its own (CUDA).
+    """
+
+    def __init__(
+        self,
+        model: MaskedAutoencoderViT,
+        mask_ratio: float = 0.75,
+        penalty: str | None = None,
+        weight: float = 0.0,
+        encode: Callable[..., Tensor] | None = None,
+        reconstruct: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    ):
+        super().__init__()
+        self.model, self.mask_ratio, self.penalty, self.weight = model, mask_ratio, penalty, weight
+        self.encode, self.reconstruct = encode or model.encode, reconstruct or model.reconstruct
+        on_cuda = model.mask_token.is_cuda
+        self.side = torch.cuda.Stream(model.mask_token.device) if on_cuda and penalty else None
+
+    def forward(self, images: Tensor, adv: Tensor | None, noise_BL: Tensor) -> StepOutput:
+        """images [B,C,H,W]; adv, their adversarial version or None; noise [B,L] decides the mask."""
+        seen = images if adv is None else adv
+        with stage("encoder"):
+            ids_shuffle, _, keep = self.model.hide(noise_BL, self.mask_ratio)
+            ids_keep, ids_removed = ids_shuffle[:, :keep], ids_shuffle[:, keep:]
+            latent = self.encode(self.model.cut(seen, ids_keep), ids_keep)
+        if self.penalty is None or adv is None:
+            with stage("decoder"):
+                recon, pred = self.reconstruct(latent, ids_shuffle, images)
+            none, used = torch.zeros_like(recon), torch.ones_like(recon, dtype=torch.bool)
+            return StepOutput(recon, recon.detach(), none, used, seen, pred.detach(), ids_removed)
+        with self._on_the_side(), stage("penalty"):
+            mi, used, grad = guarded_penalty(self.penalty, latent, images, adv, self.model.kernels)
+        with stage("decoder"):
+            recon, pred = self.reconstruct(latent, ids_shuffle, images)
+        if self.side:
+            torch.cuda.current_stream().wait_stream(self.side)
+        term = torch.where(used, mi, 0) + InjectGradient.apply(latent, grad)
+        return StepOutput(recon + self.weight * term, recon.detach(), mi, used, adv, pred.detach(), ids_removed)
+
+    def _on_the_side(self) -> torch.cuda.StreamContext:
+        """Work inside starts after all work so far; its memory is safe because each use begins here and ends in a wait."""
+        if self.side:
+            self.side.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(self.side)
+
+
+def guarded_penalty(
+    penalty: str, latent: Tensor, images: Tensor, adv: Tensor, kernels: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The penalty's value, whether it is usable, and its gradient in the latent (zero if unusable).
+
+    Usable: finite, not exactly zero, gradient finite.  Decided on the device: a NaN never meets the reconstruction's gradient.
+    """
+    with torch.enable_grad():
+        leaf = latent.detach().requires_grad_(True)
+        value = penalty_value(penalty, leaf, images, adv, kernels)
+        (grad,) = torch.autograd.grad(value, leaf)
+    value = value.detach()
+    used = value.isfinite() & (value != 0) & grad.isfinite().all()
+    return value, used, torch.where(used, grad, 0)
+
+
+class InjectGradient(torch.autograd.Function):
+    """Zero in the forward pass, a given gradient for the tensor [any shape] in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, grad: Tensor) -> Tensor:
+        ctx.save_for_backward(grad)
+        return torch.zeros((), dtype=torch.float32, device=tensor.device)
+
+    @staticmethod
+    def backward(ctx, grad_zero: Tensor):
+        (grad,) = ctx.saved_tensors
+        return grad_zero * grad, None

@@ -1,0 +1,1 @@
+"""What a run has written as one HTML page."""

@@ -1,0 +1,53 @@
+"""A few images of the last step, kept beside the checkpoints for the report."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mimir_fast.kernels.masked_patch_loss.reference import patch_statistics, patchify, unpatchify
+from mimir_fast.training.pretrain_step import StepOutput
+
+SAMPLES = 8
+
+
+def reconstruct(pred_BMP: Tensor, ids_BM: Tensor, images_BCHW: Tensor, patch_size: int, norm_pix_loss: bool) -> Tensor:
+    """Images [B,C,H,W] with predictions [B,M,P] in place of patches ids [B,M].
+
+    Normalised predictions get the clean patch's mean and deviation.
+    """
+    patches_BLP = patchify(images_BCHW.float(), patch_size)
+    if norm_pix_loss:
+        mean, std = (t.gather(1, ids_BM[:, :, None]) for t in patch_statistics(patches_BLP))
+        pred_BMP = pred_BMP * std + mean
+    filled_BLP = patches_BLP.scatter(1, ids_BM[:, :, None].expand_as(pred_BMP), pred_BMP.float())
+    return unpatchify(filled_BLP, patch_size, *images_BCHW.shape[2:])
+
+
+@torch.no_grad()
+def save_samples(
+    path: Path,
+    images: Tensor,
+    output: StepOutput,
+    patch_size: int,
+    norm_pix_loss: bool,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    position: dict,
+) -> None:
+    """Write up to eight images of a step as arrays in [0,1]: clean, adv, recon [n,3,H,W], mask [n,L] (1 = removed).
+
+    mean, std per channel: the normalisation to undo, if any; position: epoch, update, eps_255 to store beside.
+    """
+    images, adv, pred, ids = (t[:SAMPLES] for t in (images, output.adv, output.pred, output.ids_removed))
+    mask = torch.zeros(len(images), images[0, 0].numel() // patch_size**2, device=images.device).scatter(1, ids, 1.0)
+    arrays = {"clean": images, "adv": adv, "recon": reconstruct(pred, ids, images, patch_size, norm_pix_loss)}
+    if mean is not None:
+        mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (mean, std))
+        arrays = {name: value * std + mean for name, value in arrays.items()}
+    arrays = {name: value.float().clamp(0, 1).cpu().numpy() for name, value in arrays.items()}
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        np.savez(file, mask=mask.cpu().numpy(), patch_size=patch_size, **arrays, **position)
+    temporary.replace(path)

@@ -1,0 +1,1 @@
+"""The training loop, what a step computes with, and the two kinds of training."""

@@ -1,0 +1,134 @@
+"""Several processes: who am I, how many are we, and the few collectives the trainer needs."""
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mimir_fast.config.pretraining import DistConfig
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: rank 0..size-1, local_rank on its machine, device, and a gloo group for host-side words."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    host_group: "dist.ProcessGroup | None" = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Average of a device tensor over all processes."""
+        if self.size > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+            values /= self.size
+        return values
+
+    def total(self, count: int | Tensor) -> int:
+        """Sum of a count over all processes, on the host."""
+        count = torch.as_tensor(count, dtype=torch.float64, device=self.device)
+        return round(float(self.mean(count) * self.size))
+
+    def any(self, flag: bool) -> bool:
+        """True on every process if it is true on one; host memory only, the device is not waited for."""
+        if self.size == 1:
+            return flag
+        word = torch.tensor(int(flag))
+        dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.host_group)
+        return bool(word)
+
+    def largest(self, number: int) -> int:
+        """The largest of every process's integers; host memory only."""
+        word = torch.tensor(number)
+        if self.size > 1:
+            dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.host_group)
+        return int(word)
+
+    def same(self, numbers: list[int]) -> bool:
+        """Whether every process holds the same integers."""
+        if self.size == 1:
+            return True
+        words = torch.tensor([numbers, [-n for n in numbers]])
+        dist.all_reduce(words, op=dist.ReduceOp.MAX, group=self.host_group)
+        return bool((words[0] == -words[1]).all())
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Give rank 0's values to everybody, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), 0)
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier(group=self.host_group)
+
+    def close(self) -> None:
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+def find_rank(config: DistConfig, env: Mapping[str, str]) -> tuple[int, int, int]:
+    """(rank, size, local rank), looked for in the original's order: OpenMPI if asked, torchrun, SLURM, single process.
+
+    Raises ValueError if dist_on_itp is given without OpenMPI's variables.
+    """
+    if config.dist_on_itp:
+        names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
+        if any(name not in env for name in names):
+            raise ValueError(f"dist_on_itp: {', '.join(names)} must be set; start with mpirun or leave the flag out")
+        rank, size, local_rank = (int(env[name]) for name in names)
+        return rank, size, local_rank
+    if "RANK" in env and "WORLD_SIZE" in env:
+        local_rank = int(env.get("LOCAL_RANK", max(config.local_rank, 0)))
+        return int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank
+    if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # inside srun, not the batch script
+        rank = int(env["SLURM_PROCID"])
+        return (
+            rank,
+            int(env["SLURM_STEP_NUM_TASKS"]),
+            int(env.get("SLURM_LOCALID", rank % max(torch.cuda.device_count(), 1))),
+        )
+    return 0, 1, 0
+
+
+def join_world(config: DistConfig, device_name: str) -> World:
+    """Join the process group (NCCL on GPUs, gloo on CPUs) and pick this process's device.
+
+    Raises ValueError if the device is CUDA and this process's GPU does not exist.
+    """
+    rank, size, local_rank = find_rank(config, os.environ)
+    device = torch.device(device_name)
+    if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", local_rank)
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(
+                f"device: {device} does not exist, this machine has {torch.cuda.device_count()} CUDA devices"
+            )
+        torch.cuda.set_device(device)
+    if size == 1:
+        return World(device=device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, config.dist_url, world_size=size, rank=rank, timeout=timedelta(minutes=30))
+    host_group = dist.new_group(backend="gloo") if backend == "nccl" else dist.group.WORLD
+    return World(rank, size, local_rank, device, host_group)
+
+
+def average_gradients(compress: bool, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP communication hook: the mean over ranks, added up in fp32, or in bf16 where `compress` is set.
+
+    16-bit buckets come from the 16-bit copies; the mean is rounded to them once.
+    """
+    gradients = bucket.buffer()
+    words = (gradients.bfloat16() if compress else gradients.float()) / dist.get_world_size()
+    return dist.all_reduce(words, async_op=True).get_future().then(lambda sums: gradients.copy_(sums.value()[0]))

@@ -1,0 +1,136 @@
+"""THE fine-tuning step, in the order in which the data flows.
+
+Shapes: B batch, C channels, H W sides, O classes.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mimir_fast.attacks.linf import apgd, linf_step, momentum_step, pgd
+from mimir_fast.attacks.pgd_mae import starting_point
+from mimir_fast.models import VisionTransformer
+from mimir_fast.objectives.adversarial_losses import TWO_BRANCHES, attack_losses
+from mimir_fast.objectives.classification import FinetuneOutput
+from mimir_fast.training.stages import stage
+
+__all__ = ["Attack", "AttackFunctions", "FinetuneOutput", "Noise", "attack_images", "draw_noise", "finetune_step"]
+
+JITTER = 0.001  # deviation of trades' and mart's start, as a share of the valid range
+FP16_ATTACK_SCALE = 1024.0  # of the sum over the batch: its gradient in a logit is at most 1
+
+
+class Attack(NamedTuple):
+    """How training images are attacked.
+
+    kind         plain: not at all; pgd: from uniform noise; apgd: from the images; trades (ascends the divergence from the
+                 clean prediction) and mart: from small normal noise.  All but trades ascend the cross-entropy
+    bounds       [4,C] eps, alpha, lo, hi of every channel, from linf_bounds; replace it to change them between steps
+    loss_scale   for fp16; beta: weight of the robust term of trades and mart
+    """
+
+    kind: str = "plain"
+    steps: int = 0
+    bounds: Tensor | None = None
+    loss_scale: float = 1.0
+    beta: float = 6.0
+
+
+class Noise(NamedTuple):
+    """Every random draw of a step.
+
+    start   pgd: a seed (one int64 number) of uniform noise, or that noise [B,C,H,W]; trades, mart: normal noise [B,C,H,W]
+    drop    uniform draws of stochastic depth [depth,2,B]; trades, mart: [depth,2,2B], clean images first; None: none
+    """
+
+    start: Tensor | None = None
+    drop: Tensor | None = None
+
+
+def draw_noise(generator: torch.Generator, model: VisionTransformer, images: Tensor, attack: Attack) -> Noise:
+    """Draw a step's randomness for images [B,C,H,W] on the generator's device (seed it by pretrain_step.step_seed)."""
+    options = {"device": generator.device, "generator": generator}
+    start = drop = None
+    if attack.kind == "pgd":
+        start = torch.randint(2**63 - 1, (), **options)
+    elif attack.kind in TWO_BRANCHES:
+        start = torch.randn(images.shape, **options)
+    if any(model.drop_rates):
+        passes = 2 if attack.kind in TWO_BRANCHES else 1
+        drop = torch.rand(len(model.blocks), 2, passes * len(images), **options)
+    return Noise(start, drop)
+
+
+def image_losses(model: VisionTransformer, adv: Tensor, targets: Tensor) -> Tensor:
+    """The images' losses [B] that the attack ascends; compile this one."""
+    return attack_losses(model(adv), targets)
+
+
+def image_logits(model: VisionTransformer, images: Tensor) -> Tensor:
+    """Logits [B,O] without stochastic depth."""
+    return model(images)
+
+
+def jitter(images: Tensor, bounds: Tensor, start: Tensor) -> Tensor:
+    """Where trades and mart start: normal noise, a thousandth of the range, not clamped."""
+    return images + JITTER * (bounds[3] - bounds[2])[:, None, None] * start
+
+
+class AttackFunctions(NamedTuple):
+    """What an attack computes with: as they are, or compiled (mimir_fast.training.engine)."""
+
+    losses: Callable[..., Tensor] = image_losses
+    logits: Callable[..., Tensor] = image_logits
+    begin: Callable[..., Tensor] = starting_point
+    step: Callable[..., Tensor] = linf_step
+    move: Callable[..., Tensor] = momentum_step
+
+
+def attack_images(
+    model: VisionTransformer,
+    images: Tensor,
+    targets: Tensor,
+    start: Tensor | None,
+    attack: Attack,
+    functions: AttackFunctions = AttackFunctions(),  # noqa: B008 (immutable)
+) -> Tensor:
+    """Adversarial versions [B,C,H,W] of the images; nothing is left out by stochastic depth.
+
+    model: in evaluation mode and without trainable parameters, so that only the images are differentiated.
+    """
+    if attack.kind == "trades":  # KL(p || p_adv) and the cross-entropy to p have the same gradient in the image
+        with torch.no_grad():
+            targets = functions.logits(model, images).float().softmax(dim=1)
+
+    def losses(adv: Tensor) -> Tensor:
+        return functions.losses(model, adv, targets)
+
+    options = {"loss_scale": attack.loss_scale, "step": functions.step}
+    where = (images, attack.bounds, attack.steps, start)
+    if attack.kind == "apgd":
+        return apgd(losses, *where, **options, move=functions.move, begin=functions.begin)
+    return pgd(losses, *where, **options, begin=jitter if attack.kind in TWO_BRANCHES else functions.begin)
+
+
+def finetune_step(
+    objective: nn.Module,
+    attacked: VisionTransformer,
+    images: Tensor,
+    targets: Tensor,
+    noise: Noise,
+    attack: Attack,
+    functions: AttackFunctions = AttackFunctions(),  # noqa: B008 (immutable)
+) -> FinetuneOutput:
+    """Attack, forward passes and loss of one micro-batch; the caller runs the backward pass.
+
+    objective    an Objective of the attack's kind, possibly wrapped in DDP
+    attacked     what the attack runs on: frozen_twin(the objective's model).eval()
+    images       [B,C,H,W] float, clean; targets: labels [B] int64 or probabilities [B,O]
+    """
+    adv = images
+    if attack.kind != "plain":
+        with stage("attack"):
+            adv = attack_images(attacked, images, targets, noise.start, attack, functions)
+    return objective(images, adv, targets, noise.drop)

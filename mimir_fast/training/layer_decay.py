@@ -1,0 +1,47 @@
+"""Layer-wise learning-rate decay: the closer to the image, the smaller the step."""
+
+import torch
+
+from mimir_fast.models import VisionTransformer
+from mimir_fast.training.optimizer import ADAM_EPS
+
+BETAS = (0.9, 0.999)
+TABLES = ("cls_token", "pos_embed")
+
+
+def layer_of(name: str, depth: int) -> int:
+    """0 for what comes before the blocks, i + 1 for block i, depth + 1 for what comes after them."""
+    if name in TABLES or name.startswith("patch_embed."):
+        return 0
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return depth + 1
+
+
+def parameter_groups(model: VisionTransformer, weight_decay: float, layer_decay: float) -> list[dict]:
+    """One group per layer and kind in order of first appearance, with lr_scale = layer_decay^(depth + 1 - layer).
+
+    Vectors, the class token and the positional table are not decayed.  Order and grouping are part of the checkpoint
+    format.  Raises ValueError unless 0 < layer_decay <= 1.
+    """
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay: expected 0 < decay <= 1, got {layer_decay}")
+    depth = len(model.blocks)
+    groups: dict[tuple[int, bool], dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer, decayed = layer_of(name, depth), parameter.ndim > 1 and name not in TABLES
+        new = {
+            "params": [],
+            "weight_decay": weight_decay if decayed else 0.0,
+            "lr_scale": layer_decay ** (depth + 1 - layer),
+        }
+        groups.setdefault((layer, decayed), new)["params"].append(parameter)
+    return list(groups.values())
+
+
+def build_optimizer(model: VisionTransformer, lr: float, weight_decay: float, layer_decay: float) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`; the fused implementation, which can skip a step without asking the host."""
+    groups = parameter_groups(model, weight_decay, layer_decay)
+    return torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=ADAM_EPS, fused=True)

@@ -1,0 +1,113 @@
+"""Parameter groups, learning-rate schedule, and the optimizer update that skips non-finite steps on the device."""
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from mimir_fast.training.stages import stage
+
+if TYPE_CHECKING:
+    from mimir_fast.training.precision import ComputeCopy
+    from mimir_fast.training.sharding import Shards
+
+BETAS = (0.9, 0.95)
+ADAM_EPS = 1e-8
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups in the original's order: vectors and biases without decay, then everything else.
+
+    Tokens are 3-D and therefore decayed; frozen tables are in no group.  Inside a group, `named_parameters()` order.
+    """
+    plain, decayed = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (plain if parameter.ndim <= 1 or name.endswith(".bias") else decayed).append(parameter)
+    return [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
+
+
+def build_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`; the fused implementation, which can skip a step without asking the host."""
+    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, betas=BETAS, eps=ADAM_EPS, fused=True)
+
+
+def learning_rate(epoch: float, lr: float, min_lr: float, warmup_epochs: float, epochs: float) -> float:
+    """Linear warm-up from 0, then a half cosine down to min_lr; `epoch` is fractional (step / steps per epoch + epoch)."""
+    if epoch < warmup_epochs:
+        return lr * epoch / warmup_epochs
+    if epochs <= warmup_epochs:
+        return min_lr
+    progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group lr, times its own `lr_scale` where it has one."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+class Updater:
+    """Backward passes and optimizer updates of one model.
+
+    A non-finite loss makes every gradient NaN, on all ranks once gradients are averaged; a non-finite gradient norm then
+    skips the update on the device.  `counters` [3] int64 on the device: updates skipped in all, in a row now, in a row at
+    worst.  fp16 losses are scaled by torch's GradScaler; in bf16 and fp32 the scaler is disabled and its state empty.
+    compute: what computes in the parameters' place, if anything does: a 16-bit copy, or shards.
+    total_norm: gradients -> their global L2 norm.
+    max_norm: gradients of a larger norm are scaled down to it.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        fp16: bool,
+        compute: "ComputeCopy | Shards | None" = None,
+        max_norm: float | None = None,
+    ):
+        self.optimizer, self.compute, self.max_norm = optimizer, compute, max_norm
+        self.total_norm: Callable[[list[Tensor]], Tensor] = torch.nn.utils.get_total_norm
+        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+        self.counters = torch.zeros(3, dtype=torch.int64, device=device)
+
+    def backward(self, loss: Tensor, accum_iter: int) -> None:
+        """Accumulate the gradients of one micro-batch's loss / accum_iter."""
+        with stage("backward"):
+            loss = loss / accum_iter
+            poisoned = loss * torch.where(loss.isfinite(), 1.0, torch.nan)
+            self.scaler.scale(poisoned).backward()
+            if self.compute:
+                self.compute.take_gradients()
+
+    def update(self) -> Tensor:
+        """Step the optimizer, clear the gradients; returns their global L2 norm before clipping (device scalar, unscaled)."""
+        with stage("optimizer"):
+            return self._update()
+
+    def _update(self) -> Tensor:
+        self.scaler.unscale_(self.optimizer)
+        trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = self.total_norm([p.grad for p in trained])
+        if self.max_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(trained, self.max_norm, norm)
+        bad = ~norm.isfinite()
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:  # the fused kernel's own switch, the one GradScaler throws
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, bad.float()
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.compute:
+            self.compute.refresh()
+        self._count(bad)
+        return norm
+
+    def _count(self, bad: Tensor) -> None:
+        total, in_a_row, worst = self.counters.unbind()
+        in_a_row = (in_a_row + 1) * bad
+        self.counters = torch.stack([total + bad, in_a_row, torch.maximum(worst, in_a_row)])

@@ -1,0 +1,80 @@
+"""THE pre-training step, in the order in which the data flows.
+
+Shapes: B batch, C channels, H W sides, L patches.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mimir_fast.attacks.pgd_mae import AttackFunctions, pgd_mae
+from mimir_fast.models import MaskedAutoencoderViT
+from mimir_fast.objectives.reconstruction import StepOutput
+from mimir_fast.training.stages import stage
+
+
+class Noise(NamedTuple):
+    """Every random draw of a step.
+
+    start        a seed (one int64 number) of the attack's start noise, or that noise itself [B,C,H,W]
+    attack_masks one [B,L] per attack step; train_mask [B,L]: their smallest entries stay
+    """
+
+    start: Tensor
+    attack_masks: list[Tensor]
+    train_mask: Tensor
+
+
+class Attack(NamedTuple):
+    """PGD-MAE; bounds [4,C]: eps, alpha, lo, hi of every channel, from linf_bounds.  steps None: no attack, a plain MAE."""
+
+    steps: int | None = None
+    bounds: Tensor | None = None
+    mask_ratio: float = 0.75
+    loss_scale: float = 1.0
+
+
+def draw_noise(generator: torch.Generator, batch: int, num_patches: int, attack: Attack) -> Noise:
+    """Draw a step's randomness for `batch` images on the generator's device: start, attack masks, training mask."""
+    device = generator.device
+    start = torch.randint(2**63 - 1, (), device=device, generator=generator)
+    masks = torch.rand((attack.steps or 0) + 1, batch, num_patches, device=device, generator=generator)
+    return Noise(start, list(masks[:-1]), masks[-1])
+
+
+def step_seed(seed: int, rank: int, epoch: int, step: int) -> int:
+    """Seed of one micro-step's noise: a function of its position, so that any step can be replayed and a run resumed."""
+    return int(np.random.SeedSequence([seed, rank, epoch, step]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def pretrain_step(
+    objective: nn.Module,
+    model: MaskedAutoencoderViT,
+    images: Tensor,
+    noise: Noise,
+    attack: Attack,
+    functions: AttackFunctions = AttackFunctions(),  # noqa: B008 (immutable)
+) -> StepOutput:
+    """Attack, encode, decode, loss and penalty of one micro-batch; the caller runs the backward pass.
+
+    objective    an Objective, possibly wrapped in DDP
+    model        what the attack runs on: the objective's model, or its frozen_twin where the functions are compiled
+    images       [B,C,H,W] float, clean; the loss reconstructs them from their adversarial version
+    """
+    if attack.steps is None:
+        return objective(images, None, noise.train_mask)
+    with stage("attack"):
+        adv = pgd_mae(
+            model,
+            images,
+            attack.bounds,
+            attack.steps,
+            mask_ratio=attack.mask_ratio,
+            start=noise.start,
+            mask_noise=noise.attack_masks,
+            loss_scale=attack.loss_scale,
+            functions=functions,
+        )
+    return objective(images, adv, noise.train_mask)

@@ -1,0 +1,111 @@
+"""Fully sharded data parallelism (FSDP2): every process keeps its share of parameters, gradients and optimizer moments.
+
+For models whose 16 bytes per parameter (fp32 parameter, gradient, two moments) are too much for each GPU.  Parameters are
+gathered block by block for the forward pass and kept until the block's backward pass is done.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from mimir_fast.attacks.pgd_mae import reconstruction
+from mimir_fast.models import MaskedAutoencoderViT
+from mimir_fast.training.distributed import World
+from mimir_fast.training.optimizer import Updater
+
+
+class Reconstruction(nn.Module):
+    """The attack's loss as a module, whose call gathers the parameters."""
+
+    def __init__(self, model: MaskedAutoencoderViT):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        loss, pred = reconstruction(self.model, *inputs)
+        return loss, pred.detach()
+
+
+class Shards:
+    """This process's share of a model in training, of its optimizer, and of the frozen twin that is attacked.
+
+    Stands where ComputeCopy stands (`take_gradients` after every backward pass, `refresh` after every update).  The optimizer
+    works on plain local tensors; the twin's blocks are kept in the compute precision.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        twin: Reconstruction,
+        updater: Updater,
+        world: World,
+        dtype: torch.dtype,
+        reduce_dtype: torch.dtype = torch.float32,
+    ):
+        """objective holds the model, whose parameters the updater's optimizer has; dtype: what blocks compute in."""
+        self.model, self.optimizer = objective.model, updater.optimizer
+        whole = list(self.model.parameters())
+        mesh = init_device_mesh(world.device.type, (world.size,))
+        twin.model.blocks.to(dtype), twin.model.decoder_blocks.to(dtype)
+        for root, model in ((objective, self.model), (twin, twin.model)):
+            shard(root, model, mesh, MixedPrecisionPolicy(dtype, reduce_dtype, cast_forward_inputs=False))
+        self.sharded = list(self.model.parameters())
+        self.local = [nn.Parameter(p.detach().to_local(), requires_grad=p.requires_grad) for p in self.sharded]
+        self.twins = [p.to_local() for p in twin.model.parameters()]
+        self._share_optimizer(dict(zip(whole, zip(self.local, self.sharded))))
+        updater.compute, updater.total_norm = self, self.total_norm
+
+    def _share_optimizer(self, of: dict[nn.Parameter, tuple[nn.Parameter, DTensor]]) -> None:
+        state = self.optimizer.state
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                local, sharded = of[p]
+                for name, value in state.pop(p, {}).items():
+                    if value.shape == p.shape:
+                        value = distribute_tensor(value, sharded.device_mesh, sharded.placements).to_local()
+                    state[local][name] = value
+            group["params"] = [of[p][0] for p in group["params"]]
+
+    def take_gradients(self) -> None:
+        for p, local in zip(self.sharded, self.local):
+            local.grad = None if p.grad is None else p.grad.to_local()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        for p in self.sharded:
+            p.grad = None
+        torch._foreach_copy_(self.twins, [p.detach() for p in self.local])
+
+    def total_norm(self, gradients: list[Tensor]) -> Tensor:
+        """L2 norm of all gradients on all processes; not finite on all of them if one is not."""
+        square = torch.nn.utils.get_total_norm(gradients).square()
+        dist.all_reduce(square)
+        return square.sqrt()
+
+    def states(self) -> tuple[dict, dict]:
+        """State dicts of the whole model and optimizer, gathered; every process calls."""
+        weights = {name: p.full_tensor() for name, p in self.model.state_dict().items()}
+        moments = self.optimizer.state_dict()
+        sharded = dict(zip(self.local, self.sharded))
+        order = [sharded[p] for group in self.optimizer.param_groups for p in group["params"]]
+        for number, state in moments["state"].items():
+            moments["state"][number] = {name: _whole(value, order[number]) for name, value in state.items()}
+        return weights, moments
+
+
+def shard(root: nn.Module, model: MaskedAutoencoderViT, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+    """Shard a model's blocks one by one and the rest as one group, gathered when root is called and kept in fp32."""
+    for block in (*model.blocks, *model.decoder_blocks):
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(root, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), reshard_after_forward=False)
+
+
+def _whole(value: Tensor, like: DTensor) -> Tensor:
+    """An optimizer's tensor, gathered if it is as large as this process's share of the parameter."""
+    if value.shape != like.to_local().shape:
+        return value
+    size = {"shape": like.shape, "stride": like.stride()}
+    return DTensor.from_local(value, like.device_mesh, like.placements, run_check=False, **size).full_tensor()

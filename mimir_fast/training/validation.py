@@ -1,0 +1,155 @@
+"""Accuracy during training.  Shapes: B batch, C channels, H W sides, O classes.
+
+In the run's precision and by one attack: a guide while training.  What is reported comes from mimir_fast.evaluate, in fp32.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mimir_fast.attacks.linf import pgd
+from mimir_fast.attacks.pgd_mae import linf_bounds
+from mimir_fast.config.finetuning import validation_steps
+from mimir_fast.data import DataError, EvalStream, to_float
+from mimir_fast.models import VisionTransformer
+from mimir_fast.training.distributed import World
+from mimir_fast.training.finetune_step import AttackFunctions
+from mimir_fast.training.pretrain_step import step_seed
+
+START_SEED = 1  # of the attack's starts, the same in every validation of every run
+
+
+class Scores(NamedTuple):
+    """Means over all images of all processes: loss, accuracies in percent; robust_acc1 None where nothing attacked."""
+
+    loss: float
+    acc1: float
+    acc5: float
+    robust_acc1: float | None
+
+
+class ValidationAttack(NamedTuple):
+    """PGD in pixels of [0,1]; bounds [4,C] from linf_bounds; steps 0: one step from the image itself (FGSM).
+
+    loss_scale: for fp16.
+    """
+
+    steps: int
+    bounds: Tensor
+    loss_scale: float = 1.0
+
+
+def build_validation_attack(
+    val_attack: str, eps: float, device: torch.device, loss_scale: float = 1.0
+) -> ValidationAttack | None:
+    """From --val_attack and eps in 1/255: fgsm moves by eps once, pgdN N times by 2.5 eps / N, but never more than eps."""
+    steps = validation_steps(val_attack)
+    if steps is None:
+        return None
+    alpha = min(2.5 * eps / steps, eps) if steps else eps
+    bounds = linf_bounds(eps / 255, alpha / 255, 0.0, 1.0, channels=3, device=device)
+    return ValidationAttack(steps, bounds, loss_scale)
+
+
+def validate(
+    model: VisionTransformer,
+    images: EvalStream,
+    world: World,
+    dtype: torch.dtype,
+    attack: ValidationAttack | None = None,
+    ends: Callable[[], bool] = lambda: False,
+    functions: AttackFunctions = AttackFunctions(),  # noqa: B008 (immutable)
+    fill: int = 0,
+) -> Scores | None:
+    """Accuracy on clean images, and under the attack if there is one; None if `ends` says so before all are seen.
+
+    model   in evaluation mode, nothing to train: the attack differentiates the images alone
+    images  this rank's share; dtype: of autocast, torch.float32 for none
+    ends    asked before every batch, by all ranks together
+    functions, fill: plain, or compiled; smaller batches are filled up to `fill` images, so that nothing is compiled again
+    Raises DataError on every rank if one of them meets an unreadable image.
+    """
+    sums = torch.zeros(5, dtype=torch.float64, device=world.device)
+    autocast = torch.autocast(world.device.type, dtype=dtype, enabled=dtype != torch.float32)
+    for number, batch in enumerate(_in_step(images, world)):
+        if world.any(ends()):
+            return None
+        if batch is not None:
+            filled = (_filled(part.to(world.device), fill) for part in batch)
+            with autocast:
+                sums += _batch_sums(model, *filled, len(batch[1]), attack, (world.rank, number), functions)
+    loss, top1, top5, robust, count = (world.mean(sums) * world.size).tolist()
+    return Scores(
+        loss / count, 100 * top1 / count, 100 * top5 / count, None if attack is None else 100 * robust / count
+    )
+
+
+def _in_step(images: EvalStream, world: World) -> Iterator[tuple[Tensor, Tensor] | None]:
+    """The batches of this rank, and None in place of those that only other ranks have."""
+    batches = iter(images)
+    for _ in range(world.largest(len(images))):
+        batch = error = None
+        try:
+            batch = next(batches, None)
+        except DataError as met:
+            error = met
+        if world.any(error is not None):
+            raise error or DataError("an image to validate on is unreadable; another process names it")
+        yield batch
+
+
+def _filled(part: Tensor, size: int) -> Tensor:
+    """A batch's images or labels, the first one repeated at the end until there are `size` of them."""
+    lacking = size - len(part)
+    return torch.cat([part, part[:1].expand(lacking, *part.shape[1:])]) if lacking > 0 else part
+
+
+def _batch_sums(
+    model: VisionTransformer,
+    images_u8: Tensor,
+    labels: Tensor,
+    count: int,
+    attack: ValidationAttack | None,
+    position: tuple[int, int],
+    functions: AttackFunctions,
+) -> Tensor:
+    """[5] float64 on the device, of the first `count` images: loss, right at first guess, among five guesses, right under
+    attack, how many they are."""
+    images, first = to_float(images_u8), labels[:count]
+    with torch.no_grad():
+        logits = functions.logits(model, images)[:count].float()
+    loss = F.cross_entropy(logits, first, reduction="sum")
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices == first[:, None]
+    robust = torch.zeros_like(loss)
+    if attack is not None:
+        adv = _attacked(model, images, labels, attack, position, functions)
+        with torch.no_grad():
+            robust = (functions.logits(model, adv)[:count].argmax(dim=1) == first).sum()
+    terms = (loss, best[:, 0].sum(), best.sum(), robust, torch.full_like(loss, count))
+    return torch.stack([term.double() for term in terms])
+
+
+def _attacked(
+    model: VisionTransformer,
+    images: Tensor,
+    labels: Tensor,
+    attack: ValidationAttack,
+    position: tuple[int, int],
+    functions: AttackFunctions,
+) -> Tensor:
+    start = None
+    if attack.steps:
+        start = torch.tensor(step_seed(START_SEED, *position, 0), device=images.device)
+    return pgd(
+        lambda adv: functions.losses(model, adv, labels),
+        images,
+        attack.bounds,
+        max(attack.steps, 1),
+        start,
+        loss_scale=attack.loss_scale,
+        step=functions.step,
+        begin=functions.begin,
+    )

@@ -1,0 +1,191 @@
+"""Several processes: finding each other, equal gradients, one writer, the same end for all."""
+
+import json
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+from tests.support.golden import BOUNDS, golden_images, small_model
+from tests.support.runs import finish, load, make_images, run, same_state, start, two_processes
+from torch.nn.parallel import DistributedDataParallel
+
+from mimir_fast.training.pretraining import build_computation
+from mimir_fast.config.pretraining import DistConfig, PretrainConfig
+from mimir_fast.training.distributed import World, find_rank
+from mimir_fast.objectives.reconstruction import Objective
+from mimir_fast.training.optimizer import Updater, build_optimizer
+from mimir_fast.training.pretrain_step import Attack, Noise, draw_noise, pretrain_step
+
+ATTACK = Attack(1, BOUNDS)
+CPU = torch.device("cpu")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def test_find_rank_in_the_originals_order():
+    ompi = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+    torchrun = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}
+    slurm = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "6", "SLURM_LOCALID": "1"}
+    everything = ompi | torchrun | slurm
+    assert find_rank(DistConfig(dist_on_itp=True), everything) == (3, 8, 1)
+    assert find_rank(DistConfig(), everything) == (2, 4, 0)
+    assert find_rank(DistConfig(), slurm) == (5, 6, 1)
+    assert find_rank(DistConfig(), {}) == (0, 1, 0)
+    assert find_rank(DistConfig(), {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) == (0, 1, 0)  # a batch script, no srun
+    assert find_rank(DistConfig(local_rank=1), {"RANK": "1", "WORLD_SIZE": "2"}) == (1, 2, 1)
+    with pytest.raises(ValueError, match="dist_on_itp"):
+        find_rank(DistConfig(dist_on_itp=True), torchrun)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def half(noise: Noise, rank: int) -> Noise:
+    part = slice(4 * rank, 4 * rank + 4)
+    return Noise(noise.start[part], [m[part] for m in noise.attack_masks], noise.train_mask[part])
+
+
+def the_noise() -> Noise:
+    drawn = draw_noise(torch.Generator().manual_seed(7), 8, 64, ATTACK)
+    return drawn._replace(start=0.01 * torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(8)))
+
+
+def ddp_worker(rank: int, port: int, penalty: str | None, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+    model = small_model()
+    if rank == 1:
+        with torch.no_grad():
+            model.norm.weight += 1  # DDP starts everybody from rank 0's parameters
+    objective = Objective(model, 0.75, penalty, 1e-2)
+    wrapped = DistributedDataParallel(objective, gradient_as_bucket_view=True)
+    images = golden_images()[0][4 * rank : 4 * rank + 4]
+    out = pretrain_step(wrapped, model, images, half(the_noise(), rank), ATTACK)
+    Updater(build_optimizer(model, 1e-3, 0.05), CPU, False).backward(out.loss, 1)
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    world = World(rank, 2, rank, CPU, dist.group.WORLD)
+    told = [world.any(rank == 1), world.any(False), world.mean(torch.tensor(float(rank))).item()]
+    told += [world.same([3, 5]), world.same([3, rank])]
+    torch.save({"grads": grads, "told": told}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("penalty", [None, "hsic"])
+def test_two_processes_have_the_gradients_of_one(tmp_path, penalty):
+    two_processes(ddp_worker, free_port(), penalty, str(tmp_path))
+    model, images = small_model(), golden_images()[0]
+    objective = Objective(model, 0.75, penalty, 1e-2)
+    if penalty is None:
+        pretrain_step(objective, model, images, the_noise(), ATTACK).loss.backward()
+    else:  # the penalty is defined on each process's own batch
+        for rank in range(2):
+            part = images[4 * rank : 4 * rank + 4]
+            out = pretrain_step(objective, model, part, half(the_noise(), rank), ATTACK)
+            (out.loss / 2).backward()
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    largest = max(p.grad.abs().max() for p in model.parameters() if p.requires_grad)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert torch.equal(results[0]["grads"][name], results[1]["grads"][name])
+            assert (results[0]["grads"][name] - p.grad).abs().max() < 2e-6 * largest, name
+    assert all(result["told"] == [True, False, 0.5, True, False] for result in results)
+
+
+def computation_worker(rank: int, port: int, compression: str, folder: str) -> None:
+    """Two accumulated micro-steps and an update, in bf16, from parameters that differ between the processes at first."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+    world, model = World(rank, 2, rank, CPU, dist.group.WORLD), small_model()
+    config = PretrainConfig().updated({"precision": "bf16", "compile": False, "grad_compression": compression})
+    config = config.updated({"attack": "pgd_mae", "mi_train": "plain"})
+    if rank == 1:
+        with torch.no_grad():
+            for p in model.parameters():
+                p += 1
+    updater = Updater(build_optimizer(model, 1e-3, 0.05), CPU, False)
+    objective, attacked, functions, _ = build_computation(config, world, model, updater)
+    for i in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            images = golden_images()[i][4 * rank : 4 * rank + 4]
+            out = pretrain_step(objective, attacked, images, half(the_noise(), rank), ATTACK, functions)
+        updater.backward(out.loss, 2)
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    updater.update()
+    torch.save({"grads": grads, "model": model.state_dict()}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("compression", ["none", "bf16"])
+def test_two_processes_in_bf16_stay_the_same(tmp_path, compression):
+    two_processes(computation_worker, free_port(), compression, str(tmp_path))
+    ours, theirs = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(ours["model"][n], theirs["model"][n]) for n in ours["model"])
+    model = small_model()
+    objective = Objective(model, 0.75)
+    for i in range(2):
+        (pretrain_step(objective, model, golden_images()[i], the_noise(), ATTACK).loss / 2).backward()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert (ours["grads"][name] - p.grad).norm() < 0.1 * p.grad.norm() + 1e-5, name
+
+
+def test_non_finite_loss_on_one_rank_skips_the_step_on_all(tmp_path):
+    two_processes(bad_worker, free_port(), str(tmp_path))
+    for rank in range(2):
+        result = torch.load(tmp_path / f"{rank}.pt")
+        assert result["counters"] == [1, 1, 1]
+        assert result["same"]
+
+
+def bad_worker(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+    model = small_model()
+    wrapped = DistributedDataParallel(model)
+    updater = Updater(build_optimizer(model, 1e-3, 0.05), CPU, False)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    loss = wrapped(golden_images()[rank])[0]
+    updater.backward(loss + torch.inf if rank == 1 else loss, 1)
+    updater.update()
+    same = all(torch.equal(before[n], p) for n, p in model.named_parameters())
+    torch.save({"counters": updater.counters.tolist(), "same": same}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("images"))
+
+
+def test_torchrun_one_writer_and_resume(data, tmp_path):
+    extra = "--batch_size 2 --mi_train renyi2 --accum_iter 2 --epochs 1 --warmup_epochs 0"
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    older = (
+        "-m",
+        "torch.distributed.launch",
+        "--nproc_per_node=2",
+        f"--master_port={free_port()}",
+    )  # passes --local-rank
+    runs = [
+        (whole, extra, TORCHRUN),
+        (broken, f"{extra} --max_steps 2", older),
+        (broken, f"{extra} --resume auto", TORCHRUN),
+    ]
+    for folder, words, launcher in runs:
+        child = start(data, folder, words, launcher)
+        out = finish(child)
+        assert child.returncode == 0, out
+        assert out.count("device cpu x 2") == 1, out  # rank 1 is silent
+    assert same_state(load(whole / "checkpoint-0.pth"), load(broken / "checkpoint-0.pth"))
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [row["update"] for row in rows] == [1, 2, 3]  # 26 images, 2 processes x 2 images x 2 micro-batches
+    assert len(list(whole.glob("events*"))) == 1
+    assert len((whole / "log.txt").read_text().splitlines()) == 1
+    alone = tmp_path / "alone"
+    assert run(data, alone, f"{extra} --batch_size 4") == 0
+    assert not same_state(
+        load(whole / "checkpoint-0.pth"), load(alone / "checkpoint-0.pth")
+    )  # another noise, another penalty

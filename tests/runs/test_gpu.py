@@ -1,0 +1,47 @@
+"""The training loop on a GPU: it never waits for the device between two log lines, timed or not."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from tests.support.runs import make_images
+
+from bench.stage_times import StageTimes
+from mimir_fast.cli import pretrain
+from mimir_fast.training.logs import RunLog
+from mimir_fast.training.stages import listening
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+
+
+@needs_gpu
+@pytest.mark.parametrize("timed", [False, True])
+@pytest.mark.parametrize("extra", ["--no_compile", "--compile"])
+def test_five_steps_without_a_host_synchronisation(tmp_path, monkeypatch, extra, timed):
+    from mimir_fast.training.loop import Trainer
+
+    data, steps = make_images(tmp_path / "data"), []
+    micro_step, flush = Trainer._micro_step, RunLog.flush
+
+    def counted(self, *args):
+        steps.append(1)
+        torch.cuda.set_sync_debug_mode(
+            "error" if len(steps) > 2 else "default"
+        )  # after compilation, until the next flush
+        return micro_step(self, *args)
+
+    def reading(self):
+        torch.cuda.set_sync_debug_mode("default")
+        return flush(self)
+
+    monkeypatch.setattr(Trainer, "_micro_step", counted)
+    monkeypatch.setattr(RunLog, "flush", reading)
+    words = f"""--dataset imagefolder --data_root {data} --model mae_vit_ti --input_size 32 --patch_size 4 --norm_pix_loss
+        --batch_size 2 --num_workers 0 --attack pgd_mae --mi_train hsic --max_steps 7 --epochs 9 --warmup_epochs 1
+        --log_every 100 --output_dir {tmp_path / "out"} --log_dir {tmp_path / "out"} {extra}"""
+    times = StageTimes(torch.device("cuda"), warmup=1)
+    times.updated(1)
+    with listening(times.open) if timed else nullcontext():
+        assert pretrain.main(words.split()) == 0
+    assert len(times.ranges) == timed * 7 * (8 if extra == "--compile" else 9)  # the loss is compiled with the decoder
+    assert len(steps) == 7

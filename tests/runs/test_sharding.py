@@ -1,0 +1,177 @@
+"""Fully sharded data parallelism: the numbers of data parallelism, shares that add up, checkpoints of whole models."""
+
+import copy
+from functools import partialmethod
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from tests.support.golden import golden_images, small_model
+from tests.support.runs import finish, make_images, run, start, two_processes
+from tests.runs.test_distributed import ATTACK, CPU, TORCHRUN, free_port, half, the_noise
+from torch import nn
+
+from mimir_fast.cli.parser import parse_pretrain_args
+from mimir_fast.training.pretraining import build_computation
+from mimir_fast.config.pretraining import PretrainConfig
+from mimir_fast.training.distributed import World
+from mimir_fast.training.optimizer import Updater, build_optimizer
+from mimir_fast.cli.pretrain import settle_defaults
+from mimir_fast.training.pretrain_step import pretrain_step
+
+LR = 1e-3
+FLAGS = {"attack": "pgd_mae", "mi_train": "hsic", "mi_xpl": 1e-2, "compile": False, "precision": "fp32"}
+BLOCKS = {"compile": True, "compile_region": "block"}
+RUNS = {
+    "ddp": {},
+    "fsdp": {"parallel": "fsdp"},
+    "resumed": {"parallel": "fsdp"},
+    "poisoned": {"parallel": "fsdp"},
+    "bf16": {"parallel": "fsdp", "precision": "bf16"},
+    "compressed": {"parallel": "fsdp", "precision": "bf16", "grad_compression": "bf16"},
+    "compiled ddp": BLOCKS,
+    "compiled fsdp": {"parallel": "fsdp"} | BLOCKS,
+}
+
+
+class Run:
+    """A model in training on one of two processes."""
+
+    def __init__(self, rank: int, flags: dict):
+        self.rank, self.model = rank, small_model()
+        if rank == 1:
+            with torch.no_grad():
+                self.model.norm.weight += 1  # everybody starts from rank 0's parameters
+        self.config = PretrainConfig().updated(FLAGS | flags)
+        self.updater = Updater(build_optimizer(self.model, LR, 0.05), CPU, False)
+
+    def load(self, states: tuple[dict, dict]) -> None:
+        self.model.load_state_dict(states[0])
+        self.updater.optimizer.load_state_dict(states[1])
+
+    def build(self) -> None:
+        world = World(self.rank, 2, self.rank, CPU, dist.group.WORLD)
+        self.computation = build_computation(self.config, world, self.model, self.updater)
+
+    def update(self, poison: bool) -> torch.Tensor:
+        """Two micro-steps and an update; the gradients' norm."""
+        objective, attacked, functions, _ = self.computation
+        for i in range(2):
+            images = golden_images()[i][4 * self.rank : 4 * self.rank + 4]
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.config.optim.precision == "bf16"):
+                out = pretrain_step(objective, attacked, images, half(the_noise(), self.rank), ATTACK, functions)
+            self.updater.backward(out.loss + torch.inf if poison and self.rank == 1 else out.loss, 2)
+        return self.updater.update()
+
+
+def train(rank: int, name: str) -> dict:
+    """Two updates; whole states and what this process holds afterwards."""
+    run, norms = Run(rank, RUNS[name]), []
+    run.build()
+    for _ in range(2):
+        norms.append(run.update(name == "poisoned"))
+        if name == "resumed" and len(norms) == 1:
+            states = copy.deepcopy(run.computation.states())
+            run = Run(rank, RUNS[name])
+            run.load(states)
+            run.build()
+    weights, moments = run.computation.states()
+    means = [state["exp_avg"] for _, state in sorted(moments["state"].items())]
+    groups = run.updater.optimizer.param_groups
+    held = sum(p.numel() for group in groups for p in group["params"])
+    skipped = run.updater.counters.tolist()
+    return {"weights": weights, "means": means, "held": held, "norms": norms, "skipped": skipped}
+
+
+def worker(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+    quick = patch.object(nn.Module, "compile", partialmethod(_compile_quickly))
+    with quick:
+        torch.save({name: train(rank, name) for name in RUNS}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _compile_quickly(module: nn.Module, mode: str, backend: str, **options) -> None:
+    """Graphs and gradients as for Inductor, without generating code."""
+    module._compiled_call_impl = torch.compile(module._call_impl, backend="aot_eager", **options)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("ranks")
+    two_processes(worker, free_port(), str(folder))
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def assert_close(run: dict, reference: dict, tolerance: float) -> None:
+    """Moments (averages of gradients) as parts of the largest of their tensor; weights, which moved by 2 LR at most."""
+    for mean, expected in zip(run["means"], reference["means"], strict=True):
+        assert (mean - expected).abs().max() <= tolerance * expected.abs().max() + 1e-9
+    for name, expected in reference["weights"].items():
+        assert (run["weights"][name] - expected).abs().median() <= tolerance * LR, (
+            name
+        )  # the keys' biases move by chance
+    for norm, expected in zip(run["norms"], reference["norms"]):
+        torch.testing.assert_close(norm, expected, rtol=tolerance, atol=0)
+
+
+def test_shards_train_like_replicas(results):
+    assert_close(results[0]["fsdp"], results[0]["ddp"], 1e-3)
+    ours, theirs = (result["fsdp"] for result in results)
+    assert all(torch.equal(ours["weights"][n], theirs["weights"][n]) for n in ours["weights"])
+    trainable = results[0]["ddp"]["held"]
+    assert ours["held"] + theirs["held"] == trainable
+    assert max(ours["held"], theirs["held"]) < 0.52 * trainable
+    assert list(ours["weights"]) == list(small_model().state_dict())
+
+
+def test_whole_states_continue_exactly(results):
+    whole, resumed = results[0]["fsdp"], results[0]["resumed"]
+    assert all(torch.equal(whole["weights"][n], resumed["weights"][n]) for n in whole["weights"])
+    assert all(map(torch.equal, whole["means"], resumed["means"]))
+
+
+def test_shards_in_bf16_with_compressed_gradients(results):
+    for name in ("bf16", "compressed"):
+        means, expected = (torch.cat([m.flatten() for m in results[0][n]["means"]]) for n in (name, "fsdp"))
+        assert 0 < (means - expected).norm() < 0.1 * expected.norm(), name
+        assert torch.equal(*(result[name]["weights"]["norm.weight"] for result in results))
+        assert results[0][name]["weights"]["norm.weight"].dtype == torch.float32
+    assert not torch.equal(*(results[0][name]["means"][0] for name in ("bf16", "compressed")))
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_compiles_block_by_block(results, parallel):
+    assert_close(results[0][f"compiled {parallel}"], results[0]["ddp"], 1e-2)
+
+
+def test_non_finite_loss_on_one_process_skips_the_update_on_all(results):
+    for result in results:
+        assert result["poisoned"]["skipped"] == [2, 2, 2]
+        expected = small_model().state_dict()
+        assert all(torch.equal(p, expected[name]) for name, p in result["poisoned"]["weights"].items())
+
+
+def test_checkpoints_are_anybodys(tmp_path):
+    data = make_images(tmp_path / "images")
+    extra = "--batch_size 2 --epochs 2 --warmup_epochs 0"
+    child = start(data, tmp_path / "two", f"{extra} --parallel fsdp --max_steps 2", TORCHRUN)
+    out = finish(child)
+    assert child.returncode == 0, out
+    assert out.count("device cpu x 2, fsdp, ") == 1, out
+    assert run(data, tmp_path / "one", f"{extra} --max_steps 3 --resume {tmp_path / 'two' / 'resume-0-2.pth'}") == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--precision fp16", "parallel: fsdp goes with --precision bf16 or fp32"),
+        ("--compile_region model", "compile_region: fsdp gathers parameters block by block"),
+    ],
+)
+def test_what_does_not_go_together_is_named(words, message):
+    config, explicit = parse_pretrain_args(["--device", "cpu", "--parallel", "fsdp", *words.split()])
+    with pytest.raises(ValueError, match=message):
+        settle_defaults(config, explicit)

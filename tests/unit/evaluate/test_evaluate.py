@@ -1,0 +1,214 @@
+"""Attacks of the evaluation: the right losses, one image at a time, as other packages do them."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mimir_fast.attacks.adaptive import feature_loss, mutual_information_loss
+from mimir_fast.attacks.linf import pgd
+from mimir_fast.attacks.named import cross_entropy, fgsm, gradient_attack, margin, pixel_bounds, start_noise
+from mimir_fast.checkpoints.files import CheckpointError
+from mimir_fast.data.crops import to_float
+from mimir_fast.evaluate import Attack, Images, Sizes, make_attack, original_sequence, parse_attacks, run_evaluation
+from mimir_fast.evaluate.records import ROBUST
+from mimir_fast.evaluate.statistics import sign_test, wilson
+from mimir_fast.models import VisionTransformer
+from tests.support.classifiers import Loud, classifier, digits, one_thread, untrained  # noqa: F401
+
+SILENT = {"say": lambda line: None}
+
+
+def batch(count: int = 6):
+    images, labels = next(iter(digits(count).stream(count, np.arange(count))))
+    return to_float(images), labels
+
+
+def small_vit() -> VisionTransformer:
+    model = VisionTransformer(
+        img_size=8, patch_size=4, num_classes=4, embed_dim=12, depth=1, num_heads=2, mlp_ratio=2.0
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.double().requires_grad_(False)
+
+
+def test_names():
+    attacks = parse_attacks("clean,fgsm,pgd-20,pgd-7,cw,cw-30,aa,pgd-mi,pgd-feature-10", 8, 2, restarts=3, weight=1e-4)
+    assert [a.name for a in attacks] == [
+        "clean", "fgsm", "pgd-20", "pgd-7", "cw-100", "cw-30", "aa", "pgd-mi-100", "pgd-feature-10"
+    ]  # fmt: skip
+    assert attacks[3] == Attack("pgd", 7, 8, 2, 3)
+    assert attacks[7] == Attack("pgd-mi", 100, 8, 2, 3, 1e-4)
+    for wrong in ("", "pgd-0", "pgd-x", "bim", "fgsm-2", "clean,,fgsm", "pgd-", "aa-3"):
+        with pytest.raises(ValueError, match=r"attacks: .* is no attack; expected clean, fgsm"):
+            parse_attacks(wrong, 8, 2)
+
+
+def test_original_sequence():
+    words = [(a.name, a.eps, a.alpha) for a in original_sequence(8, 2)]
+    assert words == [("clean", 0, 0), ("pgd-5", 1, 0.5), ("pgd-20", 8, 2), ("pgd-100", 8, 2), ("aa", 8, 0)]
+    assert [a.name for a in original_sequence(8, 2, adaptive=True)] == ["clean", "pgd-feature-100", "pgd-mi-100"]
+
+
+def test_start_noise_belongs_to_the_image():
+    shape, numbers = torch.Size((3, 5, 5)), torch.tensor([7, 3, 100000])
+    noise = start_noise(numbers, shape, seed=1)
+    assert torch.equal(start_noise(numbers[1:2], shape, seed=1)[0], noise[1])
+    drawn = [noise, start_noise(numbers, shape, 2), start_noise(numbers, shape, 1, restart=1), noise.roll(1, 0)]
+    assert all((a != b).float().mean() > 0.9 for a, b in itertools.combinations(drawn, 2))
+    many = start_noise(torch.arange(400), shape, seed=0)
+    assert many.min() >= -1
+    assert many.max() < 1
+    assert many.abs().max() > 0.999
+    assert abs(many.mean()) < 0.02
+    assert abs(many.var() - 1 / 3) < 0.01
+    assert np.corrcoef(many.flatten(1).T.numpy())[0, 1:].max() < 0.3  # neighbouring pixels are independent
+
+
+def test_an_images_result_does_not_depend_on_the_batch(tmp_path):
+    attacks = parse_attacks("fgsm,pgd-5,cw-5", 12, 4, restarts=2)
+    runs = []
+    for size in (1, 7, 32):
+        folder = tmp_path / str(size)
+        data = run_evaluation(classifier(), "toy", digits(20), attacks, folder, sizes=Sizes(size, 64), **SILENT)
+        runs.append([dict(np.load(folder / entry["per_image"])) for entry in data["attacks"].values()])
+    assert all(0 < (record["broken"] == ROBUST).sum() < 20 for record in runs[0][1:])
+    for other in runs[1:]:
+        for mine, theirs in zip(runs[0], other):
+            for name in ("number", "label", "broken", "rounds", "prediction"):
+                assert np.array_equal(mine[name], theirs[name]), name
+            np.testing.assert_allclose(mine["loss"], theirs["loss"], rtol=1e-3)
+
+
+def test_margin():
+    logits = torch.tensor([[1.0, 4.0, 2.0], [5.0, 1.0, 0.0]])
+    assert margin(logits, torch.tensor([1, 2])).tolist() == [-2.0, 5.0]
+
+
+def test_cw_climbs_the_margin_where_the_cross_entropy_is_flat():
+    images, labels = batch()
+    model, attack = Loud(classifier()).requires_grad_(False), make_attack("cw-10", 24, 6)
+    labels = model(images).argmax(1)
+    data = (images, torch.arange(len(images)), attack, 0, 0)
+    flat = gradient_attack(cross_entropy(model, labels), *data)
+    climbed = gradient_attack(lambda adv: margin(model(adv), labels).sum(), *data)
+    assert margin(model(climbed), labels).mean() > margin(model(flat), labels).mean() + 1e3
+
+
+def test_fgsm():
+    images, labels = batch()
+    model = classifier().requires_grad_(False)
+    leaf = images.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(F.cross_entropy(model(leaf), labels), leaf)
+    expected = (images + 8 / 255 * grad.sign()).clamp(0, 1)
+    torch.testing.assert_close(fgsm(model, images, labels, 8), expected)
+
+
+def test_pgd_agrees_with_torchattacks():
+    torchattacks = pytest.importorskip("torchattacks", reason="compares with the optional package torchattacks")
+    images, labels = (x.double() if x.is_floating_point() else x for x in batch(8))
+    model = classifier().double().eval().requires_grad_(False)
+    eps, alpha = 8 / 255, 2 / 255
+    torch.manual_seed(3)
+    theirs = torchattacks.PGD(model, eps=eps, alpha=alpha, steps=10, random_start=True)(images, labels)
+    torch.manual_seed(3)
+    noise = torch.empty_like(images).uniform_(-eps, eps)
+    ours = pgd(cross_entropy(model, labels), images, pixel_bounds(images, 8, 2), 10, noise)
+    assert (ours - images).abs().max() > 0.9 * eps
+    torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=0)
+    one = torchattacks.FGSM(model, eps=eps)(images, labels)
+    torch.testing.assert_close(fgsm(model, images, labels, 8), one, atol=1e-7, rtol=0)
+
+
+def nhsic_by_definition(x_md, y_me, sigma=5.0):
+    """Unsymmetric form with plain inverses, as published."""
+
+    def ratio(rows):
+        m, d = rows.shape
+        kernel = torch.exp(-torch.cdist(rows, rows).square() / (2 * sigma**2 * d))
+        centred = kernel @ (torch.eye(m) - 1 / m).to(rows)
+        return centred @ torch.linalg.inv(centred + 1e-5 * m * torch.eye(m).to(rows))
+
+    return torch.trace(ratio(x_md) @ ratio(y_me))
+
+
+def test_pgd_mi_differentiates_both_arguments():
+    model, images, labels = small_vit(), torch.rand(5, 3, 8, 8).double(), torch.tensor([0, 1, 2, 3, 0])
+    adv = images.clone().requires_grad_()
+    tokens = model.forward_features(adv)
+    truth = F.cross_entropy(model(adv), labels) + 0.5 * nhsic_by_definition(tokens.flatten(1), adv.flatten(1))
+    (expected,) = torch.autograd.grad(truth, adv, retain_graph=True)
+    value = mutual_information_loss(model, labels, 0.5)(adv)
+    (grad,) = torch.autograd.grad(value, adv)
+    torch.testing.assert_close(value, truth, rtol=1e-8, atol=0)
+    torch.testing.assert_close(grad, expected, rtol=0, atol=1e-6 * expected.abs().max().item())
+    # and the definition is differentiated rightly, as differences say
+    direction, h = torch.randn_like(images), 1e-5
+    loss = mutual_information_loss(model, labels, 0.5)
+    slope = (loss(images + h * direction) - loss(images - h * direction)) / (2 * h)
+    torch.testing.assert_close(slope, (grad * direction).sum(), rtol=1e-5, atol=0)
+
+
+def test_pgd_feature_is_the_frobenius_norms_attack():
+    model, images = small_vit(), torch.rand(4, 3, 8, 8).double()
+    adv = (images + 0.02 * torch.randn_like(images)).requires_grad_()
+    norm = torch.linalg.norm(model.forward_features(adv) - model.forward_features(images))
+    (original,) = torch.autograd.grad(norm, adv)
+    (ours,) = torch.autograd.grad(feature_loss(model, images)(adv), adv)
+    torch.testing.assert_close(ours, 2 * norm.detach() * original)
+
+
+@pytest.mark.parametrize("name", ["pgd-mi-3", "pgd-feature-3"])
+def test_adaptive_attacks_run(tmp_path, name):
+    model = VisionTransformer(img_size=32, patch_size=8, num_classes=10, embed_dim=24, depth=1, num_heads=2)
+    data = run_evaluation(model, "vit", digits(10), [make_attack(name, 8, 2)], tmp_path, sizes=Sizes(4, 4), **SILENT)
+    (key,) = [key for key in data["attacks"] if key != "clean"]
+    assert data["attacks"][key]["correct"] <= data["attacks"]["clean"]["correct"]
+    assert ("batch=4" in key) == name.startswith("pgd-mi")
+    attacked = (np.load(tmp_path / data["attacks"][key]["per_image"])["rounds"] == 1).sum()
+    assert attacked == (10 if name.startswith("pgd-mi") else data["attacks"]["clean"]["correct"])
+
+
+def test_a_stronger_attack_leaves_fewer(tmp_path):
+    attacks = [make_attack("pgd-10", eps, eps / 4) for eps in (4, 64)]
+    data = run_evaluation(classifier(), "toy", digits(60), attacks, tmp_path, **SILENT)
+    clean, weak, strong = (entry["accuracy"] for entry in data["attacks"].values())
+    assert clean > 0.7
+    assert clean >= weak > strong + 0.3
+    assert strong < 0.1
+
+
+def test_models_that_cannot_be_evaluated(tmp_path):
+    broken = classifier()
+    torch.nn.init.constant_(broken[-1].bias, torch.nan)
+    with pytest.raises(CheckpointError, match=r"checkpoint: runs/x.pth answers NaN or infinity"):
+        run_evaluation(broken, "runs/x.pth", digits(4), [], tmp_path, **SILENT)
+    other = untrained()
+    other.num_classes = 7
+    with pytest.raises(ValueError, match=r"dataset: the images have 10 classes, the head of x has 7"):
+        run_evaluation(other, "x", digits(4), [], tmp_path, **SILENT)
+    with pytest.raises(ValueError, match=r"pgd-feature needs a model with features"):
+        run_evaluation(classifier(), "x", digits(4), [make_attack("pgd-feature", 8, 2)], tmp_path, **SILENT)
+    with pytest.raises(ValueError, match=r"num_images: 100000"):
+        run_evaluation(classifier(), "x", Images("digits", "", 32, num_images=100000), [], tmp_path, **SILENT)
+
+
+def test_the_model_is_left_as_it_is(tmp_path):
+    model = classifier().train()
+    run_evaluation(model, "toy", digits(4), [make_attack("pgd-2", 8, 2)], tmp_path, **SILENT)
+    assert model.training
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_wilson_and_sign_test():
+    low, high = wilson(8, 10)
+    assert (round(low, 4), round(high, 4)) == (0.4902, 0.9433)
+    assert wilson(0, 20)[0] == 0
+    assert wilson(20, 20)[1] == 1
+    assert wilson(0, 0) == (0, 1)
+    assert sign_test(0, 0) == 1
+    assert sign_test(5, 0) == 1 / 32
+    assert sign_test(1, 1) == 0.75

@@ -1,0 +1,245 @@
+"""mimir-fast memory: what it counts, how it grows, what was recorded on a pretend GPU, and its errors."""
+
+import functools
+import itertools
+import json
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from mimir_fast.cli.memory import main
+from mimir_fast.config.pretraining import PretrainConfig
+from mimir_fast.memory.capacity import GPUS, Gpu, largest_batch, needed, peak
+from mimir_fast.memory.cuda import Scratch
+from mimir_fast.memory.graphs import kernels
+from mimir_fast.memory.ledger import KINDS, Ledger, Moment, growth, tensor_growth
+from mimir_fast.memory.prediction import Prediction, Run, predict
+from mimir_fast.models import create_model
+from mimir_fast.training.loop import Trainer
+from tests.support.runs import make_images, run
+
+REPOSITORY = Path(__file__).parents[3]
+PRETEND_GPU = REPOSITORY.parent / "shared" / "tools" / "drygpu" / "drygpu"
+P = 509
+FULL = {
+    "attack": "pgd_mae",
+    "mi_train": "hsic",
+    "norm_pix_loss": True,
+    "precision": "bf16",
+    "kernels": "triton",
+    "attention": "short",
+    "mlp": "triton",
+}
+
+# torch.cuda.max_memory_allocated over a whole step, MiB, by torch 2.14's own caching allocator under a simulated H100 (sm_90)
+# whose kernels do nothing: 224/16, attack of one step, hsic, bf16, Triton kernels, cuDNN attention off.
+# model, compiled, residual_dtype, checkpointing: {batch: peak}
+RECORDED = {
+    ("ti", False, "bf16", False): {64: 642.3, 512: 3792.6},
+    ("ti", False, "bf16", True): {512: 2192.9},
+    ("small", False, "bf16", False): {512: 5863.3},
+    ("base", False, "bf16", True): {512: 4035.1},
+    ("base", False, "bf16", False): {512: 10390.7},
+    ("ti", True, "bf16", False): {512: 3715.9},
+}
+
+
+@functools.cache
+def prediction(model: str, compiled: bool, residual: str, again: bool) -> Prediction:
+    flags = {"model": f"mae_vit_{model}", "compile": compiled, "residual_dtype": residual}
+    return predict(PretrainConfig().updated(FULL | flags | {"activation_checkpointing": again}))
+
+
+def step_mib(predicted: Prediction, batch: int) -> float:
+    """Without the batches that wait as uint8: the recorded steps have none."""
+    return 1024 * sum(size for kind, size in peak(predicted, GPUS["h100-80"], batch).items() if kind != "uint8 images")
+
+
+@pytest.mark.parametrize("configuration", RECORDED, ids=lambda c: "-".join(map(str, c)))
+def test_within_three_percent_of_the_recorded_peak(configuration):
+    for batch, recorded in RECORDED[configuration].items():
+        assert step_mib(prediction(*configuration), batch) == pytest.approx(recorded, rel=0.03), batch
+
+
+TI = ("ti", False, "bf16", False)
+
+
+def test_parameters_and_optimizer_by_hand():
+    with torch.device("meta"):
+        model = create_model("mae_vit_ti", img_size=224)
+    blocks = [(p.requires_grad, -(-4 * p.numel() // 512) * 512) for p in model.parameters()]
+    linear = [p for m in model.modules() if isinstance(m, nn.Linear) for p in m.parameters(recurse=False)]
+    copies = sum(-(-2 * p.numel() // 512) * 512 for p in linear)
+    at = prediction(*TI).at(64)
+    assert at["parameters"] == sum(size for _, size in blocks) + copies
+    # two moments and a step count for each trainable parameter; the penalty's and the attack's seeds are no state
+    assert at["optimizer state"] == sum(2 * size + 512 for trains, size in blocks if trains)
+    assert at["uint8 images"] == 2 * 64 * 3 * 224 * 224
+
+
+def test_grows_with_the_batch_and_a_step_with_one_image_holds_the_gradients():
+    predicted = prediction(*TI)
+    totals = [sum(predicted.at(batch).values()) for batch in (1, 2, 3, 8, 63, 64, 65, 500, 4096)]
+    assert totals == sorted(totals)
+    assert len(set(totals)) == len(totals)
+    # at the end of take_gradients: fp32 gradients, half of the moments, and the 16-bit ones of the linear layers
+    trainable = predicted.at(1)["optimizer state"] / 2
+    assert 1.4 * trainable < predicted.at(1)["activations and gradients"] < 1.8 * trainable
+    with pytest.raises(ValueError, match="batch_size: got 0"):
+        predicted.at(0)
+
+
+def test_accumulation_keeps_gradients():
+    flags = {"model": "mae_vit_ti", "input_size": 32, "patch_size": 8, "compile": False}
+    once, twice = (predict(PretrainConfig().updated(FULL | flags | {"accum_iter": n})).at(256) for n in (1, 2))
+    more = twice["activations and gradients"] - once["activations and gradients"]
+    assert more == pytest.approx(twice["optimizer state"] / 2, rel=0.05)
+
+
+def test_sizes_say_how_they_grow():
+    assert growth(P * 100, P).tolist() == [0, 100, 0]
+    assert growth(P * P * 4, P).tolist() == [0, 0, 4]
+    assert growth(513, P).tolist() == [1024, 0, 0]
+    ends_early = torch.empty(P, 7, 16)[
+        :, 1:
+    ]  # autograd's zeros for such a slice end one row before the last image does
+    assert tensor_growth(torch.empty_strided((P, 6, 16), ends_early.stride()), P).tolist() == [0, 7 * 16 * 4, 0]
+
+
+def test_ledger_counts_what_lives():
+    with FakeTensorMode(), Ledger(P) as ledger:
+        a = torch.empty(P, 10)
+        b = a.view(10, P)  # no memory of its own
+        c = a + 1
+        del a
+        d = b.sum(0)
+        del b
+        e = c * 2
+    per_image = [size for size, _ in itertools.groupby(moment.terms[-1, 1] for moment in ledger.moments)]
+    assert per_image == [40, 80, 84]  # the sum is made while a's memory lives; then a's goes and e's comes
+    assert ledger.alive[-1].tolist() == [0, 84, 0]
+    del c, d, e
+    assert not ledger.alive.any()
+
+
+def test_pointwise_values_live_in_registers():
+    def function(x, w):
+        hidden = (x.sin() + 1).cos() @ w
+        return hidden.exp().sin() * hidden.tanh()
+
+    with FakeTensorMode():
+        graph = make_fx(function)(torch.empty(P, 8), torch.empty(8, 16)).graph
+        sizes = [[graph_size(graph, key) for key in kernel.made] for kernel in kernels(list(graph.nodes), P)]
+    assert sizes == [[P * 8 * 4], [P * 16 * 4], [P * 16 * 4]]  # the product's operand, the product, the result
+
+
+def graph_size(graph, key: int) -> int:
+    tensors = (node.meta["val"] for node in graph.nodes if isinstance(node.meta.get("val"), torch.Tensor))
+    return next(t.untyped_storage().nbytes() for t in tensors if t.untyped_storage()._cdata == key)
+
+
+def _by_hand(constant: float, per_image: float) -> Prediction:
+    terms = np.zeros((len(KINDS), 3))
+    terms[0, 0], terms[-1, 1] = constant, per_image
+    return Prediction([Run.of([Moment(0, terms, Scratch())])], [1], 1)
+
+
+def test_largest_batch_leaves_the_reserve():
+    predicted, gpu = _by_hand(2**30, 2**28), Gpu(memory=10, workspace=0)
+    assert largest_batch(predicted, gpu) == 30  # (1 + 30 / 4) * 1.05 + 1 = 9.925 GiB; 31 images need 10.19
+    assert needed(predicted, gpu, 30) <= 10 < needed(predicted, gpu, 31)
+    assert largest_batch(predicted, Gpu(memory=2, workspace=0)) == 0
+
+
+def test_fewer_blocks_speak_for_more():
+    runs = [_by_hand(10.0 * depth, 5.0).runs[0] for depth in (2, 3)]
+    assert Prediction(runs, [2, 3], 12).at(4) == {
+        "parameters": 120, "optimizer state": 0, "uint8 images": 0, "activations and gradients": 20
+    }  # fmt: skip
+
+
+TINY = "--model mae_vit_ti --input_size 32 --patch_size 8 --attack pgd_mae --mi_train hsic --no_compile --batch_size 64"
+
+
+def test_command_line(capsys):
+    assert main([*TINY.split(), "--gpu", "a100-40"]) == 0
+    text = capsys.readouterr().out
+    assert "mae_vit_ti at 32/8, bf16, eager, kernels triton, attention short, residual fp32; attack 1" in text
+    assert "a100-40" in text
+    assert "h100-80" not in text
+    lines = {line[:30].strip(): float(line.split()[-2]) for line in text.splitlines() if line.endswith(" GiB")}
+    assert sum(v for kind, v in lines.items() if kind != "sum") == pytest.approx(lines["sum"], abs=0.03)
+    assert main([*TINY.split(), "--memory-gib", "1.1"]) == 1
+    assert "does not fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--memory_gib 0", "memory_gib: got 0, expected more than 0"),
+        ("--memory_gib 8 --gpu a100-40", "memory_gib: got 8 beside --gpu a100-40"),
+        ("--device cpu", "device: got cpu, expected cuda"),
+        ("--parallel fsdp --world_size 2", "parallel: got fsdp; memory predicts a process that has the whole model"),
+        ("--attention math --precision fp32 --residual_dtype bf16", "residual_dtype: bf16 goes with --precision bf16"),
+        ("--batch_size 0", "batch_size: got 0, expected 1 or more"),
+        ("--model mae_vit_gigantic", "unknown name 'mae_vit_gigantic'"),
+        ("--patch_size 9", "patch_size: got 9, expected a divisor of input_size"),
+    ],
+)
+def test_wrong_input_is_named(words, message, capsys):
+    assert main([*TINY.split(), *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mimir-fast memory: error: ")
+    assert message in error
+
+
+def test_unknown_gpu_is_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--gpu", "abacus"])
+    assert stop.value.code == 2
+    assert "h100-80" in capsys.readouterr().err
+
+
+def test_trainer_lets_go_of_the_last_step(tmp_path, monkeypatch):
+    micro_step, alive = Trainer._micro_step, []
+
+    def watched(self, *arguments):
+        assert not [ref for ref in alive if ref() is not None]
+        images, output = micro_step(self, *arguments)
+        alive[:] = [weakref.ref(t) for t in (images, output.adv, output.pred)]
+        return images, output
+
+    monkeypatch.setattr(Trainer, "_micro_step", watched)
+    assert run(make_images(tmp_path / "data"), tmp_path / "out", "--max_steps 3") == 0
+    assert alive
+
+
+STEP = """
+import json, torch
+from bench.step.variants import trainers
+from mimir_fast.config.pretraining import PretrainConfig
+torch.backends.cuda.enable_cudnn_sdp(False)
+flags = json.loads({flags!r})
+step = trainers(PretrainConfig().updated(flags), torch.empty(flags["batch_size"], 3, 224, 224, device="cuda"))
+step()
+torch.cuda.reset_peak_memory_stats()
+step()
+print(torch.cuda.max_memory_allocated())
+"""
+
+
+@pytest.mark.skipif(not PRETEND_GPU.exists(), reason=f"no pretend GPU at {PRETEND_GPU}")
+def test_within_three_percent_of_the_pretend_gpu(tmp_path):
+    flags = FULL | {"model": "mae_vit_ti", "compile": False, "residual_dtype": "bf16", "batch_size": 128}
+    words = [PRETEND_GPU, "--log", tmp_path / "log", sys.executable, "-c", STEP.format(flags=json.dumps(flags))]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=REPOSITORY)
+    assert result.returncode == 0, result.stderr
+    assert step_mib(prediction(*TI), 128) * 2**20 == pytest.approx(int(result.stdout), rel=0.03)

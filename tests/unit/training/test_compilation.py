@@ -1,0 +1,98 @@
+"""The compiled step: same numbers, nothing compiled again, a clock; eager where there is no compiler; batches ahead of time."""
+
+import pytest
+import torch
+import torch._inductor.config
+
+from mimir_fast.attacks.pgd_mae import frozen_twin
+from mimir_fast.data import prefetch
+from mimir_fast.models import MaskedAutoencoderViT
+from mimir_fast.objectives.reconstruction import Objective
+from mimir_fast.training import compilation as compiling
+from mimir_fast.training.compilation import CompileClock, Compiled
+from mimir_fast.training.pretrain_step import Attack, draw_noise, pretrain_step
+from tests.support.golden import BOUNDS, SMALL, golden_images, small_model
+
+
+@pytest.mark.parametrize("region", ["model", "block"])
+def test_compiled_step_is_the_eager_step_and_compiles_once(region):
+    torch._dynamo.reset()
+    noise = draw_noise(torch.Generator().manual_seed(1), 8, 64, Attack(1, BOUNDS))
+    losses, grads, clock = [], [], CompileClock()
+    for compile in (False, True):
+        model = small_model()
+        twin = frozen_twin(model)
+        pieces = Compiled(model, twin, compile, region=region, backend="aot_eager")
+        objective = Objective(model, 0.75, "hsic", 1e-3, pieces.encode, pieces.reconstruct)
+        clock.start()
+        for i in range(2 + compile):
+            loss = pretrain_step(objective, twin, golden_images()[i], noise, Attack(1, BOUNDS), pieces.attack).loss
+            model.zero_grad()
+            loss.backward()
+            if i == 1:
+                losses.append(loss.item())
+                grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+                count = clock.count
+        clock.stop()
+        assert clock.count == count  # the third step compiles nothing
+        assert (clock.count > 0) == compile
+    assert clock.seconds > 0
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    largest = max(g.abs().max() for g in grads[0].values())
+    for name, grad in grads[0].items():
+        assert (grads[1][name] - grad).abs().max() < 1e-4 * largest, name
+
+
+def test_deep_decoders_compile_by_block(monkeypatch):
+    """First and other blocks of either width and the decoder's last, in training and in the attack: ten, past torch's limit."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, mode, backend, **options: compile(self, **options, backend=count)
+    )
+    with torch._dynamo.config.patch(recompile_limit=8):
+        _train_by_block(MaskedAutoencoderViT(**(SMALL | {"depth": 3, "decoder_depth": 3})))
+    assert len(graphs) == 10
+
+
+def _train_by_block(model: MaskedAutoencoderViT) -> None:
+    twin = frozen_twin(model)
+    pieces = Compiled(model, twin, region="block")
+    noise = draw_noise(torch.Generator().manual_seed(1), 8, 64, Attack(1, BOUNDS))
+    objective = Objective(model, 0.75, None, 0.0, pieces.encode, pieces.reconstruct)
+    for _ in range(2):
+        pretrain_step(objective, twin, golden_images()[0], noise, Attack(1, BOUNDS), pieces.attack)
+
+
+def test_a_missing_compiler_is_told():
+    from mimir_fast.cli.parser import parse_pretrain_args
+    from mimir_fast.cli.pretrain import settle_defaults
+
+    assert compiling.missing_compiler() is None
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert "no C++ compiler" in compiling.missing_compiler()
+        config, notes = settle_defaults(*parse_pretrain_args(["--device", "cpu", "--compile"]))
+    assert not config.optim.compile
+    assert any("running eager" in note for note in notes)
+
+
+def test_a_users_cache_folder_stays(monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/mine")
+    compiling.keep_compiled_code()
+    assert compiling.os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    compiling.keep_compiled_code()
+    assert compiling.os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(compiling.CACHE)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+
+
+def test_prefetch_passes_every_batch_in_order():
+    batches = [(torch.full((2, 3, 4, 4), i, dtype=torch.uint8), torch.full((2,), 10 + i)) for i in range(3)]
+    arrived = [(int(images[0, 0, 0, 0]), int(labels[1])) for images, labels in prefetch(batches, torch.device("cpu"))]
+    assert arrived == [(0, 10), (1, 11), (2, 12)]

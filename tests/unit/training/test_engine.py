@@ -1,0 +1,175 @@
+"""What a fine-tuning step runs: compiled it is the same step, nothing is compiled twice, the attack trains nothing."""
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mimir_fast.attacks.pgd_mae import frozen_twin, linf_bounds
+from mimir_fast.config.pretraining import UpdateConfig
+from mimir_fast.models import VisionTransformer
+from mimir_fast.training.distributed import World
+from mimir_fast.training.engine import Computation, build_computation
+from mimir_fast.training.finetune_step import (
+    FP16_ATTACK_SCALE,
+    Attack,
+    FinetuneOutput,
+    attack_images,
+    draw_noise,
+    finetune_step,
+)
+from mimir_fast.training.layer_decay import build_optimizer
+from mimir_fast.training.optimizer import Updater
+from mimir_fast.training.validation import build_validation_attack, validate
+from tests.golden.test_classifier import labels
+from tests.support.golden import golden_images
+from tests.unit.training.test_finetune_step import BOUNDS, classifier
+
+STEPS = 3
+
+
+def optim(**options) -> UpdateConfig:
+    return UpdateConfig(**({"precision": "fp32", "compile": False} | options))
+
+
+def build(config: UpdateConfig, kind: str, backend="aot_eager") -> tuple[VisionTransformer, Updater, Computation]:
+    model = classifier(0.1)
+    if config.compile_region == "model":  # one block, with stochastic depth, is enough to trace
+        del model.blocks[0]
+        model.drop_rates = model.drop_rates[1:]
+    updater = Updater(build_optimizer(model, 1e-3, 0.05, 0.75), torch.device("cpu"), False)
+    return model, updater, build_computation(config, World(), model, updater, Attack(kind, 2, BOUNDS), backend=backend)
+
+
+def train(config: UpdateConfig, kind: str, backend="aot_eager", after=lambda: None) -> list[FinetuneOutput]:
+    """Three updates of two images under an attack that grows."""
+    model, updater, computation = build(config, kind, backend)
+    generator, outputs = torch.Generator().manual_seed(1), []
+    for i in range(STEPS):
+        images, targets = golden_images()[i][:2], labels()[:2]
+        attack = Attack(kind, 2, linf_bounds((4 + i) / 255, 2 / 255, 0.0, 1.0, 3, "cpu"))
+        noise = draw_noise(generator, model, images, attack)
+        outputs.append(finetune_step(*computation[:2], images, targets, noise, attack, computation.functions))
+        updater.backward(outputs[-1].loss, 1)
+        updater.update()
+        after()
+    return outputs
+
+
+class Graphs:
+    """A backend for torch.compile that keeps what it is given: forward graphs and backward graphs."""
+
+    def __init__(self):
+        self.forwards, self.backwards = [], []
+        self.backend = aot_autograd(fw_compiler=self._keep(self.forwards), bw_compiler=self._keep(self.backwards))
+
+    def _keep(self, graphs):
+        def compiler(graph, _):
+            graphs.append(graph)
+            return make_boxed_func(graph)
+
+        return compiler
+
+
+def weight_products(graph: torch.fx.GraphModule) -> list[bool]:
+    """Of every matrix product of a backward graph, whether it has the shape of a weight."""
+    weights = {tuple(p.shape) for p in classifier().parameters() if p.ndim == 2}
+    nodes = [node for node in graph.graph.nodes if str(node.target).startswith(("aten.mm", "aten.addmm"))]
+    return [tuple(node.meta["val"].shape) in weights | {shape[::-1] for shape in weights} for node in nodes]
+
+
+@pytest.mark.parametrize(
+    ("kind", "region"), [("apgd", "model"), ("pgd", "block"), ("trades", "model"), ("mart", "block")]
+)
+def test_compiled_is_the_same_step_compiles_once_and_attacks_without_weight_gradients(kind, region):
+    torch._dynamo.reset()
+    graphs, counts = Graphs(), []
+    config = optim(compile=True, compile_region=region)
+    compiled = train(config, kind, graphs.backend, lambda: counts.append(len(graphs.forwards)))
+    for ours, want in zip(compiled, train(optim(compile_region=region), kind)):
+        assert ours.loss.item() == pytest.approx(want.loss.item(), rel=1e-4)
+        assert ((ours.adv - want.adv).abs() > 1e-5).float().mean() < 0.02
+    assert counts[0] > 1
+    assert counts[-1] == counts[0]  # other bounds, other images: nothing new
+    attack, training = (weight_products(graphs.backwards[i]) for i in (0, -1))
+    assert len(attack) == (6 if region == "model" else 4)  # the block's four, patches, head
+    assert not any(attack)
+    assert sum(training) >= 4
+
+
+@pytest.mark.parametrize("region", ["model", "block"])
+def test_validation_uses_the_compiled_attack_and_compiles_once(region):
+    torch._dynamo.reset()
+    graphs = Graphs()
+    model, _, computation = build(optim(compile=True, compile_region=region), "pgd", graphs.backend)
+    plain = frozen_twin(model).eval()
+    images = [(group[:2] * 255).round().byte() for group in golden_images()[:2]]
+    stream = [*zip(images, (labels()[:2], labels()[2:4])), (images[0][:1], labels()[:1])]  # the last batch is smaller
+    attack = build_validation_attack("pgd2", 8.0, torch.device("cpu"))
+    whole = validate(computation.attacked, stream[:1], World(), torch.float32, attack, functions=computation.functions)
+    count = len(graphs.forwards)
+    options = {"functions": computation.functions, "fill": 2}
+    scores = validate(computation.attacked, stream, World(), torch.float32, attack, **options)
+    assert count > 1
+    assert len(graphs.forwards) == count
+    want = validate(plain, stream, World(), torch.float32, attack)
+    assert scores == pytest.approx(want, rel=1e-4)
+    assert whole == pytest.approx(validate(plain, stream[:1], World(), torch.float32, attack), rel=1e-4)
+
+
+class Products(TorchDispatchMode):
+    """Counts multiplications in matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if str(func).startswith(("aten.mm", "aten.addmm")):
+            self.count += out.numel() * args[-1].shape[0]
+        return out
+
+
+def test_the_attack_costs_two_forward_passes_a_step():
+    """Forward and input gradient; a weight gradient would be a third."""
+    model, images = frozen_twin(classifier()).eval(), golden_images()[0][:2]
+    with Products() as forward:
+        model(images)
+    assert forward.count > 0
+    for steps in (0, 1, 2):
+        with Products() as attack:
+            attack_images(model, images, labels()[:2], torch.tensor(1), Attack("pgd", steps, BOUNDS))
+        assert attack.count == 2 * steps * forward.count
+
+
+def test_16_bit_copies_follow_the_parameters():
+    model, updater, computation = build(optim(precision="bf16"), "pgd")
+    assert computation.attacked.head.weight.dtype == torch.bfloat16
+    assert not any(p.requires_grad for p in computation.attacked.parameters())
+    images, attack = golden_images()[0], Attack("pgd", 1, BOUNDS)
+    before = model.head.weight.detach().clone()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        noise = draw_noise(torch.Generator(), model, images, attack)
+        output = finetune_step(*computation[:2], images, labels(), noise, attack, computation.functions)
+    assert output.adv.dtype == torch.float32
+    assert output.loss.dtype == torch.float32
+    updater.backward(output.loss, 1)
+    updater.update()
+    assert not torch.equal(model.head.weight, before)
+    assert torch.equal(computation.attacked.head.weight, model.head.weight.bfloat16())
+    weights, moments = computation.states()
+    assert weights["head.weight"].dtype == torch.float32
+    assert len(moments["state"]) == len(list(model.parameters()))
+
+
+def test_fp16_finds_the_same_signs():
+    """The sum's gradient, scaled, stays inside of fp16 at both ends."""
+    model, images = frozen_twin(classifier()).eval(), golden_images()[0].clamp(0.2, 0.8)
+    attack = Attack("pgd", 1, BOUNDS)
+    full = attack_images(model, images, labels(), None, attack)
+    with torch.autocast("cpu", dtype=torch.float16):
+        half = attack_images(model, images, labels(), None, attack._replace(loss_scale=FP16_ATTACK_SCALE))
+    assert half.isfinite().all()
+    assert ((half - full).abs() < 1e-6).float().mean() > 0.97
