@@ -1,11 +1,13 @@
-# make demo   install into .venv, then pre-train, fine-tune and attack small ViTs on handwritten digits (7 to 8 minutes, no GPU)
-# make test   install into .venv and run every test, files on two processes
-# make lint   ruff
+# make demo       install into .venv, then pre-train, fine-tune and attack small ViTs on handwritten digits (7 to 8 minutes, no GPU)
+# make test       install into .venv and run every test, files on two processes
+# make test-fast  the same without the tests marked slow
+# make lint       ruff: rules and format
+# make types      mypy
 PYTHON ?= python3
 VENV   := .venv
 DEMO   := runs/demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-fast lint types clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/mimir-fast demo --output_dir $(DEMO)
@@ -13,9 +15,15 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
+test-fast: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
+
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/.installed
+	$(VENV)/bin/mypy
 
 $(VENV)/.installed: setup.py pyproject.toml tests/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "mimir_fast needs Python 3.10 or newer: make PYTHON=python3.12")'
