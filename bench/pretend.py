@@ -3,7 +3,7 @@
 import subprocess
 from pathlib import Path
 
-from bench.step.peaks import PEAKS
+from bench.peaks import PEAKS
 
 
 def start_under(wrapper: str, gpu: str, log: str, command: list[str]) -> int:

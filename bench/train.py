@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from bench.model_flops import model_flops
+from bench.peaks import PEAKS
 from bench.records import RESULTS, append, heading, partition
 from bench.stage_times import BESIDE, StageTimes, percentiles
 from bench.step.counts import pretend_gpu
-from bench.step.peaks import PEAKS
 from bench.training import EndedEarlyError, add_arguments, check, device_name, open_trainer, peaks_name, run
 from mimir_fast.training import stages
 from mimir_fast.training.finetune_trainer import Trainer as FinetuneTrainer

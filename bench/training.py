@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from bench.images import write_images
+from bench.peaks import PEAKS, peak_of
 from bench.rows import FINETUNE, PRETRAIN
 from bench.step.counts import pretend_gpu
 from bench.step.finetuning import RECIPE
-from bench.step.peaks import PEAKS, peak_of
 from bench.step.variants import DEFAULTS, StepConfig, fill_in
 from mimir_fast.cli import finetune, pretrain
 from mimir_fast.cli import parser as arguments
@@ -139,7 +139,7 @@ def device_name(world: World, gpu: str | None) -> str:
 
 
 def peaks_name(device: str, gpu: str | None) -> str | None:
-    """Key of bench.step.peaks.PEAKS for the record's device, None where they are not known: on any CPU."""
+    """Key of bench.peaks.PEAKS for the record's device, None where they are not known: on any CPU."""
     if device == "cpu":
         return None
     try:

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from bench.harness import PRODUCTS, reached
+from bench.peaks import PEAKS, peak_of
 from bench.records import RESULTS, append, heading
 from bench.step.counts import pretend_gpu
-from bench.step.peaks import PEAKS, peak_of
 
 
 def main(arguments: list[str]) -> int:

@@ -6,8 +6,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.peaks import PEAKS
 from bench.rows import FINETUNE
-from bench.step.peaks import PEAKS
 from bench.step.variants import VARIANTS
 
 GROUPS = ("tests", "peaks", "kernels", "step", "finetune", "train", "profile")

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from bench.peaks import PEAKS
 from bench.records import is_pretend
 from bench.report.figures import (
     STEPS,
@@ -22,7 +23,6 @@ from bench.report.figures import (
 )
 from bench.report.tables import NO_BOUND, markdown
 from bench.rows import FINETUNE, PRETRAIN, Row
-from bench.step.peaks import PEAKS
 
 IMAGENET = 1_281_167  # training images
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import matplotlib
 from matplotlib.figure import Figure
 
+from bench.peaks import PEAKS
 from bench.report.figures import Measurement, beside, headline, measurements, model, step
 from bench.rows import FINETUNE, PRETRAIN, Row
-from bench.step.peaks import PEAKS
 from bench.step.pricing import CLASSES
 
 INK = "#6e7781"  # enough contrast on white and on black

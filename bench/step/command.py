@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
+from bench.peaks import PEAKS, peak_of
 from bench.pretend import start_under
 from bench.records import RESULTS, append, heading, partition
 from bench.rows import PRETRAIN
 from bench.step import counts, table
-from bench.step.peaks import PEAKS, peak_of
 from bench.step.roofline import roofline_on_gpu, roofline_on_pretend_gpu
 from bench.step.variants import DEFAULTS, VARIANTS, StepConfig, configuration, fill_in
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from bench.peaks import Peak, solve_seconds
 from bench.step.contracts import CONTRACTS
-from bench.step.peaks import Peak, solve_seconds
 from bench.step.trace import Call, Spec
 
 CLASSES = ("Inductor", "GEMM", "attention", "ours", "AdamW", "solves", "copies", "other ATen")

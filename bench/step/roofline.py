@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from bench.peaks import Peak
 from bench.step import counts
-from bench.step.peaks import Peak
 from bench.step.pricing import CONVOLUTIONS, Price, Setting, convolution_products, price
 from bench.step.table import Roofline
 from bench.step.trace import Call, record, source_nodes

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from bench.peaks import Peak
 from bench.step.counts import Counts
-from bench.step.peaks import Peak
 from bench.step.pricing import CLASSES, Price
 
 TOP = 15

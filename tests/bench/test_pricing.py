@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
+from bench.peaks import PEAKS
 from bench.step.contracts import CONTRACTS
-from bench.step.peaks import PEAKS
 from bench.step.pricing import Price, Setting, price
 from bench.step.roofline import convolutions
 from bench.step.trace import Call, Recorder, Spec, record

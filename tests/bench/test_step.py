@@ -11,8 +11,8 @@ import torch
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
 from bench.__main__ import main
+from bench.peaks import PEAKS, peak_of
 from bench.step import counts, table
-from bench.step.peaks import PEAKS, peak_of
 from bench.step.pricing import Price
 from bench.step.roofline import from_launches, price_all
 from bench.step.trace import record
