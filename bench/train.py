@@ -87,7 +87,7 @@ def measured(args: argparse.Namespace, trainer: Trainer | FinetuneTrainer, times
     return record | {
         "images/s": rate,
         "percentiles": percentiles(seconds),
-        "mfu": mfu(record, rate, config.optim.precision),
+        "mfu": mfu(record, rate, config.compute.precision),
         "data wait": times.data_wait(),
         "stages": times.shares(),
     }

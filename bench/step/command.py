@@ -92,8 +92,8 @@ def run(args: argparse.Namespace, flags: list[str]) -> int:
     what = {"task": args.task, "peaks": gpu, "variant": args.variant, "config": config.flat()}
     record = {**heading(device), **what, **roofline.record()}
     print(f"{args.task}, {args.variant}: {args.model} {args.input_size}/{args.patch_size}, batch {args.batch}, "
-          f"attack {config.attack.steps} step(s), {config.optim.precision}, "
-          f"compile {'on' if config.optim.compile else 'off'}; {device}")  # fmt: skip
+          f"attack {config.attack.steps} step(s), {config.compute.precision}, "
+          f"compile {'on' if config.compute.compile else 'off'}; {device}")  # fmt: skip
     print(f"peaks of {gpu}: {PEAKS[gpu].source}\n")
     print(*table.lines(record), sep="\n")
     append(record, Path(args.results))

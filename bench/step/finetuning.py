@@ -46,10 +46,10 @@ def tuners(config: FinetuneConfig, images: Tensor, labels: Tensor) -> Callable[[
     model = build_model(config, INFO.get(config.data.dataset), world.device)  # of data: its normalisation
     attack, updater = build_attack(config, config.optim.epochs - 1, world.device), _updater(config, model, world.device)
     objective, attacked, functions, _ = build_computation(
-        config.optim, world, model, updater, attack, build_criterion(config), information=information_weights(config)
+        config.compute, world, model, updater, attack, build_criterion(config), information=information_weights(config)
     )
     generator = torch.Generator(world.device)
-    dtype = AUTOCAST[config.optim.precision]
+    dtype = AUTOCAST[config.compute.precision]
 
     def step() -> None:
         generator.manual_seed(config.run.seed)
@@ -69,7 +69,7 @@ def textbook(config: FinetuneConfig, images: Tensor, labels: Tensor) -> Callable
     model = textbook_classifier(m.input_size, m.patch_size, m.nb_classes, m.drop_path, **sizes).to(images.device)
     updater = _updater(config, model, images.device)
     numbers = (a.eps / 255, a.alpha / 255, a.steps, config.augment.smoothing)
-    dtype = AUTOCAST[config.optim.precision]
+    dtype = AUTOCAST[config.compute.precision]
 
     def step() -> None:
         with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
@@ -83,4 +83,4 @@ def textbook(config: FinetuneConfig, images: Tensor, labels: Tensor) -> Callable
 def _updater(config: FinetuneConfig, model: torch.nn.Module, device: torch.device) -> Updater:
     o = config.optim
     optimizer = build_optimizer(model, LEARNING_RATE, o.weight_decay, o.layer_decay)
-    return Updater(optimizer, device, o.precision == "fp16", max_norm=o.clip_grad)
+    return Updater(optimizer, device, config.compute.precision == "fp16", max_norm=o.clip_grad)

@@ -72,7 +72,7 @@ def trainers(config: PretrainConfig, images: torch.Tensor) -> Callable[[], None]
     attack, updater = build_attack(config, None, world.device), _updater(config, model, world.device)
     objective, attacked, functions, _ = build_computation(config, world, model, updater)
     generator = torch.Generator(world.device)
-    dtype = AUTOCAST[config.optim.precision]
+    dtype = AUTOCAST[config.compute.precision]
 
     def step() -> None:
         generator.manual_seed(config.run.seed)
@@ -94,7 +94,7 @@ def textbook(config: PretrainConfig, images: torch.Tensor) -> Callable[[], None]
     model = TextbookMAE(**sizes, norm_pix_loss=m.norm_pix_loss).to(images.device)
     updater = _updater(config, model, images.device)
     numbers = (config.attack.eps / 255, config.attack.alpha / 255, m.mask_ratio, config.penalty.mi_xpl)
-    dtype = AUTOCAST[config.optim.precision]
+    dtype = AUTOCAST[config.compute.precision]
 
     def step() -> None:
         with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
@@ -107,7 +107,7 @@ def textbook(config: PretrainConfig, images: torch.Tensor) -> Callable[[], None]
 
 def _updater(config: PretrainConfig, model: torch.nn.Module, device: torch.device) -> Updater:
     optimizer = build_optimizer(model, LEARNING_RATE, config.optim.weight_decay)
-    return Updater(optimizer, device, config.optim.precision == "fp16")
+    return Updater(optimizer, device, config.compute.precision == "fp16")
 
 
 class ConvolutionStandIn(TorchDispatchMode):

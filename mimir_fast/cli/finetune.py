@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def settle_defaults(config: FinetuneConfig, explicit: set[str]) -> tuple[FinetuneConfig, list[str]]:
     """Fill in what depends on the machine (device, precision, compilation); returns the configuration and lines to print."""
-    run, optim, notes = settle_machine(config.run, config.optim, explicit)
+    run, compute, notes = settle_machine(config.run, config.compute, explicit)
     a, v = config.attack, config.validation
     if a.attack_train == "apgd" and "alpha" in explicit:
         notes.append("alpha: apgd chooses its steps itself; the flag is not used")
@@ -77,7 +77,7 @@ def settle_defaults(config: FinetuneConfig, explicit: set[str]) -> tuple[Finetun
         notes.append(f"mi_loss: {config.penalty.mi_loss!r} is not dib_mi: NO information term, as in the original")
     if v.held_out and v.val_attack == "none":
         notes.append("val_attack: none; best.pth is chosen by clean accuracy on the held-out images")
-    return replace(config, run=run, optim=optim), notes
+    return replace(config, run=run, compute=compute), notes
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 
 from mimir_fast.cli.errors import RUN_ERRORS, complain
 from mimir_fast.cli.parser import PRETRAIN, parse_pretrain_args
-from mimir_fast.config.pretraining import OptimConfig, PretrainConfig
+from mimir_fast.config.pretraining import ComputeConfig, PretrainConfig
 from mimir_fast.config.resolve import seed_everything, settle_machine
 from mimir_fast.objectives.information import PENALTIES
 from mimir_fast.training.compilation import keep_compiled_code
@@ -53,8 +53,8 @@ def settle_defaults(
 
     pretend: the device need not be there.
     """
-    run, optim, notes = settle_machine(config.run, config.optim, explicit, pretend)
-    optim = _settle_parallel(optim, explicit)
+    run, compute, notes = settle_machine(config.run, config.compute, explicit, pretend)
+    compute = _settle_parallel(compute, explicit)
     if config.penalty.mi_train not in (*PENALTIES, "plain"):
         notes.append(
             f"mi_train: {config.penalty.mi_train!r} is none of {', '.join(PENALTIES)}: NO penalty, as in the original"
@@ -63,20 +63,20 @@ def settle_defaults(
         notes.append(
             "attack: plain switches the penalty off too, as in the original; --attack pgd_mae switches both on"
         )
-    return replace(config, run=run, optim=optim), notes
+    return replace(config, run=run, compute=compute), notes
 
 
-def _settle_parallel(optim: OptimConfig, explicit: set[str]) -> OptimConfig:
+def _settle_parallel(compute: ComputeConfig, explicit: set[str]) -> ComputeConfig:
     """What goes with shards of a model."""
-    if optim.parallel != "fsdp":
-        return optim
-    if optim.precision == "fp16":
+    if compute.parallel != "fsdp":
+        return compute
+    if compute.precision == "fp16":
         raise ValueError("parallel: fsdp goes with --precision bf16 or fp32, not with fp16")
-    if optim.compile_region == "model" and "compile_region" in explicit:
+    if compute.compile_region == "model" and "compile_region" in explicit:
         raise ValueError(
             "compile_region: fsdp gathers parameters block by block and compiles so too; leave the flag out"
         )
-    return replace(optim, compile_region="block")
+    return replace(compute, compile_region="block")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mimir_fast.config import pretraining as shared
 from mimir_fast.config.fields import Configuration, flag, inherited, require
-from mimir_fast.config.pretraining import DistConfig, check_shared
+from mimir_fast.config.pretraining import ComputeConfig, DistConfig, check_shared
 from mimir_fast.data.datasets import INFO
 
 ATTACKS = ("plain", "pgd", "trades", "mart", "apgd")
@@ -120,12 +120,12 @@ class PenaltyConfig:
 
 
 @dataclass(frozen=True)
-class OptimConfig(shared.UpdateConfig):
+class OptimConfig(shared.OptimConfig):
     """Optimizer and schedule."""
 
-    epochs: int = inherited(shared.UpdateConfig, "epochs", 50)
-    warmup_epochs: int = inherited(shared.UpdateConfig, "warmup_epochs", 5)
-    min_lr: float = inherited(shared.UpdateConfig, "min_lr", 1e-6)
+    epochs: int = inherited(shared.OptimConfig, "epochs", 50)
+    warmup_epochs: int = inherited(shared.OptimConfig, "warmup_epochs", 5)
+    min_lr: float = inherited(shared.OptimConfig, "min_lr", 1e-6)
     layer_decay: float = flag(0.75, "each block's learning rate is this times that of the block above it")
     clip_grad: float | None = flag(None, "largest L2 norm of the gradient; default: not clipped", type=float)
     model_ema: bool = flag(
@@ -181,6 +181,7 @@ class FinetuneConfig(Configuration):
     attack: AttackConfig = AttackConfig()
     penalty: PenaltyConfig = PenaltyConfig()
     optim: OptimConfig = OptimConfig()
+    compute: ComputeConfig = ComputeConfig()  # noqa: RUF009 (frozen)
     validation: ValidationConfig = ValidationConfig()
     run: RunConfig = RunConfig()
     dist: DistConfig = DistConfig()  # noqa: RUF009 (frozen)
@@ -202,6 +203,7 @@ class FinetuneConfig(Configuration):
         for name, allowed in (("remode", ("const", "rand", "pixel")), ("mixup_mode", ("batch", "pair", "elem"))):
             require(flat[name] in allowed, name, repr(flat[name]), f"one of {', '.join(allowed)}")
         _check_numbers(flat)
+        require(flat["parallel"] == "ddp", "parallel", flat["parallel"], "ddp: shards serve pre-training only")
         validation_steps(flat["val_attack"])
         mixed = flat["mixup"] > 0 or flat["cutmix"] > 0 or flat["cutmix_minmax"] is not None
         if flat["attack_train"] == "mart" and (mixed or flat["warmup_aa"]):

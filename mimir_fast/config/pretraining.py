@@ -74,8 +74,8 @@ class PenaltyConfig:
 
 
 @dataclass(frozen=True)
-class UpdateConfig:
-    """Optimizer and schedule, in every kind of run."""
+class OptimConfig:
+    """Optimizer and schedule."""
 
     batch_size: int = flag(64, "images per GPU and micro-batch", "images")
     accum_iter: int = flag(1, "micro-batches per optimizer update", "micro-batches")
@@ -86,6 +86,13 @@ class UpdateConfig:
     blr: float = flag(1e-3, "peak learning rate per 256 images")
     min_lr: float = flag(0.0, "learning rate at the end of the cosine")
     weight_decay: float = flag(0.05, "AdamW weight decay of matrices and tokens")
+    max_bad_steps: int = flag(20, "end the run after this many skipped updates in a row", "updates", new=True)
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """How the step is computed: precision, compilation, implementations, parallelism."""
+
     precision: str | None = flag(
         None,
         "compute precision; default: bf16 on CUDA, fp32 on the CPU",
@@ -133,24 +140,17 @@ class UpdateConfig:
         choices=("auto", "triton", "reference"),
         new=True,
     )
-    grad_compression: str = flag(
-        "none",
-        "arithmetic in which gradients are averaged over processes; none: fp32",
-        choices=("none", "bf16"),
-        new=True,
-    )
-    max_bad_steps: int = flag(20, "end the run after this many skipped updates in a row", "updates", new=True)
-
-
-@dataclass(frozen=True)
-class OptimConfig(UpdateConfig):
-    """Optimizer and schedule."""
-
     parallel: str = flag(
         "ddp",
         "several GPUs: ddp gives each the whole model; fsdp a share of parameters, gradients and moments, for models too large "
         "otherwise (bf16 or fp32; compiles block by block)",
         choices=("ddp", "fsdp"),
+        new=True,
+    )
+    grad_compression: str = flag(
+        "none",
+        "arithmetic in which gradients are averaged over processes; none: fp32",
+        choices=("none", "bf16"),
         new=True,
     )
 
@@ -193,6 +193,7 @@ class PretrainConfig(Configuration):
     attack: AttackConfig = AttackConfig()
     penalty: PenaltyConfig = PenaltyConfig()
     optim: OptimConfig = OptimConfig()
+    compute: ComputeConfig = ComputeConfig()
     run: RunConfig = RunConfig()
     dist: DistConfig = DistConfig()
 

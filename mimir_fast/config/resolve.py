@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from mimir_fast.config.pretraining import RunConfig, UpdateConfig
+from mimir_fast.config.pretraining import ComputeConfig, RunConfig
 from mimir_fast.training.compilation import missing_compiler
 
 
 def settle_machine(
-    run: RunConfig, optim: UpdateConfig, explicit: set[str], pretend: bool = False
-) -> tuple[RunConfig, UpdateConfig, list[str]]:
+    run: RunConfig, compute: ComputeConfig, explicit: set[str], pretend: bool = False
+) -> tuple[RunConfig, ComputeConfig, list[str]]:
     """Fill in what depends on the machine; returns both stages and lines to print.  pretend: the device need not be there.
 
     Raises ValueError if the machine or another flag does not go with a flag that was set.
@@ -22,16 +22,16 @@ def settle_machine(
     if not pretend:
         run = replace(run, device=settled_device(run.device, explicit, notes.append))
     on_cuda = run.device.startswith("cuda")
-    if optim.precision is None:
-        optim = replace(optim, precision="bf16" if on_cuda else "fp32")
-    if optim.residual_dtype == "bf16" and optim.precision != "bf16":
-        raise ValueError(f"residual_dtype: bf16 goes with --precision bf16, not with {optim.precision}")
-    if optim.compile is None:
-        optim = replace(optim, compile=on_cuda)
-    if optim.compile and (reason := missing_compiler()):
+    if compute.precision is None:
+        compute = replace(compute, precision="bf16" if on_cuda else "fp32")
+    if compute.residual_dtype == "bf16" and compute.precision != "bf16":
+        raise ValueError(f"residual_dtype: bf16 goes with --precision bf16, not with {compute.precision}")
+    if compute.compile is None:
+        compute = replace(compute, compile=on_cuda)
+    if compute.compile and (reason := missing_compiler()):
         notes.append(f"compile: {reason}; running eager")
-        optim = replace(optim, compile=False)
-    return run, _settle_implementations(optim, on_cuda), notes
+        compute = replace(compute, compile=False)
+    return run, _settle_implementations(compute, on_cuda), notes
 
 
 def settled_device(device: str, explicit: set[str], say: Callable[[str], None] = print) -> str:
@@ -50,25 +50,25 @@ def settled_device(device: str, explicit: set[str], say: Callable[[str], None] =
     return device
 
 
-def _settle_implementations(optim: UpdateConfig, on_cuda: bool) -> UpdateConfig:
+def _settle_implementations(compute: ComputeConfig, on_cuda: bool) -> ComputeConfig:
     """Operations, attention and MLP: ours on CUDA, attention and MLP in 16 bits; on a CPU, attention of its own if compiled."""
-    if optim.kernels == "auto":
-        optim = replace(optim, kernels="triton" if on_cuda else "reference")
-    elif optim.kernels == "triton" and not on_cuda:
+    if compute.kernels == "auto":
+        compute = replace(compute, kernels="triton" if on_cuda else "reference")
+    elif compute.kernels == "triton" and not on_cuda:
         raise ValueError("kernels: triton needs a CUDA device; pass --kernels reference or leave the default")
-    half = optim.kernels == "triton" and optim.precision != "fp32"
-    narrow = not on_cuda and optim.precision == "fp32"
-    if optim.attention == "auto":
-        optim = replace(optim, attention="short" if half else "narrow" if narrow and optim.compile else "sdpa")
-    elif optim.attention == "short" and not on_cuda:
+    half = compute.kernels == "triton" and compute.precision != "fp32"
+    narrow = not on_cuda and compute.precision == "fp32"
+    if compute.attention == "auto":
+        compute = replace(compute, attention="short" if half else "narrow" if narrow and compute.compile else "sdpa")
+    elif compute.attention == "short" and not on_cuda:
         raise ValueError("attention: short needs a CUDA device; pass --attention sdpa or leave the default")
-    elif optim.attention == "narrow" and (reason := missing_compiler() if narrow else "it is for CPUs in fp32"):
+    elif compute.attention == "narrow" and (reason := missing_compiler() if narrow else "it is for CPUs in fp32"):
         raise ValueError(f"attention: narrow: {reason}; pass --attention sdpa or leave the default")
-    if optim.mlp == "auto":
-        optim = replace(optim, mlp="triton" if half else "reference")
-    elif optim.mlp == "triton" and not (on_cuda and optim.precision != "fp32"):
+    if compute.mlp == "auto":
+        compute = replace(compute, mlp="triton" if half else "reference")
+    elif compute.mlp == "triton" and not (on_cuda and compute.precision != "fp32"):
         raise ValueError("mlp: triton needs a CUDA device and 16 bits; pass --mlp reference or leave the default")
-    return optim
+    return compute
 
 
 def seed_everything(seed: int) -> None:

@@ -39,13 +39,13 @@ def on_cuda(config: PretrainConfig, explicit: set[str]) -> PretrainConfig:
     """
     if "device" in explicit and not config.run.device.startswith("cuda"):
         raise ValueError(f"device: got {config.run.device}, expected cuda: memory predicts GPU memory")
-    if config.optim.parallel == "fsdp" and config.dist.world_size > 1:
+    if config.compute.parallel == "fsdp" and config.dist.world_size > 1:
         raise ValueError("parallel: got fsdp; memory predicts a process that has the whole model, expected ddp")
-    if config.optim.attention in PACKAGES:
-        raise ValueError(f"attention: got {config.optim.attention}; memory predicts auto, short, sdpa and math")
-    compiled = config.optim.compile in (None, True)  # whether this machine has a compiler or not
+    if config.compute.attention in PACKAGES:
+        raise ValueError(f"attention: got {config.compute.attention}; memory predicts auto, short, sdpa and math")
+    compiled = config.compute.compile in (None, True)  # whether this machine has a compiler or not
     settled, _ = settle_defaults(replace(config, run=replace(config.run, device="cuda:0")), explicit, pretend=True)
-    return replace(settled, optim=replace(settled.optim, compile=compiled))
+    return replace(settled, compute=replace(settled.compute, compile=compiled))
 
 
 def peak(prediction: Prediction, gpu: Gpu, batch: int) -> dict[str, float]:
@@ -71,29 +71,29 @@ def largest_batch(prediction: Prediction, gpu: Gpu) -> int:
 
 def describe(config: PretrainConfig, prediction: Prediction, gpus: dict[str, Gpu]) -> list[str]:
     """The lines of the report."""
-    m, o, a = config.model, config.optim, config.attack
+    m, c, a, batch = config.model, config.compute, config.attack, config.optim.batch_size
     attack = "none" if a.attack == "plain" else f"{a.steps} step(s)"
-    compiled = f"compiled by {o.compile_region}" if o.compile else "eager"
-    settings = [compiled, f"kernels {o.kernels}", f"attention {o.attention}", f"residual {o.residual_dtype}"]
-    settings += ["activation checkpointing"] * o.activation_checkpointing
-    kinds = peak(prediction, next(iter(gpus.values())), o.batch_size)
+    compiled = f"compiled by {c.compile_region}" if c.compile else "eager"
+    settings = [compiled, f"kernels {c.kernels}", f"attention {c.attention}", f"residual {c.residual_dtype}"]
+    settings += ["activation checkpointing"] * c.activation_checkpointing
+    kinds = peak(prediction, next(iter(gpus.values())), batch)
     lines = [
-        f"{m.model} at {m.input_size}/{m.patch_size}, {o.precision}, {', '.join(settings)}; "
+        f"{m.model} at {m.input_size}/{m.patch_size}, {c.precision}, {', '.join(settings)}; "
         f"attack {attack}; penalty {penalty_name(config) or 'none'}",
-        f"predicted peak at batch {o.batch_size} (one process; torch.cuda.max_memory_allocated):",
+        f"predicted peak at batch {batch} (one process; torch.cuda.max_memory_allocated):",
         *(f"  {kind:<28}{size:8.2f} GiB" for kind, size in kinds.items()),
         f"  {'sum':<28}{sum(kinds.values()):8.2f} GiB",
         f"largest batch that fits, keeping {CONTEXT:g} GiB (CUDA context) and {FRAGMENTATION:.0%} of the peak "
         "(fragmentation) free:",
     ]
     for name, gpu in gpus.items():
-        fits = needed(prediction, gpu, o.batch_size) <= gpu.memory
+        fits = needed(prediction, gpu, batch) <= gpu.memory
         verdict = "fits" if fits else "does not fit"
         lines.append(
-            f"  {name:<12}{gpu.memory:7.1f} GiB {largest_batch(prediction, gpu):8d}   (batch {o.batch_size} {verdict})"
+            f"  {name:<12}{gpu.memory:7.1f} GiB {largest_batch(prediction, gpu):8d}   (batch {batch} {verdict})"
         )
-    if o.compile and o.compile_mode in ("reduce-overhead", "max-autotune"):
-        lines.append(f"compile_mode: {o.compile_mode} runs CUDA graphs, whose memory pools are not counted here")
+    if c.compile and c.compile_mode in ("reduce-overhead", "max-autotune"):
+        lines.append(f"compile_mode: {c.compile_mode} runs CUDA graphs, whose memory pools are not counted here")
     if config.dist.world_size > 1:
         lines.append("world_size: the gradients' buffers of data parallelism are not counted here")
     return lines

@@ -68,7 +68,7 @@ def predict(config: PretrainConfig) -> Prediction:
     """
     with torch.device("meta"):
         depth = len(build_model(config, torch.device("meta")).blocks)
-    whole = config.optim.compile and config.optim.compile_region == "model"
+    whole = config.compute.compile and config.compute.compile_region == "model"
     depths = list(DEPTHS) if whole and depth > DEPTHS[-1] else [depth]
     return Prediction([follow(config, blocks) for blocks in depths], depths, depth)
 
@@ -122,9 +122,9 @@ class _Step:
     def __init__(self, config: PretrainConfig, model: MaskedAutoencoderViT, ledger: Ledger):
         self.config, self.model, self.batch = config, model, ledger.batch
         cpu = torch.device("cpu")
-        self.attack, self.dtype = build_attack(config, None, cpu), AUTOCAST[config.optim.precision]
+        self.attack, self.dtype = build_attack(config, None, cpu), AUTOCAST[config.compute.precision]
         optimizer = build_optimizer(model, 1e-3, config.optim.weight_decay)
-        self.updater = Updater(optimizer, cpu, config.optim.precision == "fp16")
+        self.updater = Updater(optimizer, cpu, config.compute.precision == "fp16")
         backend = planning_backend(ledger)
         self.computation = build_computation(config, World(device=cpu), model, self.updater, backend)
 
@@ -135,7 +135,7 @@ class _Step:
 
     def warm_up(self) -> None:
         """Compile what will be compiled, and make the optimizer's state: an eager step needs no more than an update for it."""
-        if self.config.optim.compile:
+        if self.config.compute.compile:
             return self()
         for p in self.model.parameters():
             p.grad = torch.empty_like(p) if p.requires_grad else None

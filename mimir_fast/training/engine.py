@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mimir_fast.attacks.pgd_mae import frozen_twin
-from mimir_fast.config.pretraining import UpdateConfig
+from mimir_fast.config.pretraining import ComputeConfig
 from mimir_fast.kernels._shared.registration import choose
 from mimir_fast.models import VisionTransformer
 from mimir_fast.objectives.adversarial_losses import cross_entropy
@@ -34,7 +34,7 @@ class Computation(NamedTuple):
 
 
 def build_computation(
-    optim: UpdateConfig,
+    compute: ComputeConfig,
     world: World,
     model: VisionTransformer,
     updater: Updater,
@@ -42,6 +42,7 @@ def build_computation(
     criterion: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
     backend: str | Callable = "inductor",
     information: tuple[float, float] | None = None,
+    accum_iter: int = 1,
 ) -> Computation:
     """16-bit copy (told to the updater), frozen twin, compiled pieces, data parallelism: as configured.
 
@@ -50,18 +51,18 @@ def build_computation(
     """
     states = partial(_states, model, updater.optimizer)
     world.share(model.parameters())
-    if optim.precision != "fp32":
+    if compute.precision != "fp32":
         if world.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # tf32 for what stays in fp32: the patch embedding
-        updater.compute = ComputeCopy(model, AUTOCAST[optim.precision])
+        updater.compute = ComputeCopy(model, AUTOCAST[compute.precision])
         model = updater.compute.module
     attacked = frozen_twin(model).eval()
     features, functions = model.forward_features, AttackFunctions()
-    if optim.compile:
-        features, functions = compiled_pieces(model, attacked, optim.compile_mode, optim.compile_region, backend)
+    if compute.compile:
+        features, functions = compiled_pieces(model, attacked, compute.compile_mode, compute.compile_region, backend)
     objective = Objective(model, attack.kind, criterion, attack.beta, information, features)
     if world.size > 1:
-        objective = _replicate(objective, world, optim, updater.compute is not None)
+        objective = _replicate(objective, world, compute, accum_iter == 1 or updater.compute is not None)
     return Computation(objective, attacked, functions, states)
 
 
@@ -96,21 +97,20 @@ def compiled_pieces(
     return features, functions._replace(step=step, move=move, begin=partial(begin, kernels=model.kernels))
 
 
-def compile_rated(model: VisionTransformer, optim: UpdateConfig) -> None:
+def compile_rated(model: VisionTransformer, compute: ComputeConfig) -> None:
     """Compile a model that only validation sees where `compiled_pieces` cannot: blocks belong to their model."""
-    if optim.compile and optim.compile_region == "block":
-        compile_blocks(model.blocks, fullgraph=True, dynamic=False, mode=optim.compile_mode)
+    if compute.compile and compute.compile_region == "block":
+        compile_blocks(model.blocks, fullgraph=True, dynamic=False, mode=compute.compile_mode)
 
 
 def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
     return model.state_dict(), optimizer.state_dict()
 
 
-def _replicate(objective: nn.Module, world: World, optim: UpdateConfig, computes: bool) -> DistributedDataParallel:
-    """Data parallelism as in pre-training; computes: something computes in the parameters' place."""
+def _replicate(objective: nn.Module, world: World, compute: ComputeConfig, static: bool) -> DistributedDataParallel:
+    """Data parallelism as in pre-training; static: gradients are never held back from averaging."""
     devices = [world.device] if world.device.type == "cuda" else None
-    static = optim.accum_iter == 1 or computes  # a static graph forbids holding gradients back
     options = {"gradient_as_bucket_view": True, "static_graph": static}
     replicated = DistributedDataParallel(objective, device_ids=devices, **options)
-    replicated.register_comm_hook(optim.grad_compression == "bf16", average_gradients)
+    replicated.register_comm_hook(compute.grad_compression == "bf16", average_gradients)
     return replicated

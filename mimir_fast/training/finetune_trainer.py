@@ -55,7 +55,7 @@ class Trainer:
         self.model = build_model(config, self.stream, world.device)
         self.lr = peak_learning_rate(config, world)
         optimizer = build_optimizer(self.model, self.lr, o.weight_decay, o.layer_decay)
-        self.updater = Updater(optimizer, world.device, o.precision == "fp16", max_norm=o.clip_grad)
+        self.updater = Updater(optimizer, world.device, config.compute.precision == "fp16", max_norm=o.clip_grad)
         self.generator = torch.Generator(world.device)
         self.position = Position(o.start_epoch, update=o.start_epoch * self.updates_per_epoch)
         self.folder = Path(r.output_dir) if r.output_dir else None
@@ -74,13 +74,15 @@ class Trainer:
         """What a step runs, the running average, and what rates them; state, own: the resumed checkpoint's, empty without."""
         config, world, o = self.config, self.world, self.config.optim
         parts = (self.model, self.updater, self.attack, build_criterion(config))
-        self.computation = build_computation(o, world, *parts, information=information_weights(config))
+        self.computation = build_computation(
+            config.compute, world, *parts, information=information_weights(config), accum_iter=o.accum_iter
+        )
         self.average = RunningAverage(self.model, o.model_ema_decay) if o.model_ema else None
         if state:
             take_up_average(self.average, state.get("model_ema"), notes.append)
         judged = self.average.module if self.average else self.computation.attacked
         if self.average:
-            compile_rated(judged, o)
+            compile_rated(judged, config.compute)
         best = best_so_far(own, config, notes.append)
         self.rating = Rating(config, world, judged, self.computation.functions, best)
 
@@ -157,7 +159,7 @@ class Trainer:
                 )
             self.generator.manual_seed(step_seed(c.run.seed, self.world.rank, epoch, step))
             noise = draw_noise(self.generator, self.model, images, self.attack)
-        dtype = AUTOCAST[c.optim.precision]
+        dtype = AUTOCAST[c.compute.precision]
         objective, attacked, functions, _ = self.computation
         # 16-bit gradients are averaged over ranks before they are added up in fp32, so never held back
         held = self.world.size > 1 and not updates and not self.updater.compute

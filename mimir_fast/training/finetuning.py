@@ -84,7 +84,7 @@ def build_mixing(config: FinetuneConfig, epoch: int) -> Mixing | None:
 
 def build_model(config: FinetuneConfig, stream: BatchStream, device: torch.device) -> VisionTransformer:
     """The classifier on its device, freshly initialised; images in [0,1] are normalised inside of it, if at all."""
-    m, o = config.model, config.optim
+    m, c = config.model, config.compute
     constants = {"mean": stream.mean, "std": stream.std} if config.data.use_normalize else {}
     model = create_classifier(
         m.model,
@@ -93,11 +93,11 @@ def build_model(config: FinetuneConfig, stream: BatchStream, device: torch.devic
         num_classes=m.nb_classes,
         global_pool=m.global_pool,
         drop_path=m.drop_path,
-        kernels=o.kernels,
-        attention=o.attention,
-        mlp=o.mlp,
-        residual_dtype=torch.bfloat16 if o.residual_dtype == "bf16" else None,
-        activation_checkpointing=o.activation_checkpointing,
+        kernels=c.kernels,
+        attention=c.attention,
+        mlp=c.mlp,
+        residual_dtype=torch.bfloat16 if c.residual_dtype == "bf16" else None,
+        activation_checkpointing=c.activation_checkpointing,
         **constants,
     )
     return model.to(device)
@@ -125,7 +125,7 @@ def build_attack(config: FinetuneConfig, epoch: int, device: torch.device) -> At
     a = config.attack
     eps, alpha = radius_and_step(a, epoch, config.optim.epochs)
     bounds = linf_bounds(eps / 255, alpha / 255, 0.0, 1.0, channels=3, device=device)
-    scale = FP16_ATTACK_SCALE if config.optim.precision == "fp16" else 1.0
+    scale = FP16_ATTACK_SCALE if config.compute.precision == "fp16" else 1.0
     return Attack(a.attack_train, a.steps, bounds, scale, a.trades_beta)
 
 
@@ -158,16 +158,16 @@ def describe(
     config: FinetuneConfig, world: World, stream: BatchStream, model: VisionTransformer, lr: float
 ) -> list[str]:
     """Lines that say what is about to run."""
-    c, o, a, v = config.model, config.optim, config.attack, config.validation
+    c, m, o, a, v = config.compute, config.model, config.optim, config.attack, config.validation
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     attack = "none" if a.attack_train == "plain" else f"{a.attack_train}, {a.steps} step(s), eps {a.eps:g}/255"
     average = f", average {o.model_ema_decay:g}" if o.model_ema else ""
     return [
-        f"model {c.model} ({parameters:.2f} M parameters), {c.input_size}/{c.patch_size}, {c.nb_classes} classes; "
+        f"model {m.model} ({parameters:.2f} M parameters), {m.input_size}/{m.patch_size}, {m.nb_classes} classes; "
         f"data {stream.name}, {stream.num_images} images, {len(stream)} micro-batches per epoch, {v.held_out} held out; "
         f"attack {attack}; validation attack {v.val_attack}",
-        f"device {world.device} x {world.size}, {o.precision}, "
-        f"compile {f'{o.compile_mode}, by {o.compile_region}' if o.compile else 'off'}, kernels {o.kernels}, "
-        f"attention {o.attention}, mlp {o.mlp}, residual {o.residual_dtype}; lr {lr:.3g}, layer decay {o.layer_decay:g}"
+        f"device {world.device} x {world.size}, {c.precision}, "
+        f"compile {f'{c.compile_mode}, by {c.compile_region}' if c.compile else 'off'}, kernels {c.kernels}, "
+        f"attention {c.attention}, mlp {c.mlp}, residual {c.residual_dtype}; lr {lr:.3g}, layer decay {o.layer_decay:g}"
         f"{average}; outputs in {config.run.output_dir or '(nowhere)'}",
     ]

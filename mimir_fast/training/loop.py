@@ -47,7 +47,7 @@ class Trainer:
         self.penalty = penalty_name(config)
         self.lr = peak_learning_rate(config, world)
         optimizer = build_optimizer(self.model, self.lr, config.optim.weight_decay)
-        self.updater = Updater(optimizer, world.device, config.optim.precision == "fp16")
+        self.updater = Updater(optimizer, world.device, config.compute.precision == "fp16")
         self.generator = torch.Generator(world.device)
         self.skipped_penalties = torch.zeros((), dtype=torch.float64, device=world.device)
         self.position = Position(config.optim.start_epoch, update=config.optim.start_epoch * self.updates_per_epoch)
@@ -121,7 +121,7 @@ class Trainer:
             images = to_float(images_u8, *self.constants)
             self.generator.manual_seed(step_seed(c.run.seed, self.world.rank, self.position.epoch, step))
             noise = draw_noise(self.generator, len(images), self.model.num_patches, self.attack)
-        dtype = AUTOCAST[c.optim.precision]
+        dtype = AUTOCAST[c.compute.precision]
         computation = self.computation
         # 16-bit gradients are averaged over ranks before they are added up in fp32, so never held back
         held = self.world.size > 1 and not updates and not self.updater.compute

@@ -50,15 +50,15 @@ def build_model(config: PretrainConfig, device: torch.device) -> MaskedAutoencod
     """The model on its device, freshly initialised."""
     m = config.model
     size = {"img_size": m.input_size, "patch_size": m.patch_size}
-    o = config.optim
-    residual = torch.bfloat16 if o.residual_dtype == "bf16" else None
+    c = config.compute
+    residual = torch.bfloat16 if c.residual_dtype == "bf16" else None
     options = {
         "norm_pix_loss": m.norm_pix_loss,
-        "kernels": o.kernels,
+        "kernels": c.kernels,
         "residual_dtype": residual,
-        "attention": o.attention,
-        "mlp": o.mlp,
-        "activation_checkpointing": o.activation_checkpointing,
+        "attention": c.attention,
+        "mlp": c.mlp,
+        "activation_checkpointing": c.activation_checkpointing,
     }
     return create_model(m.model, **size, **options).to(device)
 
@@ -72,7 +72,7 @@ def build_attack(config: PretrainConfig, stream: BatchStream, device: torch.devi
     if config.data.use_normalize:
         mean, std = torch.tensor(stream.mean), torch.tensor(stream.std)
         bounds = a.eps / 255 / std, a.alpha / 255 / std, (0.0 - mean) / std, (1.0 - mean) / std
-    scale = FP16_ATTACK_SCALE if config.optim.precision == "fp16" else 1.0
+    scale = FP16_ATTACK_SCALE if config.compute.precision == "fp16" else 1.0
     return Attack(a.steps, linf_bounds(*bounds, channels=3, device=device), a.attack_mask_ratio, scale)
 
 
@@ -111,17 +111,17 @@ def build_computation(
 
     Unless it is sharded, `model` is up to date after every update.  backend: torch.compile's.
     """
-    o = config.optim
+    c = config.compute
     states = partial(_states, model, updater.optimizer)
     world.share(model.parameters())
-    if o.precision != "fp32":
+    if c.precision != "fp32":
         if world.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # tf32 for what stays in fp32: the patch embedding
         if not sharded(config, world):
-            updater.compute = ComputeCopy(model, AUTOCAST[o.precision])
+            updater.compute = ComputeCopy(model, AUTOCAST[c.precision])
             model = updater.compute.module
     attacked = frozen_twin(model)
-    pieces = Compiled(model, attacked, o.compile, o.compile_mode, o.compile_region, backend)
+    pieces = Compiled(model, attacked, c.compile, c.compile_mode, c.compile_region, backend)
     penalty = (penalty_name(config), config.penalty.mi_xpl)
     objective = Objective(model, config.model.mask_ratio, *penalty, pieces.encode, pieces.reconstruct)
     computation = Computation(objective, attacked, pieces.attack, states)
@@ -132,7 +132,7 @@ def build_computation(
 
 def sharded(config: PretrainConfig, world: World) -> bool:
     """Whether each process keeps a share of the model."""
-    return config.optim.parallel == "fsdp" and world.size > 1
+    return config.compute.parallel == "fsdp" and world.size > 1
 
 
 def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
@@ -140,22 +140,24 @@ def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, d
 
 
 def _replicate(config: PretrainConfig, world: World, computation: Computation, updater: Updater) -> Computation:
-    o = config.optim
+    c = config.compute
     devices = [world.device] if world.device.type == "cuda" else None
-    static = o.accum_iter == 1 or updater.compute is not None  # a static graph forbids holding gradients back
+    static = (
+        config.optim.accum_iter == 1 or updater.compute is not None
+    )  # a static graph forbids holding gradients back
     options = {"gradient_as_bucket_view": True, "static_graph": static}
     objective = DistributedDataParallel(computation.objective, device_ids=devices, **options)
-    objective.register_comm_hook(o.grad_compression == "bf16", average_gradients)
+    objective.register_comm_hook(c.grad_compression == "bf16", average_gradients)
     return computation._replace(objective=objective)
 
 
 def _shard(config: PretrainConfig, world: World, computation: Computation, updater: Updater) -> Computation:
     from mimir_fast.training.sharding import Reconstruction, Shards  # slow to import: only where there are shards
 
-    o = config.optim
+    c = config.compute
     loss = Reconstruction(computation.attacked)
-    reduce_dtype = torch.bfloat16 if o.grad_compression == "bf16" else torch.float32
-    shards = Shards(computation.objective, loss, updater, world, AUTOCAST[o.precision], reduce_dtype)
+    reduce_dtype = torch.bfloat16 if c.grad_compression == "bf16" else torch.float32
+    shards = Shards(computation.objective, loss, updater, world, AUTOCAST[c.precision], reduce_dtype)
     functions = computation.functions._replace(loss=lambda _, *inputs: loss(*inputs))
     return computation._replace(functions=functions, states=shards.states)
 
@@ -164,7 +166,7 @@ def describe(
     config: PretrainConfig, world: World, stream: BatchStream, model: MaskedAutoencoderViT, lr: float
 ) -> list[str]:
     """Two lines that say what is about to run."""
-    o = config.optim
+    c = config.compute
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     attack = (
         "none" if config.attack.attack == "plain" else f"{config.attack.steps} step(s), eps {config.attack.eps:g}/255"
@@ -173,8 +175,8 @@ def describe(
         f"model {config.model.model} ({parameters:.2f} M parameters), {config.model.input_size}/{config.model.patch_size}; "
         f"data {stream.name}, {stream.num_images} images, {len(stream)} micro-batches per epoch; "
         f"attack {attack}; penalty {penalty_name(config) or 'none'}",
-        f"device {world.device} x {world.size}, {f'{o.parallel}, ' if world.size > 1 else ''}{o.precision}, "
-        f"compile {f'{o.compile_mode}, by {o.compile_region}' if o.compile else 'off'}, kernels {o.kernels}, "
-        f"attention {o.attention}, mlp {o.mlp}, residual {o.residual_dtype}; "
+        f"device {world.device} x {world.size}, {f'{c.parallel}, ' if world.size > 1 else ''}{c.precision}, "
+        f"compile {f'{c.compile_mode}, by {c.compile_region}' if c.compile else 'off'}, kernels {c.kernels}, "
+        f"attention {c.attention}, mlp {c.mlp}, residual {c.residual_dtype}; "
         f"lr {lr:.3g}; outputs in {config.run.output_dir or '(nowhere)'}",
     ]

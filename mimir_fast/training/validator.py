@@ -49,7 +49,7 @@ class Rating:
         v = config.validation
         self.config, self.world, self.model, self.functions = config, world, model, functions
         self.best, self.is_best = best, False
-        scale = FP16_ATTACK_SCALE if config.optim.precision == "fp16" else 1.0
+        scale = FP16_ATTACK_SCALE if config.compute.precision == "fp16" else 1.0
         self.attack = build_validation_attack(v.val_attack, config.attack.eps, world.device, scale)
         tests = v.test_every or (self.attack and not v.held_out)
         self.test = self._test_images(config, world) if tests else None
@@ -90,9 +90,9 @@ class Rating:
         return bool(every) and ((epoch + 1) % every == 0 or epoch + 1 == self.config.optim.epochs)
 
     def _validate(self, images: EvalStream, attacked: bool, ends: Callable[[], bool]) -> Scores | None:
-        o = self.config.optim
-        attack, fill = self.attack if attacked else None, o.batch_size if o.compile else 0
-        return validate(self.model, images, self.world, AUTOCAST[o.precision], attack, ends, self.functions, fill)
+        c = self.config.compute
+        attack, fill = self.attack if attacked else None, self.config.optim.batch_size if c.compile else 0
+        return validate(self.model, images, self.world, AUTOCAST[c.precision], attack, ends, self.functions, fill)
 
     def _compare(self, scores: Scores, epoch: int) -> None:
         robust = scores.acc1 if scores.robust_acc1 is None else scores.robust_acc1

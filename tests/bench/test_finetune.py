@@ -107,7 +107,7 @@ def test_the_configuration_is_the_recipes():
     wanted = {"attack_train": "pgd", "steps": 1, "eps": 4.0, "smoothing": 0.1, "drop_path": 0.1, "layer_decay": 0.65}
     assert wanted.items() <= config.items()
     assert (config["batch_size"], config["input_size"], config["nb_classes"]) == (256, 224, 1000)
-    assert not configuration("textbook", ["--device", "cpu", "--compile"], "finetune").optim.compile
+    assert not configuration("textbook", ["--device", "cpu", "--compile"], "finetune").compute.compile
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ class Run:
         objective, attacked, functions, _ = self.computation
         for i in range(2):
             images = golden_images()[i][4 * self.rank : 4 * self.rank + 4]
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.config.optim.precision == "bf16"):
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.config.compute.precision == "bf16"):
                 out = pretrain_step(objective, attacked, images, half(the_noise(), self.rank), ATTACK, functions)
             self.updater.backward(out.loss + torch.inf if poison and self.rank == 1 else out.loss, 2)
         return self.updater.update()

@@ -88,10 +88,10 @@ def test_abbreviations_negatives_and_new_flags():
     assert parse("--no_pin_mem").data.pin_mem is False
     assert parse("--no-pin-mem").data.pin_mem is False
     config = parse("--precision fp16 --no-compile --attack_mask_ratio 0.5 --max_bad_steps 3")
-    assert (config.optim.precision, config.optim.compile) == ("fp16", False)
+    assert (config.compute.precision, config.compute.compile) == ("fp16", False)
     assert (config.attack.attack_mask_ratio, config.optim.max_bad_steps) == (0.5, 3)
-    assert parse("--compile").optim.compile is True
-    assert parse("").optim.compile is None
+    assert parse("--compile").compute.compile is True
+    assert parse("").compute.compile is None
 
 
 def test_layers_defaults_recipe_file_flags(tmp_path):

@@ -78,7 +78,7 @@ def test_a_missing_compiler_is_told():
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
         assert "no C++ compiler" in compiling.missing_compiler()
         config, notes = settle_defaults(*parse_pretrain_args(["--device", "cpu", "--compile"]))
-    assert not config.optim.compile
+    assert not config.compute.compile
     assert any("running eager" in note for note in notes)
 
 

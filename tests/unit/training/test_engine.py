@@ -7,7 +7,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mimir_fast.attacks.pgd_mae import frozen_twin, linf_bounds
-from mimir_fast.config.pretraining import UpdateConfig
+from mimir_fast.config.pretraining import ComputeConfig
 from mimir_fast.models import VisionTransformer
 from mimir_fast.training.distributed import World
 from mimir_fast.training.engine import Computation, build_computation
@@ -29,11 +29,11 @@ from tests.unit.training.test_finetune_step import BOUNDS, classifier
 STEPS = 3
 
 
-def optim(**options) -> UpdateConfig:
-    return UpdateConfig(**({"precision": "fp32", "compile": False} | options))
+def compute(**options) -> ComputeConfig:
+    return ComputeConfig(**({"precision": "fp32", "compile": False} | options))
 
 
-def build(config: UpdateConfig, kind: str, backend="aot_eager") -> tuple[VisionTransformer, Updater, Computation]:
+def build(config: ComputeConfig, kind: str, backend="aot_eager") -> tuple[VisionTransformer, Updater, Computation]:
     model = classifier(0.1)
     if config.compile_region == "model":  # one block, with stochastic depth, is enough to trace
         del model.blocks[0]
@@ -42,7 +42,7 @@ def build(config: UpdateConfig, kind: str, backend="aot_eager") -> tuple[VisionT
     return model, updater, build_computation(config, World(), model, updater, Attack(kind, 2, BOUNDS), backend=backend)
 
 
-def train(config: UpdateConfig, kind: str, backend="aot_eager", after=lambda: None) -> list[FinetuneOutput]:
+def train(config: ComputeConfig, kind: str, backend="aot_eager", after=lambda: None) -> list[FinetuneOutput]:
     """Three updates of two images under an attack that grows."""
     model, updater, computation = build(config, kind, backend)
     generator, outputs = torch.Generator().manual_seed(1), []
@@ -85,9 +85,9 @@ def weight_products(graph: torch.fx.GraphModule) -> list[bool]:
 def test_compiled_is_the_same_step_compiles_once_and_attacks_without_weight_gradients(kind, region):
     torch._dynamo.reset()
     graphs, counts = Graphs(), []
-    config = optim(compile=True, compile_region=region)
+    config = compute(compile=True, compile_region=region)
     compiled = train(config, kind, graphs.backend, lambda: counts.append(len(graphs.forwards)))
-    for ours, want in zip(compiled, train(optim(compile_region=region), kind)):
+    for ours, want in zip(compiled, train(compute(compile_region=region), kind)):
         assert ours.loss.item() == pytest.approx(want.loss.item(), rel=1e-4)
         assert ((ours.adv - want.adv).abs() > 1e-5).float().mean() < 0.02
     assert counts[0] > 1
@@ -102,7 +102,7 @@ def test_compiled_is_the_same_step_compiles_once_and_attacks_without_weight_grad
 def test_validation_uses_the_compiled_attack_and_compiles_once(region):
     torch._dynamo.reset()
     graphs = Graphs()
-    model, _, computation = build(optim(compile=True, compile_region=region), "pgd", graphs.backend)
+    model, _, computation = build(compute(compile=True, compile_region=region), "pgd", graphs.backend)
     plain = frozen_twin(model).eval()
     images = [(group[:2] * 255).round().byte() for group in golden_images()[:2]]
     stream = [*zip(images, (labels()[:2], labels()[2:4])), (images[0][:1], labels()[:1])]  # the last batch is smaller
@@ -145,7 +145,7 @@ def test_the_attack_costs_two_forward_passes_a_step():
 
 
 def test_16_bit_copies_follow_the_parameters():
-    model, updater, computation = build(optim(precision="bf16"), "pgd")
+    model, updater, computation = build(compute(precision="bf16"), "pgd")
     assert computation.attacked.head.weight.dtype == torch.bfloat16
     assert not any(p.requires_grad for p in computation.attacked.parameters())
     images, attack = golden_images()[0], Attack("pgd", 1, BOUNDS)
