@@ -15,6 +15,14 @@ SITE = [path for path in sys.path if path.endswith("site-packages")]
 OPS = sorted(p.parent.name for p in (ROOT / "kernels").glob("*/op.py"))
 
 
+def tracked_files() -> list[str]:
+    """What the repository holds; without git, all Python files."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    names = [name for name in listed.split("\0") if name and (ROOT / name).exists()]
+    return names or [str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py")]
+
+
 def test_every_operation_has_its_files_and_its_function():
     assert OPS
     folders = sorted(p.name for p in (ROOT / "kernels").iterdir() if p.is_dir() and not p.name.startswith("_"))
@@ -32,6 +40,22 @@ def test_every_operation_has_its_files_and_its_function():
 
 def test_nothing_is_loose_at_the_top():
     assert [path.name for path in (ROOT / "mimir_fast").glob("*.py")] == ["__init__.py"]
+
+
+def test_tests_mirror_the_package():
+    """tests/unit/X tests mimir_fast/X; what is tested as a whole, in tests/runs, has no folder of its own."""
+    whole = {"demo", "finetune", "pretrain"}
+    rooms = {path.parent.name for path in (ROOT / "mimir_fast").glob("*/__init__.py")} - {"kernels"}
+    tested = {path.parent.name for path in (ROOT / "tests" / "unit").glob("*/test_*.py")}
+    assert tested == rooms - whole
+    for room in tested:
+        modules = [path.read_text() for path in (ROOT / "tests" / "unit" / room).glob("test_*.py")]
+        assert any("pytestmark" not in text for text in modules), f"make test-fast leaves all of {room} out"
+
+
+def test_no_tracked_file_is_over_a_megabyte():
+    for name in tracked_files():
+        assert (ROOT / name).stat().st_size <= 2**20, name
 
 
 def test_a_checkout_imports_without_an_install_step():
@@ -76,15 +100,7 @@ def test_kernels_refuse_their_bare_name():
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     copy = folder / "source"
-    tracked = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout
-    names = [n for n in tracked.split("\0") if n] or [str(p.relative_to(ROOT)) for p in ROOT.rglob("*.py")]
-    for name in [*names, "README.md", "LICENSE", "pyproject.toml", "setup.py"]:
+    for name in [*tracked_files(), "README.md", "LICENSE", "pyproject.toml", "setup.py"]:
         if (ROOT / name).is_symlink():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             (copy / name).symlink_to((ROOT / name).readlink())

@@ -1,0 +1,82 @@
+"""README, CONTRIBUTING and docs/ name files, tests and flags that exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mimir_fast.checkpoints.export import ExportConfig
+from mimir_fast.config.analysis import AnalyzeConfig
+from mimir_fast.config.evaluation import EvaluateConfig
+from mimir_fast.config.fields import Configuration
+from mimir_fast.config.finetuning import FinetuneConfig
+from mimir_fast.config.pretraining import PretrainConfig
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")])
+FOLDERS = "mimir_fast|kernels|bench|tests|docs|examples"
+# flags of other programs, and of the verbs that have no configuration
+ELSEWHERE = {"nproc_per_node", "gpu", "memory_gib", "seed", "recipe", "config", "aa_images"}
+CONFIGURATIONS = (PretrainConfig, FinetuneConfig, EvaluateConfig, AnalyzeConfig, ExportConfig)
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def words(page: Path) -> str:
+    """A page's text; the changelog's old names are history."""
+    text = page.read_text()
+    return re.sub(r"^ *\|.*$", "", text, flags=re.MULTILINE) if page.name == "CHANGELOG.md" else text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_paths_exist(page):
+    text = words(page)
+    for path in re.findall(rf"`((?:{FOLDERS})/[\w./-]*)`", text):
+        assert (ROOT / path).exists(), path
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        if not link.startswith("http"):
+            assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_anchors_exist(page):
+    for link, anchor in re.findall(r"\]\(([^)#]*)#([^)]+)\)", words(page)):
+        target = page.parent / link if link else page
+        if link.startswith("http"):
+            continue
+        titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+        assert anchor in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles], anchor
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_tests_exist(page):
+    source = "\n".join(path.read_text() for path in ROOT.glob("tests/**/test_*.py"))
+    for test in re.findall(r"`(test_\w+)`", words(page)):
+        assert f"def {test}(" in source, test
+    for stale in re.findall(r"`(test_\w+\.py\S*)`", words(page)):
+        pytest.fail(f"{stale}: name its path below the repository's root")
+
+
+def flags(config: type[Configuration]) -> set[str]:
+    return {flag for name in config.flags() for flag in (name, f"no_{name}")}
+
+
+# performance.md and the README also show flags of python -m bench
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in ("performance.md", "README.md")], ids=name)
+def test_flags_exist(page):
+    known = set().union(*map(flags, CONFIGURATIONS)) | ELSEWHERE | {"cls_token"}
+    for flag in re.findall(
+        r"(?<![\w-])--([a-z_]+)(?![\w-])", re.sub(r"`(python -m bench|pytest)[^`]*`", "", words(page))
+    ):
+        assert flag in known, flag
+
+
+@pytest.mark.parametrize(("page", "config"), [("pretrain", PretrainConfig), ("finetune", FinetuneConfig)])
+def test_every_flag_of_ours_has_its_line(page, config):
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    shared = PretrainConfig.flags().keys() if config is FinetuneConfig else set()
+    for flag, field in config.flags().items():
+        if field.metadata["new"] and flag not in shared:
+            assert f"--{flag}" in text, flag
