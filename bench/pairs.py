@@ -18,9 +18,10 @@ import torch
 from bench.records import RESULTS, append, heading
 from bench.textbook import TextbookMAE, textbook_step
 from mimir_fast.attacks.pgd_mae import frozen_twin, linf_bounds
+from mimir_fast.config.resolve import missing_compiler
 from mimir_fast.models import DECODER, MODELS, create_model
 from mimir_fast.objectives.reconstruction import Objective
-from mimir_fast.training.compilation import Compiled, missing_compiler
+from mimir_fast.training.compilation import Compiled
 from mimir_fast.training.pretrain_step import Attack, draw_noise, pretrain_step
 
 EPS, ALPHA, RATIO, WEIGHT = 8 / 255, 10 / 255, 0.75, 1e-5

@@ -20,7 +20,7 @@ from mimir_fast.checkpoints.trained import Trained, load_encoder, training_eps
 from mimir_fast.cli.evaluate import USUAL_EPS
 from mimir_fast.config.analysis import AnalyzeConfig
 from mimir_fast.config.fields import require
-from mimir_fast.config.resolve import settled_device
+from mimir_fast.config.resolve import resolve_device
 from mimir_fast.data import eval_batches, subset_indices
 from mimir_fast.models import VisionTransformer
 
@@ -28,7 +28,7 @@ from mimir_fast.models import VisionTransformer
 def analyze(config: AnalyzeConfig, explicit: set[str]) -> int:
     """Every checkpoint after the other; what is done is written after each.  Raises ValueError for wrong input."""
     torch.set_float32_matmul_precision("highest")
-    device = settled_device(config.run.device, explicit)
+    device = resolve_device(config.run.device, explicit)
     sources = checkpoints(config.model.checkpoint)
     batches = -(-config.data.num_images // config.run.batch_size)
     progress = Progress({"attack": batches, "estimates": GROUPS + 1}, len(sources))

@@ -11,7 +11,7 @@ from mimir_fast.checkpoints.trained import Trained, load_classifier, training_ep
 from mimir_fast.cli.errors import guarded
 from mimir_fast.cli.parser import Command, parse_args
 from mimir_fast.config.evaluation import RECIPES, EvaluateConfig
-from mimir_fast.config.resolve import settled_device
+from mimir_fast.config.resolve import resolve_device
 from mimir_fast.evaluate.evaluation import run_evaluation
 from mimir_fast.evaluate.images import Images
 from mimir_fast.evaluate.rounds import Sizes
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 def evaluate(config: EvaluateConfig, explicit: set[str]) -> int:
     """Load, evaluate, report; raises ValueError for wrong input."""
     torch.set_float32_matmul_precision("highest")
-    device = settled_device(config.run.device, explicit)
+    device = resolve_device(config.run.device, explicit)
     overrides = {"model": config.model.model, "use_normalize": config.model.use_normalize}
     if config.model.use_normalize:  # whose constants
         overrides["dataset"] = config.data.dataset

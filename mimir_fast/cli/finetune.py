@@ -5,7 +5,6 @@ Also `python -m mimir_fast.finetune`, alone or under torchrun.
 
 import os
 import sys
-from dataclasses import replace
 
 import torch
 
@@ -14,7 +13,7 @@ from mimir_fast.cli.evaluate import STOPPED
 from mimir_fast.cli.parser import Command, parse_args
 from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.config.finetuning_recipes import RECIPES
-from mimir_fast.config.resolve import seed_everything, settle_machine
+from mimir_fast.config.resolve import resolve, seed_everything
 from mimir_fast.evaluate.finetune_eval import evaluate
 from mimir_fast.training.compilation import keep_compiled_code
 from mimir_fast.training.distributed import World, find_rank, join_world
@@ -66,18 +65,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def settle_defaults(config: FinetuneConfig, explicit: set[str]) -> tuple[FinetuneConfig, list[str]]:
-    """Fill in what depends on the machine (device, precision, compilation); returns the configuration and lines to print."""
-    run, compute, notes = settle_machine(config.run, config.compute, explicit)
-    a, v = config.attack, config.validation
-    if a.attack_train == "apgd" and "alpha" in explicit:
-        notes.append("alpha: apgd chooses its steps itself; the flag is not used")
-    if a.attack_train in ("trades", "mart") and "smoothing" in explicit and config.augment.smoothing:
-        notes.append(f"smoothing: {a.attack_train} has a loss of its own, without smoothing, as in the original")
-    if config.penalty.mi_loss not in ("plain", "dib_mi"):
-        notes.append(f"mi_loss: {config.penalty.mi_loss!r} is not dib_mi: NO information term, as in the original")
-    if v.held_out and v.val_attack == "none":
-        notes.append("val_attack: none; best.pth is chosen by clean accuracy on the held-out images")
-    return replace(config, run=run, compute=compute), notes
+    """The configuration with what depends on the machine filled in, and lines to print."""
+    run = resolve(config, explicit)
+    return config.updated(run.flat()), list(run.notes)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,10 @@ class Configuration:
         """A copy with the defaults that other flags decide; explicit: the names of the flags that were set."""
         return self
 
+    def notes(self, explicit: set[str]) -> list[str]:
+        """Lines to print about flags that do not do what one might expect; explicit: the names of the flags that were set."""
+        return []
+
     def check(self: Config) -> Config:
         """Return self if every value is possible; raises ValueError naming the flag, its value and what is allowed."""
         return self

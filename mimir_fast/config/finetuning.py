@@ -216,6 +216,18 @@ class FinetuneConfig(Configuration):
             raise ValueError("resume: --eval needs the file of the checkpoint to evaluate")
         return self
 
+    def notes(self, explicit: set[str]) -> list[str]:
+        notes, a, v = [], self.attack, self.validation
+        if a.attack_train == "apgd" and "alpha" in explicit:
+            notes.append("alpha: apgd chooses its steps itself; the flag is not used")
+        if a.attack_train in ("trades", "mart") and "smoothing" in explicit and self.augment.smoothing:
+            notes.append(f"smoothing: {a.attack_train} has a loss of its own, without smoothing, as in the original")
+        if self.penalty.mi_loss not in ("plain", "dib_mi"):
+            notes.append(f"mi_loss: {self.penalty.mi_loss!r} is not dib_mi: NO information term, as in the original")
+        if v.held_out and v.val_attack == "none":
+            notes.append("val_attack: none; best.pth is chosen by clean accuracy on the held-out images")
+        return notes
+
 
 def _check_numbers(flat: dict) -> None:
     for name in (

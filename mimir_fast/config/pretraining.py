@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from mimir_fast.config.fields import Configuration, flag, require
 from mimir_fast.models.attention import BACKENDS
+from mimir_fast.objectives.information import PENALTIES
 from mimir_fast.training.compilation import MODES as COMPILE_MODES
 from mimir_fast.training.compilation import REGIONS as COMPILE_REGIONS
 
@@ -209,6 +210,16 @@ class PretrainConfig(Configuration):
                 int(patches * (1 - flat[name])) >= 1, name, flat[name], f"low enough to keep one of {patches} patches"
             )
         return self
+
+    def notes(self, explicit: set[str]) -> list[str]:
+        notes, wanted = [], self.penalty.mi_train
+        if wanted not in (*PENALTIES, "plain"):
+            notes.append(f"mi_train: {wanted!r} is none of {', '.join(PENALTIES)}: NO penalty, as in the original")
+        if self.attack.attack == "plain" and wanted in PENALTIES:
+            notes.append(
+                "attack: plain switches the penalty off too, as in the original; --attack pgd_mae switches both on"
+            )
+        return notes
 
 
 def check_shared(flat: dict) -> None:

@@ -1,74 +1,184 @@
-"""What every run settles before it starts: device, precision, compilation, implementations, seeds."""
+"""From what was asked to what runs: `resolve` fills in what depends on the machine.  Everything after it takes a `Run`."""
 
 import random
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 
-from mimir_fast.config.pretraining import ComputeConfig, RunConfig
-from mimir_fast.training.compilation import missing_compiler
+from mimir_fast.config.finetuning import FinetuneConfig
+from mimir_fast.config.pretraining import ComputeConfig, PretrainConfig
+
+Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
 
-def settle_machine(
-    run: RunConfig, compute: ComputeConfig, explicit: set[str], pretend: bool = False
-) -> tuple[RunConfig, ComputeConfig, list[str]]:
-    """Fill in what depends on the machine; returns both stages and lines to print.  pretend: the device need not be there.
+def missing_compiler() -> str | None:
+    """Why nothing can be compiled here, or None: torch.compile needs a C++ compiler, on GPUs too."""
+    from torch._inductor.cpp_builder import get_cpp_compiler  # importing Inductor takes a second
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "no C++ compiler found (install g++, or set CXX)"
+    return None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run must know of its machine; make one by hand to resolve for another.
+
+    cuda_devices      how many there are
+    missing_compiler  why nothing can be compiled, or None; asked only where something is to be compiled
+    """
+
+    cuda_devices: int
+    missing_compiler: Callable[[], str | None] = missing_compiler
+
+    @classmethod
+    def here(cls) -> "Machine":
+        return cls(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How the step is computed, nothing left open: the stage `compute` in dtypes and booleans.
+
+    dtype               of autocast, torch.float32 for none
+    residual_dtype      of the tokens between blocks, None for fp32
+    scaled              the loss is scaled (fp16)
+    kernels, mlp        triton or reference; attention: a backend, none of them auto
+    fsdp                several processes share the parameters; alone it changes compile_region only
+    compress_gradients  gradients are averaged in bf16
+    """
+
+    dtype: torch.dtype
+    residual_dtype: torch.dtype | None
+    scaled: bool
+    compile: bool
+    compile_mode: str
+    compile_region: str
+    kernels: str
+    attention: str
+    mlp: str
+    activation_checkpointing: bool
+    fsdp: bool
+    compress_gradients: bool
+
+    def words(self) -> dict:
+        """{flag: value} of the stage `compute`, as recorded and as told to people."""
+        words = {name: getattr(self, name) for name in ComputeConfig.__dataclass_fields__ if hasattr(self, name)}
+        words["precision"] = WORDS[self.dtype]
+        words["residual_dtype"] = WORDS[self.residual_dtype or torch.float32]
+        words["parallel"] = "fsdp" if self.fsdp else "ddp"
+        words["grad_compression"] = "bf16" if self.compress_gradients else "none"
+        return words
+
+
+@dataclass(frozen=True)
+class Run(Generic[Config]):
+    """A run that can begin: what was asked, what became of it here, and lines to print about it."""
+
+    config: Config
+    compute: Compute
+    device: str
+    notes: tuple[str, ...] = ()
+
+    def flat(self) -> dict:
+        """{flag name: value} as recorded: what was asked, and what resolve filled in."""
+        return self.config.flat() | {"device": self.device} | self.compute.words()
+
+    def updated(self, values: dict) -> "Run[Config]":
+        """A copy with flags replaced that resolve does not read, such as nb_classes, which the data tells."""
+        return replace(self, config=self.config.updated(values))
+
+
+def resolve(config: Config, explicit: set[str], machine: Machine | None = None) -> Run[Config]:
+    """Fill in what depends on the machine; explicit: the names of the flags that were set; machine: None for this one.
 
     Raises ValueError if the machine or another flag does not go with a flag that was set.
     """
-    notes = []
-    if not pretend:
-        run = replace(run, device=settled_device(run.device, explicit, notes.append))
-    on_cuda = run.device.startswith("cuda")
-    if compute.precision is None:
-        compute = replace(compute, precision="bf16" if on_cuda else "fp32")
-    if compute.residual_dtype == "bf16" and compute.precision != "bf16":
-        raise ValueError(f"residual_dtype: bf16 goes with --precision bf16, not with {compute.precision}")
-    if compute.compile is None:
-        compute = replace(compute, compile=on_cuda)
-    if compute.compile and (reason := missing_compiler()):
+    machine, notes = machine or Machine.here(), []
+    device = resolve_device(config.run.device, explicit, notes.append, machine)
+    asked, on_cuda = config.compute, device.startswith("cuda")
+    precision = asked.precision or ("bf16" if on_cuda else "fp32")
+    if asked.residual_dtype == "bf16" and precision != "bf16":
+        raise ValueError(f"residual_dtype: bf16 goes with --precision bf16, not with {precision}")
+    compiled = on_cuda if asked.compile is None else asked.compile
+    if compiled and (reason := machine.missing_compiler()):
         notes.append(f"compile: {reason}; running eager")
-        compute = replace(compute, compile=False)
-    return run, _settle_implementations(compute, on_cuda), notes
+        compiled = False
+    compute = Compute(
+        dtype=DTYPES[precision],
+        residual_dtype=None if asked.residual_dtype == "fp32" else DTYPES[asked.residual_dtype],
+        scaled=precision == "fp16",
+        compile=compiled,
+        compile_mode=asked.compile_mode,
+        compile_region=_region(asked, precision, explicit),
+        **_implementations(asked, on_cuda, precision, compiled, machine),
+        activation_checkpointing=asked.activation_checkpointing,
+        fsdp=asked.parallel == "fsdp",
+        compress_gradients=asked.grad_compression == "bf16",
+    )
+    return Run(config, compute, device, (*notes, *config.notes(explicit)))
 
 
-def settled_device(device: str, explicit: set[str], say: Callable[[str], None] = print) -> str:
+def resolve_device(
+    device: str, explicit: set[str], say: Callable[[str], None] = print, machine: Machine | None = None
+) -> str:
     """The device to run on, the CPU in place of a default that is not there.  Raises ValueError if it was asked for."""
     kind, _, index = device.partition(":")
     if kind != "cuda":
         return device
-    if not torch.cuda.is_available():
+    count = (machine or Machine.here()).cuda_devices
+    if not count:
         if "device" in explicit:
             raise ValueError(f"device: got {device}, no CUDA device is available here; pass --device cpu")
         say("device: no CUDA device is available here, running on the CPU (--device cpu)")
         return "cpu"
-    count = torch.cuda.device_count()
     if index and not (index.isdigit() and int(index) < count):
         raise ValueError(f"device: got {device}, this machine has {count} CUDA devices, counted from cuda:0")
     return device
 
 
-def _settle_implementations(compute: ComputeConfig, on_cuda: bool) -> ComputeConfig:
+def _region(asked: ComputeConfig, precision: str, explicit: set[str]) -> str:
+    """What is compiled as one; shards are gathered block by block."""
+    if asked.parallel != "fsdp":
+        return asked.compile_region
+    if precision == "fp16":
+        raise ValueError("parallel: fsdp goes with --precision bf16 or fp32, not with fp16")
+    if asked.compile_region == "model" and "compile_region" in explicit:
+        raise ValueError(
+            "compile_region: fsdp gathers parameters block by block and compiles so too; leave the flag out"
+        )
+    return "block"
+
+
+def _implementations(asked: ComputeConfig, on_cuda: bool, precision: str, compiled: bool, machine: Machine) -> dict:
     """Operations, attention and MLP: ours on CUDA, attention and MLP in 16 bits; on a CPU, attention of its own if compiled."""
-    if compute.kernels == "auto":
-        compute = replace(compute, kernels="triton" if on_cuda else "reference")
-    elif compute.kernels == "triton" and not on_cuda:
+    kernels, attention, mlp = asked.kernels, asked.attention, asked.mlp
+    if kernels == "auto":
+        kernels = "triton" if on_cuda else "reference"
+    elif kernels == "triton" and not on_cuda:
         raise ValueError("kernels: triton needs a CUDA device; pass --kernels reference or leave the default")
-    half = compute.kernels == "triton" and compute.precision != "fp32"
-    narrow = not on_cuda and compute.precision == "fp32"
-    if compute.attention == "auto":
-        compute = replace(compute, attention="short" if half else "narrow" if narrow and compute.compile else "sdpa")
-    elif compute.attention == "short" and not on_cuda:
+    half = kernels == "triton" and precision != "fp32"
+    narrow = not on_cuda and precision == "fp32"
+    if attention == "auto":
+        attention = "short" if half else "narrow" if narrow and compiled else "sdpa"
+    elif attention == "short" and not on_cuda:
         raise ValueError("attention: short needs a CUDA device; pass --attention sdpa or leave the default")
-    elif compute.attention == "narrow" and (reason := missing_compiler() if narrow else "it is for CPUs in fp32"):
+    elif attention == "narrow" and (reason := machine.missing_compiler() if narrow else "it is for CPUs in fp32"):
         raise ValueError(f"attention: narrow: {reason}; pass --attention sdpa or leave the default")
-    if compute.mlp == "auto":
-        compute = replace(compute, mlp="triton" if half else "reference")
-    elif compute.mlp == "triton" and not (on_cuda and compute.precision != "fp32"):
+    if mlp == "auto":
+        mlp = "triton" if half else "reference"
+    elif mlp == "triton" and not (on_cuda and precision != "fp32"):
         raise ValueError("mlp: triton needs a CUDA device and 16 bits; pass --mlp reference or leave the default")
-    return compute
+    return {"kernels": kernels, "attention": attention, "mlp": mlp}
 
 
 def seed_everything(seed: int) -> None:

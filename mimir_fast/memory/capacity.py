@@ -1,10 +1,9 @@
 """GPUs, what a prediction leaves free on them, and the report."""
 
-from dataclasses import replace
 from typing import NamedTuple
 
-from mimir_fast.cli.pretrain import settle_defaults
 from mimir_fast.config.pretraining import PretrainConfig
+from mimir_fast.config.resolve import Machine, resolve
 from mimir_fast.memory.prediction import Prediction
 from mimir_fast.models.attention import PACKAGES
 from mimir_fast.training.pretraining import penalty_name
@@ -43,9 +42,9 @@ def on_cuda(config: PretrainConfig, explicit: set[str]) -> PretrainConfig:
         raise ValueError("parallel: got fsdp; memory predicts a process that has the whole model, expected ddp")
     if config.compute.attention in PACKAGES:
         raise ValueError(f"attention: got {config.compute.attention}; memory predicts auto, short, sdpa and math")
-    compiled = config.compute.compile in (None, True)  # whether this machine has a compiler or not
-    settled, _ = settle_defaults(replace(config, run=replace(config.run, device="cuda:0")), explicit, pretend=True)
-    return replace(settled, compute=replace(settled.compute, compile=compiled))
+    # compiled, whether this machine has a compiler or not
+    pretended = Machine(cuda_devices=1, missing_compiler=lambda: None)
+    return config.updated(resolve(config.updated({"device": "cuda:0"}), explicit, pretended).flat())
 
 
 def peak(prediction: Prediction, gpu: Gpu, batch: int) -> dict[str, float]:

@@ -18,18 +18,6 @@ BLOCK_GRAPHS = 32  # that one block may have; torch's own limit is 8
 CACHE = Path.home() / ".cache" / "mimir_fast" / "inductor"
 
 
-def missing_compiler() -> str | None:
-    """Why nothing can be compiled here, or None: torch.compile needs a C++ compiler, on GPUs too."""
-    from torch._inductor.cpp_builder import get_cpp_compiler  # importing Inductor takes a second
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        return "no C++ compiler found (install g++, or set CXX)"
-    return None
-
-
 def keep_compiled_code() -> None:
     """Keep compiled code in the user's cache folder, so that the next run finds it; a folder set by the user stays."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))

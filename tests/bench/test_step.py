@@ -105,6 +105,7 @@ def test_compiled_code_stays_compiled_while_recorded():
 
 def test_the_references_are_the_references_in_every_part(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     ours, references = (
         configuration(variant, ["--residual_dtype", "bf16"]).compute for variant in ("ours", "references")
     )

@@ -15,7 +15,7 @@ from mimir_fast.objectives import reconstruction as objective_module
 from mimir_fast.cli.parser import parse_pretrain_args
 from mimir_fast.training.pretraining import build_attack
 from mimir_fast.training.logs import drop_lines
-from mimir_fast.cli.pretrain import main, settle_defaults
+from mimir_fast.cli.pretrain import main
 
 
 @pytest.fixture(scope="module")
@@ -211,27 +211,6 @@ def test_command_line_verbs(capsys):
         cli.main(["pretrain", "-h"])
     assert stop.value.code == 0
     assert "--mi_xpl" in capsys.readouterr().out
-
-
-def test_defaults_on_a_gpu_machine(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    config, notes = settle_defaults(*parse_pretrain_args([]))
-    assert (config.run.device, config.compute.precision, config.compute.compile, notes) == ("cuda", "bf16", True, [])
-    assert (config.compute.kernels, config.compute.attention) == ("triton", "short")
-    config, _ = settle_defaults(*parse_pretrain_args(["--device", "cpu"]))
-    assert (config.compute.precision, config.compute.compile, config.compute.kernels) == ("fp32", False, "reference")
-    config, _ = settle_defaults(*parse_pretrain_args(["--kernels", "reference"]))
-    assert (config.compute.kernels, config.compute.attention) == ("reference", "sdpa")
-    with pytest.raises(ValueError, match="attention: short needs a CUDA device"):
-        settle_defaults(*parse_pretrain_args(["--device", "cpu", "--attention", "short"]))
-    with pytest.raises(ValueError, match="kernels: triton needs a CUDA device"):
-        settle_defaults(*parse_pretrain_args(["--device", "cpu", "--kernels", "triton"]))
-    config, _ = settle_defaults(*parse_pretrain_args(["--device", "cpu", "--compile"]))
-    assert (config.compute.compile, config.compute.attention) == (True, "narrow")
-    with pytest.raises(ValueError, match="attention: narrow: it is for CPUs in fp32; pass --attention sdpa"):
-        settle_defaults(*parse_pretrain_args(["--attention", "narrow"]))
-    config, _ = settle_defaults(*parse_pretrain_args(["--precision", "fp16", "--no_compile"]))
-    assert (config.compute.precision, config.compute.compile) == ("fp16", False)
 
 
 def test_fp16_attack_is_scaled_and_normalised_bounds_are_per_channel(data):

@@ -12,12 +12,10 @@ from tests.support.runs import finish, make_images, run, start, two_processes
 from tests.runs.test_distributed import ATTACK, CPU, TORCHRUN, free_port, half, the_noise
 from torch import nn
 
-from mimir_fast.cli.parser import parse_pretrain_args
 from mimir_fast.training.pretraining import build_computation
 from mimir_fast.config.pretraining import PretrainConfig
 from mimir_fast.training.distributed import World
 from mimir_fast.training.optimizer import Updater, build_optimizer
-from mimir_fast.cli.pretrain import settle_defaults
 from mimir_fast.training.pretrain_step import pretrain_step
 
 LR = 1e-3
@@ -162,16 +160,3 @@ def test_checkpoints_are_anybodys(tmp_path):
     assert child.returncode == 0, out
     assert out.count("device cpu x 2, fsdp, ") == 1, out
     assert run(data, tmp_path / "one", f"{extra} --max_steps 3 --resume {tmp_path / 'two' / 'resume-0-2.pth'}") == 0
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--precision fp16", "parallel: fsdp goes with --precision bf16 or fp32"),
-        ("--compile_region model", "compile_region: fsdp gathers parameters block by block"),
-    ],
-)
-def test_what_does_not_go_together_is_named(words, message):
-    config, explicit = parse_pretrain_args(["--device", "cpu", "--parallel", "fsdp", *words.split()])
-    with pytest.raises(ValueError, match=message):
-        settle_defaults(config, explicit)

@@ -3,7 +3,7 @@
 import pytest
 
 from mimir_fast.cli import finetune as command
-from mimir_fast.cli.finetune import FINETUNE, settle_defaults
+from mimir_fast.cli.finetune import FINETUNE
 from mimir_fast.cli.parser import build_parser, parse_args
 from mimir_fast.config.finetuning import FinetuneConfig, validation_steps
 from mimir_fast.config.finetuning_recipes import RECIPES
@@ -217,15 +217,6 @@ def test_mixing_of_an_epoch():
     assert build_mixing(warmed, 5) is None
     assert (build_mixing(warmed, 6).mixup, build_mixing(warmed, 6).cutmix) == (0.8, 1.0)
     assert build_mixing(parse("--warmup_aa"), 6) is None  # no attack
-
-
-def test_notes_on_flags_without_effect():
-    line = ["--device", "cpu", "--attack_train", "apgd", "--alpha", "3", "--held_out", "10", "--mi_loss", "hsic"]
-    _, notes = settle_defaults(*parse_args(FINETUNE, line))
-    for word in ("alpha: apgd", "best.pth is chosen by clean", "NO information term"):
-        assert any(word in note for note in notes), word
-    line = ["--device", "cpu", "--attack_train", "trades", "--smoothing", "0.1"]
-    assert any("trades has a loss of its own" in note for note in settle_defaults(*parse_args(FINETUNE, line))[1])
 
 
 def test_ctrl_c_outside_of_the_loop_is_one_line(monkeypatch, capsys):

@@ -70,18 +70,6 @@ def _train_by_block(model: MaskedAutoencoderViT) -> None:
         pretrain_step(objective, twin, golden_images()[0], noise, Attack(1, BOUNDS), pieces.attack)
 
 
-def test_a_missing_compiler_is_told():
-    from mimir_fast.cli.parser import parse_pretrain_args
-    from mimir_fast.cli.pretrain import settle_defaults
-
-    assert compiling.missing_compiler() is None
-    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
-        assert "no C++ compiler" in compiling.missing_compiler()
-        config, notes = settle_defaults(*parse_pretrain_args(["--device", "cpu", "--compile"]))
-    assert not config.compute.compile
-    assert any("running eager" in note for note in notes)
-
-
 def test_a_users_cache_folder_stays(monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/mine")
     compiling.keep_compiled_code()
