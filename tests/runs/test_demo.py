@@ -5,15 +5,15 @@ import re
 import sys
 
 import pytest
-from tests.unit.report.test_report import make_run, row
 
+from mimir_fast.cli.demo import main
+from mimir_fast.cli.evaluate import COMMAND as EVALUATE
+from mimir_fast.cli.finetune import FINETUNE
 from mimir_fast.cli.parser import PRETRAIN, parse_args
 from mimir_fast.demo import run as command
 from mimir_fast.demo.arms import ARMS, Stage, places, stages
-from mimir_fast.cli.demo import main
 from mimir_fast.demo.run import run_all
-from mimir_fast.cli.evaluate import COMMAND as EVALUATE
-from mimir_fast.cli.finetune import FINETUNE
+from tests.unit.report.test_report import make_run, row
 
 CONFIG = "model: vit_nano\ndataset: digits\nseed: 7\n"
 COMMANDS = {"pretrain": PRETRAIN, "finetune": FINETUNE, "evaluate": EVALUATE}

@@ -6,16 +6,16 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
-from tests.support.golden import BOUNDS, golden_images, small_model
-from tests.support.runs import finish, load, make_images, run, same_state, start, two_processes
 from torch.nn.parallel import DistributedDataParallel
 
-from mimir_fast.training.pretraining import build_computation
 from mimir_fast.config.pretraining import DistConfig, PretrainConfig
-from mimir_fast.training.distributed import World, find_rank
 from mimir_fast.objectives.reconstruction import Objective
+from mimir_fast.training.distributed import World, find_rank
 from mimir_fast.training.optimizer import Updater, build_optimizer
 from mimir_fast.training.pretrain_step import Attack, Noise, draw_noise, pretrain_step
+from mimir_fast.training.pretraining import build_computation
+from tests.support.golden import BOUNDS, golden_images, small_model
+from tests.support.runs import finish, load, make_images, run, same_state, start, two_processes
 
 ATTACK = Attack(1, BOUNDS)
 CPU = torch.device("cpu")

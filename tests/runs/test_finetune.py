@@ -6,21 +6,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tests.support.finetune_runs import finetune, lines, load, make_data, pretrained, tiny_models
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mimir_fast import cli
 from mimir_fast.attacks.pgd_mae import frozen_twin
-from mimir_fast.data import eval_batches, to_float
-from mimir_fast.training.distributed import World
-from mimir_fast.evaluate import finetune_eval as evaluation
-from mimir_fast.cli.finetune import main
-from mimir_fast.training.validator import Rating
-from mimir_fast.training.validation import Scores, build_validation_attack, validate
-from mimir_fast.models import create_classifier
-from mimir_fast.training.optimizer import Updater
 from mimir_fast.checkpoints.trained import load_classifier
+from mimir_fast.cli.finetune import main
+from mimir_fast.data import eval_batches, to_float
+from mimir_fast.evaluate import finetune_eval as evaluation
+from mimir_fast.models import create_classifier
+from mimir_fast.training.distributed import World
+from mimir_fast.training.optimizer import Updater
+from mimir_fast.training.validation import Scores, build_validation_attack, validate
+from mimir_fast.training.validator import Rating
+from tests.support.finetune_runs import finetune, lines, load, make_data, pretrained, tiny_models
 
 CPU = torch.device("cpu")
 

@@ -8,11 +8,11 @@ import time
 
 import pytest
 import torch
+
+from mimir_fast.config.finetuning import FinetuneConfig
+from mimir_fast.training import validator as rating
 from tests.support.finetune_runs import finetune, lines, load, make_data, same_run, start, tiny_models
 from tests.support.runs import finish
-
-from mimir_fast.training import validator as rating
-from mimir_fast.config.finetuning import FinetuneConfig
 
 RATED = "--model_ema --held_out 2 --val_attack pgd2"  # 24 images are left: six batches of four
 

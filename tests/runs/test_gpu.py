@@ -4,12 +4,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from tests.support.runs import make_images
 
 from bench.stage_times import StageTimes
 from mimir_fast.cli import pretrain
 from mimir_fast.training.logs import RunLog
 from mimir_fast.training.stages import listening
+from tests.support.runs import make_images
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 

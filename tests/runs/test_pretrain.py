@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.support.runs import lines, load, make_images, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mimir_fast import cli
-from mimir_fast.objectives import reconstruction as objective_module
 from mimir_fast.cli.parser import parse_pretrain_args
-from mimir_fast.training.pretraining import build_attack
-from mimir_fast.training.logs import drop_lines
 from mimir_fast.cli.pretrain import main
+from mimir_fast.objectives import reconstruction as objective_module
+from mimir_fast.training.logs import drop_lines
+from mimir_fast.training.pretraining import build_attack
+from tests.support.runs import lines, load, make_images, run
 
 
 @pytest.fixture(scope="module")

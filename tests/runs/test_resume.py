@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+
 from tests.support.runs import finish, lines, load, make_images, run, same_state, start
 
 

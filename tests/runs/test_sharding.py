@@ -7,16 +7,16 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from tests.support.golden import golden_images, small_model
-from tests.support.runs import finish, make_images, run, start, two_processes
-from tests.runs.test_distributed import ATTACK, CPU, TORCHRUN, free_port, half, the_noise
 from torch import nn
 
-from mimir_fast.training.pretraining import build_computation
 from mimir_fast.config.pretraining import PretrainConfig
 from mimir_fast.training.distributed import World
 from mimir_fast.training.optimizer import Updater, build_optimizer
 from mimir_fast.training.pretrain_step import pretrain_step
+from mimir_fast.training.pretraining import build_computation
+from tests.runs.test_distributed import ATTACK, CPU, TORCHRUN, free_port, half, the_noise
+from tests.support.golden import golden_images, small_model
+from tests.support.runs import finish, make_images, run, start, two_processes
 
 LR = 1e-3
 FLAGS = {"attack": "pgd_mae", "mi_train": "hsic", "mi_xpl": 1e-2, "compile": False, "precision": "fp32"}
