@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mimir_fast.attacks.named import Attack, cross_entropy, gradient_attack, start_noise
-from mimir_fast.attacks.pgd_mae import pgd_mae
+from mimir_fast.attacks.pgd_mae import ascend_reconstruction
 from mimir_fast.checkpoints.trained import Trained, latent_tokens, normalised
 from mimir_fast.data import to_float
 from mimir_fast.kernels import linf_bounds
@@ -93,6 +93,6 @@ def attack_reconstruction(trained: Trained, x: Tensor, numbers: Tensor, how: Per
     start = start_noise(numbers, x.shape[1:], how.seed) * bounds[0, :, None, None]
     masks = [start_noise(numbers, torch.Size([model.num_patches]), how.seed, 1 + step) for step in range(how.steps)]
     ratio = args.get("attack_mask_ratio", 0.75)
-    adv = pgd_mae(model, normalised(trained, x), bounds, how.steps, ratio, start, masks)
+    adv = ascend_reconstruction(model, normalised(trained, x), bounds, how.steps, ratio, start, masks)
     means, stds = (x.new_tensor(values)[:, None, None] for values in (mean, std))
     return (adv * stds + means).clamp(0, 1)

@@ -13,9 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.kernels import linf_bounds, linf_patch_step, linf_start
+from mimir_fast.kernels.linf_patch_step.op import Bound
 from mimir_fast.models import MaskedAutoencoderViT
 
-__all__ = ["AttackFunctions", "frozen_twin", "linf_bounds", "pgd_mae", "reconstruction", "starting_point"]
+__all__ = [
+    "AttackFunctions",
+    "ascend_reconstruction",
+    "frozen_twin",
+    "linf_bounds",
+    "pgd_mae",
+    "reconstruction",
+    "starting_point",
+]
 
 
 def frozen_twin(model: nn.Module) -> nn.Module:
@@ -53,6 +62,43 @@ class AttackFunctions(NamedTuple):
 def pgd_mae(
     model: MaskedAutoencoderViT,
     images: Tensor,
+    eps: Bound = 8 / 255,
+    alpha: Bound = 10 / 255,
+    steps: int = 1,
+    lo: Bound = 0.0,
+    hi: Bound = 1.0,
+    mask_ratio: float = 0.75,
+    start_noise: Tensor | None = None,
+    mask_noise: Sequence[Tensor] | Tensor | None = None,
+) -> Tensor:
+    """PGD-MAE: adversarial images that a masked autoencoder reconstructs badly from themselves.
+
+    images         [B,C,H,W], clean; any float type, on the model's device
+    eps, alpha     radius of the L-infinity ball and step size, in the images' units (8/255 where pixels are in [0,1])
+    lo, hi         valid range of the pixels.  eps, alpha, lo, hi: a number each, or a tensor of C numbers (normalised images)
+    steps          ascent steps, each under a fresh mask that removes `mask_ratio` of the patches
+    start_noise    [B,C,H,W], added to the images before the first step; None: uniform in [-eps, eps]
+    mask_noise     [steps,B,L] or one [B,L] per step: the patches with the smallest numbers stay; None: uniform draws
+    Returns [B,C,H,W], detached, within eps of the images and within [lo, hi] (after at least one step).  The model's
+    parameters get no gradient, and its mode (train or eval) is left as it is.
+    Raises ValueError naming the argument if steps < 0, a bound or a noise has another size, or eps or alpha is negative.
+    Source: MIMIR, arXiv 2312.04960, section 4.
+    """
+    if images.ndim != 4 or not images.is_floating_point():
+        raise ValueError(f"images: expected floats [B,C,H,W], got {images.dtype} {tuple(images.shape)}")
+    if start_noise is not None and start_noise.shape != images.shape:
+        raise ValueError(f"start_noise: expected {tuple(images.shape)} like images, got {tuple(start_noise.shape)}")
+    for name, value in (("eps", eps), ("alpha", alpha)):
+        # numbers alone: to look at a tensor would wait for its device
+        if not isinstance(value, Tensor) and value < 0:
+            raise ValueError(f"{name}: expected 0 or more, got {value}")
+    bounds = linf_bounds(eps, alpha, lo, hi, images.shape[1], images.device)
+    return ascend_reconstruction(model, images, bounds, steps, mask_ratio, start_noise, mask_noise)
+
+
+def ascend_reconstruction(
+    model: MaskedAutoencoderViT,
+    images: Tensor,
     bounds: Tensor,
     steps: int = 1,
     mask_ratio: float = 0.75,
@@ -61,17 +107,15 @@ def pgd_mae(
     loss_scale: float = 1.0,
     functions: AttackFunctions = AttackFunctions(),  # noqa: B008 (immutable)
 ) -> Tensor:
-    """Adversarial images that a masked autoencoder reconstructs badly from themselves.
+    """PGD-MAE with everything decided by the caller: what the training step and `pgd_mae` run.
 
-    images         [B,C,H,W], clean
-    bounds         eps, alpha, lo, hi of every channel in the images' units: linf_bounds(8/255, 10/255, 0, 1, C, device)
-    steps          ascent steps, each under a fresh mask that removes `mask_ratio` of the patches
+    bounds         [4,C] eps, alpha, lo, hi of every channel in the images' units (linf_bounds): made once, since their
+                   numbers are copied from the host
     start          see `starting_point` (default: a seed drawn from torch's generator); mask_noise: one [B,L] per step
     loss_scale     multiplies the loss before its backward pass: fp16 gradients underflow without; the sign ignores it
     functions      plain or compiled.  A compiled loss computes every gradient that it could be asked for: give it a model
                    without trainable parameters (`frozen_twin`), or weight gradients are built in vain
-    Returns [B,C,H,W], detached, within eps of the images and within [lo, hi].
-    Raises ValueError if steps < 0 or mask_noise does not hold one entry per step.  Source: MIMIR, arXiv 2312.04960, section 4.
+    Returns [B,C,H,W], detached.  Raises ValueError if steps < 0 or mask_noise does not hold one entry per step.
     """
     if steps < 0:
         raise ValueError(f"steps: expected 0 or more, got {steps}")

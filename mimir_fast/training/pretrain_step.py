@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.attacks.pgd_mae import AttackFunctions, pgd_mae
+from mimir_fast.attacks.pgd_mae import AttackFunctions, ascend_reconstruction
 from mimir_fast.models import MaskedAutoencoderViT
 from mimir_fast.objectives.reconstruction import StepOutput
 from mimir_fast.training.stages import stage
@@ -66,7 +66,7 @@ def pretrain_step(
     if attack.steps is None:
         return objective(images, None, noise.train_mask)
     with stage("attack"):
-        adv = pgd_mae(
+        adv = ascend_reconstruction(
             model,
             images,
             attack.bounds,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from mimir_fast.attacks.pgd_mae import frozen_twin, linf_bounds, pgd_mae
+from mimir_fast.attacks.pgd_mae import frozen_twin, linf_bounds
 from mimir_fast.objectives.information import bandwidth, nhsic, renyi_mi
 from mimir_fast.objectives.reconstruction import Objective
 from mimir_fast.training.compilation import Compiled
@@ -94,9 +94,12 @@ def test_attack(name, kernels):
     adv = pgd_mae(
         small_model(r["norm_pix_loss"], kernels=kernels),
         images,
-        linf_bounds(eps, alpha, lo, hi, 3, "cpu"),
+        eps,
+        alpha,
         r["steps"],
-        start=tensors["start_noise"],
+        lo,
+        hi,
+        start_noise=tensors["start_noise"],
         mask_noise=[tensors[f"step{i}_mask_noise"] for i in range(r["steps"])],
     )
     assert ((adv - tensors["adv"]).abs() > 1e-6).sum() <= 4  # pixels whose gradient is rounding noise

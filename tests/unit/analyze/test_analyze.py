@@ -11,7 +11,7 @@ from mimir_fast.analyze.plot import draw
 from mimir_fast.analyze.progress import Progress
 from mimir_fast.analyze.seen import Perturbation, attack_reconstruction, look
 from mimir_fast.attacks.named import start_noise
-from mimir_fast.attacks.pgd_mae import linf_bounds, pgd_mae
+from mimir_fast.attacks.pgd_mae import ascend_reconstruction, linf_bounds
 from mimir_fast.checkpoints.trained import latent_tokens, load_classifier, load_mae
 from mimir_fast.cli.analyze import main
 from mimir_fast.config.analysis import AnalyzeConfig
@@ -196,7 +196,9 @@ def test_attack_on_reconstruction(runs, epoch):
     assert 0 <= adv.min() <= adv.max() <= 1
     if epoch == 20:  # in [0,1]
         start, mask = start_noise(numbers, x.shape[1:], 2) * EPS, start_noise(numbers, torch.Size([16]), 2, 1)
-        expected = pgd_mae(trained.model, x, linf_bounds(EPS, 10 / 255, 0, 1, 3, "cpu"), 1, 0.75, start, [mask])
+        expected = ascend_reconstruction(
+            trained.model, x, linf_bounds(EPS, 10 / 255, 0, 1, 3, "cpu"), 1, 0.75, start, [mask]
+        )
         torch.testing.assert_close(adv, expected, rtol=0, atol=1e-6)
 
 

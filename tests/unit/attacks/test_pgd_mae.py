@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from mimir_fast.attacks.pgd_mae import AttackFunctions, linf_bounds, pgd_mae, reconstruction, starting_point
+from mimir_fast.attacks.pgd_mae import (
+    AttackFunctions,
+    ascend_reconstruction,
+    linf_bounds,
+    reconstruction,
+    starting_point,
+)
 from tests.support.golden import BOUNDS, golden_images, load_golden, small_model
 
 EPS = 8 / 255
@@ -12,7 +18,7 @@ WHOLE_STEP = linf_bounds(EPS, EPS, 0.0, 1.0, 3, "cpu")
 
 def test_stays_in_the_ball_and_the_range():
     images = golden_images()[1]
-    adv = pgd_mae(small_model(), images, BOUNDS, steps=3)
+    adv = ascend_reconstruction(small_model(), images, BOUNDS, steps=3)
     assert (adv - images).abs().max() <= EPS + 1e-7
     assert adv.min() >= 0
     assert adv.max() <= 1
@@ -25,7 +31,7 @@ def test_per_channel_bounds():
     eps, alpha = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1), torch.tensor([0.05, 0.3, 0.4]).view(3, 1, 1)
     lo, hi = torch.tensor([-1.0, -1.5, -2.0]).view(3, 1, 1), torch.tensor([1.0, 1.5, 2.0]).view(3, 1, 1)
     images = torch.minimum(torch.maximum(images, lo), hi)
-    adv = pgd_mae(small_model(), images, linf_bounds(eps, alpha, lo, hi, 3, "cpu"), steps=2)
+    adv = ascend_reconstruction(small_model(), images, linf_bounds(eps, alpha, lo, hi, 3, "cpu"), steps=2)
     assert ((adv - images).abs() <= eps + 1e-6).all()
     assert ((adv >= lo) & (adv <= hi)).all()
     reached = (adv - images).abs().amax(dim=(0, 2, 3))
@@ -34,8 +40,8 @@ def test_per_channel_bounds():
 
 def test_no_steps_gives_the_random_start():
     images, noise = torch.full((2, 3, 32, 32), 0.5), torch.full((2, 3, 32, 32), EPS)
-    assert torch.equal(pgd_mae(small_model(), images, BOUNDS, steps=0, start=noise), images + noise)
-    drawn = pgd_mae(small_model(), images, BOUNDS, steps=0) - images
+    assert torch.equal(ascend_reconstruction(small_model(), images, BOUNDS, steps=0, start=noise), images + noise)
+    drawn = ascend_reconstruction(small_model(), images, BOUNDS, steps=0) - images
     assert drawn.abs().max() <= EPS + 1e-7
     assert drawn.std().item() == pytest.approx(EPS / 3**0.5, rel=0.05)
 
@@ -50,7 +56,7 @@ def test_gradient_reaches_visible_and_masked_patches():
     """One step from the clean image: pixels move both where the encoder sees them and where only the target does."""
     images = golden_images()[2].clamp(0.2, 0.8)
     noise = load_golden("attack_unit_1step")[0]["step0_mask_noise"]
-    adv = pgd_mae(small_model(), images, WHOLE_STEP, start=torch.zeros_like(images), mask_noise=[noise])
+    adv = ascend_reconstruction(small_model(), images, WHOLE_STEP, start=torch.zeros_like(images), mask_noise=[noise])
     moved = ((adv - images).abs() > 0.9 * EPS).float()
     patches = moved.unfold(2, 4, 4).unfold(3, 4, 4).mean(dim=(1, 4, 5)).flatten(1)
     mask = small_model()(images, noise=noise)[2]
@@ -62,7 +68,7 @@ def test_raises_the_reconstruction_loss():
     model, images = small_model(), golden_images()[0]
     noise = torch.rand(8, 64)
     bounds = linf_bounds(EPS, EPS / 3, 0.0, 1.0, 3, "cpu")
-    adv = pgd_mae(model, images, bounds, steps=8, mask_noise=[noise] * 8)
+    adv = ascend_reconstruction(model, images, bounds, steps=8, mask_noise=[noise] * 8)
     loss = [model(x, 0.75, noise=noise)[0].item() for x in (images, adv)]
     assert loss[1] > 1.05 * loss[0]
 
@@ -74,13 +80,15 @@ def test_mask_ratio_is_its_own():
         seen.append(patches.shape[1])
         return reconstruction(model, patches, *rest)
 
-    pgd_mae(small_model(), golden_images()[0], BOUNDS, steps=2, mask_ratio=0.5, functions=AttackFunctions(spy))
+    ascend_reconstruction(
+        small_model(), golden_images()[0], BOUNDS, steps=2, mask_ratio=0.5, functions=AttackFunctions(spy)
+    )
     assert seen == [32, 32]
 
 
 def test_leaves_the_model_as_it_was():
     model = small_model().train()
-    pgd_mae(model, golden_images()[0], BOUNDS, steps=2)
+    ascend_reconstruction(model, golden_images()[0], BOUNDS, steps=2)
     assert model.training
     assert all(p.grad is None for p in model.parameters())
     assert all(p.requires_grad == ("pos_embed" not in name) for name, p in model.named_parameters())
@@ -90,9 +98,9 @@ def test_works_under_no_grad_and_is_repeatable():
     model, images = small_model(), golden_images()[0]
     with torch.no_grad():
         torch.manual_seed(3)
-        first = pgd_mae(model, images, BOUNDS)
+        first = ascend_reconstruction(model, images, BOUNDS)
     torch.manual_seed(3)
-    assert torch.equal(first, pgd_mae(model, images, BOUNDS))
+    assert torch.equal(first, ascend_reconstruction(model, images, BOUNDS))
 
 
 def visible_agreement(loss_scale: float) -> float:
@@ -105,9 +113,9 @@ def visible_agreement(loss_scale: float) -> float:
         return loss / 4096, pred
 
     draws = {"start": torch.zeros_like(images), "mask_noise": [noise]}
-    full = pgd_mae(model, images, WHOLE_STEP, **draws)
+    full = ascend_reconstruction(model, images, WHOLE_STEP, **draws)
     with torch.autocast("cpu", dtype=torch.float16):
-        half = pgd_mae(
+        half = ascend_reconstruction(
             model, images, WHOLE_STEP, **draws, loss_scale=loss_scale, functions=AttackFunctions(small_gradients)
         )
     visible = (model(images, noise=noise)[2] == 0).view(8, 1, 8, 8).repeat_interleave(4, 2).repeat_interleave(4, 3)
@@ -123,6 +131,6 @@ def test_fp16_needs_the_loss_scale():
 def test_wrong_arguments():
     images = golden_images()[0]
     with pytest.raises(ValueError, match="steps"):
-        pgd_mae(small_model(), images, BOUNDS, steps=-1)
+        ascend_reconstruction(small_model(), images, BOUNDS, steps=-1)
     with pytest.raises(ValueError, match="mask_noise"):
-        pgd_mae(small_model(), images, BOUNDS, steps=2, mask_noise=[torch.rand(8, 64)])
+        ascend_reconstruction(small_model(), images, BOUNDS, steps=2, mask_noise=[torch.rand(8, 64)])

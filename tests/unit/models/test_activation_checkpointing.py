@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from mimir_fast.attacks.pgd_mae import frozen_twin, linf_bounds, pgd_mae
+from mimir_fast.attacks.pgd_mae import ascend_reconstruction, frozen_twin, linf_bounds
 from mimir_fast.config.pretraining import PretrainConfig
 from mimir_fast.models import create_model
 from mimir_fast.training.pretraining import build_model
@@ -65,7 +65,7 @@ def test_blocks_run_twice_and_the_attack_benefits():
         for block in twin.blocks:
             block.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
         start = torch.zeros(B, 3, SIDE, SIDE)
-        adversarial.append(pgd_mae(twin, images, bounds, start=start, mask_noise=[noise]))
+        adversarial.append(ascend_reconstruction(twin, images, bounds, start=start, mask_noise=[noise]))
         calls.append(len(runs))
     assert torch.equal(*adversarial)
     assert calls == [3, 6]

@@ -10,9 +10,9 @@ from torch._dynamo.backends.common import aot_autograd
 from bench.textbook import textbook_step
 from mimir_fast.attacks.pgd_mae import (
     AttackFunctions,
+    ascend_reconstruction,
     frozen_twin,
     linf_bounds,
-    pgd_mae,
     reconstruction,
     starting_point,
 )
@@ -189,7 +189,7 @@ def test_fp16_scales_the_loss_and_backs_off():
 def test_compiled_attack_has_the_same_result_and_no_weight_gradient():
     model, images = small_model(), golden_images()[0]
     noise = {"start": torch.tensor(3), "mask_noise": [torch.rand(8, 64)]}
-    eager = pgd_mae(model, images, BOUNDS, **noise)
+    eager = ascend_reconstruction(model, images, BOUNDS, **noise)
     graphs = []
 
     def recording(graph, inputs):
@@ -198,7 +198,7 @@ def test_compiled_attack_has_the_same_result_and_no_weight_gradient():
 
     compiled = torch.compile(reconstruction, fullgraph=True, backend=aot_autograd(fw_compiler=recording))
     twin = frozen_twin(model)
-    ours = pgd_mae(twin, images, BOUNDS, **noise, functions=AttackFunctions(compiled))
+    ours = ascend_reconstruction(twin, images, BOUNDS, **noise, functions=AttackFunctions(compiled))
     assert ((ours - eager).abs() > 1e-6).sum() <= 4  # pixels whose gradient is rounding noise
     products = [sum(node.target in PRODUCTS for node in graph.graph.nodes) for graph in graphs]
     linears = sum(isinstance(m, torch.nn.Linear) for m in model.modules()) + 1
