@@ -12,7 +12,7 @@ from mimir_fast.models.mae import recomputed
 
 
 class VisionTransformer(nn.Module):
-    """Patches and a class token through Transformer blocks, then logits.
+    """Patches and a class token through Transformer blocks, then logits: images [B,C,H,W] -> [B,O].
 
     The state dict has the original MIMIR's keys, shapes and order.  global_pool: mean over the patch tokens, fc_norm, head;
     otherwise norm, class token, head.  The positional table is trained.

@@ -18,7 +18,8 @@ recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 class MaskedAutoencoderViT(nn.Module):
-    """A ViT encoder over the visible patches and a light decoder that predicts the removed ones.
+    """A ViT encoder over the visible patches and a light decoder that predicts the removed ones: images [B,C,H,W] -> loss,
+    predictions [B,L,P], mask [B,L], latent [B,1+K,D] (see `forward`).
 
     The state dict has the original MIMIR's keys, shapes and order.  Positional tables are fixed (requires_grad False).
     kernels: implementation of the operations in mimir_fast.kernels, "auto" (Triton on CUDA), "triton" or "reference".

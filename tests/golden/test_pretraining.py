@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from mimir_fast.attacks.pgd_mae import frozen_twin, linf_bounds
+from mimir_fast.attacks.pgd_mae import frozen_twin, linf_bounds, pgd_mae
 from mimir_fast.objectives.information import bandwidth, nhsic, renyi_mi
 from mimir_fast.objectives.reconstruction import Objective
 from mimir_fast.training.compilation import Compiled
