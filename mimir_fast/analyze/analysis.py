@@ -4,6 +4,7 @@ x: images; x_adv: adversarial images; delta = x_adv - x; z: the features of x_ad
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from mimir_fast.analyze.plot import draw
 from mimir_fast.analyze.progress import Progress
 from mimir_fast.analyze.results import FILES, record, table, write_json
 from mimir_fast.analyze.seen import Perturbation, Seen, look
+from mimir_fast.checkpoints.atomic import write_atomically
 from mimir_fast.checkpoints.files import EPOCH_FILE, CheckpointError, beside, is_url
 from mimir_fast.checkpoints.files import progress as run_progress
 from mimir_fast.checkpoints.trained import Trained, load_encoder, training_eps
@@ -47,7 +49,7 @@ def analyze(config: AnalyzeConfig, explicit: set[str]) -> int:
             print(line)
         figure = draw(results)
         for suffix in ("svg", "png"):
-            figure.savefig(folder / f"analysis.{suffix}", dpi=150)
+            write_atomically(folder / f"analysis.{suffix}", partial(figure.savefig, format=suffix, dpi=150))
         print(f"wrote {folder}/analysis.json, analysis.svg, analysis.png")
     return status
 

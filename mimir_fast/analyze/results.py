@@ -2,13 +2,13 @@
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 from mimir_fast.analyze.estimates import ESTIMATORS, ORDERS, Estimate, Key
 from mimir_fast.analyze.seen import Perturbation
+from mimir_fast.checkpoints.atomic import write_text_atomically
 from mimir_fast.checkpoints.trained import Trained
 
 VARIABLES = {"x": "I(x;z)", "x_adv": "I(x_adv;z)", "delta": "I(delta;z)"}
@@ -54,9 +54,7 @@ def _epoch(number: int | None) -> str:
 def write_json(path: Path, config, results: list[dict], planned: int) -> None:
     """Replace the file as a whole."""
     state = {"notes": NOTES, "settings": config.flat(), "complete": len(results) == planned, "checkpoints": results}
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(state, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_text_atomically(path, json.dumps(state, indent=1) + "\n")
 
 
 def table(results: list[dict]) -> Iterator[str]:

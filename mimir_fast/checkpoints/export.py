@@ -5,7 +5,6 @@ everything timm calls a pretrained_cfg, in a .json beside it.  robustbench: a .p
 """
 
 import json
-import os
 import runpy
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +15,10 @@ from typing import NamedTuple
 import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from mimir_fast.checkpoints.atomic import in_place_when_done
 from mimir_fast.checkpoints.model_files import METADATA
 from mimir_fast.checkpoints.robustbench_file import model_file
 from mimir_fast.checkpoints.trained import Trained, latent_tokens, load_classifier, load_encoder, training_eps
@@ -118,19 +118,6 @@ def refused_by_disk(path: Path) -> Iterator[None]:
         raise OSError(f"output: could not write {path}: {error}") from error
 
 
-@contextmanager
-def in_place_when_done(*paths: Path) -> Iterator[list[Path]]:
-    """Temporary files that become `paths` at the end, and vanish after an error."""
-    temporary = [path.with_name(f"{path.stem}.tmp{path.suffix}") for path in paths]
-    try:
-        yield temporary
-        for ours, final in zip(temporary, paths):
-            os.replace(ours, final)
-    finally:
-        for path in temporary:
-            path.unlink(missing_ok=True)
-
-
 def architecture(trained: Trained) -> Architecture:
     """How timm calls a model of ours; an encoder of pre-training has no classes and gives its class token."""
     args, classifier = trained.args, isinstance(trained.model, VisionTransformer)
@@ -176,9 +163,10 @@ def export_timm(trained: Trained, path: Path, json_path: Path) -> list[str]:
     }
     metadata = {"format": "pt", "create_model": config["create_model"], "config": json.dumps(config)}
     metadata[METADATA] = json.dumps(training(trained))
-    with in_place_when_done(path, json_path) as (written, written_json):
+    with in_place_when_done(path, json_path, keep_suffix=True) as (written, written_json):
         with refused_by_disk(path):
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, written, metadata)
+            # its save_file has temporary files of its own, with random names that stay after a kill
+            written.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
             written_json.write_text(json.dumps(config, indent=2) + "\n")
         model = timm.create_model(built.name, checkpoint_path=str(written), **built.options)
         difference = checked(trained, PixelModel(model, built.pretrained_cfg), path)
@@ -194,7 +182,7 @@ def training(trained: Trained) -> dict:
 
 def export_robustbench(trained: Trained, path: Path, python_path: Path) -> list[str]:
     """Write both files, once loading them as a user would gives the same outputs; see export_timm."""
-    with in_place_when_done(path, python_path) as (written, written_python):
+    with in_place_when_done(path, python_path, keep_suffix=True) as (written, written_python):
         with refused_by_disk(path):
             torch.save({"state_dict": trained.model.state_dict(), "args": training(trained)}, written)
             written_python.write_text(model_file(trained, path))

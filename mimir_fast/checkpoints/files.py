@@ -2,15 +2,17 @@
 
 import argparse
 import hashlib
-import os
 import pickle
 import re
+from functools import partial
 from pathlib import Path, PurePosixPath
 from stat import S_ISDIR
 from urllib.error import URLError
 from urllib.parse import urlsplit
 
 import torch
+
+from mimir_fast.checkpoints.atomic import move, remove_temporaries, write_atomically
 
 KEPT_RESUME_POINTS = 2
 BEST_FILE = "best.pth"
@@ -23,31 +25,15 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Write to a temporary file, flush, fsync, rename: under the final name there is a whole file or the previous one.
-
-    Raises CheckpointError if the disk refuses; the temporary file is removed and older checkpoints stay.
-    """
-    temporary = path.with_name(path.name + ".tmp")
+    """Write atomically; raises CheckpointError if the disk refuses, and older checkpoints stay."""
     try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        write_atomically(path, partial(torch.save, state))
+    # torch.save passes a full disk on as RuntimeError
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
+        reason = _first_line(error).removeprefix(f"output_dir: could not write {path}: ")
         raise CheckpointError(
-            f"output_dir: could not save {path}: {error}; older checkpoints are intact, make room and go on with --resume auto"
+            f"output_dir: could not save {path}: {reason}; older checkpoints are intact, make room and go on with --resume auto"
         ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def is_url(source: str) -> bool:
@@ -139,19 +125,16 @@ def supersede(folder: Path, epoch: int, step: int) -> list[Path]:
     """
     past = [path for path in find_checkpoints(folder) if progress(path) > (epoch, step)]
     for path in past:
-        target = folder / "superseded" / path.name
-        target.parent.mkdir(exist_ok=True)
-        path.replace(target)
+        move(path, folder / "superseded" / path.name)
     return past
 
 
 def set_best_aside(folder: Path) -> list[str]:
     """Move an earlier run's best.pth into superseded/, for a run that has no best epoch yet; returns lines to print."""
-    path, target = folder / BEST_FILE, folder / "superseded" / BEST_FILE
+    path = folder / BEST_FILE
     if not path.exists():
         return []
-    target.parent.mkdir(exist_ok=True)
-    path.replace(target)
+    move(path, folder / "superseded" / BEST_FILE)
     return [f"output_dir: {path} is an earlier run's and was moved to superseded/"]
 
 
@@ -173,8 +156,7 @@ def load_newest(folder: Path, log=print) -> tuple[Path, dict] | None:
 
 def clean_folder(folder: Path) -> None:
     """Remove temporary files that a kill left behind, and all but the newest two resume points."""
-    for stale in folder.glob("*.tmp"):
-        stale.unlink(missing_ok=True)
+    remove_temporaries(folder)
     resume_points = [path for path in find_checkpoints(folder) if RESUME_FILE.fullmatch(path.name)]
     for path in resume_points[KEPT_RESUME_POINTS:]:
         path.unlink(missing_ok=True)

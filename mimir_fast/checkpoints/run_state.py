@@ -16,6 +16,7 @@ import yaml
 from torch import nn
 
 from mimir_fast.checkpoints import files as ckpt
+from mimir_fast.checkpoints.atomic import write_text_atomically
 from mimir_fast.config.fields import Configuration
 from mimir_fast.config.pretraining import RunConfig
 from mimir_fast.training.distributed import World
@@ -155,7 +156,7 @@ def open_folder(folder: Path, flat: dict, position: Position) -> list[str]:
     ckpt.clean_folder(folder)
     past = ckpt.supersede(folder, position.epoch, position.step)
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
-    (folder / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+    write_text_atomically(folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False))
     return [f"output_dir: {path} is past this run's start and was moved to superseded/" for path in past]
 
 

@@ -1,14 +1,12 @@
 """What was found out about every image, on disk after each batch.  N images."""
 
 import json
-import os
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
+from mimir_fast.checkpoints.atomic import move, write_atomically, write_text_atomically
 from mimir_fast.checkpoints.files import CheckpointError
 
 ROBUST = 127  # larger than any number of rounds
@@ -60,10 +58,10 @@ class Record:
         self.rounds[rows], self.label[rows], self.prediction[rows] = round, labels, predictions
         self.loss[rows] = np.fmax(self.loss[rows], losses)
 
-    def save(self, durable: bool = False) -> None:
-        """Write whole or not at all; durable: it also survives a power cut.  Raises OSError if the disk refuses."""
+    def save(self) -> None:
+        """Write atomically.  Raises OSError if the disk refuses."""
         arrays = {name: getattr(self, name) for name in self.ARRAYS}
-        write_whole(self.path, lambda file: np.savez_compressed(file, seconds=self.seconds, **arrays), durable)
+        write_atomically(self.path, lambda file: np.savez_compressed(file, seconds=self.seconds, **arrays))
 
     def resume(self) -> bool:
         """Go on from the file; returns whether there is one.  Raises CheckpointError if it is damaged or about other images."""
@@ -82,22 +80,6 @@ class Record:
         for name, array in arrays.items():
             setattr(self, name, array)
         return True
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], object], durable: bool = True) -> None:
-    """write(file) to a temporary file, to the disk itself if durable, rename.  Raises OSError if the disk refuses."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"output_dir: could not write {path}: {error}") from error
 
 
 class Results:
@@ -146,8 +128,7 @@ class Results:
 
     def save(self) -> None:
         """Write results.json.  Raises OSError if the disk refuses."""
-        text = json.dumps(self.data, indent=1) + "\n"
-        write_whole(self.path, lambda file: file.write(text.encode()))
+        write_text_atomically(self.path, json.dumps(self.data, indent=1) + "\n")
 
     def record_path(self, key: str) -> Path:
         """Where the images' outcomes of an attack are."""
@@ -159,7 +140,6 @@ def _key(identity: dict) -> str:
 
 
 def _move(source: Path, target: Path, names: tuple[str, str]) -> None:
-    target.mkdir(parents=True, exist_ok=True)
     for name in names:
         if (source / name).exists():
-            (source / name).rename(target / name)
+            move(source / name, target / name)

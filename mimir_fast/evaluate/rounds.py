@@ -103,7 +103,7 @@ def run_attack(
                 progress.update(record, index, round.name, len(rows))
     finally:
         progress.close()
-    record.save(durable=True)
+    record.save()
     return [round.name for round in rounds]
 
 

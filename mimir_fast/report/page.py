@@ -5,6 +5,8 @@ import html
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from mimir_fast.checkpoints.atomic import write_atomically, write_text_atomically
+
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #888; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -35,9 +37,7 @@ def write_page(path: Path, title: str, lead: str, sections: Iterable[str]) -> Pa
         *sections,
         "</body></html>",
     ]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("\n".join(lines) + "\n")
-    temporary.replace(path)
+    write_text_atomically(path, "\n".join(lines) + "\n", "run_dir")
     return path
 
 
@@ -72,9 +72,8 @@ def settings(values: dict) -> str:
 
 def picture(folder: Path, name: str, figure, caption: str) -> str:
     """Save a matplotlib figure as folder/NAME.png and return it with its caption, the picture inside of the page."""
-    folder.mkdir(exist_ok=True)
     path = folder / f"{name}.png"
-    figure.savefig(path, dpi=110)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110), "run_dir")
     data = base64.b64encode(path.read_bytes()).decode()
     image = f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">'
     return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"

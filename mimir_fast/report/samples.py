@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mimir_fast.checkpoints.atomic import write_atomically
 from mimir_fast.kernels.masked_patch_loss.reference import patch_statistics, patchify, unpatchify
 from mimir_fast.training.pretrain_step import StepOutput
 
@@ -47,7 +48,5 @@ def save_samples(
         mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (mean, std))
         arrays = {name: value * std + mean for name, value in arrays.items()}
     arrays = {name: value.float().clamp(0, 1).cpu().numpy() for name, value in arrays.items()}
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        np.savez(file, mask=mask.cpu().numpy(), patch_size=patch_size, **arrays, **position)
-    temporary.replace(path)
+    arrays = {"mask": mask.cpu().numpy(), "patch_size": patch_size, **arrays, **position}
+    write_atomically(path, lambda file: np.savez(file, **arrays))

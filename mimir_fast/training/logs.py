@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mimir_fast.checkpoints.atomic import move, write_text_atomically
 from mimir_fast.config.pretraining import RunConfig
 from mimir_fast.training.distributed import World
 
@@ -43,15 +44,13 @@ def drop_lines(path: Path, key: str, last: float) -> None:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError, TypeError):
             continue  # a line cut by the kill
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    write_text_atomically(path, "".join(kept))
 
 
 def set_aside(path: Path) -> None:
     """Keep an earlier run's file as NAME.old."""
     if path.exists():
-        path.replace(path.with_name(path.name + ".old"))
+        move(path, path.with_name(path.name + ".old"))
 
 
 class RunLog:

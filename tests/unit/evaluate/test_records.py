@@ -9,7 +9,7 @@ from PIL import Image
 from mimir_fast.checkpoints.files import CheckpointError
 from mimir_fast.evaluate import Images, Sizes, make_attack, parse_attacks, run_evaluation
 from mimir_fast.evaluate.entries import key_of, settings_of
-from mimir_fast.evaluate.records import ROBUST, Record, write_whole
+from mimir_fast.evaluate.records import ROBUST, Record
 from tests.support.classifiers import Interrupted, classifier, digits, one_thread, short_autoattack, untrained  # noqa: F401
 
 SILENT = {"say": lambda line: None}
@@ -150,15 +150,6 @@ def test_an_image_that_was_wrong_unattacked_stays_wrong():
     record = Record("nowhere.npz", np.arange(1), np.array([False]))
     record.note(np.array([0]), 1, np.array([3]), np.array([3]), np.array([0.1], np.float32))
     assert not record.correct[0]
-
-
-def test_a_disk_that_refuses_is_named(tmp_path):
-    def write(file):
-        raise OSError("no space left")
-
-    with pytest.raises(OSError, match=f"output_dir: could not write {tmp_path / 'a'}: no space left"):
-        write_whole(tmp_path / "a", write)
-    assert not list(tmp_path.iterdir())
 
 
 def test_damaged_files_are_named(tmp_path):

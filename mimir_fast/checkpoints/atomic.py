@@ -1,0 +1,90 @@
+"""Atomic writing: under a file's name stands the previous file or the new one, both whole, whatever kills the writer.
+
+A file is written under a temporary name beside it, flushed, fsynced and renamed; then its folder is fsynced.
+"""
+
+import errno
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+TEMPORARY = re.compile(r".+\.tmp(\.\w+)?")
+# what CIFS, FUSE and other file systems answer that cannot fsync a folder; the rename itself has happened
+UNSYNCABLE = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM, errno.ENOSYS)
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object], flag: str = "output_dir") -> None:
+    """Replace `path` by what write(file) writes into a binary file; a missing folder is made.
+
+    flag: what chose the place, for the message.
+    Raises OSError naming flag and file if the disk refuses; after any exception the previous file is as it was.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with in_place_when_done(path) as (temporary,), open(temporary, "wb") as file:
+            write(file)
+    except OSError as error:
+        raise OSError(f"{flag}: could not write {path}: {error}") from error
+
+
+def write_text_atomically(path: Path, text: str, flag: str = "output_dir") -> None:
+    """Replace `path` by a text in UTF-8; see write_atomically."""
+    write_atomically(path, lambda file: file.write(text.encode()), flag)
+
+
+@contextmanager
+def in_place_when_done(*paths: Path, keep_suffix: bool = False) -> Iterator[list[Path]]:
+    """Temporary files that become `paths` at the end, and vanish after an exception.
+
+    keep_suffix: name them NAME.tmp.SUFFIX for libraries that tell the format by the suffix, else NAME.SUFFIX.tmp, which no
+    pattern for finished files matches.
+    """
+    temporary = [
+        path.with_name(f"{path.stem}.tmp{path.suffix}" if keep_suffix else f"{path.name}.tmp") for path in paths
+    ]
+    try:
+        yield temporary
+        for path in temporary:
+            _sync(path)
+        for ours, final in zip(temporary, paths):
+            os.replace(ours, final)
+        for folder in {path.parent for path in paths}:
+            _sync_folder(folder)
+    finally:
+        for path in temporary:
+            path.unlink(missing_ok=True)
+
+
+def move(path: Path, target: Path) -> None:
+    """Rename a file or folder, for good; the target's folder is made.  Raises OSError if the disk refuses."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(path, target)
+    for folder in {path.parent, target.parent}:
+        _sync_folder(folder)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove the temporary files that a kill left in a folder."""
+    for path in folder.iterdir():
+        if TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in UNSYNCABLE:
+            raise
