@@ -16,9 +16,11 @@ from mimir_fast.analyze.progress import Progress
 from mimir_fast.analyze.results import FILES, record, table, write_json
 from mimir_fast.analyze.seen import Perturbation, Seen, look
 from mimir_fast.checkpoints.atomic import write_atomically
-from mimir_fast.checkpoints.files import EPOCH_FILE, CheckpointError, beside, is_url
-from mimir_fast.checkpoints.files import progress as run_progress
-from mimir_fast.checkpoints.trained import Trained, load_encoder, training_eps
+from mimir_fast.checkpoints.errors import CheckpointError
+from mimir_fast.checkpoints.folder import EPOCH_FILE
+from mimir_fast.checkpoints.folder import progress as run_progress
+from mimir_fast.checkpoints.sources import beside, is_url
+from mimir_fast.checkpoints.trained_models import Trained, load_encoder, training_eps
 from mimir_fast.cli.evaluate import USUAL_EPS
 from mimir_fast.config.analysis import AnalyzeConfig
 from mimir_fast.config.fields import require

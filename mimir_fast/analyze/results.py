@@ -9,7 +9,7 @@ from pathlib import Path
 from mimir_fast.analyze.estimates import ESTIMATORS, ORDERS, Estimate, Key
 from mimir_fast.analyze.seen import Perturbation
 from mimir_fast.checkpoints.atomic import write_text_atomically
-from mimir_fast.checkpoints.trained import Trained
+from mimir_fast.checkpoints.trained_models import Trained
 
 VARIABLES = {"x": "I(x;z)", "x_adv": "I(x_adv;z)", "delta": "I(delta;z)"}
 FILES = "checkpoints"  # the series of checkpoints that were not given as a run's folder

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mimir_fast.attacks.named import Attack, cross_entropy, gradient_attack, start_noise
 from mimir_fast.attacks.pgd_mae import ascend_reconstruction
-from mimir_fast.checkpoints.trained import Trained, latent_tokens, normalised
+from mimir_fast.checkpoints.trained_models import Trained, latent_tokens, normalised
 from mimir_fast.data import to_float
 from mimir_fast.kernels import linf_bounds
 from mimir_fast.models import VisionTransformer

@@ -19,9 +19,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from mimir_fast.checkpoints.atomic import in_place_when_done
-from mimir_fast.checkpoints.model_files import METADATA
-from mimir_fast.checkpoints.robustbench_file import model_file
-from mimir_fast.checkpoints.trained import Trained, latent_tokens, load_classifier, load_encoder, training_eps
+from mimir_fast.checkpoints.reader import METADATA
+from mimir_fast.checkpoints.robustbench import model_file
+from mimir_fast.checkpoints.trained_models import Trained, latent_tokens, load_classifier, load_encoder, training_eps
 from mimir_fast.config.fields import Configuration, flag, require
 from mimir_fast.data.datasets import INFO
 from mimir_fast.models import CLASSIFIERS, VisionTransformer

@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch import nn
 
-from mimir_fast.checkpoints import files as ckpt
+from mimir_fast.checkpoints import folder as ckpt
 from mimir_fast.checkpoints.atomic import write_text_atomically
 from mimir_fast.config.fields import Configuration
 from mimir_fast.config.pretraining import RunConfig

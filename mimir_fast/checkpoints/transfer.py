@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimir_fast.checkpoints.files import CheckpointError
+from mimir_fast.checkpoints.errors import CheckpointError
 from mimir_fast.models import CLASSIFIERS, VisionTransformer
 
 FRESH = ("norm.", "fc_norm.", "head.")  # what a classifier may start without

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from mimir_fast.checkpoints.files import CheckpointError
+from mimir_fast.checkpoints.errors import CheckpointError
 from mimir_fast.data import DataError
 
 # what may go wrong while a run is under way: exit status 1

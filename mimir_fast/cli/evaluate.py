@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from mimir_fast.attacks.named import parse_attacks
-from mimir_fast.checkpoints.files import beside
-from mimir_fast.checkpoints.trained import Trained, load_classifier, training_eps
+from mimir_fast.checkpoints.sources import beside
+from mimir_fast.checkpoints.trained_models import Trained, load_classifier, training_eps
 from mimir_fast.cli.errors import guarded
 from mimir_fast.cli.parser import Command, parse_args
 from mimir_fast.config.evaluation import RECIPES, EvaluateConfig

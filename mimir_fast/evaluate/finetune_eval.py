@@ -1,7 +1,7 @@
 """`mimir-fast finetune --eval --resume CKPT`: the original's sequence of attacks, by mimir_fast.evaluate."""
 
-from mimir_fast.checkpoints.files import beside
-from mimir_fast.checkpoints.trained import OVERRIDES, load_classifier
+from mimir_fast.checkpoints.sources import beside
+from mimir_fast.checkpoints.trained_models import OVERRIDES, load_classifier
 from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.evaluate.autoattack import refusal
 from mimir_fast.evaluate.evaluation import original_sequence, run_evaluation

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from mimir_fast.checkpoints.atomic import move, write_atomically, write_text_atomically
-from mimir_fast.checkpoints.files import CheckpointError
+from mimir_fast.checkpoints.errors import CheckpointError
 
 ROBUST = 127  # larger than any number of rounds
 

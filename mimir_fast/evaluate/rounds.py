@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mimir_fast.attacks.adaptive import feature_loss, mutual_information_loss
 from mimir_fast.attacks.named import Attack, cross_entropy, fgsm, gradient_attack, margin_loss
-from mimir_fast.checkpoints.files import CheckpointError
+from mimir_fast.checkpoints.errors import CheckpointError
 from mimir_fast.data.crops import to_float
 from mimir_fast.evaluate.autoattack import PASSES, SUB_ATTACKS, AutoAttack
 from mimir_fast.evaluate.images import Chosen

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mimir_fast.checkpoints import files as ckpt
+from mimir_fast.checkpoints import folder as ckpt
 from mimir_fast.checkpoints.run_state import Position, checkpoint_state, due, end_status, open_folder, take_up
 from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.data import DataError, mix, mixing_seed, prefetch, to_float

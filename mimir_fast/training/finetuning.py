@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mimir_fast.attacks.pgd_mae import linf_bounds
-from mimir_fast.checkpoints.model_files import read_model_file
+from mimir_fast.checkpoints.reader import read_model_file
 from mimir_fast.checkpoints.transfer import load_pretrained
 from mimir_fast.config.finetuning import AttackConfig, FinetuneConfig
 from mimir_fast.data import Augment, BatchStream, EvalStream, Mixing, build_train_data, eval_batches, warmup_mixing

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mimir_fast.checkpoints import files as ckpt
+from mimir_fast.checkpoints import folder as ckpt
 from mimir_fast.checkpoints.run_state import Position, checkpoint_state, due, end_status, open_folder, take_up
 from mimir_fast.config.pretraining import PretrainConfig
 from mimir_fast.data import prefetch, to_float

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mimir_fast import cli
 from mimir_fast.attacks.pgd_mae import frozen_twin
-from mimir_fast.checkpoints.trained import load_classifier
+from mimir_fast.checkpoints.trained_models import load_classifier
 from mimir_fast.cli.finetune import main
 from mimir_fast.data import eval_batches, to_float
 from mimir_fast.evaluate import finetune_eval as evaluation

@@ -12,7 +12,7 @@ from mimir_fast.analyze.progress import Progress
 from mimir_fast.analyze.seen import Perturbation, attack_reconstruction, look
 from mimir_fast.attacks.named import start_noise
 from mimir_fast.attacks.pgd_mae import ascend_reconstruction, linf_bounds
-from mimir_fast.checkpoints.trained import latent_tokens, load_classifier, load_mae
+from mimir_fast.checkpoints.trained_models import latent_tokens, load_classifier, load_mae
 from mimir_fast.cli.analyze import main
 from mimir_fast.config.analysis import AnalyzeConfig
 from mimir_fast.models import CLASSIFIERS, MODELS, create_classifier, create_model

@@ -19,9 +19,9 @@ import mimir_fast
 from mimir_fast.analyze.results import write_json
 from mimir_fast.checkpoints.atomic import in_place_when_done, move, remove_temporaries, write_atomically
 from mimir_fast.checkpoints.export import export_robustbench, export_timm
-from mimir_fast.checkpoints.files import save_checkpoint
+from mimir_fast.checkpoints.folder import save_checkpoint
 from mimir_fast.checkpoints.run_state import Position, open_folder
-from mimir_fast.checkpoints.trained import load_classifier
+from mimir_fast.checkpoints.trained_models import load_classifier
 from mimir_fast.config.analysis import AnalyzeConfig
 from mimir_fast.evaluate.records import Record, Results
 from mimir_fast.models import create_classifier

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from mimir_fast.checkpoints import export
-from mimir_fast.checkpoints.trained import load_classifier, load_encoder, training_eps
+from mimir_fast.checkpoints.trained_models import load_classifier, load_encoder, training_eps
 from mimir_fast.cli.export import main
 from mimir_fast.models import create_classifier, create_model
 

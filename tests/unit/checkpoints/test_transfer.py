@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mimir_fast.checkpoints.files import CheckpointError
+from mimir_fast.checkpoints.errors import CheckpointError
 from mimir_fast.checkpoints.transfer import load_pretrained, resize_positions
 from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.models import VisionTransformer, create_classifier

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from mimir_fast.checkpoints.trained import Trained, training_eps
+from mimir_fast.checkpoints.trained_models import Trained, training_eps
 from mimir_fast.cli import evaluate as command
 from mimir_fast.models import create_classifier
 from tests.support.classifiers import one_thread  # noqa: F401

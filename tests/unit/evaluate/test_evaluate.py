@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from mimir_fast.attacks.adaptive import feature_loss, mutual_information_loss
 from mimir_fast.attacks.linf import pgd
 from mimir_fast.attacks.named import cross_entropy, fgsm, gradient_attack, margin, pixel_bounds, start_noise
-from mimir_fast.checkpoints.files import CheckpointError
+from mimir_fast.checkpoints.errors import CheckpointError
 from mimir_fast.data.crops import to_float
 from mimir_fast.evaluate import Attack, Images, Sizes, make_attack, original_sequence, parse_attacks, run_evaluation
 from mimir_fast.evaluate.records import ROBUST

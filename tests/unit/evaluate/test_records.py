@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mimir_fast.checkpoints.files import CheckpointError
+from mimir_fast.checkpoints.errors import CheckpointError
 from mimir_fast.evaluate import Images, Sizes, make_attack, parse_attacks, run_evaluation
 from mimir_fast.evaluate.entries import key_of, settings_of
 from mimir_fast.evaluate.records import ROBUST, Record

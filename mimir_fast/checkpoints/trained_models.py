@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mimir_fast.checkpoints.files import CheckpointError
-from mimir_fast.checkpoints.model_files import Contents, read_model_file
+from mimir_fast.checkpoints.errors import CheckpointError
+from mimir_fast.checkpoints.reader import Contents, read_model_file
 from mimir_fast.data.datasets import INFO
 from mimir_fast.models import (
     CLASSIFIERS,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mimir_fast.checkpoints.files import CheckpointError
-from mimir_fast.checkpoints.trained import latent_tokens, load_classifier, load_encoder, load_mae, normalised
+from mimir_fast.checkpoints.errors import CheckpointError
+from mimir_fast.checkpoints.trained_models import latent_tokens, load_classifier, load_encoder, load_mae, normalised
 from mimir_fast.data.datasets import INFO
 from mimir_fast.models import CLASSIFIERS, MODELS, create_classifier, create_model
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mimir_fast.checkpoints.trained import Trained
+from mimir_fast.checkpoints.trained_models import Trained
 from mimir_fast.models import CLASSIFIERS
 
 ZOO_DATASETS = ("cifar10", "cifar100", "imagenet")  # those of RobustBench

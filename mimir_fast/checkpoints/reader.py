@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mimir_fast.checkpoints.files import CheckpointError, local_file
+from mimir_fast.checkpoints.errors import CheckpointError
+from mimir_fast.checkpoints.sources import local_file
 
 ENTRIES = ("model_ema", "model", "model_state_dict", "state_dict")  # where tensors may be; the first found is taken
 METADATA = "mimir_fast"  # where a .safetensors of ours holds the args that its tensors do not say, as JSON

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from bench.textbook import TextbookMAE
-from mimir_fast.checkpoints.files import (
-    CheckpointError,
+from mimir_fast.checkpoints.errors import CheckpointError
+from mimir_fast.checkpoints.folder import (
     clean_folder,
     find_checkpoints,
     load_checkpoint,
@@ -209,7 +209,8 @@ def test_full_disk_keeps_the_previous_file(tmp_path):
     code = f"""
 import resource, torch
 from pathlib import Path
-from mimir_fast.checkpoints.files import CheckpointError, save_checkpoint
+from mimir_fast.checkpoints.errors import CheckpointError
+from mimir_fast.checkpoints.folder import save_checkpoint
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
     save_checkpoint(Path({str(path)!r}), {{"model": {{"w": torch.zeros(1_000_000)}}}})

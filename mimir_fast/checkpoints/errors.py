@@ -1,0 +1,5 @@
+"""What is wrong with a checkpoint, as an exception."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written, read or used; one line that names the file and what to do."""
