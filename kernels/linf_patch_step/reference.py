@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mimir_fast.kernels.masked_patch_loss.reference import assemble, cut, patch_statistics, predicted, select
+from mimir_fast.kernels.masked_patch_loss.reference import assemble, patch_statistics, patchify, predicted, select
 
 
 def linf_patch_step(
@@ -21,7 +21,7 @@ def linf_patch_step(
     images, adv = images_BCHW.to(compute), adv_BCHW.to(compute)
     K, C, p = grad_visible_BKP.shape[1], images.shape[1], patch_size
     ids_shuffle_BL = ids_restore_BL.argsort(dim=1)
-    removed = select(cut(adv, p), ids_shuffle_BL[:, K:])
+    removed = select(patchify(adv, p), ids_shuffle_BL[:, K:])
     hidden = target_gradient(removed, predicted(pred_BMP, p).to(compute), norm_pix_loss)
     grad = torch.cat([grad_visible_BKP.to(compute).unflatten(2, (C, p, p)), hidden], dim=1)
     sign = assemble(select(grad, ids_restore_BL).sign(), images.shape[2] // p)

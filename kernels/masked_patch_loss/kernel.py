@@ -30,7 +30,7 @@ MEAN_BLOCK = 8192
 
 @triton.jit
 def _removed(ids, image, row_R1, M):
-    """Patch number of each row of pred."""
+    """Patch id of each row of pred."""
     return tl.load(ids + image * M + row_R1, mask=row_R1 < M, other=0).to(tl.int32)
 
 

@@ -6,14 +6,14 @@ from torch import Tensor
 VARIANCE_FLOOR = 1e-6
 
 
-def cut(images_BCHW: Tensor, patch_size: int) -> Tensor:
-    """[B,C,H,W] -> [B,L,C,p,p]: the patches, row by row of the grid."""
+def patchify(images_BCHW: Tensor, patch_size: int) -> Tensor:
+    """All patches of images, row by row of the grid: [B,C,H,W] -> [B,L,C,p,p]."""
     grid = images_BCHW.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # [B,C,rows,p,columns,p]
     return grid.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
 
 
 def assemble(patches_BLCpp: Tensor, rows: int) -> Tensor:
-    """[B,L,C,p,p] -> [B,C,rows,p,L/rows,p], an image when its last four are flattened by two: the inverse of `cut`."""
+    """[B,L,C,p,p] -> [B,C,rows,p,L/rows,p], an image when its last four are flattened by two: the inverse of `patchify`."""
     return patches_BLCpp.unflatten(1, (rows, -1)).permute(0, 3, 1, 4, 2, 5)
 
 
@@ -22,13 +22,13 @@ def predicted(pred_BMP: Tensor, patch_size: int) -> Tensor:
     return pred_BMP.unflatten(2, (patch_size, patch_size, -1)).permute(0, 1, 4, 2, 3)
 
 
-def patchify(images_BCHW: Tensor, patch_size: int) -> Tensor:
-    """[B,C,H,W] -> [B,L,p*p*C], each patch flattened in (row, column, channel) order."""
-    return cut(images_BCHW, patch_size).permute(0, 1, 3, 4, 2).flatten(2)
+def target_patches(images_BCHW: Tensor, patch_size: int) -> Tensor:
+    """What the decoder predicts: all patches in (row, column, channel) order, [B,C,H,W] -> [B,L,p*p*C]."""
+    return patchify(images_BCHW, patch_size).permute(0, 1, 3, 4, 2).flatten(2)
 
 
-def unpatchify(patches_BLP: Tensor, patch_size: int, height: int, width: int) -> Tensor:
-    """[B,L,p*p*C] -> [B,C,H,W]: the inverse of `patchify`."""
+def predicted_image(patches_BLP: Tensor, patch_size: int, height: int, width: int) -> Tensor:
+    """[B,L,p*p*C] -> [B,C,H,W]: the inverse of `target_patches`."""
     grid = assemble(predicted(patches_BLP, patch_size), height // patch_size)
     return grid.reshape(*grid.shape[:2], height, width)
 
@@ -51,7 +51,7 @@ def masked_patch_loss(
     """See op.py: pred [B,M,P], images [B,C,H,W], ids [B,M] -> scalar."""
     compute = torch.promote_types(pred_BMP.dtype, torch.float32)
     images = images_BCHW if images_BCHW.is_floating_point() else images_BCHW.float() / 255
-    target = select(cut(images, patch_size), ids_BM)
+    target = select(patchify(images, patch_size), ids_BM)
     target = target.to(torch.promote_types(images.dtype, compute))
     if norm_pix_loss:
         mean, std = patch_statistics(target)

@@ -128,8 +128,8 @@ def ascend_reconstruction(
     images = images.detach()
     adv = functions.start(images, bounds, start, model.kernels)
     for noise in mask_noise:
-        ids_shuffle, ids_restore, keep = model.hide(noise, mask_ratio)
-        patches = model.cut(adv, ids_shuffle[:, :keep]).requires_grad_(True)
+        ids_shuffle, ids_restore, keep = model.random_masking(noise, mask_ratio)
+        patches = model.patchify(adv, ids_shuffle[:, :keep]).requires_grad_(True)
         with torch.enable_grad():
             loss, pred = functions.loss(model, patches, ids_shuffle, adv)
             (grad,) = torch.autograd.grad(loss * loss_scale, patches)

@@ -106,7 +106,7 @@ def latent_tokens(trained: Trained, images: Tensor) -> Tensor:
         return model.forward_features(images)
     images = normalised(trained, images)
     everything = torch.arange(model.num_patches, device=images.device).expand(len(images), -1).contiguous()
-    return model.encode(model.cut(images, everything), everything)
+    return model.encode(model.patchify(images, everything), everything)
 
 
 def normalised(trained: Trained, images: Tensor) -> Tensor:

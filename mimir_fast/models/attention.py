@@ -1,7 +1,7 @@
 """Self-attention from a packed projection, by backend.  Shapes: B batch, T tokens, N heads, d numbers per head, D = N*d.
 
-A backend is a function (qkv_BTQ, num_heads, first) -> [B,T-first,D]: qkv [B,T,3*D] holds q, k and v, head by head; every token
-is key and value, those from `first` on ask.  Backends are chosen by name; packages other than torch are asked for explicitly.
+A backend is a function (qkv_BTQ, num_heads, query_start) -> [B,T-query_start,D]: qkv [B,T,3*D] holds q, k and v, head by
+head.  Backends are chosen by name; packages other than torch are asked for explicitly.
 """
 
 from collections.abc import Callable
@@ -29,9 +29,12 @@ def check_backend(name: str) -> None:
         )
 
 
-def attention(qkv_BTQ: Tensor, num_heads: int, first: int = 0, backend: str = "auto") -> Tensor:
-    """softmax(q k^T / sqrt(d)) v of every head: [B,T,3*D] -> [B,T-first,D]; auto is torch's scaled_dot_product_attention."""
-    return _FUNCTIONS[backend](qkv_BTQ, num_heads, first)
+def attention(qkv_BTQ: Tensor, num_heads: int, query_start: int = 0, backend: str = "auto") -> Tensor:
+    """softmax(q k^T / sqrt(d)) v of every head: [B,T,3*D] -> [B,T-query_start,D].
+
+    All tokens are keys and values; only tokens[query_start:] are queries.  auto: torch's scaled_dot_product_attention.
+    """
+    return _FUNCTIONS[backend](qkv_BTQ, num_heads, query_start)
 
 
 def _split(qkv_BTQ: Tensor, num_heads: int) -> tuple[Tensor, ...]:
@@ -39,46 +42,46 @@ def _split(qkv_BTQ: Tensor, num_heads: int) -> tuple[Tensor, ...]:
     return qkv_BTQ.unflatten(2, (3, num_heads, -1)).unbind(2)
 
 
-def _sdpa(qkv_BTQ: Tensor, num_heads: int, first: int) -> Tensor:
+def _sdpa(qkv_BTQ: Tensor, num_heads: int, query_start: int) -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in _split(qkv_BTQ, num_heads))
-    return F.scaled_dot_product_attention(q[:, :, first:], k, v).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(q[:, :, query_start:], k, v).transpose(1, 2).flatten(2)
 
 
-def _short(qkv_BTQ: Tensor, num_heads: int, first: int) -> Tensor:
+def _short(qkv_BTQ: Tensor, num_heads: int, query_start: int) -> Tensor:
     """Our kernel, nothing stacked or transposed around it; sizes that it does not offer go to sdpa."""
     if not supported(qkv_BTQ.shape[1], qkv_BTQ.shape[2] // 3 // num_heads, qkv_BTQ.dtype):
-        return _sdpa(qkv_BTQ, num_heads, first)
-    return short_attention(qkv_BTQ, num_heads, impl="triton")[:, first:]
+        return _sdpa(qkv_BTQ, num_heads, query_start)
+    return short_attention(qkv_BTQ, num_heads, impl="triton")[:, query_start:]
 
 
-def _narrow(qkv_BTQ: Tensor, num_heads: int, first: int) -> Tensor:
+def _narrow(qkv_BTQ: Tensor, num_heads: int, query_start: int) -> Tensor:
     """For fp32 on a CPU: loops over narrow heads, plain matrix products in short sequences; the rest goes to sdpa."""
     if narrow_attention.supported(qkv_BTQ.shape[2] // 3 // num_heads, qkv_BTQ):
-        return narrow_attention.narrow_attention(qkv_BTQ, num_heads, first)
+        return narrow_attention.narrow_attention(qkv_BTQ, num_heads, query_start)
     plain = qkv_BTQ.device.type == "cpu" and qkv_BTQ.shape[1] <= FEW_TOKENS
-    return (_math if plain else _sdpa)(qkv_BTQ, num_heads, first)
+    return (_math if plain else _sdpa)(qkv_BTQ, num_heads, query_start)
 
 
-def _math(qkv_BTQ: Tensor, num_heads: int, first: int) -> Tensor:
+def _math(qkv_BTQ: Tensor, num_heads: int, query_start: int) -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in _split(qkv_BTQ, num_heads))
-    weights = (q[:, :, first:] * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
+    weights = (q[:, :, query_start:] * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
     return (weights.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
 
 
-def _flash_attn(qkv_BTQ: Tensor, num_heads: int, first: int) -> Tensor:
+def _flash_attn(qkv_BTQ: Tensor, num_heads: int, query_start: int) -> Tensor:
     from flash_attn import flash_attn_kvpacked_func, flash_attn_qkvpacked_func
 
     qkv = qkv_BTQ.unflatten(2, (3, num_heads, -1))
-    if not first:
+    if not query_start:
         return flash_attn_qkvpacked_func(qkv).flatten(2)
-    return flash_attn_kvpacked_func(qkv[:, first:, 0], qkv[:, :, 1:]).flatten(2)
+    return flash_attn_kvpacked_func(qkv[:, query_start:, 0], qkv[:, :, 1:]).flatten(2)
 
 
-def _xformers(qkv_BTQ: Tensor, num_heads: int, first: int) -> Tensor:
+def _xformers(qkv_BTQ: Tensor, num_heads: int, query_start: int) -> Tensor:
     from xformers.ops import memory_efficient_attention
 
     q, k, v = _split(qkv_BTQ, num_heads)
-    return memory_efficient_attention(q[:, first:], k, v).flatten(2)
+    return memory_efficient_attention(q[:, query_start:], k, v).flatten(2)
 
 
 _FUNCTIONS: dict[str, Callable[[Tensor, int, int], Tensor]] = {

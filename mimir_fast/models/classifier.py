@@ -95,7 +95,7 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"images: expected [B,{','.join(map(str, expected))}], got {tuple(images.shape)}")
         if self.mean is not None:
             images = (images - self.mean) / self.std
-        tokens = self.patch_embed(self.cut(images)) + self.pos_embed[:, 1:]
+        tokens = self.patch_embed(self.patchify(images)) + self.pos_embed[:, 1:]
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
         tokens = torch.cat([cls_token, tokens], dim=1)
         if self.residual_dtype is not None:
@@ -116,7 +116,7 @@ class VisionTransformer(nn.Module):
         keep = (drop_noise >= rates) / (1 - rates)
         return F.pad(keep.flatten(0, 1), (0, 0, 1, 0), value=1.0)
 
-    def cut(self, images: Tensor) -> Tensor:
+    def patchify(self, images: Tensor) -> Tensor:
         """All patches of images [B,C,H,W]: [B,L,P] in (channel, row, column) order."""
         p = self.patch_size
         patches = images.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # [B,C,h,p,w,p]

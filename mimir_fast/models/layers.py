@@ -21,9 +21,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x_BTD: Tensor, first: int = 0) -> Tensor:
-        """Every token is key and value; those from `first` on ask: [B,T,D] -> [B,T-first,D], without the projection's bias."""
-        return F.linear(attention(self.qkv(x_BTD), self.num_heads, first, self.backend), self.proj.weight)
+    def forward(self, x_BTD: Tensor, query_start: int = 0) -> Tensor:
+        """[B,T,D] -> [B,T-query_start,D], without the projection's bias.
+
+        All tokens are keys and values; only tokens[query_start:] are queries.
+        """
+        return F.linear(attention(self.qkv(x_BTD), self.num_heads, query_start, self.backend), self.proj.weight)
 
 
 class MLP(nn.Module):
@@ -65,19 +68,19 @@ class Block(nn.Module):
         x_BTD: Tensor,
         delta_BTD: Tensor | None = None,
         delta_bias_D: Tensor | None = None,
-        first: int = 0,
+        query_start: int = 0,
         keep_2B: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B,T,D], delta [B,T,D] and delta_bias [D] to be added to it -> the same three for the tokens from `first` on.
+        """x [B,T,D], delta [B,T,D] and delta_bias [D] to be added to it -> the same three for tokens[query_start:].
 
         keep: each image's factors of both additions made here, of delta and of the attention, for stochastic depth.
         """
         of_delta_B, of_attention_B = (None, None) if keep_2B is None else keep_2B.unbind()
         of_delta_B = None if delta_BTD is None else of_delta_B
         x_BTD, normed_BTD = add_and_norm(x_BTD, delta_BTD, delta_bias_D, self.norm1, self.kernels, keep_B=of_delta_B)
-        delta_BTD, bias_D = self.attn(normed_BTD, first), self.attn.proj.bias
+        delta_BTD, bias_D = self.attn(normed_BTD, query_start), self.attn.proj.bias
         x_BTD, normed_BTD = add_and_norm(
-            x_BTD[:, first:], delta_BTD, bias_D, self.norm2, self.kernels, keep_B=of_attention_B
+            x_BTD[:, query_start:], delta_BTD, bias_D, self.norm2, self.kernels, keep_B=of_attention_B
         )
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
         return x_BTD, mlp(normed_BTD, fc1.weight, fc1.bias, fc2.weight, self.mlp_kernels), fc2.bias

@@ -105,14 +105,14 @@ class MaskedAutoencoderViT(nn.Module):
             raise ValueError(f"adv_images: expected {tuple(imgs.shape)} like imgs, got {tuple(seen.shape)}")
         if noise is None:
             noise = torch.rand(imgs.shape[0], self.num_patches, device=imgs.device)
-        ids_shuffle, ids_restore, keep = self.hide(noise, mask_ratio)
-        latent = self.encode(self.cut(seen, ids_shuffle[:, :keep]), ids_shuffle[:, :keep])
-        pred = self.decode(latent, ids_shuffle, first=1)
+        ids_shuffle, ids_restore, keep = self.random_masking(noise, mask_ratio)
+        latent = self.encode(self.patchify(seen, ids_shuffle[:, :keep]), ids_shuffle[:, :keep])
+        pred = self.decode(latent, ids_shuffle, query_start=1)
         loss = self.loss(pred[:, keep:], ids_shuffle[:, keep:], imgs)
         pred = pred.gather(1, ids_restore[:, :, None].expand_as(pred))
         return loss, pred, (ids_restore >= keep).to(noise.dtype), latent
 
-    def hide(self, noise_BL: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, int]:
+    def random_masking(self, noise_BL: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, int]:
         """noise [B,L], removed share -> ids_shuffle [B,L], kept patches first; ids_restore [B,L], its inverse; K, how many."""
         if not 0 <= mask_ratio < 1:
             raise ValueError(f"mask_ratio: expected 0 <= ratio < 1, got {mask_ratio}")
@@ -123,7 +123,7 @@ class MaskedAutoencoderViT(nn.Module):
             raise ValueError(f"mask_ratio: {mask_ratio} keeps none of {self.num_patches} patches; lower it")
         return *mask_indices(noise_BL, impl=self.kernels), keep
 
-    def cut(self, images: Tensor, ids_keep: Tensor) -> Tensor:
+    def patchify(self, images: Tensor, ids_keep: Tensor) -> Tensor:
         """The kept patches of images [B,C,H,W]: [B,K,P] in (channel, row, column) order."""
         return patch_gather(images, ids_keep, self.patch_size, impl=self.kernels)
 
@@ -138,15 +138,15 @@ class MaskedAutoencoderViT(nn.Module):
 
     def reconstruct(self, latent: Tensor, ids_shuffle: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         """latent [B,1+K,D], ids_shuffle [B,L], images [B,C,H,W] -> loss, predictions of the removed patches [B,L-K,P]."""
-        pred = self.decode(latent, ids_shuffle, first=latent.shape[1])
+        pred = self.decode(latent, ids_shuffle, query_start=latent.shape[1])
         with stage("loss"):
             return self.loss(pred, ids_shuffle[:, latent.shape[1] - 1 :], images), pred
 
-    def decode(self, latent: Tensor, ids_shuffle: Tensor, first: int) -> Tensor:
-        """latent [B,1+K,D], ids_shuffle [B,L] -> predictions [B,1+L-first,P] from token `first` of the shuffled order on.
+    def decode(self, latent: Tensor, ids_shuffle: Tensor, query_start: int) -> Tensor:
+        """latent [B,1+K,D], ids_shuffle [B,L] -> predictions [B,1+L-query_start,P] for tokens[query_start:] in shuffled order.
 
-        1 is the first patch, 1+K the first removed one.  Tokens before `first` are left out of the last block, where they
-        are needed as keys and values only.
+        1 is the first patch, 1+K the first removed one.  The last block leaves out the tokens before `query_start`, which are
+        needed as keys and values only.
         """
         tokens = self.decoder_embed(latent)
         pos_embed = self.decoder_pos_embed[0]
@@ -154,7 +154,7 @@ class MaskedAutoencoderViT(nn.Module):
         stream = (self._residual(tokens), None, None)
         for block in self.decoder_blocks[:-1]:
             stream = block(*stream)
-        stream = self.decoder_blocks[-1](*stream, first)
+        stream = self.decoder_blocks[-1](*stream, query_start)
         return self.decoder_pred(add_and_norm(*stream, self.decoder_norm, self.kernels)[1])
 
     def loss(self, pred: Tensor, ids: Tensor, images: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 A decoder's heads have 8 numbers.  torch's own CPU attention calls a matrix product per head and block, which at that width is
 mostly overhead; here the 8 products of a pair are taken one by one, in registers, all keys of a query in the inner loop.
 
-Shapes: B batch, T tokens, R of them ask (the last ones), N heads, d numbers per head; Q = 3*N*d packed as q, k, v.  q, k, v
+Shapes: B batch, T tokens, the last R of them are queries, N heads, d numbers per head; Q = 3*N*d packed as q, k, v.  q, k, v
 and what belongs to them are [B,N,d,tokens], so that neighbouring tokens are neighbours in memory.
 """
 
@@ -34,11 +34,11 @@ def supported(head_dim: int, tensor: Tensor) -> bool:
 
 
 @torch.library.custom_op("mimir_fast::narrow_attention", mutates_args=(), device_types="cpu")
-def _attend(qkv_BTQ: Tensor, num_heads: int, first: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _attend(qkv_BTQ: Tensor, num_heads: int, query_start: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Mixed values [B,R,N*d] and for the backward q, k, v and log2 of the softmax's denominators [B,N,R]."""
     q, k, v = qkv_BTQ.chunk(3, dim=2)
     scale = math.log2(math.e) / math.sqrt(q.shape[2] // num_heads)
-    heads = _heads(q[:, first:], num_heads, scale), _heads(k, num_heads), _heads(v, num_heads)
+    heads = _heads(q[:, query_start:], num_heads, scale), _heads(k, num_heads), _heads(v, num_heads)
     out, lse_BNR = _run(_forward, *heads)
     return out.permute(0, 3, 1, 2).flatten(2).contiguous(), *heads, lse_BNR
 
@@ -56,12 +56,12 @@ def _attend_grad(grad_BRD: Tensor, out_BRD: Tensor, q: Tensor, k: Tensor, v: Ten
     return grad_qkv.flatten(2)
 
 
-def narrow_attention(qkv_BTQ: Tensor, num_heads: int, first: int) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v of every head: [B,T,3*N*d] -> [B,T-first,N*d], fp32 on the CPU; differentiable once.
+def narrow_attention(qkv_BTQ: Tensor, num_heads: int, query_start: int) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v of every head: [B,T,3*N*d] -> [B,T-query_start,N*d], fp32 on the CPU; differentiable once.
 
     Raises RuntimeError where no C++ compiler is found.  The first call at a shape compiles, in both directions.
     """
-    return _attend(qkv_BTQ, num_heads, first)[0]
+    return _attend(qkv_BTQ, num_heads, query_start)[0]
 
 
 def _run(function: Callable, *tensors: Tensor) -> list[Tensor]:
@@ -131,10 +131,10 @@ def _backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, mean: Tensor, lse: 
 
 
 @_attend.register_fake
-def _(qkv_BTQ, num_heads, first):
+def _(qkv_BTQ, num_heads, query_start):
     B, T, Q = qkv_BTQ.shape
-    heads = [qkv_BTQ.new_empty(B, num_heads, Q // 3 // num_heads, tokens) for tokens in (T - first, T, T)]
-    return qkv_BTQ.new_empty(B, T - first, Q // 3), *heads, qkv_BTQ.new_empty(B, num_heads, T - first)
+    heads = [qkv_BTQ.new_empty(B, num_heads, Q // 3 // num_heads, tokens) for tokens in (T - query_start, T, T)]
+    return qkv_BTQ.new_empty(B, T - query_start, Q // 3), *heads, qkv_BTQ.new_empty(B, num_heads, T - query_start)
 
 
 @_attend_grad.register_fake

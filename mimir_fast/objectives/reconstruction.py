@@ -18,7 +18,7 @@ class StepOutput(NamedTuple):
     """Device values only.
 
     loss = recon + weight * penalty (scalars, mi unweighted), penalty_used (bool), adv [B,C,H,W]; pred [B,M,P] predicts the
-    removed patches, whose numbers are ids_removed [B,M].
+    removed patches, whose ids are ids_removed [B,M].
     """
 
     loss: Tensor
@@ -57,9 +57,9 @@ class Objective(nn.Module):
         """images [B,C,H,W]; adv, their adversarial version or None; noise [B,L] decides the mask."""
         seen = images if adv is None else adv
         with stage("encoder"):
-            ids_shuffle, _, keep = self.model.hide(noise_BL, self.mask_ratio)
+            ids_shuffle, _, keep = self.model.random_masking(noise_BL, self.mask_ratio)
             ids_keep, ids_removed = ids_shuffle[:, :keep], ids_shuffle[:, keep:]
-            latent = self.encode(self.model.cut(seen, ids_keep), ids_keep)
+            latent = self.encode(self.model.patchify(seen, ids_keep), ids_keep)
         if self.penalty is None or adv is None:
             with stage("decoder"):
                 recon, pred = self.reconstruct(latent, ids_shuffle, images)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mimir_fast.checkpoints.atomic import write_atomically
-from mimir_fast.kernels.masked_patch_loss.reference import patch_statistics, patchify, unpatchify
+from mimir_fast.kernels.masked_patch_loss.reference import patch_statistics, predicted_image, target_patches
 from mimir_fast.training.pretrain_step import StepOutput
 
 SAMPLES = 8
@@ -18,12 +18,12 @@ def reconstruct(pred_BMP: Tensor, ids_BM: Tensor, images_BCHW: Tensor, patch_siz
 
     Normalised predictions get the clean patch's mean and deviation.
     """
-    patches_BLP = patchify(images_BCHW.float(), patch_size)
+    patches_BLP = target_patches(images_BCHW.float(), patch_size)
     if norm_pix_loss:
         mean, std = (t.gather(1, ids_BM[:, :, None]) for t in patch_statistics(patches_BLP))
         pred_BMP = pred_BMP * std + mean
     filled_BLP = patches_BLP.scatter(1, ids_BM[:, :, None].expand_as(pred_BMP), pred_BMP.float())
-    return unpatchify(filled_BLP, patch_size, *images_BCHW.shape[2:])
+    return predicted_image(filled_BLP, patch_size, *images_BCHW.shape[2:])
 
 
 @torch.no_grad()

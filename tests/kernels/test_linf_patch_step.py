@@ -5,7 +5,7 @@ import torch
 
 from mimir_fast.kernels import linf_bounds, linf_patch_step, mask_indices, patch_gather
 from mimir_fast.kernels.linf_patch_step import kernel, reference
-from mimir_fast.kernels.masked_patch_loss.reference import patchify
+from mimir_fast.kernels.masked_patch_loss.reference import target_patches
 from tests.support.golden import golden_images, small_model
 from tests.support.interpreter import Sanitizer, interpret
 
@@ -34,7 +34,7 @@ def inputs(B, C, H, W, p, K, dtype=torch.float32):
 
 def gradient(adv, grad_visible, pred, ids_restore, p, norm):
     """The reference's gradient [B,L,P] in float64, visible patches' too, in (row, column, channel) order."""
-    patches, K = patchify(adv.double(), p), grad_visible.shape[1]
+    patches, K = target_patches(adv.double(), p), grad_visible.shape[1]
     whole = torch.cat([torch.zeros_like(patches[:, :K]), pred.double()], dim=1)
     whole = whole.gather(1, ids_restore[:, :, None].expand_as(whole))
     hidden = reference.target_gradient(patches, whole, norm)
@@ -57,13 +57,13 @@ def test_step(shape, norm, dtype):
     truth = linf_patch_step(images.double(), adv.double(), *arguments[2:], norm)
     g = gradient(adv, grad_visible, pred, ids_restore, p, norm)
     noise = (g != 0) & (g.abs() < 1e-5)  # the sign of these is rounding
-    differs = patchify((ours - truth).abs() > 1e-6, p)
+    differs = target_patches((ours - truth).abs() > 1e-6, p)
     assert not (differs & ~noise).any()
     assert noise.float().mean() < 0.01
     eps, _, lo, hi = bounds[:, :, None, None]
     assert ((ours - images).abs() <= eps + 1e-7).all()
     assert ((ours >= lo) & (ours <= hi)).all()
-    assert (patchify((adv - ours).abs(), p)[g == 0] < 1e-7).all()
+    assert (target_patches((adv - ours).abs(), p)[g == 0] < 1e-7).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -80,7 +80,7 @@ def test_images_in_16_bits(dtype):
 def test_an_exactly_zero_gradient_keeps_the_pixel():
     images, adv, grad_visible, _, ids_restore, _, p = inputs(2, 3, 8, 8, 4, 2)
     bounds = linf_bounds(0.1, 0.04, 0.0, 1.0, 3, "cpu")
-    pred = patchify(adv, p).gather(1, ids_restore.argsort(1)[:, 2:, None].expand(-1, -1, 48))
+    pred = target_patches(adv, p).gather(1, ids_restore.argsort(1)[:, 2:, None].expand(-1, -1, 48))
     for impl in ("triton", "reference"):
         with interpret():
             ours = linf_patch_step(images, adv, 0 * grad_visible, pred, ids_restore, bounds, p, False, impl=impl)

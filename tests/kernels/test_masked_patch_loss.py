@@ -5,7 +5,7 @@ import torch
 
 from mimir_fast.kernels import masked_patch_loss
 from mimir_fast.kernels.masked_patch_loss import kernel
-from mimir_fast.kernels.masked_patch_loss.reference import patchify
+from mimir_fast.kernels.masked_patch_loss.reference import target_patches
 from tests.support.budget import assert_within_budget
 from tests.support.interpreter import Sanitizer, interpret
 
@@ -50,7 +50,7 @@ def test_value_and_gradients(shape, norm, dtype):
         assert_within_budget(a, b, c, name)
         assert torch.equal(a, d), name
     kept = torch.ones(shape[0], shape[2] * shape[3] // shape[4] ** 2).scatter(1, ids, 0.0) == 1
-    assert (patchify(ours[2], shape[-1])[kept] == 0).all()
+    assert (target_patches(ours[2], shape[-1])[kept] == 0).all()
 
 
 @pytest.mark.parametrize("storage", ["uint8", "channels_last", "strided ids", "strided pred", "mixed"])
@@ -153,6 +153,6 @@ def test_errors_name_the_argument(change, word):
 def test_uint8_images_are_divided_by_255(impl):
     _, images, ids = inputs(2, 3, 8, 8, 4)
     stored = (images * 255).byte()
-    perfect = patchify(stored.float() / 255, 4).gather(1, ids[:, :, None].expand(-1, -1, 48))
+    perfect = target_patches(stored.float() / 255, 4).gather(1, ids[:, :, None].expand(-1, -1, 48))
     with interpret():
         assert masked_patch_loss(perfect, stored, ids, 4, False, impl=impl) < 1e-12

@@ -29,10 +29,10 @@ def _step(model, images, noise, encode):
         kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
-    ids_shuffle, _, keep = model.hide(noise, 0.75)
+    ids_shuffle, _, keep = model.random_masking(noise, 0.75)
     ids_keep = ids_shuffle[:, :keep]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        latent = encode(model.cut(images, ids_keep), ids_keep)
+        latent = encode(model.patchify(images, ids_keep), ids_keep)
         loss, _ = model.reconstruct(latent, ids_shuffle, images)
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}, sum(kept.values())

@@ -12,20 +12,20 @@ from tests.support.interpreter import Sanitizer, interpret
 HERE = [name for name in BACKENDS if name not in (*PACKAGES, "short", "narrow")]
 
 
-@pytest.mark.parametrize("first", [0, 3, 6])
+@pytest.mark.parametrize("query_start", [0, 3, 6])
 @pytest.mark.parametrize("backend", HERE)
-def test_backends_compute_attention(backend, first):
+def test_backends_compute_attention(backend, query_start):
     B, T, N, d = 2, 7, 3, 4
     qkv = torch.randn(B, T, 3 * N * d, dtype=torch.float64, requires_grad=True)
-    out = attention(qkv, N, first, backend)
-    assert out.shape == (B, T - first, N * d)
+    out = attention(qkv, N, query_start, backend)
+    assert out.shape == (B, T - query_start, N * d)
     q, k, v = qkv.reshape(B, T, 3, N, d).permute(2, 0, 3, 1, 4)
     scores = torch.einsum("bnqd,bnkd->bnqk", q, k) / d**0.5
     expected = torch.einsum("bnqk,bnkd->bqnd", scores.exp() / scores.exp().sum(-1, keepdim=True), v)
-    assert torch.allclose(out, expected.flatten(2)[:, first:], atol=1e-12)
+    assert torch.allclose(out, expected.flatten(2)[:, query_start:], atol=1e-12)
     upstream = torch.randn_like(out)
     ours, truth = (
-        torch.autograd.grad(y, qkv, upstream, retain_graph=True)[0] for y in (out, expected.flatten(2)[:, first:])
+        torch.autograd.grad(y, qkv, upstream, retain_graph=True)[0] for y in (out, expected.flatten(2)[:, query_start:])
     )
     assert torch.allclose(ours, truth, atol=1e-12)
 
@@ -70,22 +70,22 @@ def test_short_attention_in_the_seam():
 
 
 def test_narrow_attention_in_the_seam():
-    tokens, head, first = 21, 5, 4  # heads of 8: tests/golden/test_pretraining.py
+    tokens, head, query_start = 21, 5, 4  # heads of 8: tests/golden/test_pretraining.py
     B, N = 2, 3
     qkv = torch.randn(tokens, B, 3 * N * head).transpose(0, 1) * 3  # not contiguous, some weights as small as 2^-126
     qkv[0, -1] *= 4
-    upstream = torch.randn(B, tokens - first, N * head)
+    upstream = torch.randn(B, tokens - query_start, N * head)
 
     def both(backend: str, dtype: torch.dtype) -> dict:
         x = qkv.to(dtype).requires_grad_()
-        out = attention(x, N, first, backend)
+        out = attention(x, N, query_start, backend)
         return {"out": out, "grad": torch.autograd.grad(out, x, upstream.to(dtype))[0]}
 
     ours, eager, truth = both("narrow", torch.float32), both("math", torch.float32), both("math", torch.float64)
     for name in ours:
         assert_within_budget(ours[name], eager[name], truth[name], name)
-    assert not ours["grad"][:, :first, : N * head].any()
-    arguments = qkv.contiguous().requires_grad_(), N, first
+    assert not ours["grad"][:, :query_start, : N * head].any()
+    arguments = qkv.contiguous().requires_grad_(), N, query_start
     torch.library.opcheck(torch.ops.mimir_fast.narrow_attention.default, arguments)
 
 

@@ -11,7 +11,7 @@ SIZES = {"img_size": 16, "patch_size": 8, "num_classes": 5, "embed_dim": 24, "de
 
 def by_the_formula(model: VisionTransformer, images: Tensor, noise: Tensor, rate: float) -> Tensor:
     """Each branch of an image is left out where its draw is below the block's rate, else divided by one minus the rate."""
-    tokens = model.patch_embed(model.cut(images)) + model.pos_embed[:, 1:]
+    tokens = model.patch_embed(model.patchify(images)) + model.pos_embed[:, 1:]
     x = torch.cat([(model.cls_token + model.pos_embed[:, :1]).expand(len(tokens), -1, -1), tokens], dim=1)
     for i, block in enumerate(model.blocks):
         dropped = rate * i / (len(model.blocks) - 1)
