@@ -1,8 +1,7 @@
 """Checkpoints: the original's format, written so that a kill or a full disk never spoils one."""
 
-import argparse
-import pickle
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 
 from mimir_fast.checkpoints.atomic import move, remove_temporaries, write_atomically
 from mimir_fast.checkpoints.errors import CheckpointError
-from mimir_fast.checkpoints.sources import local_file
+from mimir_fast.checkpoints.reader import Contents, read
 
 KEPT_RESUME_POINTS = 2
 BEST_FILE = "best.pth"
@@ -24,36 +23,10 @@ def save_checkpoint(path: Path, state: dict) -> None:
         write_atomically(path, partial(torch.save, state))
     # torch.save passes a full disk on as RuntimeError
     except (OSError, RuntimeError) as error:
-        reason = _first_line(error).removeprefix(f"output_dir: could not write {path}: ")
+        reason = str(error.__cause__ or error).partition("\n")[0]
         raise CheckpointError(
             f"output_dir: could not save {path}: {reason}; older checkpoints are intact, make room and go on with --resume auto"
         ) from error
-
-
-def load_checkpoint(source: str | Path, flag: str = "resume") -> dict:
-    """Read a checkpoint of ours or of the original, from a path or an https URL, onto the CPU; `flag` asked for it.
-
-    Only tensors, plain values and argparse.Namespace are accepted.  Raises CheckpointError if the file is missing,
-    truncated, wants to run other code, or holds no model.
-    """
-    source = str(source)
-    path = local_file(source, flag)
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{flag}: {source} is refused: it is damaged, or holds more than tensors and plain values ({_first_line(error)})"
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{flag}: {source} is damaged or no checkpoint ({_first_line(error)})") from error
-    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise CheckpointError(f"{flag}: {source} holds no 'model' entry")
-    return state
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
@@ -94,17 +67,17 @@ def set_best_aside(folder: Path) -> list[str]:
     return [f"output_dir: {path} is an earlier run's and was moved to superseded/"]
 
 
-def load_newest(folder: Path, log=print) -> tuple[Path, dict] | None:
-    """The newest readable checkpoint of a folder, or None if it has none; damaged ones are named through `log`.
+def read_newest(folder: Path, say: Callable[[str], None] = print) -> Contents | None:
+    """The newest readable checkpoint of a folder, or None if it has none; damaged ones are named through `say`.
 
     Raises CheckpointError if there are checkpoints but none can be read.
     """
     candidates = find_checkpoints(folder)
     for path in candidates:
         try:
-            return path, load_checkpoint(path)
+            return read(path, "resume")
         except CheckpointError as error:
-            log(f"{error}; trying the checkpoint before it")
+            say(f"{error}; trying the checkpoint before it")
     if candidates:
         raise CheckpointError(f"resume: none of the {len(candidates)} checkpoints in {folder} can be read")
     return None

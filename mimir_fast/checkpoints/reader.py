@@ -1,76 +1,173 @@
-"""Parameters from files, whoever wrote them: our checkpoints and the original's, bare state dicts, .safetensors."""
+"""The one reader of files with parameters: checkpoints of ours and of the original, bare state dicts, .safetensors.
+
+Only tensors, plain values and argparse.Namespace are read; nothing in a file is ever run.
+"""
 
 import argparse
 import json
 import pickle
+import re
+import zipfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mimir_fast.checkpoints.errors import CheckpointError
-from mimir_fast.checkpoints.sources import local_file
+from mimir_fast.checkpoints.sources import is_url, local_file
 
-ENTRIES = ("model_ema", "model", "model_state_dict", "state_dict")  # where tensors may be; the first found is taken
-METADATA = "mimir_fast"  # where a .safetensors of ours holds the args that its tensors do not say, as JSON
+# entries that may hold parameters, the preferred one first: an average before what it averages
+AVERAGED = ("model_ema",)
+RAW = ("model", "model_state_dict", "state_dict")
+# where a .safetensors of ours holds, as JSON, the args that its tensors do not say
+METADATA = "mimir_fast"
+# what wrappers put before the names of parameters
 PREFIXES = ("module.", "base_model.", "_orig_mod.")
+# how files begin that are often found under a checkpoint's name
+LFS_POINTER, HTML_PAGE = b"version https://git-lfs", re.compile(rb"\s*<(!doctype\s+html|html)", re.IGNORECASE)
 
 
-class Contents(NamedTuple):
-    """What a file holds: parameters by bare name, the run's args, its last finished epoch, and where all that is from."""
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds.
 
-    tensors: dict[str, Tensor]
-    args: dict
-    epoch: int | None
-    source: str
-
-
-def read_model_file(source: str, flag: str = "checkpoint") -> Contents:
-    """Tensors without wrappers' prefixes, args as a dict, epoch; `flag` asked for it.
-
-    Raises CheckpointError if the file cannot be used.
+    file     path or URL
+    weights  entry -> parameters by bare name, the preferred entry first; the entry of a bare state dict is called ""
+    entries  all other entries as they are: args, epoch, optimizer, ...; none in a bare state dict
     """
+
+    file: str
+    weights: dict[str, dict[str, Tensor]]
+    entries: dict
+
+    @property
+    def entry(self) -> str:
+        """Whose parameters `tensors` are."""
+        return next(iter(self.weights))
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters to use where training does not go on: the average, if the file has one."""
+        return self.weights[self.entry]
+
+    @property
+    def source(self) -> str:
+        """Where `tensors` are from, for messages: the file, and the entry where it is not the usual one."""
+        return f"{self.file} ({self.entry})" if self.entry in AVERAGED else self.file
+
+    @property
+    def args(self) -> dict:
+        """The flags of the run that wrote the file, empty where they are not known."""
+        args = self.entries.get("args")
+        args = vars(args) if isinstance(args, argparse.Namespace) else args
+        return dict(args) if isinstance(args, dict) else {}
+
+    @property
+    def epoch(self) -> int | None:
+        """The last finished epoch, where the file says it."""
+        epoch = self.entries.get("epoch")
+        return epoch if isinstance(epoch, int) else None
+
+    @property
+    def state(self) -> dict:
+        """What training goes on from: all entries, and under `model` the parameters themselves, not their average."""
+        raw = next((name for name in self.weights if name not in AVERAGED), self.entry)
+        named = {name: tensors for name, tensors in self.weights.items() if name}
+        return {**self.entries, **named, "model": self.weights[raw]}
+
+
+def read(source: str | Path, flag: str) -> Contents:
+    """Read a file or https URL onto the CPU; `flag` asked for it and begins every message.
+
+    Raises CheckpointError, one line, if nothing is there, if it is something else than a checkpoint (and says what, where
+    that can be told), if it is damaged, wants to run code, or holds no parameters.
+    """
+    source = str(source)
     path = local_file(source, flag)
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path, source, flag)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"{flag}: {source} is damaged, no checkpoint, or holds more than tensors and plain values ({reason})"
-        ) from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{flag}: {source} holds {type(state).__name__}, expected a dictionary")
-    entry = next((name for name in ENTRIES if isinstance(state.get(name), dict)), None)
-    tensors = state if entry is None else state[entry]
-    args, epoch = (state.get(name) if entry else None for name in ("args", "epoch"))
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    suffix = " (model_ema)" if entry == "model_ema" else ""
-    return Contents(
-        _bare(tensors),
-        dict(args) if isinstance(args, dict) else {},
-        epoch if isinstance(epoch, int) else None,
-        source + suffix,
-    )
+        state = _parsed(path)
+        if not isinstance(state, dict):
+            raise CheckpointError(f"holds {type(state).__name__}, expected a dictionary with parameters")
+        weights = {name: bare for name in (*AVERAGED, *RAW) if (bare := _bare(state.get(name)))}
+        entries = {name: value for name, value in state.items() if name not in weights}
+        if not weights:
+            weights, entries = {"": _bare(state)}, {}
+        if not any(weights.values()):
+            raise CheckpointError("holds no 'model' entry and no parameters")
+    except CheckpointError as error:
+        again = f"; remove {path} to fetch it again" if is_url(source) else ""
+        raise CheckpointError(f"{flag}: {source} {error}{again}") from error.__cause__
+    return Contents(source, weights, entries)
 
 
-def _read_safetensors(path: Path, source: str, flag: str) -> Contents:
+def _parsed(path: Path) -> object:
+    """The object in a file; of a .safetensors its parameters and args as a checkpoint holds them.
+
+    Raises CheckpointError that says what the file is, without naming it.
+    """
     try:
-        with safe_open(path, "pt") as file:
-            args = json.loads((file.metadata() or {}).get(METADATA, "{}"))
-            return Contents(_bare({name: file.get_tensor(name) for name in file.keys()}), args, None, source)  # noqa: SIM118
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{flag}: {source} is damaged ({error})") from error
+        with open(path, "rb") as file:
+            head = file.read(512)
+            if other := _other_kind(head, path):
+                raise CheckpointError(other)
+            # a .safetensors: the length of a JSON object, then the object
+            if head[8:9] == b"{":
+                return _safetensors(path)
+            file.seek(0)
+            # given a name, torch.load would choose the format by its suffix
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                return torch.load(file, map_location="cpu", weights_only=True)
+    except (CheckpointError, MemoryError):
+        raise
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        why = f"it holds {found[1]}" if found else "it is damaged, or no checkpoint, or holds something else"
+        raise CheckpointError(f"is refused: {why}; only tensors and plain values are read") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot be read ({error})") from error
+    # bytes that are no pickle make torch's reader fail in any way, KeyError and IndexError among them
+    except Exception as error:
+        raise CheckpointError(f"is damaged or no checkpoint{_reason(error)}") from error
 
 
-def _bare(tensors: dict) -> dict[str, Tensor]:
-    """Names without the prefixes that wrappers put before them; entries that are no tensors are left out."""
-    bare = {}
-    for name, tensor in tensors.items():
+def _other_kind(head: bytes, path: Path) -> str | None:
+    """What a file is, if that is nothing to read parameters from; head: its first bytes."""
+    if not head:
+        return "is empty"
+    if head.startswith(LFS_POINTER):
+        return "is a Git LFS pointer, not the file it stands for; `git lfs pull` fetches that"
+    if HTML_PAGE.match(head):
+        return "is an HTML page, no checkpoint"
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        names = {name.rsplit("/", 1)[-1] for name in archive.namelist()}
+    if "constants.pkl" in names:
+        return "is a TorchScript archive; save the state_dict of its module instead"
+    return None if "data.pkl" in names else "is a zip archive, but no checkpoint"
+
+
+def _safetensors(path: Path) -> dict:
+    with safe_open(path, "pt") as file:
+        args = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+        return {"state_dict": {name: file.get_tensor(name) for name in file.keys()}, "args": args}  # noqa: SIM118
+
+
+def _reason(error: Exception) -> str:
+    """A library's first sentence in brackets, where it is one about the file: none of its advice, no control codes."""
+    if not isinstance(error, (RuntimeError, ValueError, SafetensorError)):
+        return ""
+    lines = str(error).strip().splitlines()
+    sentence = "".join(filter(str.isprintable, lines[0].split(". ")[0])) if lines else ""
+    return f" ({sentence})" if sentence and "weights_only" not in sentence else ""
+
+
+def _bare(tensors: object) -> dict[str, Tensor]:
+    """Parameters by name, without the prefixes that wrappers put before names; what is no tensor is left out."""
+    bare: dict[str, Tensor] = {}
+    for name, tensor in tensors.items() if isinstance(tensors, dict) else ():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             continue
         while prefix := next((p for p in PREFIXES if name.startswith(p)), None):

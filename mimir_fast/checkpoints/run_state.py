@@ -17,6 +17,7 @@ from torch import nn
 
 from mimir_fast.checkpoints import folder as ckpt
 from mimir_fast.checkpoints.atomic import write_text_atomically
+from mimir_fast.checkpoints.reader import read
 from mimir_fast.config.fields import Configuration
 from mimir_fast.config.pretraining import RunConfig
 from mimir_fast.training.distributed import World
@@ -78,14 +79,14 @@ def find_state(resume: str, folder: Path | None, say: Callable[[str], None]) -> 
     if not resume:
         return None
     if resume != "auto":
-        return resume, ckpt.load_checkpoint(resume)
+        return resume, read(resume, "resume").state
     if folder is None:
         raise ValueError("resume: 'auto' looks into output_dir, which is empty")
-    found = ckpt.load_newest(folder, say)
+    found = ckpt.read_newest(folder, say)
     if found is None:
         say(f"resume: no checkpoint in {folder}, starting from the beginning")
         return None
-    return str(found[0]), found[1]
+    return found.file, found.state
 
 
 def restore(

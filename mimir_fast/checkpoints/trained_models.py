@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mimir_fast.checkpoints.errors import CheckpointError
-from mimir_fast.checkpoints.reader import Contents, read_model_file
+from mimir_fast.checkpoints.reader import Contents, read
 from mimir_fast.data.datasets import INFO
 from mimir_fast.models import (
     CLASSIFIERS,
@@ -71,7 +71,7 @@ def load_classifier(source: str, *, overrides: dict = {}, device: str | torch.de
     Raises CheckpointError for a file that cannot be read, belongs to pre-training or to another architecture, or
     contradicts itself or an override.
     """
-    contents = read_model_file(str(source))
+    contents = read(source, "checkpoint")
     if _kind(contents) == "mae":
         raise CheckpointError(f"checkpoint: {contents.source} is a pre-training checkpoint; fine-tune it first")
     return _classifier(contents, overrides, device)
@@ -82,7 +82,7 @@ def load_mae(source: str, *, overrides: dict = {}, device: str | torch.device = 
 
     As load_classifier otherwise.
     """
-    contents = read_model_file(str(source))
+    contents = read(source, "checkpoint")
     if _kind(contents) == "classifier":
         raise CheckpointError(
             f"checkpoint: {contents.source} is a classifier; expected a masked autoencoder of `mimir-fast pretrain`"
@@ -92,7 +92,7 @@ def load_mae(source: str, *, overrides: dict = {}, device: str | torch.device = 
 
 def load_encoder(source: str, *, overrides: dict = {}, device: str | torch.device = "cpu") -> Trained:  # noqa: B006
     """Whichever of the two the file holds."""
-    contents = read_model_file(str(source))
+    contents = read(source, "checkpoint")
     return (_mae if _kind(contents) == "mae" else _classifier)(contents, overrides, device)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mimir_fast.attacks.pgd_mae import linf_bounds
-from mimir_fast.checkpoints.reader import read_model_file
+from mimir_fast.checkpoints.reader import read
 from mimir_fast.checkpoints.transfer import load_pretrained
 from mimir_fast.config.finetuning import AttackConfig, FinetuneConfig
 from mimir_fast.data import Augment, BatchStream, EvalStream, Mixing, build_train_data, eval_batches, warmup_mixing
@@ -110,7 +110,7 @@ def start_from_pretrained(model: VisionTransformer, config: FinetuneConfig, say:
         say("finetune: no pre-trained checkpoint given, training from scratch")
         return
     head_std = HEAD_STD.get(config.data.dataset, OTHER_HEAD_STD)
-    contents = read_model_file(source, "finetune")
+    contents = read(source, "finetune")
     load_pretrained(model, contents.tensors, contents.source, say, head_std)
     before, now = contents.args.get("use_normalize"), config.data.use_normalize
     if before is not None and bool(before) != now:
