@@ -1,6 +1,10 @@
-"""README, CONTRIBUTING and docs/ name files, tests and flags that exist."""
+"""README, CONTRIBUTING and docs/ name files, tests and flags that exist; the README stays short and its example runs."""
 
+import importlib
+import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,9 +29,19 @@ def name(page: Path) -> str:
 
 
 def words(page: Path) -> str:
-    """A page's text; the changelog's old names are history."""
-    text = page.read_text()
-    return re.sub(r"^ *\|.*$", "", text, flags=re.MULTILINE) if page.name == "CHANGELOG.md" else text
+    """A page's text; the first column of the changelog's tables is history, and OP stands for any operation."""
+    text = re.sub(r"(?<=[/_])OP(?=[/.])", "token_restore", page.read_text())
+    return re.sub(r"^ *\|[^|]*\|", "|", text, flags=re.MULTILINE) if page.name == "CHANGELOG.md" else text
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+def test_readme_example_runs(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -38,6 +52,25 @@ def test_paths_exist(page):
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         if not link.startswith("http"):
             assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_modules_exist(page):
+    for dotted in re.findall(
+        r"\b(mimir_fast(?:\.[a-z_]+)+)\b(?!\.[a-z]*\()", re.sub(r"`mimir_fast\.kernels\.OP", "", words(page))
+    ):
+        assert resolves(dotted), dotted
+
+
+def resolves(dotted: str) -> bool:
+    """Whether a dotted name is a module, or a name in one."""
+    try:
+        if importlib.util.find_spec(dotted):
+            return True
+    except ModuleNotFoundError:
+        return False
+    module, _, attribute = dotted.rpartition(".")
+    return hasattr(importlib.import_module(module), attribute)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -63,8 +96,8 @@ def flags(config: type[Configuration]) -> set[str]:
     return {flag for name in config.flags() for flag in (name, f"no_{name}")}
 
 
-# performance.md and the README also show flags of python -m bench
-@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in ("performance.md", "README.md")], ids=name)
+# performance.md speaks of flags of python -m bench
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "performance.md"], ids=name)
 def test_flags_exist(page):
     known = set().union(*map(flags, CONFIGURATIONS)) | ELSEWHERE | {"cls_token"}
     for flag in re.findall(

@@ -1,6 +1,7 @@
 """The examples run as they stand, at toy size: their parameters come from variables."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,12 @@ def test_every_example_is_run_here():
     text = Path(__file__).read_text()
     for path in EXAMPLES.glob("*.*"):
         assert f'"{path.name}"' in text or path.suffix in (".md", ".yaml"), path.name
+
+
+def test_only_the_attack(capsys):
+    losses = runpy.run_path(str(EXAMPLES / "attack_in_your_loop.py"))["train"](steps=12)
+    assert np.isfinite(losses).all()
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
 
 
 @pytest.mark.slow
