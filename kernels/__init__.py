@@ -4,6 +4,7 @@ Every folder holds `op.py` (contract and argument checks) and `reference.py` (th
 The import name is `mimir_fast.kernels`: the bare name `kernels` belongs to another distribution.
 """
 
+# From a checkout's root `import kernels` would find this folder, and load every operation a second time.
 if __name__ != "mimir_fast.kernels":
     raise ImportError("this folder is the package mimir_fast.kernels: import it by that name")
 

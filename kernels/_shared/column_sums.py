@@ -1,4 +1,4 @@
-"""The second stage of sums over rows: partial sums, one per group of rows, added in a fixed order.  No op of its own.
+"""Column sums, second stage: adds partial sums, one per group of rows, in a fixed order.  No operation of its own.
 
 Shapes: K sums at once, G groups of rows, D columns, [ROWS, COLUMNS] a tile.
 """
@@ -10,7 +10,8 @@ from torch import Tensor
 from mimir_fast.kernels._shared.launch import FUSED
 
 TILE = {"ROWS": 128, "COLUMNS": 32, "num_warps": 8}
-SUMS = 3  # at once, at most
+# The results are three separate pointers of the kernel: add_layer_norm sums for weight, bias and delta_bias.
+SUMS = 3
 
 
 @triton.jit
@@ -31,6 +32,7 @@ def _add_partials_kernel(partials, first, second, third, G, D, ROWS: tl.constexp
         sum_RC += tl.load(partial_RC, mask=(group_R1 < G) & (column_1C < D), other=0)
     sum_1C = tl.sum(sum_RC, axis=0, keep_dims=True)
     exists_1C = column_1C < D
+    # Triton cannot index a list of pointers: every program names all three, and stores to one of them.
     tl.store(first + column_1C, sum_1C.to(first.dtype.element_ty), mask=exists_1C & (which == 0))
     if second is not None:
         tl.store(second + column_1C, sum_1C.to(second.dtype.element_ty), mask=exists_1C & (which == 1))

@@ -1,4 +1,4 @@
-"""What launches share, and how an operation tells the compile gate (bench/compile.py) which kernels it can launch."""
+"""Launches: what they share, and how an operation tells the compile gate which kernels it can launch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 STORAGE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-FUSED = {"enable_fp_fusion": True}  # multiply-adds: always said, since Triton's default depends on its version
+# Whether multiply-adds are fused is said at every launch: Triton's default depends on its version.
+FUSED = {"enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,18 @@
-"""Triton building blocks for kernels that work on a few image patches per program.  No op of its own.
+"""Patch tiles: Triton building blocks for kernels that work on a few image patches per program.  No operation of its own.
 
 A tile is [ROWS, BLOCK]: ROWS neighbouring patches of one image, P = C*p*p numbers each, padded to a power of two.
-Numbers of a patch come in two orders: the image's (channel, row, column) and the prediction's (row, column, channel).
-A program works in one of them, in which accesses are full-width, and reads the other side element by element: its bytes
-come from memory once and the permutation happens in the L1 cache.  (tl.gather would shuffle all of it through one warp.)
+The numbers of a patch have two orders: (channel, row, column) in the image and (row, column, channel) in the prediction.
+A program works in one order, with full-width accesses on that side, and reads the other side element by element: each byte
+still comes from memory once, and the permutation happens in the L1 cache.
 """
 
 import triton
 import triton.language as tl
 
-TILE = 1024  # numbers per program, at least one patch
-NUM_WARPS = 4  # 8 numbers per thread: one 16-byte access in bf16, two in fp32
+# Numbers per program; a larger patch has a program of its own.
+TILE = 1024
+# 8 numbers per thread: one 16-byte access in bf16, two in fp32.
+NUM_WARPS = 4
 
 
 @triton.constexpr_function
@@ -21,7 +23,7 @@ def tile_block(numbers: int) -> int:
 
 @triton.constexpr_function
 def tile_rows(numbers: int) -> int:
-    """Rows of a tile: as many patches as fill it."""
+    """Rows of a tile: as many whole patches as TILE numbers hold, at least one."""
     return max(1, TILE // triton.next_power_of_2(numbers))
 
 
@@ -54,19 +56,20 @@ def image_offsets(image, patch_R1, number_1N, L, grid_w, C: tl.constexpr, PATCH:
 
 @triton.jit
 def to_prediction_order(number_1N, C: tl.constexpr, PATCH: tl.constexpr):
-    """Where the number at place n of the image's order stands in the prediction's."""
+    """Index in the prediction's order of number n of the image's order."""
     return number_1N % (PATCH * PATCH) * C + number_1N // (PATCH * PATCH)
 
 
 @triton.jit
 def to_image_order(number_1N, C: tl.constexpr, PATCH: tl.constexpr):
-    """Where the number at place n of the prediction's order stands in the image's."""
+    """Index in the image's order of number n of the prediction's order."""
     return number_1N % C * (PATCH * PATCH) + number_1N // C
 
 
 @triton.jit
 def normalise(tile_RN, inside_1N, P: tl.constexpr, FLOOR: tl.constexpr):
     """Each patch minus its mean, over s = sqrt(unbiased variance + FLOOR); returns it and 1/s [ROWS,1]."""
+    # Numbers past P were loaded as zeros: they add nothing to the sum, but after centring would add to the variance.
     centred_RN = tl.where(inside_1N, tile_RN - tl.sum(tile_RN, axis=1, keep_dims=True) / P, 0.0)
     variance_R1 = tl.sum(centred_RN * centred_RN, axis=1, keep_dims=True) / (P - 1)
     rstd_R1 = 1.0 / tl.sqrt(variance_R1 + FLOOR)

@@ -1,10 +1,12 @@
 """add_layer_norm in Triton: one pass forward; backward, one pass over the rows and the sum of its partial column sums.
 
 Shapes: D width, R rows of a tile, G groups of rows (programs of the backward pass), K column sums of width D.
-A program has a few tiles [R,D], every so many of them, so that what is read once per program is read seldom.  Mean and
-1/deviation of a row are kept from the forward pass: 8 bytes per row, where D numbers of 2 to 4 bytes move, save the backward
-two sums over the row, each a wait of all warps for each other, before the two that it needs anyway.
+A program takes every G-th tile [R,D]: weight, bias and partial sums then move once per program, not once per tile.
+The forward pass stores mean and 1/deviation, 8 bytes beside a row's D numbers of 2 to 4 bytes: the backward pass needs two
+reductions over a row instead of four, and each reduction synchronises all warps.
 """
+
+from functools import partial
 
 import torch
 import triton
@@ -16,10 +18,14 @@ from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, empty
 from mimir_fast.kernels._shared.patch_tile import tile_block, tile_rows
 from mimir_fast.kernels._shared.registration import register
 
-ROWS_PER_PROGRAM = 16  # at least: parameters and partial sums are then a sixteenth of a row's traffic
-MULTIPROCESSORS = 132  # an H100's; all programs run at once there
-REGISTERS = 96  # per thread of the backward, at most
-WARPS = {False: 32, True: 20}  # on a multiprocessor, without and with column sums, which take registers
+# At least this many rows per program: parameters and partial sums are then at most a sixteenth of the traffic.
+ROWS_PER_PROGRAM = 16
+# An H100's, where all programs run at once.  Not read from the device: results would depend on it.
+MULTIPROCESSORS = 132
+# Per thread of the backward kernel, at most; with more of them fewer warps fit on a multiprocessor.
+REGISTERS = 96
+# Warps that fit on a multiprocessor, by whether there are column sums, which take registers.
+WARPS = {False: 32, True: 20}
 
 
 @triton.jit
@@ -65,8 +71,10 @@ def _add_norm_kernel(
                 delta_RD *= tl.load(keep + row_R1 // T, mask=row_R1 < rows, other=0).to(tl.float32)
             stored_RD = (sum_RD + delta_RD).to(s.dtype.element_ty)
             tl.store(s + place_RD, stored_RD, mask=exists_RD)
+            # The statistics are of the sum as stored, which is what the backward pass reads.
             sum_RD = stored_RD.to(tl.float32)
         mean_R1 = tl.sum(sum_RD, axis=1, keep_dims=True) / D
+        # Columns past D hold zeros: centred, each would add mean^2 to the variance.
         centred_RD = tl.where(column_1D < D, sum_RD - mean_R1, 0.0)
         rstd_R1 = 1.0 / tl.sqrt(tl.sum(centred_RD * centred_RD, axis=1, keep_dims=True) / D + eps)
         tl.store(statistics + row_R1, mean_R1, mask=row_R1 < rows)
@@ -108,6 +116,7 @@ def _add_norm_grad_kernel(
         if ds is not None:
             dx_RD += tl.load(ds + place_RD, mask=exists_RD, other=0).to(tl.float32)
         tl.store(dx + place_RD, dx_RD.to(dx.dtype.element_ty), mask=exists_RD)
+        # From here on dx_RD is delta's gradient: keep weights the branch, not the residual stream.
         if keep is not None:
             dx_RD *= tl.load(keep + row_R1 // T, mask=row_R1 < rows, other=0).to(tl.float32)
         if d_delta is not None:
@@ -117,6 +126,7 @@ def _add_norm_grad_kernel(
             d_bias_RD += dn_RD
         if OF_DELTA_BIAS:
             d_delta_bias_RD += dx_RD
+    # partials is [K,G,D]: this program's row of the first sum, and the step to the next sum.
     partials += tl.program_id(0) * D + column_1D
     step = tl.num_programs(0) * D
     if OF_NORM:
@@ -137,7 +147,7 @@ def add_layer_norm_forward(
     out_dtype: torch.dtype,
     keep_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum [...,D] (no element without delta), the normalised sum [...,D], mean and 1/deviation of its rows [2,rows]."""
+    """The sum [...,D] (empty without delta), the normalised sum [...,D], mean and 1/deviation of every row [2,rows]."""
     s, n, statistics = _fake_forward(x, delta, delta_bias_D, weight_D, bias_D, eps, out_dtype, keep_B)
     D, rows = x.shape[-1], statistics.shape[1]
     x, *strides = _rows_of(x, runs=1 if keep_B is None else len(keep_B))
@@ -160,10 +170,11 @@ def add_layer_norm_backward(
     delta_bias_dtype: torch.dtype | None,
     keep_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients in x [...,D], delta [...,D], weight, bias and delta_bias [D]; without elements where not asked for.
+    """Gradients in x [...,D], delta [...,D], weight, bias and delta_bias [D]; empty where not asked for.
 
-    delta_dtype: delta's, if its gradient is not x's: with another dtype than s, or with keep; of_norm: whether weight and bias
-    need gradients; delta_bias_dtype: None if delta_bias needs none.
+    delta_dtype         dtype of delta's gradient where it is not x's gradient: another dtype than s, or keep is given
+    of_norm             whether weight and bias need gradients
+    delta_bias_dtype    None if delta_bias needs no gradient
     """
     dx, d_delta, *sums = _fake_backward(ds, dn, s, statistics, weight_D, delta_dtype, of_norm, delta_bias_dtype, keep_B)
     D, rows = s.shape[-1], statistics.shape[1]
@@ -178,14 +189,15 @@ def add_layer_norm_backward(
         **FUSED,
     )  # fmt: skip
     if count:
+        # An empty sum was not asked for, and has no partial sums.
         add_partials(partials, [t for t in sums if t.numel()])
     return dx, d_delta, *sums
 
 
 def _rows_of(x: Tensor, runs: int = 1) -> tuple[Tensor, int, int, int]:
-    """x, copied only if its rows have no common strides; rows of a run; strides from run to run and from row to row.
+    """x (copied only if two strides do not reach all its rows), rows per run, strides from run to run and from row to row.
 
-    runs: 1 or x's first dimension; x that is not contiguous has as many as that anyway.
+    runs: 1 or x's first dimension; x that is not contiguous has one run per image anyway.
     """
     D = x.shape[-1]
     if not x.is_contiguous() and x.ndim == 3 and x.stride(2) == 1:
@@ -195,12 +207,12 @@ def _rows_of(x: Tensor, runs: int = 1) -> tuple[Tensor, int, int, int]:
 
 
 def _warps(D: int) -> int:
-    """8 numbers of a tile for every thread."""
+    """Warps of a program: 8 numbers of a tile for every thread, which is one 16-byte access in bf16."""
     return min(32, max(4, tile_block(D) // 256))
 
 
 def groups(rows: int, D: int, sums: bool) -> int:
-    """Programs, G if they write partial sums: a function of the shape, so that results are the same on every device."""
+    """Number of programs G.  A function of the shape alone, so that sums have the same order on every device."""
     least = max(ROWS_PER_PROGRAM, tile_rows(D))
     return min(triton.cdiv(rows, least), MULTIPROCESSORS * max(1, WARPS[sums] // _warps(D)))
 
@@ -238,7 +250,9 @@ add_layer_norm_grad = register(
 def _save(ctx, inputs, output):
     x, delta, delta_bias_D, weight_D, bias_D, _, _, keep_B = inputs
     s, n, statistics = output
+    # A gradient that nothing gives stays None: zeros would have to be written, read and added.
     ctx.set_materialize_grads(False)
+    # Without delta s is empty, and op.py returns x in its place.
     ctx.mark_non_differentiable(*((s, statistics) if delta is None else (statistics,)))
     ctx.dtypes = [None if t is None else t.dtype for t in (delta, delta_bias_D, bias_D)]
     ctx.out = n.dtype
@@ -249,7 +263,8 @@ def _backward(ctx, ds, dn, _):
     s, statistics, weight_D, keep_B = ctx.saved_tensors
     delta_dtype, delta_bias_dtype, bias_dtype = ctx.dtypes
     of_x, of_delta, of_delta_bias, of_weight, of_bias, _, _, _ = ctx.needs_input_grad
-    if dn is None:  # only the sum was used
+    # None where only the sum was used.
+    if dn is None:
         dn = torch.zeros_like(s, dtype=ctx.out)
     of_norm, copied = of_weight or of_bias, of_delta and (keep_B is not None or delta_dtype != s.dtype)
     dx, d_delta, d_weight, d_bias, d_delta_bias = add_layer_norm_grad(
@@ -275,12 +290,12 @@ add_layer_norm.register_autograd(_backward, setup_context=_save)
 
 def launches() -> list[Launch]:
     half, widths = torch.bfloat16, (128, 192, 384, 768, 1024, 1280)
-    cases = [(f"D{D} fp32 residual", "bf16", D, torch.float32, half) for D in widths]
-    cases += [(f"D{D} bf16 residual", "bf16", D, half, half) for D in (128, 768)]
-    cases += [(f"D{D}", name, D, torch.float32, STORAGE[name]) for D in (128, 768) for name in ("fp16", "fp32")]
+    cases = [(f"D{D} fp32 residual", "bf16", (D, torch.float32, half)) for D in widths]
+    cases += [(f"D{D} bf16 residual", "bf16", (D, half, half)) for D in (128, 768)]
+    cases += [(f"D{D}", name, (D, torch.float32, STORAGE[name])) for D in (128, 768) for name in ("fp16", "fp32")]
 
     def added(D: int, residual: torch.dtype, compute: torch.dtype, keep_B: Tensor | None = None):
-        """A sum of a block's, in training and in the attack."""
+        """A residual step within a block, with the gradients of training and with those of the attack."""
         x, delta, weight = empty(8, 66, D, dtype=residual)[:, 2:], empty(8, 64, D, dtype=compute), empty(D)
         s, n, statistics = add_layer_norm_forward(
             x, delta, empty(D, dtype=compute), weight, weight, 1e-6, compute, keep_B
@@ -290,18 +305,19 @@ def launches() -> list[Launch]:
             add_layer_norm_backward(s, n, s, statistics, weight, copied, learned is not None, learned, keep_B)
 
     def first(D: int, residual: torch.dtype, compute: torch.dtype):
-        """The first norm, which adds nothing."""
+        """The first block's norm, which has nothing to add."""
         x, weight = empty(8, 64, D, dtype=residual), empty(D)
         _, n, statistics = add_layer_norm_forward(x, None, None, weight, weight, 1e-6, compute)
         for learned in (True, False):
             add_layer_norm_backward(None, n, x, statistics, weight, None, learned, None)
 
-    narrow = frozenset(["_add_partials_kernel"])  # it writes 32 numbers per program
-    launched = [Launch(config, name, lambda a=sizes: added(*a), narrow) for config, name, *sizes in cases]
-    cases = [case for case in cases if case[2] in (128, 768)]
-    launched += [Launch(f"{config}, first", name, lambda a=sizes: first(*a), narrow) for config, name, *sizes in cases]
-    cases = [case for case in cases if case[1] == "bf16" and case[2] == 768]
+    # It writes 32 numbers per program.
+    narrow = frozenset(["_add_partials_kernel"])
+    launched = [Launch(config, name, partial(added, *sizes), narrow) for config, name, sizes in cases]
+    cases = [case for case in cases if case[2][0] in (128, 768)]
+    launched += [Launch(f"{config}, first", name, partial(first, *sizes), narrow) for config, name, sizes in cases]
+    cases = [case for case in cases if case[1] == "bf16" and case[2][0] == 768]
     launched += [
-        Launch(f"{config}, keep", name, lambda a=sizes: added(*a, empty(8)), narrow) for config, name, *sizes in cases
+        Launch(f"{config}, keep", name, partial(added, *sizes, empty(8)), narrow) for config, name, sizes in cases
     ]
     return launched

@@ -18,7 +18,7 @@ def add_layer_norm(
     impl: str = "auto",
     keep_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Add what a branch computed, and the bias of its last linear layer, to the residual stream; normalise the sum.
+    """Residual addition and LayerNorm: add a branch, and the bias of its last linear layer, to x; normalise the sum.
 
     formula      s = x + (delta + delta_bias) * keep; n = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias, mean and
                  (biased) variance over D; without keep 1 in its place; without delta s is x itself, not a copy
@@ -34,7 +34,7 @@ def add_layer_norm(
                  Transformer Architecture, 2020
 
     impl: "triton", "reference" or "auto" (triton on CUDA).  triton takes float storage up to 32 bits and reads x [B,T,D] with
-    any strides between rows; what else is not contiguous is copied, in the backward pass without delta also x.
+    any strides between rows; other arguments that are not contiguous are copied, and x in the backward pass without delta.
     Raises ValueError if shapes or devices disagree, x has no element, delta_bias or keep comes without delta, or an element
     type or impl is not on offer.
     """
@@ -44,26 +44,29 @@ def add_layer_norm(
         if tensor.shape != (D,):
             raise ValueError(f"{name}: expected [{D}], got {tuple(tensor.shape)}")
     if out_dtype is None:
-        device, given = x.device.type, (x if delta is None else delta).dtype
-        out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else given
+        device, own = x.device.type, (x if delta is None else delta).dtype
+        # The norm is followed by a linear layer, which autocast would cast to this type anyway.
+        out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else own
     if not out_dtype.is_floating_point:
         raise ValueError(f"out_dtype: expected a float type, got {out_dtype}")
-    tensors = {"x": x, "delta": delta, "delta_bias": delta_bias_D, "weight": weight_D, "bias": bias_D, "keep": keep_B}
-    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    given = {"x": x, "delta": delta, "delta_bias": delta_bias_D, "weight": weight_D, "bias": bias_D, "keep": keep_B}
+    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
     check_floats(x.device, **tensors)
     if choose(impl, x) == "triton":
+        # Imported here, since CPU-only installations have no Triton.
         from mimir_fast.kernels.add_layer_norm import kernel
 
         check_storage(**tensors)
         if out_dtype.itemsize > 4:
             raise ValueError(f"out_dtype: the triton implementation writes fp32, fp16 or bf16, got {out_dtype}")
         s, n, _ = kernel.add_layer_norm(x, delta, delta_bias_D, weight_D, bias_D, eps, out_dtype, keep_B)
+        # An operator must not return its argument: without delta its s is empty.
         return (x if delta is None else s), n
     return reference.add_layer_norm(x, delta, delta_bias_D, weight_D, bias_D, eps, out_dtype, keep_B)
 
 
 def _check_shapes(x: Tensor, delta: Tensor | None, delta_bias_D: Tensor | None) -> int:
-    """D."""
+    """The width D, if the shapes agree."""
     if x.ndim < 1 or not x.is_floating_point() or x.numel() < 1:
         raise ValueError(f"x: expected float [...,D] with one row or more, got {x.dtype} {tuple(x.shape)}")
     if delta is not None and delta.shape != x.shape:

@@ -1,4 +1,6 @@
-"""linf_patch_step in Triton: one pass over the images, no gradient image."""
+"""linf_patch_step in Triton: one pass over the images; the image's gradient is never stored."""
+
+from functools import partial
 
 import torch
 import triton
@@ -21,12 +23,14 @@ from mimir_fast.kernels._shared.registration import register
 from mimir_fast.kernels.masked_patch_loss.reference import VARIANCE_FLOOR
 
 FLOOR = tl.constexpr(VARIANCE_FLOOR)
-NAN = tl.constexpr(tl.PropagateNan.ALL)  # a NaN pixel stays visible
+# A NaN pixel stays NaN: without this tl.clamp would turn it into a bound, and a diverged attack would go unseen.
+NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _per_channel(values, number_1N, C: tl.constexpr, PATCH: tl.constexpr):
-    """The value of each number's channel, by C scalar loads and selects instead of a load per number."""
+    """The value of each number's channel."""
+    # C scalar loads and selects; a load per number would be many narrow accesses.
     value_1N = tl.zeros(number_1N.shape, tl.float32)
     for channel in tl.static_range(C):
         value_1N = tl.where(number_1N // (PATCH * PATCH) == channel, tl.load(values + channel), value_1N)
@@ -51,6 +55,7 @@ def _linf_patch_step_kernel(
     number_1N = tl.arange(0, tile_block(P))[None, :]
     inside_1N = number_1N < P
     exists_RN = (patch_R1 < L) & inside_1N
+    # A patch's rank says where it is: rows 0..K-1 are those of grad_visible, the rest those of pred.
     rank_R1 = tl.load(ids_restore + image * L + patch_R1, mask=patch_R1 < L, other=0)
     visible_R1 = rank_R1 < K
     offsets_RN = image_offsets(image, patch_R1, number_1N, L, grid_w, C, PATCH)
@@ -66,6 +71,7 @@ def _linf_patch_step_kernel(
     else:
         hidden_RN = adv_RN - pred_RN
     grad_RN = tl.where(visible_R1, seen_RN, hidden_RN)
+    # A NaN compares false both ways: its sign is 0, as torch.sign's.
     sign_RN = (grad_RN > 0).to(tl.float32) - (grad_RN < 0).to(tl.float32)
     eps_1N = _per_channel(bounds, number_1N, C, PATCH)
     alpha_1N = _per_channel(bounds + C, number_1N, C, PATCH)
@@ -118,7 +124,7 @@ def launches() -> list[Launch]:
         linf_patch_step_forward(images, adv, grad_visible, pred, ids_restore, bounds, p, norm)
 
     mixed = [
-        Launch(f"p16 norm, {name} images", "bf16", lambda d=d: call(16, True, torch.bfloat16, d))
+        Launch(f"p16 norm, {name} images", "bf16", partial(call, 16, True, torch.bfloat16, d))
         for name, d in STORAGE.items()
         if name != "fp32"
     ]
@@ -126,7 +132,8 @@ def launches() -> list[Launch]:
         Launch(
             f"p{p} {'norm' if norm else 'pix'}",
             dtype,
-            lambda p=p, norm=norm, d=d: call(p, norm, d),
+            partial(call, p, norm, d),
+            # Rows of a patch are shorter than 16 bytes, or no multiple of them.
             frozenset(["_linf_patch_step_kernel"] if p in (2, 14) else []),
         )
         for p, norm in [(16, True), (16, False), (14, True), (8, True), (4, True), (2, True)]

@@ -1,4 +1,4 @@
-"""One ascent step of the attack.  Shapes: B batch, C channels, H W sides, L patches, K kept, M removed, P = C*p*p each."""
+"""PGD-MAE's ascent step.  Shapes: B batch, C channels, H W sides, L patches, K kept, M removed, P = C*p*p numbers each."""
 
 import torch
 from torch import Tensor
@@ -7,13 +7,15 @@ from mimir_fast.kernels._shared.registration import check_floats, check_indices,
 from mimir_fast.kernels.linf_patch_step import reference
 from mimir_fast.kernels.patch_gather.op import check_image_grid
 
-Bound = float | Tensor  # one number for all channels, or one per channel
+# One number for all channels, or one per channel.
+Bound = float | Tensor
 
 
 def linf_bounds(eps: Bound, alpha: Bound, lo: Bound, hi: Bound, channels: int, device: torch.device | str) -> Tensor:
-    """eps, alpha, lo and hi of every channel, [4,C] fp32 on the device: made once, because numbers are copied from the host.
+    """The bounds of an attack as one tensor: eps, alpha, lo and hi of every channel, [4,C] fp32 on the device.
 
-    Each is a number or a tensor of C numbers in any shape.  Raises ValueError naming the one that has another size.
+    Each is a number or a tensor of C numbers in any shape.  Make it once per attack, not per step: it copies from the host.
+    Raises ValueError naming the one that has another size.
     """
     rows = []
     for name, value in (("eps", eps), ("alpha", alpha), ("lo", lo), ("hi", hi)):
@@ -35,7 +37,7 @@ def linf_patch_step(
     norm_pix_loss: bool,
     impl: str = "auto",
 ) -> Tensor:
-    """Ascend the loss of reconstructing adv from adv by alpha * sign(gradient), within eps of the images and in [lo, hi].
+    """PGD step on the reconstruction loss: move adv by alpha * sign(gradient), within eps of the images and in [lo, hi].
 
     formula      clip(x + clip(adv + alpha * sign(g) - x, +-eps), lo, hi).  A visible patch (ids_restore < K) has its row of
                  grad_visible as g; a removed one has, up to the positive factor that the sign ignores, with t its numbers,
@@ -55,6 +57,7 @@ def linf_patch_step(
     L = check_image_grid(images_BCHW, patch_size)
     B, C = images_BCHW.shape[:2]
     P = C * patch_size**2
+    # K is grad_visible's own; with another number of dimensions it fails the comparison of shapes below.
     K = grad_visible_BKP.shape[1] if grad_visible_BKP.ndim == 3 else 0
     expected = {
         "adv": images_BCHW.shape,
@@ -91,6 +94,7 @@ def linf_patch_step(
         norm_pix_loss,
     )
     if choose(impl, images_BCHW) == "triton":
+        # Imported here, since CPU-only installations have no Triton.
         from mimir_fast.kernels.linf_patch_step import kernel
 
         check_storage(**floats)

@@ -1,4 +1,4 @@
-"""linf_patch_step in plain PyTorch, by way of the whole gradient image."""
+"""linf_patch_step in plain PyTorch, with the image's whole gradient stored."""
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ def linf_patch_step(
     grad = torch.cat([grad_visible_BKP.to(compute).unflatten(2, (C, p, p)), hidden], dim=1)
     sign = assemble(select(grad, ids_restore_BL).sign(), images.shape[2] // p)
     eps, alpha, lo, hi = bounds_4C.to(compute)[:, :, None, None, None, None]
-    images, adv = (t.unflatten(3, (-1, p)).unflatten(2, (-1, p)) for t in (images, adv))  # [B,C,rows,p,columns,p]
+    # [B,C,rows,p,columns,p], the shape in which `assemble` gives the sign.
+    images, adv = (t.unflatten(3, (-1, p)).unflatten(2, (-1, p)) for t in (images, adv))
     delta = torch.clamp(adv + alpha * sign - images, -eps, eps)
     return torch.clamp(images + delta, lo, hi).to(images_BCHW.dtype).reshape(images_BCHW.shape)
 
@@ -38,6 +39,8 @@ def target_gradient(patches: Tensor, pred: Tensor, norm_pix_loss: bool) -> Tenso
     numbers = tuple(range(2, patches.ndim))
     mean, std = patch_statistics(patches)
     target = (patches - mean) / std
+    # The target moves with the patch: the gradient goes through its mean and deviation too.  The factor 2 / (std P) of all
+    # is positive and left out, for only the sign is used.
     error = target - pred
     along = (error * target).sum(numbers, keepdim=True) / (patches.shape[2:].numel() - 1)
     return error - error.mean(numbers, keepdim=True) - target * along

@@ -1,5 +1,7 @@
 """linf_start in Triton: noise from a counter-based generator, added and clamped in one pass."""
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -8,9 +10,11 @@ from torch import Tensor
 from mimir_fast.kernels._shared.launch import STORAGE, Launch, empty
 from mimir_fast.kernels._shared.registration import register
 
-BLOCK = 256  # counters per program, four numbers each
+# Counters per program; Philox gives four numbers for each.
+BLOCK = 256
 NUM_WARPS = 4
-NAN = tl.constexpr(tl.PropagateNan.ALL)  # a NaN pixel stays visible
+# A NaN pixel stays NaN: without this tl.clamp would turn it into a bound.
+NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -24,6 +28,7 @@ def _linf_start_kernel(images, bounds, seed, start, n, plane, C: tl.constexpr, B
     """
     block_N = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     a, b, c, d = tl.rand4x(tl.load(seed), block_N)
+    # Interleaved, word w of counter i is element 4i + w.
     uniform_N = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
     index_N = tl.program_id(0).to(tl.int64) * (4 * BLOCK) + tl.arange(0, 4 * BLOCK)
     channel_N = (index_N // plane % C).to(tl.int32)
@@ -44,9 +49,10 @@ def linf_start_forward(images_BCHW: Tensor, bounds_4C: Tensor, seed: Tensor) -> 
     images_BCHW = images_BCHW.contiguous()
     start_BCHW = images_BCHW.new_empty(images_BCHW.shape)
     n, (C, H, W) = images_BCHW.numel(), images_BCHW.shape[1:]
+    # Without fused multiply-adds every product and sum is rounded, as in the reference: both give the same bits.
     _linf_start_kernel[(triton.cdiv(n, 4 * BLOCK),)](
         images_BCHW, bounds_4C.contiguous(), seed, start_BCHW, n, H * W, C, BLOCK,
-        num_warps=NUM_WARPS, enable_fp_fusion=False,  # each product and sum rounded, as in the reference
+        num_warps=NUM_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return start_BCHW
 
@@ -63,4 +69,4 @@ def launches() -> list[Launch]:
     def call(dtype: torch.dtype):
         linf_start_forward(empty(8, 3, 64, 64, dtype=dtype), empty(4, 3), empty(dtype=torch.int64))
 
-    return [Launch("", dtype, lambda d=d: call(d)) for dtype, d in STORAGE.items()]
+    return [Launch("", dtype, partial(call, d)) for dtype, d in STORAGE.items()]

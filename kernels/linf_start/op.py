@@ -1,4 +1,4 @@
-"""Where the attack starts.  Shapes: B batch, C channels, H W sides."""
+"""Random start of an L-infinity attack.  Shapes: B batch, C channels, H W sides."""
 
 from torch import Tensor
 
@@ -7,7 +7,7 @@ from mimir_fast.kernels.linf_start import reference
 
 
 def linf_start(images_BCHW: Tensor, bounds_4C: Tensor, seed: Tensor, impl: str = "auto") -> Tensor:
-    """Uniform noise in [-eps, eps) added to the images, clamped to [lo, hi]; no noise tensor is stored.
+    """Random start: add uniform noise in [-eps, eps) to the images and clamp to [lo, hi]; no noise tensor is stored.
 
     formula      clip(x + eps * (2u - 1), lo, hi); u of element n is word n % 4 of Philox-4x32-10 at counter n // 4, keyed by
                  the seed, mapped to [0, 1)
@@ -32,6 +32,7 @@ def linf_start(images_BCHW: Tensor, bounds_4C: Tensor, seed: Tensor, impl: str =
     check_floats(images_BCHW.device, bounds=bounds_4C)
     check_indices(images_BCHW.device, seed=seed)
     if choose(impl, images_BCHW) == "triton":
+        # Imported here, since CPU-only installations have no Triton.
         from mimir_fast.kernels.linf_start import kernel
 
         check_storage(images=images_BCHW, bounds=bounds_4C)

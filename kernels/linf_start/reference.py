@@ -5,7 +5,8 @@ from torch import Tensor
 
 ROUND_A, ROUND_B, KEY_A, KEY_B = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85
 LOW = 0xFFFFFFFF
-UNIT = 4.6566127342e-10  # just under 2^-31: the largest int32 stays below 1
+# Just under 2^-31, so that the largest int32 maps below 1; the constant that tl.rand uses.
+UNIT = 4.6566127342e-10
 
 
 def linf_start(images_BCHW: Tensor, bounds_4C: Tensor, seed: Tensor) -> Tensor:
@@ -20,6 +21,7 @@ def uniform(seed: Tensor, count: int) -> Tensor:
     """`count` fp32 numbers in [0,1): element n is word n % 4 of Philox block n // 4, keyed by the 64-bit seed."""
     block = torch.arange((count + 3) // 4, device=seed.device)
     words = torch.stack(philox(seed.reshape(()), block), dim=1).flatten()[:count]
+    # Words with the top bit set are complemented, not shifted: the mapping of tl.rand, which the kernel uses.
     return torch.where(words > LOW >> 1, words ^ LOW, words).float() * UNIT
 
 
@@ -36,6 +38,7 @@ def philox(seed: Tensor, block: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of constant * word, from (constant - 2^32) * word, which fits in int64."""
+    """High and low 32 bits of constant * word."""
+    # The product of two 32-bit numbers overflows int64; (constant - 2^32) * word does not, and is added back below.
     product = (constant - (1 << 32)) * word
     return (product >> 32) + word & LOW, product & LOW

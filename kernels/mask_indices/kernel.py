@@ -1,4 +1,6 @@
-"""mask_indices in Triton: the rank of an entry is the number of entries before it, so nothing is sorted."""
+"""mask_indices in Triton, by counting: the rank of an entry is the number of entries before it, so nothing is sorted."""
+
+from functools import partial
 
 import torch
 import triton
@@ -8,9 +10,12 @@ from torch import Tensor
 from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, empty
 from mimir_fast.kernels._shared.registration import register
 
-BLOCK = 256  # entries ranked by a program: a whole row up to 256 patches
-CHUNK = 16  # entries they are compared with at a time
-NUM_WARPS = 8  # 16 comparisons per thread and chunk
+# Entries that a program ranks: a whole row, up to 256 patches.
+BLOCK = 256
+# Entries that they are compared with at a time.
+CHUNK = 16
+# 16 comparisons per thread and chunk.
+NUM_WARPS = 8
 
 
 @triton.jit
@@ -29,12 +34,14 @@ def _mask_indices_kernel(
     place_R = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     noise += image * stride_b
     mine_R = tl.load(noise + place_R.to(tl.int64) * stride_l, mask=place_R < L, other=0)
+    # A NaN equals nothing, itself included: without this several entries would have one rank and others none.
     mine_R = tl.where(mine_R == mine_R, mine_R, float("inf"))
     before_RC = tl.zeros([BLOCK, CHUNK], tl.int32)
     for start in range(0, L, CHUNK):
         place_C = start + tl.arange(0, CHUNK)
         other_C = tl.load(noise + place_C.to(tl.int64) * stride_l, mask=place_C < L, other=0)
         other_C = tl.where(other_C == other_C, other_C, float("inf"))
+        # Equal noise is ranked by place: the order of a stable sort.
         earlier_RC = (other_C[None, :] == mine_R[:, None]) & (place_C[None, :] < place_R[:, None])
         before_RC += (((other_C[None, :] < mine_R[:, None]) | earlier_RC) & (place_C < L)[None, :]).to(tl.int32)
     rank_R = tl.sum(before_RC, axis=1)
@@ -61,10 +68,11 @@ mask_indices = register("mask_indices", "(Tensor noise) -> (Tensor, Tensor)", ma
 
 
 def launches() -> list[Launch]:
-    narrow = frozenset(["_mask_indices_kernel"])  # one entry per thread, 18 bytes per patch in all
+    # One entry per thread: 18 bytes per patch in all are not worth wider accesses.
+    narrow = frozenset(["_mask_indices_kernel"])
     sizes = {"L<=64": 64, "L<=256": 196, "L>256": 576}
     return [
-        Launch(config, dtype, lambda L=L, d=d: mask_indices_forward(empty(8, L, dtype=d)), narrow)
+        Launch(config, dtype, partial(mask_indices_forward, empty(8, L, dtype=d)), narrow)
         for config, L in sizes.items()
         for dtype, d in STORAGE.items()
     ]

@@ -1,4 +1,4 @@
-"""The order in which a random mask takes patches.  Shapes: B batch, L patches."""
+"""Random masking: the order in which a mask keeps patches.  Shapes: B batch, L patches."""
 
 from torch import Tensor
 
@@ -7,7 +7,7 @@ from mimir_fast.kernels.mask_indices import reference
 
 
 def mask_indices(noise_BL: Tensor, impl: str = "auto") -> tuple[Tensor, Tensor]:
-    """Sort every row of the noise: a mask that keeps K patches keeps the first K of the order and removes the rest.
+    """Argsort every row of the noise, and its inverse: a mask that keeps K patches keeps the first K of ids_shuffle.
 
     formula      ids_shuffle = stable argsort(noise); ids_restore = argsort(ids_shuffle), the rank of every patch
     shapes       noise [B,L] -> ids_shuffle [B,L] int64, ids_restore [B,L] int64
@@ -22,6 +22,7 @@ def mask_indices(noise_BL: Tensor, impl: str = "auto") -> tuple[Tensor, Tensor]:
     if noise_BL.ndim != 2 or not noise_BL.is_floating_point():
         raise ValueError(f"noise: expected a float tensor [B,L], got {noise_BL.dtype} {tuple(noise_BL.shape)}")
     if choose(impl, noise_BL) == "triton":
+        # Imported here, since CPU-only installations have no Triton.
         from mimir_fast.kernels.mask_indices import kernel
 
         check_storage(noise=noise_BL)

@@ -3,6 +3,8 @@
 The target is never stored: each program reads its patches from the image and normalises them in registers.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -25,6 +27,7 @@ from mimir_fast.kernels._shared.registration import register
 from mimir_fast.kernels.masked_patch_loss.reference import VARIANCE_FLOOR
 
 FLOOR = tl.constexpr(VARIANCE_FLOOR)
+# Errors that the one program of _mean_kernel adds at a time: 16 for each thread of its 16 warps.
 MEAN_BLOCK = 8192
 
 
@@ -98,6 +101,7 @@ def masked_patch_loss_forward(
         pred_BMP, images_BCHW, ids_BM, errors_BM, *_geometry(pred_BMP, images_BCHW, patch_size),
         NORM=norm_pix_loss, num_warps=NUM_WARPS, **FUSED,
     )  # fmt: skip
+    # One program adds them all: atomics would add in another order every time.
     _mean_kernel[(1,)](errors_BM, mean, B * M, BLOCK=MEAN_BLOCK, num_warps=16, **FUSED)
     return mean
 
@@ -119,6 +123,7 @@ def _grad_pred_kernel(
     number_1N = tl.arange(0, tile_block(P))[None, :]
     inside_1N = number_1N < P
     read_RN = (row_R1 < M) & inside_1N
+    # This kernel writes grad_pred, so it works in the prediction's order; the others read the image at full width.
     in_image_1N = to_image_order(number_1N, C, PATCH)
     offsets_RN = image_offsets(image, _removed(ids, image, row_R1, M), in_image_1N, L, grid_w, C, PATCH)
     target_RN = _pixels(images, offsets_RN, read_RN)
@@ -180,6 +185,7 @@ def masked_patch_loss_grad_images(
 ) -> Tensor:
     """Gradient in the images [B,C,H,W], through the target."""
     pred_BMP, images_BCHW, ids_BM = _layout(pred_BMP, images_BCHW, ids_BM)
+    # Zeros: the kernel writes removed patches only, and the target does not depend on the others.
     grad_BCHW = images_BCHW.new_zeros(images_BCHW.shape)
     _grad_images_kernel[tile_grid(*pred_BMP.shape)](
         grad, pred_BMP, images_BCHW, ids_BM, grad_BCHW, 2 / pred_BMP.numel(),
@@ -189,13 +195,14 @@ def masked_patch_loss_grad_images(
 
 
 def _layout(pred_BMP: Tensor, images_BCHW: Tensor, ids_BM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the kernels need: pred contiguous within a patch, the rest wholly."""
+    """The arguments as the kernels read them: pred contiguous within a patch, images and ids contiguous."""
+    # pred is usually a slice of the decoder's output, without the class token: copying it would cost more than the loss.
     pred_BMP = pred_BMP if pred_BMP.stride(2) == 1 else pred_BMP.contiguous()
     return pred_BMP, images_BCHW.contiguous(), ids_BM.contiguous()
 
 
 def _geometry(pred_BMP: Tensor, images_BCHW: Tensor, patch_size: int) -> tuple[int, ...]:
-    """stride_b, stride_m, M, L, grid_w, C, PATCH."""
+    """The kernels' arguments stride_b, stride_m, M, L, grid_w, C and PATCH."""
     (_, C, height, width), p = images_BCHW.shape, patch_size
     return *pred_BMP.stride()[:2], pred_BMP.shape[1], height // p * (width // p), width // p, C, p
 
@@ -238,7 +245,8 @@ masked_patch_loss.register_autograd(_backward, setup_context=_save)
 
 def launches() -> list[Launch]:
     every = frozenset(["_patch_error_kernel", "_mean_kernel", "_grad_pred_kernel", "_grad_images_kernel"])
-    one_number = frozenset(["_patch_error_kernel", "_mean_kernel"])  # they write one number per patch, and two in all
+    # They write one number per patch, and one in all.
+    one_number = frozenset(["_patch_error_kernel", "_mean_kernel"])
     configs = [(16, True), (16, False), (14, True), (8, True), (4, True), (2, True)]
 
     def call(p: int, norm: bool, dtype: torch.dtype, storage: torch.dtype = torch.float32):
@@ -246,19 +254,21 @@ def launches() -> list[Launch]:
         arguments = (pred, images, empty(8, 12, dtype=torch.int64), p, norm)
         loss = masked_patch_loss_forward(*arguments)
         masked_patch_loss_grad_pred(loss, *arguments)
+        # uint8 images have no gradient.
         if storage.is_floating_point:
             masked_patch_loss_grad_images(loss, *arguments)
 
     images = {"bf16 images": torch.bfloat16, "fp16 images": torch.float16, "uint8 images": torch.uint8}
     mixed = [
-        Launch(f"p16 norm, {name}", "bf16", lambda d=d: call(16, True, torch.bfloat16, d), one_number)
+        Launch(f"p16 norm, {name}", "bf16", partial(call, 16, True, torch.bfloat16, d), one_number)
         for name, d in images.items()
     ]
     return mixed + [
         Launch(
             f"p{p} {'norm' if norm else 'pix'}",
             dtype,
-            lambda p=p, norm=norm, d=d: call(p, norm, d),
+            partial(call, p, norm, d),
+            # Rows of a patch of side 2 or 14 are shorter than 16 bytes, or no multiple of them.
             every if p in (2, 14) else one_number,
         )
         for p, norm in configs

@@ -10,7 +10,7 @@ from mimir_fast.kernels.patch_gather.op import check_image_grid
 def masked_patch_loss(
     pred_BMP: Tensor, images_BCHW: Tensor, ids_BM: Tensor, patch_size: int, norm_pix_loss: bool, impl: str = "auto"
 ) -> Tensor:
-    """Mean squared error between predicted patches and the image's, over the removed patches.
+    """Reconstruction loss of a masked autoencoder: mean squared error over the removed patches.
 
     formula      t = patch ids[b,m] of images[b] in (row, column, channel) order, uint8 divided by 255; with norm_pix_loss
                  t = (t - mean) / sqrt(var + 1e-6), var unbiased; loss = mean over b, m, P of (pred - t)^2
@@ -40,6 +40,7 @@ def masked_patch_loss(
     check_images(pred_BMP.device, images_BCHW)
     check_indices(pred_BMP.device, ids=ids_BM)
     if choose(impl, pred_BMP) == "triton":
+        # Imported here, since CPU-only installations have no Triton.
         from mimir_fast.kernels.masked_patch_loss import kernel
 
         check_storage(pred=pred_BMP, images=images_BCHW)

@@ -1,24 +1,26 @@
-"""masked_patch_loss in plain PyTorch, and the target it is measured against."""
+"""masked_patch_loss in plain PyTorch, patches of an image and back, and the target of the reconstruction."""
 
 import torch
 from torch import Tensor
 
+# Added to a patch's variance before the square root, as in the original implementation of MAE.
 VARIANCE_FLOOR = 1e-6
 
 
 def patchify(images_BCHW: Tensor, patch_size: int) -> Tensor:
     """All patches of images, row by row of the grid: [B,C,H,W] -> [B,L,C,p,p]."""
-    grid = images_BCHW.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # [B,C,rows,p,columns,p]
+    # [B,C,rows,p,columns,p]
+    grid = images_BCHW.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
     return grid.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
 
 
 def assemble(patches_BLCpp: Tensor, rows: int) -> Tensor:
-    """[B,L,C,p,p] -> [B,C,rows,p,L/rows,p], an image when its last four are flattened by two: the inverse of `patchify`."""
+    """[B,L,C,p,p] -> [B,C,rows,p,L/rows,p], which reshapes to the image [B,C,rows*p,L/rows*p]: the inverse of `patchify`."""
     return patches_BLCpp.unflatten(1, (rows, -1)).permute(0, 3, 1, 4, 2, 5)
 
 
 def predicted(pred_BMP: Tensor, patch_size: int) -> Tensor:
-    """[B,M,p*p*C], which the decoder predicts in (row, column, channel) order -> [B,M,C,p,p]."""
+    """Predicted patches [B,M,p*p*C], in the decoder's (row, column, channel) order -> [B,M,C,p,p]."""
     return pred_BMP.unflatten(2, (patch_size, patch_size, -1)).permute(0, 1, 4, 2, 3)
 
 
@@ -40,7 +42,8 @@ def select(patches: Tensor, ids_BM: Tensor) -> Tensor:
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and floored standard deviation of each patch of [B,L,...], both [B,L,1...]: what norm_pix_loss normalises with."""
+    """Mean and standard deviation of each patch of [B,L,...], both [B,L,1...], with which norm_pix_loss normalises."""
+    # Unbiased (divided by P - 1), as in the original implementation of MAE.
     var, mean = torch.var_mean(patches, dim=tuple(range(2, patches.ndim)), keepdim=True)
     return mean, (var + VARIANCE_FLOOR).sqrt()
 

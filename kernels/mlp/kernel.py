@@ -1,8 +1,10 @@
-"""The MLP in Triton: two of its six products, with GELU where their tiles are in registers, and the autograd around all six.
+"""mlp in Triton: two of its six matrix products, with GELU on their tiles in registers, and the autograd of all six.
 
-Shapes: M rows, D width, F hidden width, T tiles of rows.  Tiles end where columns do (op.supported).  A tile's epilogue goes
-column part by column part, so that GELU's intermediate values take few registers.
+Shapes: M rows, D width, F hidden width, T tiles of rows.  Columns are whole tiles (op.supported), so that none is masked.
+GELU is applied to a quarter of a tile's columns at a time, so that its intermediate values take few registers.
 """
+
+from functools import partial
 
 import torch
 import triton
@@ -13,8 +15,9 @@ from mimir_fast.kernels._shared.column_sums import add_partials
 from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, empty
 from mimir_fast.kernels._shared.registration import register
 
-GROUP = 8  # tiles of rows whose programs run together and share weights
-# two programs share a multiprocessor: one computes GELU and writes while the other multiplies
+# Tiles of rows whose programs run together, so that they find the same weights in the L2 cache.
+GROUP = 8
+# Sizes with which two programs fit on a multiprocessor: one computes GELU and writes while the other multiplies.
 AMPERE = {"BLOCK_M": 128, "BLOCK_F": 128, "BLOCK_K": 32, "num_warps": 4, "num_stages": 4}
 HOPPER = {"BLOCK_M": 128, "BLOCK_F": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
 
@@ -37,6 +40,7 @@ def _product(
     """A tile of left [M,D] right [D,F] in fp32; right has strides.  Rows past the end repeat the last one."""
     column_F = first + tl.arange(0, BLOCK_F)
     k_K = tl.arange(0, BLOCK_K)
+    # Clamped, not masked: results of rows past the end are not stored, and the loop needs no mask.
     left_MK = left + tl.minimum(row_M, M - 1)[:, None] * D + k_K[None, :]
     right_KF = right + k_K[:, None].to(tl.int64) * stride_k + column_F[None, :].to(tl.int64) * stride_f
     sum_MF = tl.zeros([row_M.shape[0], BLOCK_F], tl.float32)
@@ -49,7 +53,8 @@ def _product(
 
 @triton.jit
 def _halves(tile_MF):
-    """Left and right columns of a tile."""
+    """Left and right half of a tile's columns."""
+    # Tensors cannot be sliced in Triton; tl.split takes a last dimension of 2.
     M: tl.constexpr = tile_MF.shape[0]
     half: tl.constexpr = tile_MF.shape[1] // 2
     return tl.split(tl.permute(tl.reshape(tile_MF, [M, 2, half]), (0, 2, 1)))
@@ -57,7 +62,7 @@ def _halves(tile_MF):
 
 @triton.jit
 def _quarters(tile_MF):
-    """A tile's columns in four parts."""
+    """A tile's columns in four parts, from left to right."""
     left, right = _halves(tile_MF)
     a, b = _halves(left)
     c, d = _halves(right)
@@ -83,6 +88,7 @@ def _linear_gelu_kernel(
         bias_1C = tl.load(bias + column_1C).to(tl.float32)
         pre_MC = (parts[i] + bias_1C).to(pre.dtype.element_ty)
         tl.store(pre + row_M[:, None] * F + column_1C, pre_MC, mask=row_M[:, None] < M)
+        # GELU of pre as stored: the backward pass reads that, and its gradient must belong to the same function.
         h_MC = pre_MC.to(tl.float32)
         act_MC = h_MC * (0.5 + 0.5 * tl.math.erf(h_MC * 0.7071067811865476))
         tl.store(act + row_M[:, None] * F + column_1C, act_MC.to(act.dtype.element_ty), mask=row_M[:, None] < M)
@@ -112,6 +118,7 @@ def _gelu_linear_grad_kernel(
             grad_pre + row_M[:, None] * F + column_1C, grad_MC.to(grad_pre.dtype.element_ty), mask=row_M[:, None] < M
         )
         if sums is not None:
+            # Repeats of the last row, past the end, must not be added.
             sum_1C = tl.sum(tl.where(row_M[:, None] < M, grad_MC, 0.0), axis=0, keep_dims=True)
             tl.store(sums + tile.to(tl.int64) * F + column_1C, sum_1C)
 
@@ -128,20 +135,20 @@ def linear_gelu_forward(x_MD: Tensor, weight_FD: Tensor, bias_F: Tensor, config:
 def gelu_linear_backward(
     grad_MD: Tensor, weight_DF: Tensor, pre_MF: Tensor, with_sums: bool, config: dict | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradient in pre [M,F], and its sum over the rows [F]; without sums an empty tensor."""
+    """Gradient in pre [M,F], and its sum over the rows [F], empty unless with_sums."""
     (M, D), F, config = grad_MD.shape, weight_DF.shape[1], config or _config(grad_MD)
     grad_pre_MF, sum_F = _fake_backward(grad_MD, weight_DF, pre_MF, with_sums)
     tiles = triton.cdiv(M, config["BLOCK_M"])
     sums_TF = grad_MD.new_empty((tiles, F), dtype=torch.float32) if with_sums else None
     tensors = (grad_MD.contiguous(), weight_DF.contiguous(), pre_MF.contiguous(), grad_pre_MF, sums_TF)
     _gelu_linear_grad_kernel[_grid(M, F, config)](*tensors, M, F, D, GROUP=GROUP, **config, **FUSED)
-    if with_sums:
+    if sums_TF is not None:
         add_partials(sums_TF[None], [sum_F])
     return grad_pre_MF, sum_F
 
 
 def _config(tensor: Tensor) -> dict:
-    """Tile sizes by the GPU's generation."""
+    """Tile sizes for this tensor's GPU; Hopper's on the CPU, where the interpreter runs."""
     newer = not tensor.is_cuda or torch.cuda.get_device_capability(tensor.device)[0] >= 9
     return HOPPER if newer else AMPERE
 
@@ -170,12 +177,13 @@ gelu_linear_grad = register(
 
 
 class MLP(torch.autograd.Function):
-    """x [...,D], weight1 [F,D], bias1 [F], weight2 [D,F] -> [...,D]; computes the gradients that are asked for, no other."""
+    """x [...,D], weight1 [F,D], bias1 [F], weight2 [D,F] -> [...,D]; computes only the gradients that are needed."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight1_FD: Tensor, bias1_F: Tensor, weight2_DF: Tensor) -> Tensor:
         x_MD = x.reshape(-1, x.shape[-1])
         act_MF, pre_MF = linear_gelu(x_MD, weight1_FD, bias1_F)
+        # act could be computed again from pre; kept, it makes weight2's gradient a single product.
         ctx.save_for_backward(x_MD, weight1_FD, weight2_DF, act_MF, pre_MF)
         return (act_MF @ weight2_DF.T).view(*x.shape[:-1], -1)
 
@@ -200,9 +208,10 @@ def launches() -> list[Launch]:
         for with_sums in (True, False):
             gelu_linear_backward(x_MD, weight2_DF, pre_MF, with_sums, config)
 
-    narrow = frozenset(["_add_partials_kernel"])  # it writes 32 numbers per program
+    # It writes 32 numbers per program.
+    narrow = frozenset(["_add_partials_kernel"])
     return [
-        Launch(f"D{D} F{4 * D}", kind, lambda a=(D, 4 * D, STORAGE[kind], config): call(*a), narrow, archs)
+        Launch(f"D{D} F{4 * D}", kind, partial(call, D, 4 * D, STORAGE[kind], config), narrow, archs)
         for archs, config in (((80,), AMPERE), ((90,), HOPPER))
         for D, kind in ((768, "bf16"), (768, "fp16"), (192, "bf16"))
     ]

@@ -7,6 +7,7 @@ from mimir_fast.kernels._shared.registration import check_floats, choose
 from mimir_fast.kernels.mlp import reference
 
 HALF = (torch.float16, torch.bfloat16)
+# The kernels do not mask columns: widths are multiples of the largest tile of any GPU.
 TILE_D, TILE_F = 64, 128
 
 
@@ -16,14 +17,14 @@ def supported(width: int, hidden: int, dtype: torch.dtype = torch.bfloat16) -> b
 
 
 def mlp(x: Tensor, weight1_FD: Tensor, bias1_F: Tensor, weight2_DF: Tensor, impl: str = "auto") -> Tensor:
-    """Two linear layers with GELU between them; the second one's bias is left to whoever adds the result.
+    """Transformer MLP: two linear layers with GELU between them, without the second one's bias (add_layer_norm adds it).
 
     formula      h = x weight1^T + bias1, a = gelu(h), result = a weight2^T; gelu(h) = h Phi(h), Phi the normal distribution
     shapes       x [...,D], weight1 [F,D], bias1 [F], weight2 [D,F] -> [...,D]; differentiable in all four
     dtypes       16-bit storage (reference: any float), fp32 accumulation and GELU of h as stored; under autocast everything
                  is cast to its type first
-    bytes        beside the four products of two linear layers h is written once and read once: GELU, its derivative and the
-                 sums of bias1's gradient are computed where the products' tiles are in registers
+    bytes        those of the linear layers' products, and h written once and read once: GELU, its derivative and the sums of
+                 bias1's gradient are computed on the products' tiles in registers
     determinism  fixed order; tiles depend on the GPU's generation only
     source       Hendrycks and Gimpel, Gaussian Error Linear Units, 2016; Vaswani et al., Attention Is All You Need, 2017
 
@@ -39,6 +40,7 @@ def mlp(x: Tensor, weight1_FD: Tensor, bias1_F: Tensor, weight2_DF: Tensor, impl
             raise ValueError(f"{name}: expected {list(shape)}, got {tuple(tensor.shape)}")
     tensors = {"x": x, "weight1": weight1_FD, "bias1": bias1_F, "weight2": weight2_DF}
     check_floats(x.device, **tensors)
+    # Autocast does not reach into a custom operator: its casts are made here.
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         tensors = {name: t.to(dtype) for name, t in tensors.items()}
@@ -46,6 +48,7 @@ def mlp(x: Tensor, weight1_FD: Tensor, bias1_F: Tensor, weight2_DF: Tensor, impl
         impl = "reference"
     if choose(impl, x) == "reference":
         return reference.mlp(*tensors.values())
+    # Imported here, since CPU-only installations have no Triton.
     from mimir_fast.kernels.mlp import kernel
 
     for name, tensor in tensors.items():

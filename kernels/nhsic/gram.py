@@ -1,4 +1,4 @@
-"""From rows to their Gaussian kernel, in Triton: centring, split-K Gram product, exponential."""
+"""Gaussian kernel matrix in Triton: rows are centred, multiplied with each other (split-K), and put into the exponential."""
 
 import torch
 import triton
@@ -7,13 +7,10 @@ from torch import Tensor
 
 from mimir_fast.kernels._shared.launch import FUSED
 
-PROGRAMS = 512  # about four per SM on A100 and H100; a constant, so that results do not depend on the device
-GRAM = {
-    "BLOCK_M": 64,
-    "BLOCK_K": 16,
-    "num_warps": 4,
-    "num_stages": 3,
-}  # larger tiles spill on sm_80: 3 x tf32 splits operands
+# About four per multiprocessor on A100 and H100.  Not read from the device: results would depend on it.
+PROGRAMS = 512
+# Larger tiles spill registers on sm_80: three tf32 products split every operand in two.
+GRAM = {"BLOCK_M": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 3}
 CENTER = {"BLOCK_M": 32, "BLOCK_D": 128, "num_warps": 4}
 GAUSSIAN = {"BLOCK_M": 32, "num_warps": 4}
 
@@ -51,6 +48,7 @@ def _gram_kernel(centred, partial, norms, m, d, part, BLOCK_M: tl.constexpr, BLO
     source       split-K matrix product
     """
     i, j, s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # The product is symmetric: its upper half is written by _gaussian_kernel.
     if j > i:
         return
     row_M = i * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -94,14 +92,16 @@ def _gaussian_kernel(partial, norms, k, m, S, scale, BLOCK_M: tl.constexpr):
         partial += m * m
         norms += m
     distance_MM = row_norm_M[:, None] + column_norm_M[None, :] - 2 * gram_MM
-    k_MM = _expm1(-scale * tl.where(distance_MM < 0, 0.0, distance_MM))  # keeps NaN, as tl.maximum would not
+    # Rounding can make a distance negative.  tl.where keeps a NaN, which tl.maximum would turn into 0.
+    k_MM = _expm1(-scale * tl.where(distance_MM < 0, 0.0, distance_MM))
     tl.store(k + row_M[:, None] * m + column_M[None, :], k_MM, mask=exists_MM & (column_M[None, :] <= row_M[:, None]))
     tl.store(k + column_M[None, :] * m + row_M[:, None], k_MM, mask=exists_MM & (column_M[None, :] < row_M[:, None]))
 
 
 @triton.jit
 def _expm1(x):
-    """exp(x) - 1 for x <= 0: Taylor's series where the difference would cancel."""
+    """exp(x) - 1 for x <= 0, by its Taylor series near 0, where the difference would cancel."""
+    # Seven terms: the eighth is at most 5e-8 of the result, less than fp32 resolves.
     series = 1 + x / 5 * (1 + x / 6 * (1 + x / 7))
     series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * series)))
     return tl.where(x > -0.4, series, tl.exp(x) - 1)

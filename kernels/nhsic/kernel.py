@@ -4,13 +4,15 @@
     --Cholesky (torch.linalg, on the device)--> P; value from both P.  Backward: P, K --> weights [m,m] --product--> d rows
 
 Three choices keep fp32 exact enough (value 1e-6, gradient 1e-4 relative):
-K - 1 stands in for K, since H 1 1^T H = 0 and near 1 it keeps the digits that K would lose;
-the constant vector, on which (H K H + cI)^-1 has the huge eigenvalue 1/c, is left out: with J = 1 1^T / m and the mean
-eigenvalue g = tr(H K H) / m, P = (H K H + cI + gJ)^-1 - J/(c+g), value = m - 1 - c tr P_x - c tr P_y + c^2 <P_x, P_y> and
-H (d value/d S) H = c P_x (I - c P_y) P_x;
-products are `_matmul`, three tf32 products whatever torch.backends.cuda.matmul.allow_tf32 says, for the gradient is a
-difference of large terms.
+1.  K - 1 is stored instead of K: H 1 1^T H = 0, and near 1 it keeps the digits that K would lose.
+2.  The constant vector, on which (H K H + cI)^-1 has the huge eigenvalue 1/c, is left out: with J = 1 1^T / m and the mean
+    eigenvalue g = tr(H K H) / m, P = (H K H + cI + gJ)^-1 - J/(c+g), value = m - 1 - c tr P_x - c tr P_y + c^2 <P_x, P_y>
+    and H (d value/d S) H = c P_x (I - c P_y) P_x.
+3.  Products are `_matmul`, three tf32 products whatever torch.backends.cuda.matmul.allow_tf32 says: the gradient is a
+    difference of large terms.
 """
+
+from functools import partial
 
 import torch
 import triton
@@ -73,7 +75,8 @@ def _weights_kernel(grad, a, k, weights, m, scale, BLOCK: tl.constexpr):
     column_N = tl.arange(0, BLOCK)
     a_N = tl.load(a + row.to(tl.int64) * m + column_N, mask=column_N < m, other=0)
     k_N = tl.load(k + row.to(tl.int64) * m + column_N, mask=column_N < m, other=0)
-    omega_N = tl.where((column_N < m) & (column_N != row), -a_N * (1 + k_N) * scale, 0.0)  # the diagonal cancels
+    # Omega's diagonal cancels in diag(sum_j Omega_ij) - Omega.
+    omega_N = tl.where((column_N < m) & (column_N != row), -a_N * (1 + k_N) * scale, 0.0)
     laplacian_N = tl.where(column_N == row, tl.sum(omega_N, axis=0), -omega_N)
     weights_N = 4 * tl.load(grad).to(tl.float32) * laplacian_N
     tl.store(weights + row.to(tl.int64) * m + column_N, weights_N, mask=column_N < m)
@@ -103,7 +106,7 @@ def _matmul_kernel(a, b, out, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 
 
 def nhsic_forward(x_md: Tensor, y_me: Tensor, sigma: float) -> tuple[Tensor, ...]:
-    """value [], and what the backward needs of each side: centred rows, K - 1 and P."""
+    """The value [], and of each side what the backward pass needs: centred rows, K - 1 and P."""
     m = x_md.shape[0]
     (x_md, kx, px), (y_me, ky, py) = _ridge_inverse(x_md, sigma), _ridge_inverse(y_me, sigma)
     rows_value = px.new_empty(m)
@@ -112,13 +115,15 @@ def nhsic_forward(x_md: Tensor, y_me: Tensor, sigma: float) -> tuple[Tensor, ...
 
 
 def _ridge_inverse(rows_md: Tensor, sigma: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Centred rows, K - 1 and P, which is NaN throughout where the factorisation fails."""
+    """Centred rows, K - 1 and P; all of P is NaN where the factorisation fails."""
     centred_md, k_mm = gaussian_gram(rows_md, sigma)
     m = k_mm.shape[0]
     ridged_mm, means_m = torch.empty_like(k_mm), k_mm.mean(1)
     block = triton.next_power_of_2(m)
     _double_center_kernel[(m,)](k_mm, means_m, ridged_mm, m, RIDGE * m, BLOCK=block, num_warps=4, **FUSED)
+    # cholesky_ex leaves its verdict on the device; torch.linalg.cholesky would wait for it.
     factor_mm, info = torch.linalg.cholesky_ex(ridged_mm)
+    # The constant vector's part J / (c + g), with g = -mean(k), is subtracted: the second choice above.
     inverse_mm = torch.cholesky_inverse(factor_mm) - 1 / (m * (RIDGE * m - means_m.mean()))
     p_mm = torch.where(info == 0, inverse_mm, torch.nan)
     return centred_md, k_mm, p_mm.contiguous()
@@ -170,6 +175,7 @@ def _save(ctx, inputs, output):
     x_md, y_me, ctx.sigma = inputs
     ctx.dtypes = x_md.dtype, y_me.dtype
     _, x_md, kx, px, y_me, ky, py = output
+    # A side without a gradient needs its P alone.
     ctx.save_for_backward(*(x_md, kx) if ctx.needs_input_grad[0] else (None, None), px,
                           *(y_me, ky) if ctx.needs_input_grad[1] else (None, None), py)  # fmt: skip
 
@@ -185,15 +191,17 @@ nhsic.register_autograd(_backward, setup_context=_save)
 
 
 def launches() -> list[Launch]:
-    narrow = frozenset(["_value_kernel", "_gaussian_kernel"])  # one number per row; a transposed store
-    short = narrow | {"_double_center_kernel", "_weights_kernel"}  # one number per thread
+    # One stores one number per row, the other a transposed tile.
+    narrow = frozenset(["_value_kernel", "_gaussian_kernel"])
+    # With fewer than 512 samples a row has less than 16 bytes per thread.
+    short = narrow | {"_double_center_kernel", "_weights_kernel"}
 
     def call(m: int, d: int, dtype: torch.dtype):
         value, rows, k, p, _, _, p_other = nhsic_forward(empty(m, d, dtype=dtype), empty(m, d, dtype=dtype), 5.0)
         nhsic_backward(value, rows, k, p, p_other, 5.0, dtype)
 
     return [
-        Launch(f"m{m}", dtype, lambda m=m, d=d: call(m, 1024, d), short if m < 512 else narrow)
+        Launch(f"m{m}", dtype, partial(call, m, 1024, d), short if m < 512 else narrow)
         for m in (128, 512, 2048, 8192)
         for dtype, d in STORAGE.items()
     ]

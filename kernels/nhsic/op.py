@@ -7,7 +7,8 @@ from mimir_fast.kernels._shared.registration import check_floats, check_storage,
 from mimir_fast.kernels.nhsic import reference
 
 KERNELS = ("gaussian", "linear")
-LARGEST = 8192  # samples; past it rows of [m,m] matrices spill from registers
+# Samples: a program holds a row of an [m,m] matrix in registers, and longer ones spill.
+LARGEST = 8192
 
 
 def nhsic(x_md: Tensor, y_me: Tensor, sigma: float = 5.0, kernel_y: str = "gaussian", impl: str = "auto") -> Tensor:
@@ -48,10 +49,12 @@ def nhsic(x_md: Tensor, y_me: Tensor, sigma: float = 5.0, kernel_y: str = "gauss
             raise ValueError(f'kernel_y: impl="triton" computes gaussian only, got {kernel_y!r}')
         if len(x_md) > LARGEST:
             raise ValueError(f'x: impl="triton" takes up to {LARGEST} rows, got {len(x_md)}')
+        # Imported here, since CPU-only installations have no Triton.
         from mimir_fast.kernels.nhsic import kernel
 
         check_storage(x=x_md, y=y_me)
         return kernel.nhsic(x_md, y_me, float(sigma))[0]
+    # Under autocast the Gram product would run in 16 bits.
     with torch.autocast(x_md.device.type, enabled=False):
         return reference.NHSIC.apply(_at_least_fp32(x_md), _at_least_fp32(y_me), float(sigma), kernel_y)
 

@@ -5,7 +5,7 @@ With S = H K H symmetric, c = 1e-5 m and P = (S + cI)^-1 (by Cholesky), R = I - 
     d value/d S_x  = c P_x (I - c P_y) P_x                       (symmetric; the same with x and y exchanged)
     gaussian:  W = H (d value/d S) H * K / (2 sigma^2 d),  d value/d x_i = 4 (sum_j W_ij x_j - x_i sum_j W_ij)
     linear:    d value/d x = 2 H (d value/d S) H x
-Rows are centred first: distances do not change, rounding errors do.
+Rows are centred first: that leaves their distances as they are and makes the rounding errors smaller.
 """
 
 import torch
@@ -30,12 +30,13 @@ def kernel_matrix(centered_md: Tensor, sigma: float, kernel: str) -> Tensor:
     if kernel == "linear":
         return gram_mm
     norms_m = gram_mm.diagonal()
+    # Rounding can make a distance negative.
     distances_mm = (norms_m[:, None] + norms_m[None, :] - 2 * gram_mm).clamp_min(0)
     return torch.exp(-distances_mm / (2 * sigma**2 * centered_md.shape[1]))
 
 
 def ridge_inverse(k_mm: Tensor) -> Tensor:
-    """P = (H K H + c I)^-1, NaN throughout where the factorisation fails."""
+    """P = (H K H + c I)^-1; all of it is NaN where the factorisation fails."""
     m = k_mm.shape[0]
     ridged_mm = double_center(k_mm) + RIDGE * m * torch.eye(m, dtype=k_mm.dtype, device=k_mm.device)
     factor_mm, info = torch.linalg.cholesky_ex(ridged_mm)
@@ -43,12 +44,13 @@ def ridge_inverse(k_mm: Tensor) -> Tensor:
 
 
 def rows_gradient(centered_md: Tensor, k_mm: Tensor, p_self: Tensor, p_other: Tensor, sigma: float, kernel: str):
-    """d value / d rows [m,d] from both ridge inverses; centred rows serve because the weights' rows sum to zero."""
+    """d value / d rows [m,d] from both ridge inverses; centred rows suffice because the weights' rows sum to zero."""
     m, d = centered_md.shape
     c = RIDGE * m
     weights_mm = double_center(c * (p_self @ p_self - c * (p_self @ p_other @ p_self)))
     if kernel == "linear":
         return 2 * weights_mm @ centered_md
+    # K is fp64 and the rows may be fp32: the last product is the only large one, and runs in the rows' dtype.
     weights_mm = weights_mm * k_mm / (2 * sigma**2 * d)
     laplacian_mm = weights_mm - torch.diag(weights_mm.sum(dim=1))
     return 4 * laplacian_mm.to(centered_md.dtype) @ centered_md
@@ -63,7 +65,8 @@ class NHSIC(torch.autograd.Function):
         c = RIDGE * m
         dtype_y = y_me.dtype
         if kernel_y == "linear":
-            y_me = y_me.double()  # few columns (labels, logits), and a gradient that is a difference of large terms
+            # The gradient is a difference of large terms, and few columns (labels, logits) make fp64 cheap.
+            y_me = y_me.double()
         x_md, y_me = center_rows(x_md), center_rows(y_me)
         kx, ky = kernel_matrix(x_md, sigma, "gaussian"), kernel_matrix(y_me, sigma, kernel_y)
         px, py = ridge_inverse(kx), ridge_inverse(ky)
@@ -71,6 +74,7 @@ class NHSIC(torch.autograd.Function):
         ctx.sigma, ctx.kernel_y, ctx.dtype_y = sigma, kernel_y, dtype_y
         return (m - c * px.trace() - c * py.trace() + c**2 * (px * py).sum()).to(x_md.dtype)
 
+    # Backward works on saved tensors outside autograd: without this a second derivative would be silently wrong.
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_value: Tensor):

@@ -1,4 +1,6 @@
-"""patch_gather in Triton: the kept patches are read where they lie; the backward writes every pixel's gradient once."""
+"""patch_gather in Triton: kept patches are read from the image at any strides; backward, every pixel is written once."""
+
+from functools import partial
 
 import torch
 import triton
@@ -9,12 +11,14 @@ from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, empty
 from mimir_fast.kernels._shared.patch_tile import NUM_WARPS, tile_block, tile_grid, tile_rows, tile_rows_of
 from mimir_fast.kernels._shared.registration import register
 
-CHUNK = 32  # kept indices that the backward searches at a time
+# Kept indices that the backward kernel compares with at a time.
+CHUNK = 32
 
 
 @triton.jit
 def _pixel_offsets(patch_R1, number_1N, grid_w, stride_c, stride_h, stride_w, PATCH: tl.constexpr):
-    """Offsets [ROWS,BLOCK] into one image, of numbers in (channel, row, column) order; split so that runs stay visible."""
+    """Offsets [ROWS,BLOCK] into one image, of numbers in (channel, row, column) order."""
+    # Written as (channel and row, column), the compiler sees runs of PATCH numbers and emits 16-byte accesses.
     line_1N = number_1N // PATCH
     row_RN = patch_R1 // grid_w * PATCH + line_1N % PATCH
     column_RN = patch_R1 % grid_w * PATCH + number_1N % PATCH
@@ -51,6 +55,7 @@ def patch_gather_forward(
 ) -> Tensor:
     """The kept patches [B,K,P]."""
     patches_BKP = _fake_forward(images_BCHW, ids_keep_BK, patch_size, offset, dtype)
+    # ids_keep is a slice of ids_shuffle: neighbouring numbers, rows L apart.
     ids_keep_BK = ids_keep_BK if ids_keep_BK.stride(1) == 1 else ids_keep_BK.contiguous()
     scale = 1 / 255 if images_BCHW.dtype == torch.uint8 else 1.0
     _gather_kernel[tile_grid(*patches_BKP.shape)](
@@ -85,6 +90,8 @@ def _scatter_kernel(
     P: tl.constexpr = C * PATCH * PATCH
     image, patch_R1 = tile_rows_of(L, tile_rows(P))
     number_1N = tl.arange(0, tile_block(P))[None, :]
+    # Each patch looks for its row of grad, instead of each row writing its patch: so removed patches are set to zero in the
+    # same pass, and no pixel has two writers.
     kept_R1 = tl.full(patch_R1.shape, -1, tl.int32)
     for start in range(0, K, CHUNK):
         k_1C = start + tl.arange(0, CHUNK)[None, :]
@@ -158,11 +165,11 @@ def launches() -> list[Launch]:
         if storage != torch.uint8:
             patch_gather_backward(patches_BKP, ids_BK, [8, 3, side, side], patch, storage)
 
-    narrow = frozenset(
-        ["_gather_kernel", "_scatter_kernel"]
-    )  # a patch's rows are shorter than 16 bytes, or not multiples
+    # Rows of a patch of side 2, 4 (in 16 bits) or 14 are shorter than 16 bytes, or no multiple of them.
+    narrow = frozenset(["_gather_kernel", "_scatter_kernel"])
     cases = [(f"p{p}", name, (p, dtype, dtype), narrow) for p in (2, 4, 14) for name, dtype in STORAGE.items()]
     cases += [(f"p{p}", name, (p, dtype, dtype), frozenset()) for p in (8, 16) for name, dtype in STORAGE.items()]
     cases += [("p16 to bf16", "fp32", (16, torch.float32, torch.bfloat16), frozenset())]
-    cases += [("p16 to bf16", "uint8", (16, torch.uint8, torch.bfloat16), narrow)]  # 8 numbers per thread are 8 bytes
-    return [Launch(config, name, lambda a=arguments: call(*a), narrow) for config, name, arguments, narrow in cases]
+    # A thread's 8 numbers are 8 bytes in uint8.
+    cases += [("p16 to bf16", "uint8", (16, torch.uint8, torch.bfloat16), narrow)]
+    return [Launch(config, name, partial(call, *arguments), narrow) for config, name, arguments, narrow in cases]

@@ -1,4 +1,4 @@
-"""Visible patches of an image.  Shapes: B batch, C channels, H W sides, L patches, K kept, P = C*p*p numbers per patch."""
+"""Gather of the visible patches.  Shapes: B batch, C channels, H W sides, L patches, K kept, P = C*p*p numbers per patch."""
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ def patch_gather(
     dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Cut out the kept patches and flatten each in (channel, row, column) order, the layout of a convolution's weight.
+    """Gather the kept patches, each flattened in (channel, row, column) order, the layout of a convolution's weight.
 
     formula      out[b,k] = flatten(patch ids_keep[b,k] of images[b]) - offset; uint8 images are divided by 255 first
     shapes       images [B,C,H,W], ids_keep [B,K] int64 (distinct within a row) -> [B,K,P]
@@ -50,6 +50,7 @@ def patch_gather(
     if not dtype.is_floating_point:
         raise ValueError(f"dtype: expected a float type, got {dtype}")
     if choose(impl, images_BCHW) == "triton":
+        # Imported here, since CPU-only installations have no Triton.
         from mimir_fast.kernels.patch_gather import kernel
 
         check_storage(images=images_BCHW)

@@ -1,15 +1,17 @@
 """short_attention in Triton.  Shapes: B batch, T tokens, N heads, d numbers per head, D = N*d.
 
-A program has one image and a group of neighbouring heads, W columns in all: 16 at least, so that rows are whole sectors and
-a product is long enough for matrix instructions.  For one head of a group the others' columns of q are set to zero.
-It loads all K keys and values once, in parts (a tuple: parts of KEYS and a shorter last one, for tiles are powers of two and
-T is often one more than such), and goes over blocks of R query rows.  Backward, scores are [K,R]: their products with the
-output's gradient and with q, summed over the blocks, then need no transposition; only the one with k does.
+A program handles one image and a group of neighbouring heads, W columns in all: at least 16, so that rows are whole sectors
+and products long enough for matrix instructions.  For one head of a group the other heads' columns of q are set to zero.
+It loads all keys and values once and loops over blocks of R query rows.  Keys and values are tuples of tiles [K,W]: tiles
+are powers of two and T is often one more than such, so that the last tile is shorter.
+In the backward kernel scores are [K,R]: their products with the output's gradient and with q, which are summed over the
+blocks, then need no transposition; only the one with k does.
 """
 
 # ruff: noqa: RUF005 (Triton has no starred tuples)
 
 import math
+from functools import partial
 
 import torch
 import triton
@@ -22,7 +24,7 @@ from mimir_fast.kernels._shared.registration import register
 
 @triton.constexpr_function
 def heads_per_program(head: int) -> int:
-    """Neighbouring heads of a group."""
+    """Neighbouring heads of a group: as many as 16 columns hold, at least one."""
     return max(1, 16 // head)
 
 
@@ -47,7 +49,7 @@ def exponent_scale(head: int) -> float:
 
 @triton.jit
 def _group(N, HEAD: tl.constexpr):
-    """This program's image (int64, so that offsets are), its columns [1,W] of D, which exist, and the head [1,W] of each."""
+    """This program's image (int64, so that offsets are), its columns [1,W] of D, which of them exist, and their heads [1,W]."""
     groups = tl.cdiv(N, heads_per_program(HEAD))
     image = (tl.program_id(0) // groups).to(tl.int64)
     inside_1W = tl.arange(0, columns(HEAD))[None, :]
@@ -59,7 +61,7 @@ def _group(N, HEAD: tl.constexpr):
 @triton.jit
 def _load_parts(row, stride, exists_1W, T: tl.constexpr, PARTS: tl.constexpr):
     """All keys, or values: tiles [K,W]."""
-    tiles = ()
+    tiles: tl.tuple = ()
     for i in tl.static_range(len(PARTS)):
         key_K1 = i * PARTS[0] + tl.arange(0, PARTS[i])[:, None]
         tiles = tiles + (tl.load(row + key_K1 * stride, mask=(key_K1 < T) & exists_1W, other=0),)
@@ -68,7 +70,7 @@ def _load_parts(row, stride, exists_1W, T: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def _zero_parts(W: tl.constexpr, PARTS: tl.constexpr):
-    tiles = ()
+    tiles: tl.tuple = ()
     for i in tl.static_range(len(PARTS)):
         tiles = tiles + (tl.zeros([PARTS[i], W], tl.float32),)
     return tiles
@@ -76,10 +78,11 @@ def _zero_parts(W: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def _mix(q_RW, k, v, T: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr):
-    """softmax(q k^T) v [R,W], part after part: what was summed shrinks when a part has a new maximum."""
+    """softmax(q k^T) v [R,W], by online softmax: sums so far are rescaled when a part of the keys has a new maximum."""
     max_R1 = None
     for i in tl.static_range(len(PARTS)):
         score_RK = tl.dot(q_RW, tl.trans(k[i]), input_precision="tf32x3")
+        # Only the last part can reach past T; the condition is known when compiling.
         if i * PARTS[0] + PARTS[i] > T:
             key_1K = i * PARTS[0] + tl.arange(0, PARTS[i])[None, :]
             score_RK = tl.where(key_1K < T, score_RK, float("-inf"))
@@ -127,7 +130,8 @@ def _attend_kernel(qkv, out, N, T: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.co
 
 @triton.jit
 def _over_keys(tiles, PARTS: tl.constexpr, MAXIMUM: tl.constexpr):
-    """Maximum or sum [1,R] over the keys of tiles [K,R]: first over parts of one size, for lanes and warps meet slowly."""
+    """Maximum or sum [1,R] over the keys of tiles [K,R]."""
+    # Tiles of one size first, element by element: a reduction within a tile exchanges numbers between lanes and warps.
     tile_KR = tiles[0]
     for i in tl.static_range(1, len(PARTS)):
         if PARTS[i] == PARTS[0]:
@@ -145,7 +149,7 @@ def _over_keys(tiles, PARTS: tl.constexpr, MAXIMUM: tl.constexpr):
 @triton.jit
 def _softmax(q_RW, k, T: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr):
     """Weights [K,R] not yet divided by their sum over the keys, and the reciprocal of that sum [1,R]."""
-    scores = ()
+    scores: tl.tuple = ()
     for i in tl.static_range(len(PARTS)):
         score_KR = tl.dot(k[i], tl.trans(q_RW), input_precision="tf32x3")
         if i * PARTS[0] + PARTS[i] > T:
@@ -153,7 +157,7 @@ def _softmax(q_RW, k, T: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr)
             score_KR = tl.where(key_K1 < T, score_KR, float("-inf"))
         scores = scores + (score_KR,)
     highest_1R = _over_keys(scores, PARTS, True) * SCALE
-    weights = ()
+    weights: tl.tuple = ()
     for i in tl.static_range(len(PARTS)):
         weights = weights + (tl.exp2(scores[i] * SCALE - highest_1R),)
     return weights, 1.0 / _over_keys(weights, PARTS, False)
@@ -163,16 +167,16 @@ def _softmax(q_RW, k, T: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr)
 def _add_gradients(q_RW, grad_RW, k, v, dk, dv, T: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr):
     """Gradient in q [R,W] times sqrt(d), and dk (times sqrt(d)) and dv with this block of queries added."""
     weights, rsum_1R = _softmax(q_RW, k, T, PARTS, SCALE)
-    d_weights = ()
-    products = ()
+    d_weights: tl.tuple = ()
+    products: tl.tuple = ()
     for i in tl.static_range(len(PARTS)):
         d_weight_KR = tl.dot(v[i], tl.trans(grad_RW), input_precision="tf32x3")
         d_weights = d_weights + (d_weight_KR,)
         products = products + (weights[i] * d_weight_KR,)
     mean_1R = _over_keys(products, PARTS, False) * rsum_1R
     dq_RW = tl.zeros(q_RW.shape, tl.float32)
-    more_dk = ()
-    more_dv = ()
+    more_dk: tl.tuple = ()
+    more_dv: tl.tuple = ()
     for i in tl.static_range(len(PARTS)):
         weight_KR = weights[i] * rsum_1R
         more_dv = more_dv + (tl.dot(weight_KR.to(q_RW.dtype), grad_RW, dv[i], input_precision="tf32x3"),)
@@ -223,7 +227,7 @@ def _attend_grad_kernel(
 
 
 def short_attention_forward(qkv_BTQ: Tensor, num_heads: int) -> Tensor:
-    """The mixed values [B,T,N*d]."""
+    """The attention output [B,T,N*d]."""
     out_BTD = _fake_forward(qkv_BTQ, num_heads)
     B, T, D = out_BTD.shape
     head = D // num_heads
@@ -250,22 +254,27 @@ def _grid(batch: int, num_heads: int, head: int) -> tuple[int]:
 
 
 def forward_tiles(tokens: int, head: int, itemsize: int) -> dict[str, int]:
-    """Query rows of a block, keys of a part, and warps: what the compile gate has not seen spill."""
+    """Query rows of a block, keys of a part, and warps: the largest for which no kernel spills registers."""
     needed = max(16, triton.next_power_of_2(tokens))
-    if itemsize == 4:  # the three products take three times the registers
+    # fp32 products are three tf32 products, and take three times the registers.
+    if itemsize == 4:
         return {"ROWS": min(32, needed), "KEYS": 64, "num_warps": min(4, needed // 8)}
     rows = min(32 if 64 < tokens <= 256 and head <= 16 else 64, needed)
     return {"ROWS": rows, "KEYS": 64, "num_warps": rows // 16}
 
 
 def backward_tiles(tokens: int, head: int, itemsize: int) -> dict[str, int]:
-    """As forward_tiles, of the backward; KEYS >= 16 * num_warps where there are several parts, so that no warp idles: heads
-    wider than 64 have no registers left for that."""
+    """As forward_tiles, for the backward kernel.
+
+    Where there are several parts KEYS is 16 * num_warps or more, so that no warp idles; heads wider than 64 leave no registers
+    for that.
+    """
     needed = max(16, triton.next_power_of_2(tokens))
     if itemsize == 4:
         return {"ROWS": 16, "KEYS": 64, "num_warps": 8 if head > 32 else 4}
     if tokens <= 64:
-        warps = 8 if head > 64 else min(4, needed * columns(head) // 256)  # 16 bytes of a tile for every thread
+        # 16 bytes of a tile for every thread.
+        warps = 8 if head > 64 else min(4, needed * columns(head) // 256)
         return {"ROWS": needed, "KEYS": 64, "num_warps": warps}
     if tokens > (272 if head <= 16 else 80) and not 16 < head <= 32:
         return {"ROWS": 16, "KEYS": 128, "num_warps": 8}
@@ -319,7 +328,7 @@ def launches() -> list[Launch]:
         short_attention_backward(short_attention_forward(qkv_BTQ, 16), qkv_BTQ, 16)
 
     return [
-        Launch(f"T{tokens} d{head}", name, lambda t=tokens, h=head, d=STORAGE[name]: call(t, h, d))
+        Launch(f"T{tokens} d{head}", name, partial(call, tokens, head, STORAGE[name]))
         for name in sizes
         for tokens, head in sizes[name]
     ]

@@ -6,21 +6,21 @@ from torch import Tensor
 from mimir_fast.kernels._shared.registration import check_storage, choose
 from mimir_fast.kernels.short_attention import reference
 
-# Bytes per number -> numbers per head, at most -> tokens, at most.  Past it registers spill on A100 or H100.
+# Bytes per number -> numbers per head, at most -> tokens, at most.  Longer sequences spill registers on A100 or H100.
 LONGEST = {2: {16: 512, 32: 128, 64: 128, 128: 80}, 4: {16: 128, 32: 64, 64: 64}}
 
 
 def supported(tokens: int, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> bool:
-    """Whether impl="triton" takes sequences of this length with heads of this width; the rest is for other backends."""
+    """Whether impl="triton" takes sequences of this length with heads of this width."""
     limits = LONGEST.get(dtype.itemsize, {})
     return 1 <= tokens <= next((longest for width, longest in limits.items() if head_dim <= width), 0)
 
 
 def short_attention(qkv_BTQ: Tensor, num_heads: int, impl: str = "auto") -> Tensor:
-    """Softmax attention of every token to every token, from the packed projection to the heads side by side.
+    """Softmax self-attention over a short sequence, from the packed qkv projection to the heads' concatenated output.
 
     formula      per image and head: out = softmax(q k^T / sqrt(d)) v; no mask, no dropout
-    shapes       qkv [B,T,3*N*d], of a token first q of all heads, then k, then v -> [B,T,N*d]; differentiable in qkv
+    shapes       qkv [B,T,3*N*d], for each token q of all heads, then k, then v -> [B,T,N*d]; differentiable in qkv
     dtypes       output in qkv's dtype; scores, softmax and sums in fp32, the second product's weights rounded to storage (fp32
                  storage: products as three tf32 products); autocast is off inside
     bytes        in units of the output: qkv 3 read, the output 1 written; backward: qkv 3 and the output's gradient 1 read,
@@ -46,6 +46,7 @@ def short_attention(qkv_BTQ: Tensor, num_heads: int, impl: str = "auto") -> Tens
             limits = LONGEST[qkv_BTQ.dtype.itemsize].items()
             longest = ", ".join(f"T <= {tokens} for d <= {width}" for width, tokens in limits)
             raise ValueError(f"qkv: triton takes {longest} in {qkv_BTQ.dtype}; got T={T}, d={D // num_heads}")
+        # Imported here, since CPU-only installations have no Triton.
         from mimir_fast.kernels.short_attention import kernel
 
         return kernel.short_attention(qkv_BTQ, num_heads)

@@ -1,4 +1,6 @@
-"""token_restore in Triton: one pass forward; backward, a sum in two stages."""
+"""token_restore in Triton: one pass forward; backward, the mask token's gradient as a sum in two stages."""
+
+from functools import partial
 
 import torch
 import triton
@@ -23,6 +25,7 @@ def _restore_kernel(tokens, mask_token, pos_embed, ids_shuffle, out, stride_b, s
     image, row_R1 = tile_rows_of(L + 1, tile_rows(E))
     number_1N = tl.arange(0, tile_block(E))[None, :]
     exists_RN = (row_R1 <= L) & (number_1N < E)
+    # Row 0 is the class token: -1 gives it position 0.
     patch_R1 = tl.load(ids_shuffle + image * L + row_R1 - 1, mask=(row_R1 > 0) & (row_R1 <= L), other=-1).to(tl.int32)
     token_RN = tokens + image * stride_b + row_R1.to(tl.int64) * stride_k + number_1N
     token_RN = tl.load(token_RN, mask=exists_RN & (row_R1 <= K), other=0)
@@ -36,6 +39,7 @@ def token_restore_forward(
     tokens_BKE: Tensor, mask_token_E: Tensor, pos_embed_LE: Tensor, ids_shuffle_BL: Tensor
 ) -> Tensor:
     """The decoder's input [B,1+L,E]."""
+    # Only the numbers of a token must be neighbours; images and tokens may have any strides.
     tokens_BKE = tokens_BKE if tokens_BKE.stride(2) == 1 else tokens_BKE.contiguous()
     out_BLE = _fake_forward(tokens_BKE, mask_token_E, pos_embed_LE, ids_shuffle_BL)
     K, E = tokens_BKE.shape[1] - 1, tokens_BKE.shape[2]
@@ -103,6 +107,7 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad_BLE):
+    # A view of the upstream gradient, unless the dtype differs.
     of_tokens = grad_BLE[:, : 1 + ctx.kept].to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
     of_mask = token_restore_grad(grad_BLE, ctx.kept, ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
     return of_tokens, of_mask, None, None
@@ -121,5 +126,6 @@ def launches() -> list[Launch]:
     cases += [
         ("E128 fp32 table", name, (128, dtype, torch.float32)) for name, dtype in STORAGE.items() if name != "fp32"
     ]
-    narrow = frozenset(["_mask_token_grad_kernel"])  # it writes one row per image
-    return [Launch(config, name, lambda a=arguments: call(*a), narrow) for config, name, arguments in cases]
+    # It writes one row per image.
+    narrow = frozenset(["_mask_token_grad_kernel"])
+    return [Launch(config, name, partial(call, *arguments), narrow) for config, name, arguments in cases]

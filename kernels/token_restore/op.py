@@ -1,4 +1,4 @@
-"""The decoder's input.  Shapes: B batch, L patches, K kept patches, E decoder width."""
+"""Decoder input: mask tokens and positions.  Shapes: B batch, L patches, K kept patches, E decoder width."""
 
 from torch import Tensor
 
@@ -9,9 +9,9 @@ from mimir_fast.kernels.token_restore import reference
 def token_restore(
     tokens_BKE: Tensor, mask_token_E: Tensor, pos_embed_LE: Tensor, ids_shuffle_BL: Tensor, impl: str = "auto"
 ) -> Tensor:
-    """Give the removed patches the mask token and every token its position: class token, kept, then removed patches.
+    """Decoder input of a masked autoencoder: class token, kept patches, then a mask token per removed patch, plus positions.
 
-    A Transformer does not see the order of its tokens, so none is moved back to where its patch was.
+    Tokens stay in shuffled order, each with its own patch's position: attention does not depend on their order.
 
     formula      out[b,0] = tokens[b,0] + pos[0];
                  out[b,1+r] = (tokens[b,1+r] if r < K else mask_token) + pos[1+ids_shuffle[b,r]]
@@ -39,6 +39,7 @@ def token_restore(
     check_floats(tokens_BKE.device, **floats)
     check_indices(tokens_BKE.device, ids_shuffle=ids_shuffle_BL)
     if choose(impl, tokens_BKE) == "triton":
+        # Imported here, since CPU-only installations have no Triton.
         from mimir_fast.kernels.token_restore import kernel
 
         check_storage(**floats)
