@@ -1,4 +1,4 @@
-"""Deterministic, resumable batches of uint8 images and labels from every supported data set."""
+"""Data loading: deterministic, resumable batches of uint8 images and labels from every supported data set."""
 
 from mimir_fast.data.build import build_pretrain_data, build_train_data
 from mimir_fast.data.crops import to_float

@@ -1,4 +1,4 @@
-"""Data sets that come as arrays in files: CIFAR pickles, SVHN .mat, generated images in .npz, scikit-learn's digits."""
+"""Data sets stored as arrays: CIFAR pickles, SVHN .mat, generated images in .npz, scikit-learn's digits."""
 
 import pickle
 import socket
@@ -14,6 +14,7 @@ from PIL import Image
 from mimir_fast.data.errors import DataError
 from mimir_fast.data.sources import ArrayImages
 
+# What pickle, zipfile, numpy and scipy raise on damaged files.
 READ_ERRORS = (
     OSError,
     ValueError,
@@ -32,12 +33,15 @@ CIFAR10_FILES = {"train": [f"data_batch_{number}" for number in range(1, 6)], "v
 CIFAR100_FILES = {"train": ["train"], "val": ["test"]}
 CIFAR_NAMES = {"labels": ("batches.meta", "label_names"), "fine_labels": ("meta", "fine_label_names")}
 SVHN_FILES = {"train": "train_32x32.mat", "val": "test_32x32.mat"}
-DIGITS_TRAIN = 1500  # of 1797; the later ones were written by other people
-DOWNLOAD_TIMEOUT = 20  # seconds without an answer
+# Of 1797; the later ones were written by other people.
+DIGITS_TRAIN = 1500
+# Seconds without an answer.
+DOWNLOAD_TIMEOUT = 20
 
-# What a pickled array of numbers needs, and nothing else: a pickle may otherwise run any code.
+# All that a pickled array of numbers needs: a pickle that may name other globals can run any code.
 _RECONSTRUCT = np.empty(0).__reduce__()[0]
 _SAFE_GLOBALS = {
+    # numpy 1 and numpy 2 name the same function differently.
     ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
     ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
     ("numpy", "ndarray"): np.ndarray,
@@ -69,7 +73,7 @@ def _checked(images: np.ndarray, labels: np.ndarray, path: Path, advice: str) ->
 
 @contextmanager
 def _reading(path: Path, advice: str):
-    """Turn what readers raise on a damaged file into a DataError naming it."""
+    """Context in which the errors that a damaged file causes become a DataError naming it."""
     try:
         yield
     except DataError:
@@ -88,6 +92,7 @@ def read_cifar(folder: Path, files: list[str], label_key: str) -> ArrayImages:
     for path in (folder / name for name in files):
         with _reading(path, advice):
             with path.open("rb") as file:
+                # Python 2 wrote these pickles: latin1 decodes its byte strings, which hold the arrays.
                 batch = _ArrayUnpickler(file, encoding="latin1").load()
             rows = np.asarray(batch["data"]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
             part = _checked(rows, batch[label_key], path, advice)
@@ -109,7 +114,8 @@ def _cifar_names(folder: Path, label_key: str) -> list[str] | None:
 
 def read_svhn(path: Path) -> ArrayImages:
     """SVHN's cropped digits in a .mat file: X [32,32,3,N], y [N,1] with 10 for the digit 0.  Raises DataError."""
-    from scipy.io import loadmat  # slow to import, as sklearn below: only where it reads
+    # scipy, like scikit-learn below, is slow to import.
+    from scipy.io import loadmat
     from scipy.io.matlab import MatReadError
 
     advice = f"remove {path} to download it again"
@@ -124,8 +130,9 @@ def read_svhn(path: Path) -> ArrayImages:
 
 
 def read_npz(path: Path, field: str) -> ArrayImages:
-    """Arrays `image` uint8 [N,H,W,3] and `label` int [N] of an .npz file, one read each; field: flag for messages.
+    """Arrays `image` uint8 [N,H,W,3] and `label` int [N] of an .npz file.
 
+    field   the flag that named the file
     Raises DataError naming the field and the file.
     """
     advice = "expected an .npz file with arrays image (uint8 [N,H,W,3]) and label (int [N])"
@@ -138,9 +145,10 @@ def read_npz(path: Path, field: str) -> ArrayImages:
 
 
 def read_digits(split: str) -> ArrayImages:
-    """scikit-learn's 8x8 handwritten digits as smooth 32x32 RGB; train: the first 1500, val: the other 297."""
+    """scikit-learn's 8x8 handwritten digits, enlarged to 32x32 RGB; train: the first 1500, val: the other 297."""
     from sklearn.datasets import load_digits
 
+    # 0 to 16
     grey, labels = load_digits(return_X_y=True)
     grey = np.rint(grey.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     part = slice(None, DIGITS_TRAIN) if split == "train" else slice(DIGITS_TRAIN, None)
@@ -150,6 +158,7 @@ def read_digits(split: str) -> ArrayImages:
 
 def download(fetch: Callable[[], object], data_root: Path, wanted: str) -> None:
     """Call fetch, which downloads into data_root.  Raises DataError that says what to put there instead."""
+    # torchvision passes no timeout on: without a default one a dead connection would wait for ever.
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:

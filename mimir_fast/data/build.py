@@ -1,4 +1,4 @@
-"""From flags to the batches of a training run."""
+"""Training data: builds the batch stream of a run from its flags."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from mimir_fast.data.datasets import INFO, DatasetInfo, Source, dataset_info, re
 from mimir_fast.data.errors import DataError
 from mimir_fast.data.policies import Augment, Augmentation
 from mimir_fast.data.schedule import EdmSampler, Schedule, ShuffleSchedule, check_unsup_fraction
-from mimir_fast.data.sources import MixedImages
+from mimir_fast.data.sources import ArrayImages, MixedImages
 from mimir_fast.data.splits import check_labels, class_names, held_out_indices
 from mimir_fast.data.stream import BatchStream
 from mimir_fast.data.workers import BatchMaker
@@ -18,7 +18,7 @@ from mimir_fast.data.workers import BatchMaker
 
 @dataclass(frozen=True)
 class Loading:
-    """How images become batches; raises DataError for impossible numbers.
+    """Flags of data loading; raises DataError for values that are not possible.
 
     accum_iter          micro-batches per update; shortens the epoch if use_edm, as in the original
     use_edm             fill unsup_fraction of each batch with generated images from aux_data_filename (.npz)
@@ -75,10 +75,10 @@ def build_train_data(
 
     num_classes   outputs of the model, to be checked; None: as many as the data set has
     held_out      images kept back, always the same ones: see held_out_indices
-    augment       images of any size: a crop at random scale, a flip, then these; small images: a crop of the image padded by
-                  4 pixels, a flip, then these.  Without aa crops have the scale of pre-training, with it 0.08 to 1 of the area.
+    augment       applied after a crop and a flip.  Images of any size are cropped at a random scale: 0.2 to 1 of the area, as
+                  in pre-training, or 0.08 to 1 with aa.  Small images are padded by 4 pixels and cropped.
     warmup_aa     see warmup_augment
-    edm_aug       what use_edm does to real and generated images alike, before aa and erasing: none (not even a crop), base
+    edm_aug       with use_edm, applied to real and generated images alike before aa and erasing: none (not even a crop), base
                   (crop and flip), cutout, autoaugment (and cutout), randaugment, idbh
     loading       the fields of Loading
     Raises DataError: one line that names the flag, file or folder and what to do.
@@ -91,7 +91,7 @@ def build_train_data(
     kept, _ = held_out_indices(len(real), held_out)
     real = real.select(kept) if held_out else real
     source, schedule = _scheduled(real, batch_size, load)
-    if load.use_edm:
+    if isinstance(source, MixedImages):
         check_labels(source.generated.labels, len(classes), str(load.aux_data_filename))
     how = (info.side is None, info.flip, load.seed, load.rank)
     batches = BatchMaker(source, input_size, *how, augmentation)
@@ -99,6 +99,7 @@ def build_train_data(
 
 
 def _stream(dataset: str, num_images: int, classes, schedule: Schedule, batches: BatchMaker, load: Loading):
+    # The original's name for real and generated images together, "cifar10s"; logs and checkpoints hold it.
     name = f"{dataset}s" if load.use_edm else dataset
     info = dataset_info(dataset)
     return BatchStream(name, num_images, info, schedule, batches, load.num_workers, load.pin_memory, classes)
@@ -108,7 +109,10 @@ def _scheduled(real: Source, batch_size: int, load: Loading) -> tuple[Source | M
     """The images and their order; with generated ones an epoch has ceil(real / (batch_size * accum_iter * world)) batches."""
     if not load.use_edm:
         return real, ShuffleSchedule(len(real), batch_size, load.rank, load.world_size, load.seed)
+    # Data sets that can be mixed were read with in_memory.
+    assert isinstance(real, ArrayImages)
     generated = read_npz(Path(load.aux_data_filename).expanduser(), "aux_data_filename")
+    # The original counts optimizer updates here, and takes that many micro-batches.
     num_batches = math.ceil(len(real) / (batch_size * load.accum_iter * load.world_size))
     source = MixedImages(real, generated, str(load.aux_data_filename))
     position = {"seed": load.seed, "rank": load.rank}

@@ -1,4 +1,4 @@
-"""Crops, flips and the way to floats.  Shapes: B batch, C channels, H W sides, S side of the crop."""
+"""Crops, flips and conversion to floats.  Shapes: B batch, C channels, H W sides, S side of the crop."""
 
 import math
 from functools import lru_cache
@@ -9,9 +9,12 @@ from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 from torch import Tensor
 
-PAD = 4  # zeros on each side before a random crop, pixels
-CROP_AREA = (0.2, 1.0)  # fraction of the image's area
-CROP_RATIO = (3 / 4, 4 / 3)  # width / height
+# Zeros on each side before a random crop, pixels.
+PAD = 4
+# Fraction of the image's area.
+CROP_AREA = (0.2, 1.0)
+# Width / height.
+CROP_RATIO = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
 
 Channels = tuple[float, float, float]
@@ -29,14 +32,15 @@ def to_float(images_u8: Tensor, mean: Channels | None = None, std: Channels | No
     device = images_u8.device
     # A divisor on the device: CUDA would turn division by a Python number into a less exact multiplication.
     images = images_u8.to(torch.float32).div_(torch.full((), 255.0, device=device))
-    if mean is None:
+    if mean is None or std is None:
         return images
     return images.sub_(_channel_constants(tuple(mean), device)).div_(_channel_constants(tuple(std), device))
 
 
+# Cached: each copy of a list to a GPU makes the host wait.
 @lru_cache(maxsize=16)
-def _channel_constants(values: Channels, device: torch.device) -> Tensor:
-    """[C,1,1]; kept, because each copy to a GPU would make the host wait."""
+def _channel_constants(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """[C,1,1]"""
     return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
 
 
@@ -46,6 +50,7 @@ def crop_padded(images: np.ndarray, top: np.ndarray, left: np.ndarray, size: int
     top, left   int [B], corner in the padded image: 0 .. H + 2 * PAD - size
     """
     batch, height, width, channels = images.shape
+    # Windows are views: only the chosen crops are copied, all in one pass.
     padded = np.zeros((batch, height + 2 * PAD, width + 2 * PAD, channels), np.uint8)
     padded[:, PAD : PAD + height, PAD : PAD + width] = images
     windows = sliding_window_view(padded, (size, size), axis=(1, 2))
@@ -59,7 +64,7 @@ def flip_where(images: np.ndarray, flip: np.ndarray) -> np.ndarray:
 
 
 def random_flip(images: np.ndarray, flip: bool, rng: np.random.Generator) -> np.ndarray:
-    """Mirror each of the images [B,C,H,W] with probability 1/2, in place; nothing if not `flip`."""
+    """Mirror each of the images [B,C,H,W] with probability 1/2, in place; without `flip` nothing is drawn."""
     return flip_where(images, rng.random(len(images)) < 0.5) if flip else images
 
 
@@ -85,6 +90,7 @@ def sample_crop(
     log_low, log_high = (math.log(ratio) for ratio in CROP_RATIO)
     for _ in range(CROP_ATTEMPTS):
         area = height * width * rng.uniform(*area_range)
+        # Uniform in the logarithm: a shape and its transpose are equally likely.
         ratio = math.exp(rng.uniform(log_low, log_high))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:

@@ -1,4 +1,4 @@
-"""The supported data sets: what they are, and where their images lie below data_root."""
+"""Supported data sets: their constants, and where their images lie below data_root."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,10 +17,14 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """Constants of a data set; side in pixels, None where images differ in size and are cropped at random scales.
+    """Constants of a data set.
 
-    num_classes  None where the folders tell; input_size: the usual one, None where there is none
-    flip: may be mirrored; edm: can be mixed with generated images.
+    mean, std     per channel, of images in [0,1]
+    side          of all images, pixels; None where images differ in size and are cropped at random scales
+    num_classes   None where the class folders tell
+    input_size    the usual one, pixels; None where there is none
+    flip          whether images may be mirrored
+    edm           whether they can be mixed with generated images
     """
 
     mean: Channels
@@ -43,7 +47,8 @@ INFO = {
     "digits": DatasetInfo((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 32, 10, 32, flip=False),
 }
 DATASETS = tuple(INFO)
-FOLDERS = {"imagenet": "", "imagenette": "imagenette2", "imagefolder": ""}  # images of any size, below data_root/...
+# Data sets of images of any size, and their folder below data_root.
+FOLDERS = {"imagenet": "", "imagenette": "imagenette2", "imagefolder": ""}
 
 
 def dataset_info(dataset: str) -> DatasetInfo:
@@ -54,8 +59,9 @@ def dataset_info(dataset: str) -> DatasetInfo:
 
 
 def read_images(dataset: str, data_root: str | Path, split: str = "train", in_memory: bool = False) -> Source:
-    """The images of a split, "train" or "val"; in_memory also decodes Tiny-ImageNet, which is otherwise read as needed.
+    """The images of a split, "train" or "val".
 
+    in_memory   also decode Tiny-ImageNet, which is otherwise read from disk as needed
     Raises DataError for an unknown name or split, and for everything wrong with the files.
     """
     dataset_info(dataset)
@@ -72,7 +78,7 @@ def read_images(dataset: str, data_root: str | Path, split: str = "train", in_me
 
 
 def folder_of(dataset: str, data_root: str | Path, split: str) -> tuple[Path, list[str]]:
-    """Where a split's class folders lie, and the class names in label order; those of train, where there is one.
+    """The folder that holds a split's class folders, and the class names in label order: those of train, where it exists.
 
     Raises DataError for a missing folder.
     """
@@ -130,7 +136,8 @@ def _read_svhn(root: Path, split: str) -> ArrayImages:
 
 
 def _torchvision():
-    from torchvision import datasets  # slow to import: only where it downloads
+    # Slow to import: only where it downloads.
+    from torchvision import datasets
 
     return datasets
 

@@ -1,13 +1,16 @@
-"""Erasing boxes from images.  Images are RGB and 8 bit."""
+"""Random erasing and Cutout: boxes of an image are overwritten.  Images are RGB, 8 bit."""
 
 import math
 
 import numpy as np
 from PIL import Image
 
-CUTOUT_SIDE = 18  # pixels
-AREA = (0.02, 1 / 3)  # of an image, for all boxes together
-LOG_RATIO = (math.log(0.3), math.log(1 / 0.3))  # height / width
+# Pixels.
+CUTOUT_SIDE = 18
+# Fraction of an image, for all boxes together.
+AREA = (0.02, 1 / 3)
+# Logarithm of height / width.
+LOG_RATIO = (math.log(0.3), math.log(1 / 0.3))
 ATTEMPTS = 10
 MODES = ("pixel", "rand", "const")
 
@@ -15,13 +18,13 @@ MODES = ("pixel", "rand", "const")
 def random_erasing(
     image: Image.Image, rng: np.random.Generator, prob: float, mode: str = "const", max_count: int = 1
 ) -> Image.Image:
-    """With probability prob replace 1 to max_count boxes of random size, shape and place; other images pass as they are.
+    """Random erasing: with probability prob overwrite 1 to max_count boxes of random size, shape and place.
 
     mode   pixel: every pixel a random colour, rand: one random colour per box, const: black
-    Boxes are those of timm's RandomErasing.  Its colours have mean 0 and deviation 1, which only makes sense for normalised
-    images: half of them would be below black here.  Ours are uniform over all colours that exist, whatever the data set.
+    Boxes are those of timm's RandomErasing; colours are uniform over all 8-bit colours.
     Source: Zhong et al., arXiv 1708.04896.
     """
+    # timm draws colours with mean 0 and deviation 1, for normalised images: on 8-bit images half of them are below black.
     if rng.random() >= prob:
         return image
     image = image.copy()
@@ -35,7 +38,7 @@ def random_erasing(
 
 
 def sample_box(height: int, width: int, rng: np.random.Generator, count: int = 1) -> tuple[int, int, int, int] | None:
-    """(top, left, height, width) of a box smaller than the image in both directions; None if ten attempts gave none."""
+    """(top, left, height, width) of a random box smaller than the image in both directions; None after ten failed attempts."""
     for _ in range(ATTEMPTS):
         area = rng.uniform(*AREA) * height * width / count
         ratio = math.exp(rng.uniform(*LOG_RATIO))
@@ -54,7 +57,7 @@ def _filling(height: int, width: int, mode: str, rng: np.random.Generator) -> Im
 
 
 def cutout(image: Image.Image, rng: np.random.Generator, side: int = CUTOUT_SIDE) -> Image.Image:
-    """Blacken a square around a random pixel, as far as it lies inside.  Source: DeVries & Taylor, arXiv 1708.04552."""
+    """Cutout: blacken a square around a random pixel, cut off at the edges.  Source: DeVries & Taylor, arXiv 1708.04552."""
     image = image.copy()
     top, left = int(rng.integers(image.height)) - side // 2, int(rng.integers(image.width)) - side // 2
     image.paste((0, 0, 0), (max(left, 0), max(top, 0), min(left + side, image.width), min(top + side, image.height)))

@@ -1,4 +1,4 @@
-"""The one error a user of the data package meets, and the account of unreadable images."""
+"""DataError, which the data package raises for all that a user can put right, and the record of unreadable images."""
 
 import logging
 
@@ -10,10 +10,10 @@ class DataError(ValueError):
 
 
 class BadFiles:
-    """Distinct unreadable images met so far, path -> reason; too many of them are fatal.
+    """Distinct unreadable images met so far, path -> reason; too many of them are an error.
 
     where        the folder, for messages
-    num_images   images in the folder, readable or not; 1 % of them may be bad, in tiny folders one, never all
+    num_images   images in the folder, readable or not; 1 % of them may be unreadable, in tiny folders one, never all
     """
 
     def __init__(self, where: str, num_images: int):

@@ -1,4 +1,4 @@
-"""Images to evaluate on: every one exactly once, in a fixed order, without anything random.
+"""Evaluation data: every image exactly once, in a fixed order, without augmentation.
 
 Shapes: B batch, N images, H W sides, S side of the input, C = 3 channels.
 """
@@ -11,26 +11,29 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from mimir_fast.data.build import check_input_size
 from mimir_fast.data.crops import Channels
 from mimir_fast.data.datasets import DatasetInfo, Source, dataset_info, read_images
 from mimir_fast.data.errors import DataError
 from mimir_fast.data.image_list import listed_images
-from mimir_fast.data.sources import ArrayImages, FolderImages, TooManyBadError
+from mimir_fast.data.sources import ArrayImages, TooManyBadError
 from mimir_fast.data.splits import class_names, held_out_indices
 from mimir_fast.data.stream import batch_loader
 from mimir_fast.data.workers import Batch, sigterm_held
 
-CROPPED = 224 / 256  # part of a resized image's shorter side that a central crop keeps
+# Fraction of a resized image's shorter side that the centre crop keeps.
+CROPPED = 224 / 256
 SPLITS = ("val", "train", "held_out")
 
 
 class EvalStream:
-    """Batches of uint8 images and labels of one rank; may be iterated again and again.
+    """Batches of uint8 images and labels of one rank; may be iterated any number of times.
 
-    indices      int64, the positions in the split (or image list) of this rank's images, in the order in which they come
-    num_images   images of all ranks together; classes: names in label order, num_classes of them
+    indices      int64, this rank's images by their index in the split (or image list), in the order in which they come
+    num_images   images of all ranks together
+    classes      names in label order, num_classes of them
     mean, std    per channel, of images in [0,1]
     """
 
@@ -69,24 +72,26 @@ class EvalStream:
             yield images, labels
 
 
-class EvalMaker:
-    """The map-style dataset of the loader: indices in, a batch out.
+class EvalMaker(Dataset[Batch]):
+    """Map-style dataset of evaluation batches, by the indices of their images.
 
-    resize   images of any size: the shorter side becomes S * 256 / 224 pixels, then the centre is cut out; small images are
-             used as they are, or where S differs from their side cut or padded with zeros around the centre
+    resize   scale the shorter side to S * 256 / 224 pixels and crop the centre; else the centre is cropped, or padded with
+             zeros, where S differs from the images' side
     """
 
     def __init__(self, source: Source, input_size: int, resize: bool):
         self.source, self.input_size = source, input_size
         self.convert = partial(resized_centre if resize else centre, size=input_size)
         if not self._fits():
-            self.convert(Image.new("RGB", (2, 2)))  # what it imports, workers need not
+            # For its imports, which are slow: forked workers then have them already.
+            self.convert(Image.new("RGB", (2, 2)))
 
     def __getitem__(self, indices: np.ndarray) -> Batch:
         try:
-            taken = self._take(indices)
+            taken = self.source.take(indices, None if self._fits() else self.convert)
         except TooManyBadError as error:
-            return torch.empty(0), torch.empty(0), error.bad  # as a value, like BatchMaker
+            # Returned, not raised, for the reason given in BatchMaker.
+            return torch.empty(0), torch.empty(0), error.bad
         images = np.ascontiguousarray(taken.images.transpose(0, 3, 1, 2))
         return torch.from_numpy(images), torch.from_numpy(taken.labels), {}
 
@@ -94,24 +99,17 @@ class EvalMaker:
         """Whether images are used as they are."""
         return isinstance(self.source, ArrayImages) and self.source.images.shape[1] == self.input_size
 
-    def _take(self, indices: np.ndarray):
-        if isinstance(self.source, FolderImages):
-            return self.source.take(indices, self.convert)
-        taken = self.source.take(indices)
-        if self._fits():
-            return taken
-        return taken._replace(images=np.stack([self.convert(Image.fromarray(image)) for image in taken.images]))
-
 
 def centre(image: Image.Image, size: int) -> np.ndarray:
-    """The middle size x size pixels of an RGB image, padded with zeros where it is smaller: uint8 [S,S,C]."""
-    from torchvision.transforms.functional import center_crop  # slow to import
+    """Centre crop of an RGB image, padded with zeros where it is smaller: uint8 [S,S,C]."""
+    # Slow to import.
+    from torchvision.transforms.functional import center_crop
 
     return np.asarray(center_crop(image, [size, size]))
 
 
 def resized_centre(image: Image.Image, size: int) -> np.ndarray:
-    """Resize the shorter side to size / CROPPED pixels, bicubic, and cut out the middle: uint8 [S,S,C]."""
+    """Resize the shorter side to size / CROPPED pixels, bicubic, and crop the centre: uint8 [S,S,C]."""
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.functional import resize
 
@@ -136,12 +134,13 @@ def eval_batches(
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> EvalStream:
-    """Images of a split, without augmentation, in a fixed order: each once, those of rank r being number r, r + world, ...
+    """Batches of a split for evaluation: each image once, in a fixed order; rank r has images r, r + world_size, ...
 
     split         "val", "train", or "held_out": the training images that build_train_data(held_out=...) leaves out
     indices       which images of the split or list, all by default
     image_list    a file of paths below the split's folder, one per line; only for class folders of images of any size
-    num_classes   outputs of the model, to be checked; use_edm: whether training mixes in generated images
+    num_classes   outputs of the model, to be checked
+    use_edm       whether training mixes in generated images
     Raises DataError: one line that names the flag, file or folder and what to do; also for an unreadable image.
     """
     info = dataset_info(dataset)
@@ -162,7 +161,8 @@ def eval_batches(
 def _evaluated(
     dataset: str, data_root: str | Path, split: str, held_out: int, image_list: str | Path | None, use_edm: bool
 ) -> Source:
-    """The images of a split or list, any unreadable one being an error from now on."""
+    """The images of a split or list; from now on an unreadable one is an error."""
+    source: Source
     if image_list is not None:
         source = listed_images(dataset, data_root, split, image_list)
     elif split == "held_out":
@@ -171,17 +171,20 @@ def _evaluated(
         if not len(out):
             raise DataError("held_out: no images are held out, give a number above 0")
         source = source.select(out)
+        # What could not be decoded into memory is missing from the training images as well.
         if isinstance(source, ArrayImages):
-            return source  # what could not be decoded was left out of training as well
+            return source
     else:
         source = read_images(dataset, data_root, split)
+    # An accuracy over other images than asked for would be wrong: training tolerates a few unreadable files, this does not.
     source.bad.limit = 0
+    # Raises for those met while decoding into memory.
     source.bad.record({})
     return source
 
 
 def _positions(indices: Sequence[int] | None, num_images: int) -> np.ndarray:
-    """indices as an array, all of num_images if None; DataError if one is outside, twice there, or none."""
+    """indices as an array, all of num_images if None; raises DataError if it is empty or one is outside or there twice."""
     if indices is None:
         return np.arange(num_images)
     positions = np.asarray(indices, np.int64)

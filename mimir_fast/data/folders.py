@@ -1,4 +1,4 @@
-"""Images in class folders: finding and decoding them."""
+"""Class folders: finding images and decoding them."""
 
 import os
 import struct
@@ -12,7 +12,8 @@ from PIL import Image, UnidentifiedImageError
 from mimir_fast.data.errors import DataError, log
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-DECODE_ERRORS = (  # what Pillow's decoders raise on damaged files
+# What Pillow's decoders raise on damaged files.
+DECODE_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -31,8 +32,10 @@ class BadImageError(Exception):
 
 
 class PathTable:
-    """Many paths below one root, in two arrays: worker processes share them, which a list of str would not allow."""
+    """Many paths below one root, stored in two arrays."""
 
+    # Forked workers share the pages of arrays.  Strings have reference counts: reading one writes to its page, so that in the
+    # end every worker would hold a copy of all paths (1.3 million of ImageNet).
     def __init__(self, root: str | Path, relative: list[str]):
         encoded = [os.fsencode(path) for path in relative]
         self.root = os.fspath(root)
@@ -88,28 +91,32 @@ def scan_class_folders(
     """All images below root/CLASS, at any depth, sorted by path; other files are ignored and reported once.
 
     classes    class names in label order (default: the folders found); a folder outside them is an error
-    skip       folders that are not classes; expected: endings of other files that need no report
+    skip       folders that are not classes
+    expected   endings of other files that need no report
     Raises DataError for a missing root, no classes, an empty class folder (named) or an unknown class.
     """
     names = [name for name in class_folders(root) if name not in skip]
-    numbers = {name: number for number, name in enumerate(names if classes is None else classes)}
-    relative, labels, others = [], [], []
+    label_of = {name: label for label, name in enumerate(names if classes is None else classes)}
+    relative: list[str] = []
+    labels: list[int] = []
+    others: list[str] = []
     for name in names:
-        if name not in numbers:
+        if name not in label_of:
             raise DataError(f"{root / name}: the training images have no class of this name; remove the folder")
         images = _images_below(root, name, expected, others)
         if not images:
             raise DataError(f"{root / name}: class folder without images; remove it or fill it")
         relative += images
-        labels += [numbers[name]] * len(images)
+        labels += [label_of[name]] * len(images)
     if others:
         log.warning("%s: ignored %d files without an image extension, first %s", root, len(others), others[0])
-    return ImageList(PathTable(root, relative), np.array(labels, np.int64), list(numbers))
+    return ImageList(PathTable(root, relative), np.array(labels, np.int64), list(label_of))
 
 
 def _images_below(root: Path, name: str, expected: tuple[str, ...], others: list[str]) -> list[str]:
     """Paths of the images in root/name relative to root; other files are appended to `others`."""
     images = []
+    # Sorted: the order in which a file system lists files differs between machines, and would change every batch.
     for folder, _, files in sorted(os.walk(root / name, onerror=_unreadable_folder, followlinks=True)):
         below = os.path.relpath(folder, root)
         for file in sorted(files):

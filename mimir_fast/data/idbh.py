@@ -1,4 +1,4 @@
-"""IDBH, the weak version for CIFAR-10: a flip, CropShift, one operation on colours or shape, erasing.
+"""IDBH augmentation, the weak version for CIFAR-10: a flip, CropShift, one operation on colours or shape, erasing.
 
 Source: Li & Spratling, Data Augmentation Alone Can Improve Adversarial Training, arXiv 2301.09879.  Images are RGB, 8 bit.
 """
@@ -8,24 +8,27 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from mimir_fast.data.erasing import random_erasing
 
-CROPPED_LINES = (0, 11)  # rows and columns together
-ERASED = 0.5  # probability
-ENHANCERS = {  # range of the factor, 1 leaves an image as it is
+# Rows and columns together.
+CROPPED_LINES = (0, 11)
+# Probability.
+ERASED = 0.5
+# Range of the factor; 1 leaves an image as it is.
+ENHANCERS = {
     ImageEnhance.Color: (0.1, 1.9),
     ImageEnhance.Brightness: (0.5, 1.9),
     ImageEnhance.Contrast: (0.5, 1.9),
     ImageEnhance.Sharpness: (0.1, 1.9),
 }
-SHEAR = (0.05, 0.15)  # pixels per pixel, either way, along x or y
-ROTATION = (1.0, 11.0)  # degrees, either way
-OPERATIONS = (*ENHANCERS, "autocontrast", "equalize", "shear", "rotate")  # equally likely
+# Pixels per pixel, in either direction, along x or y.
+SHEAR = (0.05, 0.15)
+# Degrees, in either direction.
+ROTATION = (1.0, 11.0)
+# Equally likely.
+OPERATIONS = (*ENHANCERS, "autocontrast", "equalize", "shear", "rotate")
 
 
 def crop_shift(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Cut a random part out of an image and put it at a random place of a black one of the same size.
-
-    What is cut off is 0 to 11 rows and columns in all, divided at random.
-    """
+    """CropShift: cut off 0 to 11 rows and columns, and paste the rest at a random place of a black image of the same size."""
     lines = int(rng.integers(CROPPED_LINES[0], CROPPED_LINES[1] + 1))
     columns = int(rng.integers(lines + 1))
     columns, rows = min(columns, image.width - 1), min(lines - columns, image.height - 1)
@@ -33,7 +36,8 @@ def crop_shift(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     left, top = (int(rng.integers(most + 1)) for most in (columns, rows))
     part = image.crop((left, top, left + width, top + height))
     result = Image.new("RGB", image.size)
-    result.paste(part, tuple(int(rng.integers(most + 1)) for most in (columns, rows)))
+    x, y = (int(rng.integers(most + 1)) for most in (columns, rows))
+    result.paste(part, (x, y))
     return result
 
 

@@ -1,4 +1,4 @@
-"""A choice of images by a file of their paths, such as RobustBench's 5000 images of ImageNet."""
+"""Image lists: a selection of images by a file of their paths, such as RobustBench's 5000 images of ImageNet."""
 
 from pathlib import Path, PurePosixPath
 
@@ -11,23 +11,23 @@ from mimir_fast.data.sources import FolderImages
 
 
 def listed_images(dataset: str, data_root: str | Path, split: str, image_list: str | Path) -> FolderImages:
-    """The images that a text file names, in its order: one CLASS/.../FILE per line, below the folder of the split.
+    """The images that a text file lists, in its order: one CLASS/.../FILE per line, below the folder of the split.
 
-    Raises DataError naming the file for what it or its paths lack.
+    Raises DataError, naming the list, if it cannot be read or an image or class is missing.
     """
     if dataset not in FOLDERS or split not in ("train", "val"):
         raise DataError(f"image_list: only for train or val of {', '.join(FOLDERS)}, not for {split} of {dataset}")
     folder, classes = folder_of(dataset, data_root, split)
     lines = _lines(Path(image_list).expanduser())
-    numbers = {name: number for number, name in enumerate(classes)}
+    label_of = {name: label for label, name in enumerate(classes)}
     for line in lines:
-        if PurePosixPath(line).parts[0] not in numbers:
+        if PurePosixPath(line).parts[0] not in label_of:
             raise DataError(f"image_list: {image_list}: {line} is in no class folder of {folder}")
     missing = [line for line in lines if not (folder / line).is_file()]
     if missing:
         count = f"{len(missing)} of {len(lines)}"
         raise DataError(f"image_list: {image_list}: {count} images are not in {folder}, first {missing[0]}")
-    labels = np.array([numbers[PurePosixPath(line).parts[0]] for line in lines], np.int64)
+    labels = np.array([label_of[PurePosixPath(line).parts[0]] for line in lines], np.int64)
     return FolderImages(ImageList(PathTable(folder, lines), labels, classes), str(folder))
 
 
@@ -42,6 +42,7 @@ def _lines(path: Path) -> list[str]:
         raise DataError(f"image_list: {path} names no images")
     seen = set()
     for line in lines:
+        # A list can come from anywhere: it must not lead out of the folder.
         if line == "." or PurePosixPath(line).is_absolute() or ".." in PurePosixPath(line).parts:
             raise DataError(f"image_list: {path}: {line}: expected a path below the folder of the images")
         if line in seen:

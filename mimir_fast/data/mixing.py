@@ -1,8 +1,8 @@
-"""Mixup and CutMix of a batch with its own reverse, and the soft targets that go with it.
+"""Mixup and CutMix of a batch with its own reverse, and the soft targets.
 
 Shapes: B batch, C channels, H W sides, O classes.  Sources: Zhang et al., arXiv 1710.09412; Yun et al., arXiv 1905.04899.
-The meaning of the settings, and the order of the draws, are those of timm's Mixup, which the original uses.  Its modes
-"pair" and "elem" copy to the device in a way that makes the host wait; here everything goes in one copy without a wait.
+Settings and the order of the draws are those of timm's Mixup, which the original uses.  timm's modes "pair" and "elem" make
+the host wait for the device; here all that was drawn is copied at once, without a wait.
 """
 
 from dataclasses import dataclass, replace
@@ -15,8 +15,10 @@ from mimir_fast.data.errors import DataError
 from mimir_fast.data.randomness import Purpose, random_stream
 
 MODES = ("batch", "pair", "elem")
-WARMUP_PROBS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.0, 1.0, 0.9, 0.95, 1.0)  # of epochs 0, 1, ...; the last one stays
-WARMUP_CUTMIX_EPOCH = 6  # from here on both kinds, with
+# Of epochs 0, 1, ...; the last one stays.
+WARMUP_PROBS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.0, 1.0, 0.9, 0.95, 1.0)
+# From this epoch on mixup and CutMix alternate; the probability of CutMix, epoch by epoch, again with a last one that stays.
+WARMUP_CUTMIX_EPOCH = 6
 WARMUP_SWITCH_PROBS = (0.1, 0.2, 0.3, 0.4, 0.5)
 WARMUP_MIXUP, WARMUP_CUTMIX = 0.8, 1.0
 
@@ -25,11 +27,12 @@ WARMUP_MIXUP, WARMUP_CUTMIX = 0.8, 1.0
 class Mixing:
     """Flags of mixup and CutMix; raises DataError for values that are not possible.
 
-    mixup, cutmix     parameter of the Beta distribution of a blend's or a box's share; 0: not used
-    cutmix_minmax     sides of the box as parts of the image's, lowest and highest; takes the place of cutmix
-    prob              probability of mixing at all; switch_prob: of CutMix where both are used
-    mode              draws per batch, per pair of images that are mixed with each other, or per image (elem)
-    smoothing         spread evenly over num_classes in every target, mixed or not
+    mixup, cutmix     parameter of the Beta distribution from which an image's own share is drawn; 0: not used
+    cutmix_minmax     lowest and highest side of the box, as fractions of the image's; takes the place of cutmix
+    prob              probability of mixing at all
+    switch_prob       probability of CutMix where both are used
+    mode              draw once per batch, per pair of images that are mixed with each other, or per image (elem)
+    smoothing         label smoothing: spread evenly over num_classes in every target, mixed or not
     """
 
     mixup: float = 0.0
@@ -54,7 +57,8 @@ class Mixing:
 
     @property
     def cutmix_parameter(self) -> float:
-        """The Beta distribution's; irrelevant to a box by minmax."""
+        """Parameter of CutMix's Beta distribution."""
+        # timm draws the share with 1.0 even where cutmix_minmax replaces it; the draw must be kept.
         return self.cutmix if self.cutmix_minmax is None else 1.0
 
     @property
@@ -76,7 +80,7 @@ def warmup_mixing(epoch: int, mixing: Mixing) -> Mixing:
 
 
 def mixing_seed(seed: int, rank: int, epoch: int, step: int) -> int:
-    """Seed of one micro-step's mixing: a function of its position."""
+    """Seed for the mixing of one micro-step, a function of its position."""
     return int(random_stream(seed, Purpose.MIXUP, epoch, rank, step).integers(2**32))
 
 
@@ -91,6 +95,7 @@ def mix(mixing: Mixing, images: Tensor, labels: Tensor, seed: int) -> tuple[Tens
         raise DataError(f"batch_size: {batch} is odd, but mixup_mode pair needs pairs")
     table = _draw(mixing, batch, height, width, np.random.RandomState(seed))
     share, rest, cut, top, bottom, left, right = _to_device(table, images.device)
+    # Boxes as comparisons and not as slices: their corners are on the device, and the host does not know them.
     rows, columns = (torch.arange(side, device=images.device) for side in (height, width))
     inside_rows = (rows >= top[:, None]) & (rows < bottom[:, None])
     inside_columns = (columns >= left[:, None]) & (columns < right[:, None])
@@ -105,7 +110,7 @@ def mix(mixing: Mixing, images: Tensor, labels: Tensor, seed: int) -> tuple[Tens
 
 
 def _targets(mixing: Mixing, labels: Tensor, share: Tensor, rest: Tensor) -> Tensor:
-    """[B,O]: smoothed one-hot labels in the images' shares."""
+    """Soft targets [B,O]: smoothed one-hot labels, weighted by the shares of both images."""
     off = mixing.smoothing / mixing.num_classes
     smooth = torch.full((len(labels), mixing.num_classes), off, device=labels.device)
     smooth.scatter_(1, labels[:, None], 1.0 - mixing.smoothing + off)
@@ -119,20 +124,21 @@ def _to_device(table: np.ndarray, device: torch.device) -> Tensor:
 
 
 def _draw(mixing: Mixing, batch: int, height: int, width: int, rng: np.random.RandomState) -> np.ndarray:
-    """[7,B]: own share, the other's share, whether it is a box, and the box: top, bottom, left, right."""
+    """Draws of a batch [7,B]: own share, the other's share, whether it is CutMix, and the box: top, bottom, left, right."""
     count = {"batch": 1, "pair": batch // 2, "elem": batch}[mixing.mode]
     shares, cuts = _batch_share(mixing, rng) if mixing.mode == "batch" else _shares(mixing, count, rng)
     boxes = np.zeros((4, count), np.int64)
     for i in np.flatnonzero(cuts & (shares != 1)):
         boxes[:, i], shares[i] = _box(mixing, height, width, float(shares[i]), rng)
     table = np.concatenate([np.stack([shares, 1 - shares, cuts]), boxes])
+    # Image B-1-i has the draw of its partner, image i.
     if mixing.mode == "pair":
         return np.concatenate([table, table[:, ::-1]], axis=1)
     return np.broadcast_to(table, (7, batch))
 
 
 def _batch_share(mixing: Mixing, rng: np.random.RandomState) -> tuple[np.ndarray, np.ndarray]:
-    """Share [1] of the whole batch, and whether it is that of a box."""
+    """Share [1] of the whole batch, and whether it is CutMix's [1]."""
     share, cut = 1.0, False
     if rng.rand() < mixing.prob:
         a, b = mixing.mixup, mixing.cutmix_parameter
@@ -142,10 +148,11 @@ def _batch_share(mixing: Mixing, rng: np.random.RandomState) -> tuple[np.ndarray
 
 
 def _shares(mixing: Mixing, count: int, rng: np.random.RandomState) -> tuple[np.ndarray, np.ndarray]:
-    """Shares float32 [count], and which of them are those of boxes."""
+    """Shares float32 [count], and which of them are CutMix's [count]."""
     a, b = mixing.mixup, mixing.cutmix_parameter
     if a > 0 and b > 0:
         cuts = rng.rand(count) < mixing.switch_prob
+        # Both are drawn for every image, and in this order, as timm does.
         boxes = rng.beta(b, b, size=count)
         shares = np.where(cuts, boxes, rng.beta(a, a, size=count))
     else:
@@ -155,9 +162,9 @@ def _shares(mixing: Mixing, count: int, rng: np.random.RandomState) -> tuple[np.
 
 
 def _box(mixing: Mixing, height: int, width: int, share: float, rng: np.random.RandomState) -> tuple[list[int], float]:
-    """(top, bottom, left, right) of a box that covers 1 - share of the image, and the share that it leaves.
+    """(top, bottom, left, right) of a box that covers 1 - share of the image, and the share that is really left.
 
-    Around a random centre, so that it may stick out and be cut; or by cutmix_minmax, inside.
+    The box is around a random centre and cut off at the edges; with cutmix_minmax it lies inside.
     """
     sides = (height, width)
     if mixing.cutmix_minmax is not None:

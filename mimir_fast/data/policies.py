@@ -1,7 +1,7 @@
-"""What fine-tuning does to training images: the flags, and the operations that they stand for.
+"""Augmentation policies of fine-tuning: flags, and the operations on images that they stand for.
 
-Libraries do most of the work, and draw from global random generators; see randomness.borrowed_generators.  They are slow to
-import: only where a plan needs them.
+Most operations are timm's and torchvision's, which draw from global random generators (see randomness.borrowed_generators)
+and are slow to import: they are imported where a plan needs them.
 """
 
 from collections.abc import Callable
@@ -18,19 +18,23 @@ from mimir_fast.data.erasing import MODES, cutout, random_erasing
 from mimir_fast.data.errors import DataError
 
 Operation = Callable[[Image.Image, np.random.Generator], Image.Image]
-AUGMENTED_AREA = (0.08, 1.0)  # fraction of an image that a crop at random scale covers, where aa is in use
+# Fraction of an image that a crop at random scale covers, where aa is in use.
+AUGMENTED_AREA = (0.08, 1.0)
 EDM_AUGS = ("none", "base", "cutout", "autoaugment", "randaugment", "idbh")
-WARMUP_MAGNITUDES = (1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9)  # of epochs 0, 1, ...; the last one stays
+# Of epochs 0, 1, ...; the last one stays.
+WARMUP_MAGNITUDES = (1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9)
 
 
 @dataclass(frozen=True)
 class Augment:
-    """Flags of the augmentation, honoured for every data set; raises DataError for values that are not possible.
+    """Flags of augmentation, for every data set; raises DataError for values that are not possible.
 
     aa             noaug, or timm's RandAugment, AugMix or AutoAugment in its notation: rand-m9-mstd0.5-inc1, augmix-m5, v0
     color_jitter   largest relative change of brightness, contrast and saturation; as in timm without effect beside aa,
                    "3a" excepted
-    reprob         probability of random erasing; remode: pixel, rand or const; recount: up to so many boxes
+    reprob         probability of random erasing
+    remode         what random erasing writes: pixel, rand or const
+    recount        boxes of random erasing, at most
     """
 
     aa: str = "noaug"
@@ -48,13 +52,15 @@ class Augment:
             raise DataError(f"remode: {self.remode!r}, expected one of {', '.join(MODES)}")
         if self.recount < 1:
             raise DataError(f"recount: {self.recount}, expected 1 or more")
+        # Raises for an aa that timm does not understand; the size does not matter here.
         _policy(self.aa, 32)
 
 
 class Plan(NamedTuple):
-    """The way of one image: `before`, a crop and a flip, `after`.
+    """What is done to every image of an epoch: operations before the crop, crop, flip, operations after.
 
-    area     of crops at random scale; small images are padded and cropped instead, or if not `move` taken from the middle
+    move     pad small images and crop them at a random place; else at the centre
+    area     range of the area of crops at random scale, which images of any size get instead
     """
 
     before: tuple[Operation, ...] = ()
@@ -66,7 +72,7 @@ class Plan(NamedTuple):
 
 @dataclass(frozen=True)
 class Augmentation:
-    """From an epoch to its plan.
+    """The augmentation of a run, which may change with the epoch.
 
     edm_aug   what is done to real and generated images first, where generated ones are mixed in, else None
     warmup    let the strength of RandAugment grow, see warmup_augment
@@ -81,7 +87,7 @@ class Augmentation:
             raise DataError(f"edm_aug: {self.edm_aug!r}, expected one of {', '.join(EDM_AUGS)}")
 
     def plan(self, epoch: int, size: int) -> Plan:
-        """What an epoch does to images that become size x size pixels."""
+        """The plan of an epoch, for images that become size x size pixels."""
         augment = warmup_augment(epoch, self.augment) if self.warmup else self.augment
         return _plan(augment, self.edm_aug, size)
 
@@ -110,7 +116,7 @@ def _plan(augment: Augment, edm_aug: str | None, size: int) -> Plan:
 
 
 def _edm_plan(edm_aug: str | None) -> Plan:
-    """The augmentations of CIFAR-10 that robust training with generated images has used."""
+    """The augmentations that robust training on CIFAR-10 with generated images has used."""
     if edm_aug == "none":
         return Plan(move=False, flip=False)
     if edm_aug == "cutout":
@@ -129,7 +135,7 @@ def _edm_plan(edm_aug: str | None) -> Plan:
 
 
 def _library(transform: Callable[[Image.Image], Image.Image]) -> Operation:
-    """A library's transform, which takes its numbers from the global generators."""
+    """A library's transform, which draws from the global generators and not from the one it is given."""
     return lambda image, _: transform(image)
 
 
@@ -148,6 +154,7 @@ def _policy(aa: str, size: int) -> Callable[[Image.Image], Image.Image] | None:
         raise DataError(
             f"aa: {aa!r} is not understood ({reason}), expected noaug or for example rand-m9-mstd0.5-inc1, augmix-m5, original"
         ) from error
+    # timm asks for 0 bits at magnitude 10, which newer versions of Pillow refuse.
     for operation in operations:
         if operation.name.startswith("Posterize"):
             operation.aug_fn = _posterize
@@ -160,7 +167,8 @@ def _timm_policy(aa: str, settings: dict) -> tuple[Callable[[Image.Image], Image
 
     for section in aa.split("-")[1:]:
         if not section.startswith("t") and not any(character.isdigit() for character in section):
-            raise ValueError(f"no number in {section!r}")  # timm would ignore it
+            # timm would ignore such a section.
+            raise ValueError(f"no number in {section!r}")
     if aa.startswith("rand"):
         policy = rand_augment_transform(aa, settings)
         return policy, policy.ops
@@ -172,7 +180,7 @@ def _timm_policy(aa: str, settings: dict) -> tuple[Callable[[Image.Image], Image
 
 
 def _posterize(image: Image.Image, bits: int, **_) -> Image.Image:
-    """Keep the highest bits; none of them, which timm asks for at magnitude 10, is refused by newer versions of Pillow."""
+    """Posterize to the highest bits of every channel; black for 0 bits."""
     from timm.data.auto_augment import posterize
 
     return posterize(image, bits) if bits > 0 else Image.new("RGB", image.size)

@@ -1,4 +1,4 @@
-"""Batches on the device ahead of time."""
+"""Prefetch: copies the next batch to the GPU while the current one is in use."""
 
 from collections.abc import Iterable, Iterator
 
@@ -7,31 +7,33 @@ from torch import Tensor
 
 
 def prefetch(batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images uint8 [B,3,H,W] and labels int64 [B] of every batch on the device.
+    """Images uint8 [B,3,H,W] and labels int64 [B] of every batch, on the device.
 
-    On CUDA the next batch is copied on a stream of its own while the current one is worked on (pinned memory makes the copy
-    asynchronous); elsewhere batches pass one by one.
+    On CUDA the next batch is copied on a side stream while the current one is in use (asynchronously if it is in pinned
+    memory); elsewhere each batch is copied when it is asked for.
     """
     if device.type != "cuda":
         for images, labels in batches:
             yield images.to(device), labels.to(device)
         return
     stream = torch.cuda.Stream(device)
-    upcoming = None
-    for batch in batches:
+    upcoming: tuple[tuple[Tensor, Tensor], torch.cuda.Event] | None = None
+    for images, labels in batches:
         with torch.cuda.stream(stream):
-            copied = tuple(part.to(device, non_blocking=True) for part in batch), stream.record_event()
+            copies = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            copied = stream.record_event()
         if upcoming is not None:
             yield _arrived(*upcoming)
-        upcoming = copied
+        upcoming = copies, copied
     if upcoming is not None:
         yield _arrived(*upcoming)
 
 
 def _arrived(batch: tuple[Tensor, Tensor], copied: torch.cuda.Event) -> tuple[Tensor, Tensor]:
-    """What is enqueued from now on waits for the copy, and the memory stays until that is done."""
+    """The batch, on which the current stream may compute: it waits for the copy, the host does not."""
     current = torch.cuda.current_stream()
     current.wait_event(copied)
+    # The memory was allocated on the side stream: without this the allocator would hand it out again while it is in use here.
     for part in batch:
         part.record_stream(current)
     return batch

@@ -12,6 +12,8 @@ import torch
 class Purpose(IntEnum):
     """What a stream of random numbers is for; streams of different purposes are independent."""
 
+    # Part of every stream's key: a changed number would change the results of seeded runs.
+
     SHUFFLE = 0
     AUGMENT = 1
     MIX_ORDER = 2
@@ -24,15 +26,16 @@ class Purpose(IntEnum):
 
 def random_stream(seed: int, purpose: Purpose, *position: int) -> np.random.Generator:
     """The generator of (seed, purpose, position), position being epoch, rank, step...; global generators are untouched."""
+    # Philox is counter-based: it is cheap to make, so that every batch and image can have a generator of its own.
     key = np.random.SeedSequence(entropy=seed % 2**64, spawn_key=(int(purpose), *position))
     return np.random.Generator(np.random.Philox(key))
 
 
 @contextmanager
 def borrowed_generators() -> Iterator[Callable[[np.random.Generator], None]]:
-    """Lend the global generators of Python, numpy and torch (CPU) to libraries that draw from them.
+    """Seed the global generators of Python, numpy and torch (CPU) for libraries that draw from them; restore them at the end.
 
-    Yields a function that seeds all three from a generator, and puts them back at the end as they were.
+    Yields a function that seeds all three from a generator.
     """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
@@ -47,4 +50,5 @@ def _seed_globals(rng: np.random.Generator) -> None:
     first, second, third = rng.integers(2**32, size=3).tolist()
     random.seed(first)
     np.random.seed(second)
-    torch.default_generator.manual_seed(third)  # not torch.manual_seed, which would seed GPUs as well
+    # torch.manual_seed would seed GPUs as well.
+    torch.default_generator.manual_seed(third)

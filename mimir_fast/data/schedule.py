@@ -1,4 +1,4 @@
-"""Which images make up which batch: a function of (seed, epoch, step, rank), with nothing to store for a resume."""
+"""Batch schedule: which images are in which batch, a function of (seed, epoch, step, rank); a resume needs no stored state."""
 
 import math
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from mimir_fast.data.randomness import Purpose, random_stream
 
 
 class BatchKey(NamedTuple):
-    """All a worker needs to know of a batch; indices int64 [B]."""
+    """What a worker needs to make a batch; indices int64 [B]."""
 
     epoch: int
     step: int
@@ -29,10 +29,10 @@ class Schedule(Protocol):
 
 
 class ShuffleSchedule:
-    """Every image at most once per epoch, over all ranks: one permutation per epoch, cut into global batches.
+    """Shuffled epochs: one permutation per epoch, divided into global batches, each divided among the ranks.
 
-    num_images, batch_size (per rank), rank, world_size, seed.  What does not fill a global batch is left out.
-    Raises DataError when the images do not fill one global batch.
+    batch_size   per rank
+    Images that do not fill a last global batch are left out.  Raises DataError when the images do not fill one global batch.
     """
 
     def __init__(self, num_images: int, batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0):
@@ -51,6 +51,7 @@ class ShuffleSchedule:
         """Indices int64 [B] of batches start_step, start_step + 1, ... of the epoch, for this rank."""
         order = random_stream(self.seed, Purpose.SHUFFLE, epoch).permutation(self.num_images)
         for step in range(start_step, len(self)):
+            # The images of a step are the same on any number of ranks with the same global batch.
             first = (step * self.world_size + self.rank) * self.batch_size
             yield order[first : first + self.batch_size]
 
@@ -64,10 +65,10 @@ def check_unsup_fraction(unsup_fraction: float) -> None:
 class EdmSampler:
     """Batches of real images [0, n_sup) and generated ones [n_sup, n_sup + n_unsup), mixed as in the original.
 
-    Real indices are consumed in chunks of batch_size - int(batch_size * unsup_fraction) from a permutation that is redrawn
-    when used up; a shorter last chunk is topped up with generated images.  Generated indices are uniform with
-    replacement; the batch is then shuffled.  A negative unsup_fraction merges both pools, each drawn once per
-    permutation; a batch across its end is filled from the next one.  Ranks draw independently.
+    Real indices are taken in chunks of batch_size - int(batch_size * unsup_fraction) from a permutation that is redrawn
+    when used up; a shorter last chunk is filled with generated images.  Generated indices are uniform with replacement;
+    the batch is then shuffled.  A negative unsup_fraction merges both pools, each image drawn once per permutation; a batch
+    across its end is filled from the next one.  Ranks draw independently.
     Raises DataError when unsup_fraction leaves no room for real images, or a pool is empty.
     """
 
@@ -104,9 +105,11 @@ class EdmSampler:
             yield rng.permutation(np.concatenate([chunk, generated]))
 
     def _order(self, epoch: int, number: int) -> np.ndarray:
+        """Permutation `number` of an epoch."""
         return random_stream(self.seed, Purpose.MIX_ORDER, epoch, self.rank, number).permutation(self.n_sup)
 
     def _real_chunks(self, epoch: int, start_step: int) -> Iterator[np.ndarray]:
+        # A resume starts within a permutation: which one, and which of its chunks.
         per_order = math.ceil(self.n_sup / self.sup_batch_size)
         number, chunk = divmod(start_step, per_order)
         while True:
@@ -127,7 +130,7 @@ class EdmSampler:
 
 
 class KeySampler:
-    """The DataLoader's sampler: the keys of one epoch from `position` on, set before each epoch."""
+    """Sampler of a DataLoader: the keys of one epoch, from `position` (epoch, step) on, which is set before each epoch."""
 
     def __init__(self, schedule: Schedule):
         self.schedule = schedule

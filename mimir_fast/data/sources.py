@@ -1,4 +1,4 @@
-"""Images by index, in memory or on disk.  Shapes: B batch, N images, H W sides, C = 3 channels."""
+"""Image sources: images by index, in memory or on disk.  Shapes: B batch, N images, H W sides, C = 3 channels."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,6 +8,9 @@ from PIL import Image
 
 from mimir_fast.data.errors import BadFiles, DataError, log
 from mimir_fast.data.folders import BadImageError, ImageList, read_image
+
+# RGB image -> uint8 [H,W,C].
+Convert = Callable[[Image.Image], np.ndarray]
 
 
 class Taken(NamedTuple):
@@ -19,7 +22,7 @@ class Taken(NamedTuple):
 
 
 class TooManyBadError(Exception):
-    """Unreadable files, path -> reason, too many to go on; the main process reports them."""
+    """Too many unreadable files in one batch, path -> reason; the main process reports them."""
 
     def __init__(self, bad: dict[str, str]):
         super().__init__(bad)
@@ -27,9 +30,10 @@ class TooManyBadError(Exception):
 
 
 class ArrayImages:
-    """Images in memory: uint8 [N,H,W,C], labels int64 [N]; `bad` accounts for files left out while loading.
+    """Images in memory: uint8 [N,H,W,C], labels int64 [N].
 
-    classes   names in label order, None where the data does not tell
+    bad       unreadable files that were left out while loading
+    classes   names in label order, None where the files hold none
     """
 
     def __init__(
@@ -42,9 +46,9 @@ class ArrayImages:
     def __len__(self) -> int:
         return len(self.images)
 
-    def take(self, indices: np.ndarray) -> Taken:
-        """The images and labels of indices [B]."""
-        return Taken(self.images[indices], self.labels[indices], {})
+    def take(self, indices: np.ndarray, convert: Convert | None = None) -> Taken:
+        """The images and labels of indices [B]; convert: applied to each image, in the order of the indices."""
+        return Taken(_converted(self.images[indices], convert), self.labels[indices], {})
 
     def select(self, indices: np.ndarray) -> "ArrayImages":
         """A copy of some of the images."""
@@ -68,18 +72,22 @@ class MixedImages:
     def __len__(self) -> int:
         return len(self.real) + len(self.generated)
 
-    def take(self, indices: np.ndarray) -> Taken:
-        """The images and labels of indices [B]."""
+    def take(self, indices: np.ndarray, convert: Convert | None = None) -> Taken:
+        """The images and labels of indices [B]; convert: applied to each image, in the order of the indices."""
         is_real = indices < len(self.real)
         images = np.empty((len(indices), *self.real.images.shape[1:]), np.uint8)
         labels = np.empty(len(indices), np.int64)
         for where, part, first in ((is_real, self.real, 0), (~is_real, self.generated, len(self.real))):
             images[where], labels[where], _ = part.take(indices[where] - first)
-        return Taken(images, labels, {})
+        return Taken(_converted(images, convert), labels, {})
+
+
+def _converted(images: np.ndarray, convert: Convert | None) -> np.ndarray:
+    return images if convert is None else np.stack([convert(Image.fromarray(image)) for image in images])
 
 
 class FolderImages:
-    """Images read from disk when asked for; all side x side pixels if `side` is given.
+    """Images that `take` reads from disk; all side x side pixels if `side` is given.
 
     An unreadable one is replaced by the next readable one, in path order.
     """
@@ -96,16 +104,18 @@ class FolderImages:
         paths = self.files.paths.select(indices)
         return FolderImages(ImageList(paths, self.labels[indices], self.classes), self.bad.where, self.side)
 
-    def take(self, indices: np.ndarray, convert: Callable[[Image.Image], np.ndarray] = np.asarray) -> Taken:
-        """Decode indices [B]; convert: RGB image -> uint8 [H,W,C], called in the order of the indices.
+    def take(self, indices: np.ndarray, convert: Convert | None = None) -> Taken:
+        """Decode the images of indices [B]; convert: applied to each image, in the order of the indices.
 
         Raises TooManyBadError once this batch alone has met more unreadable files than may be.
         """
-        images, chosen, bad = [], [], {}
+        images, chosen = [], []
+        bad: dict[str, str] = {}
         for index in indices:
-            index, image = self._first_readable(int(index), bad)
-            chosen.append(index)
-            images.append(convert(image))
+            readable, image = self._first_readable(int(index), bad)
+            chosen.append(readable)
+            # Converted one by one: decoded images of a batch may differ in size, and together take much memory.
+            images.append(np.asarray(image) if convert is None else convert(image))
         return Taken(np.stack(images), self.labels[chosen], bad)
 
     def _first_readable(self, index: int, bad: dict[str, str]) -> tuple[int, Image.Image]:
@@ -121,17 +131,21 @@ class FolderImages:
 
 
 def decode_all(folder: FolderImages) -> ArrayImages:
-    """Decode a folder of equally large images into memory once, leaving unreadable ones out.
+    """Decode a folder whose images have one size into memory, leaving unreadable ones out.
 
-    Raises DataError when too many are unreadable.
+    Raises DataError when too many are unreadable, ValueError for a folder without a side.
     """
+    side = folder.side
+    if side is None:
+        raise ValueError("side: expected that of all images in pixels, got None")
     log.info("decoding %d images of %s", len(folder), folder.bad.where)
-    images = np.empty((len(folder), folder.side, folder.side, 3), np.uint8)
-    kept = []
+    # Allocated once: a list of arrays and their stack would take twice the memory.
+    images = np.empty((len(folder), side, side, 3), np.uint8)
+    kept: list[int] = []
     for index in range(len(folder)):
         path = folder.files.paths[index]
         try:
-            images[len(kept)] = np.asarray(read_image(path, folder.side))
+            images[len(kept)] = np.asarray(read_image(path, side))
             kept.append(index)
         except BadImageError as error:
             folder.bad.record({path: str(error)})

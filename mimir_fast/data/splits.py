@@ -1,4 +1,4 @@
-"""Which images of a split are meant: those held out from training, a subset, and the classes they belong to."""
+"""Splits: images held out from training, subsets, and the names of the classes."""
 
 import numpy as np
 
@@ -13,6 +13,7 @@ def held_out_indices(num_images: int, held_out: int) -> tuple[np.ndarray, np.nda
 
     Every run with the same data holds out the same images, whatever its seed.  Raises DataError if none would stay.
     """
+    # Seed 0 and not the run's: pre-training, fine-tuning and evaluation must agree on what is held out.
     if not 0 <= held_out < num_images:
         raise DataError(f"held_out: {held_out} of {num_images} training images, expected 0 to {num_images - 1}")
     order = random_stream(0, Purpose.HELD_OUT, num_images).permutation(num_images)
@@ -20,7 +21,7 @@ def held_out_indices(num_images: int, held_out: int) -> tuple[np.ndarray, np.nda
 
 
 def subset_indices(num_images: int, count: int, seed: int | None = None) -> list[int]:
-    """`count` of num_images positions, ascending: the first ones, or with a seed a random choice without replacement.
+    """Indices, ascending, of `count` of num_images images: the first, or with a seed a random choice without replacement.
 
     Raises DataError unless 1 <= count <= num_images.
     """
@@ -37,14 +38,15 @@ def class_names(dataset: str, source: Source, num_classes: int | None) -> list[s
     Raises DataError if the folders, the data set and num_classes disagree, or a label is outside of them.
     """
     known = dataset_info(dataset).num_classes
-    found = known if source.classes is None else len(source.classes)
+    # Arrays without names are those of a data set whose number of classes is known.
+    found = (known or 0) if source.classes is None else len(source.classes)
     expected = num_classes or known or found
     where = dataset if isinstance(source, ArrayImages) else f"class folders of {source.bad.where}"
     if found != expected:
         what = f"nb_classes: {expected}" if num_classes else f"nb_classes: {dataset} has {expected} classes"
         raise DataError(f"{what}, but found {found} ({where}): give the number there is, or the data that fits")
     check_labels(source.labels, expected, where)
-    return source.classes or [str(number) for number in range(expected)]
+    return source.classes or [str(label) for label in range(expected)]
 
 
 def check_labels(labels: np.ndarray, num_classes: int, where: str) -> None:

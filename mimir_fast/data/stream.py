@@ -1,7 +1,7 @@
-"""The trainer's view of the data: epochs of micro-batches that can be resumed anywhere."""
+"""Batch stream: epochs of micro-batches that can be resumed at any step."""
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class BatchStream:
         self._bad: BadFiles = batches.source.bad
         self._keys = KeySampler(schedule)
         self._length = len(schedule)
-        self._running: Iterator[tuple[Tensor, Tensor]] | None = None
+        self._running: Generator[tuple[Tensor, Tensor], None, None] | None = None
         self._loader: DataLoader | None = batch_loader(batches, self._keys, num_workers, pin_memory)
 
     def __len__(self) -> int:
@@ -56,11 +56,10 @@ class BatchStream:
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Images uint8 [B,3,H,W] and labels int64 [B] of micro-batches start_step, start_step + 1, ... of an epoch.
 
-        An iterator of an earlier call ends here.  Raises DataError for positions outside the epoch and, while
+        A call ends the iterator of the call before it.  Raises DataError for positions outside the epoch and, while
         iterating, when too many images turn out to be unreadable; RuntimeError after `close`.
         """
-        if self._loader is None:
-            raise RuntimeError("this BatchStream is closed")
+        self._open_loader()
         if epoch < 0 or not 0 <= start_step <= len(self):
             raise DataError(f"start_step: no step {start_step} in epoch {epoch} of {len(self)} micro-batches")
         self._end_running()
@@ -70,18 +69,25 @@ class BatchStream:
     def close(self) -> None:
         """End the worker processes; may be called again."""
         self._end_running()
-        self._loader = None  # the workers end with the last reference to their iterator
+        # The workers end with the last reference to their iterator.
+        self._loader = None
 
-    def _batches(self, epoch: int, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _open_loader(self) -> DataLoader:
+        if self._loader is None:
+            raise RuntimeError("this BatchStream is closed")
+        return self._loader
+
+    def _batches(self, epoch: int, start_step: int) -> Generator[tuple[Tensor, Tensor], None, None]:
         self._keys.position = (epoch, start_step)
         with sigterm_held():
-            batches = iter(self._loader)
+            batches = iter(self._open_loader())
         try:
             for images, labels, bad in batches:
                 self._bad.record(bad)
                 yield images, labels
         finally:
-            del batches  # an error's traceback keeps this frame: without the reference `close` ends the workers at once
+            # The traceback of an error keeps this frame alive: without this reference `close` ends the workers at once.
+            del batches
 
     def _end_running(self) -> None:
         if self._running is not None:
@@ -92,19 +98,19 @@ class BatchStream:
 def batch_loader(
     batches: Dataset, keys: Iterable, num_workers: int, pin_memory: bool, persistent: bool = True
 ) -> DataLoader:
-    """A loader of whole batches by their keys, with a random generator of its own, so that the global one stays as it is.
-
-    On Linux workers are forked: they share the images in memory instead of copying them.
-    """
+    """A DataLoader that takes whole batches by their keys."""
     return DataLoader(
         batches,
         sampler=keys,
+        # The dataset makes whole batches.
         batch_size=None,
         num_workers=num_workers,
         collate_fn=unchanged,
         pin_memory=pin_memory and torch.cuda.is_available(),
         worker_init_fn=start_worker,
         persistent_workers=persistent and num_workers > 0,
+        # Forked workers share the images in memory; spawned ones would each hold a copy.
         multiprocessing_context="fork" if num_workers > 0 and sys.platform == "linux" else None,
+        # The loader draws a seed for its workers: from the global generator, it would change what the model draws.
         generator=torch.Generator(),
     )

@@ -1,4 +1,4 @@
-"""Tiny-ImageNet, as downloaded or rearranged into class folders, and as arrays in train.npz and val.npz."""
+"""Tiny-ImageNet: as downloaded, rearranged into class folders, or as arrays in train.npz and val.npz."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ ANNOTATIONS = "val_annotations.txt"
 def read(data_root: Path, split: str, in_memory: bool = False) -> ArrayImages | FolderImages:
     """Split "train" or "val" of data_root/tiny-imagenet-200, or of data_root itself if it holds the splits.
 
-    in_memory  take train.npz or val.npz if there is one, else decode the folder; otherwise only where there is no folder
+    in_memory  read train.npz or val.npz if it exists, else decode the folder; without in_memory a folder comes first
     Raises DataError for missing or damaged folders and files.
     """
     root = data_root / FOLDER if (data_root / FOLDER).is_dir() else data_root
@@ -45,6 +45,7 @@ def _train_files(root: Path) -> ImageList:
 
 def _val_files(root: Path) -> ImageList:
     """val/images/* with val_annotations.txt as downloaded, or rearranged: val/WNID/* or val/WNID/images/*."""
+    # Labels are positions among the training classes, which the names in val may not all show.
     classes = class_folders(root / "train") if (root / "train").is_dir() else None
     images, annotations = root / "val" / "images", root / "val" / ANNOTATIONS
     as_downloaded = images.is_dir() and any(path.name.lower().endswith(IMAGE_EXTENSIONS) for path in images.iterdir())
@@ -64,6 +65,6 @@ def _annotated(images: Path, annotations: Path, pairs: list[list[str]], classes:
     unknown = sorted({name for _, name in pairs} - set(names))
     if unknown:
         raise DataError(f"{annotations}: the training images have no class {unknown[0]}; check the folder train")
-    numbers = {name: number for number, name in enumerate(names)}
-    labels = np.array([numbers[name] for _, name in pairs], np.int64)
+    label_of = {name: label for label, name in enumerate(names)}
+    labels = np.array([label_of[name] for _, name in pairs], np.int64)
     return ImageList(PathTable(images, [file for file, _ in pairs]), labels, names)

@@ -1,4 +1,4 @@
-"""What runs where batches are made: in worker processes, or in the main one without workers."""
+"""Data loader workers: making a batch, and signals; without workers, batches are made in the main process."""
 
 import os
 import signal
@@ -6,11 +6,13 @@ import sys
 import threading
 from contextlib import contextmanager
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from mimir_fast.data.crops import centre_crop, random_flip, random_pad_crop, random_resized_crop
 from mimir_fast.data.policies import Augment, Augmentation, Operation
@@ -18,16 +20,21 @@ from mimir_fast.data.randomness import Purpose, borrowed_generators, random_stre
 from mimir_fast.data.schedule import BatchKey
 from mimir_fast.data.sources import ArrayImages, FolderImages, MixedImages, TooManyBadError
 
-HOLDS_SIGTERM = sys.platform == "linux"  # elsewhere a signal does not tell its sender
-Batch = tuple[Tensor, Tensor, dict[str, str]]  # images uint8 [B,3,S,S], labels int64 [B], unreadable files met
+# Elsewhere a process cannot ask which process sent a signal.
+HOLDS_SIGTERM = sys.platform == "linux"
+# Images uint8 [B,3,S,S], labels int64 [B], and the unreadable files met, path -> reason.
+Batch = tuple[Tensor, Tensor, dict[str, str]]
+T = TypeVar("T")
 
 
-class BatchMaker:
-    """The map-style dataset of the loader: a key in, an augmented batch out, as a function of (seed, rank, key).
+class BatchMaker(Dataset[Batch]):
+    """Map-style dataset of augmented batches: a batch is a function of (seed, rank, key).
 
-    source         images by index; if resize, from folders, cropped at a random scale, else padded and cropped
-    input_size     side of the crops, pixels; flip: mirror half of the images
-    augmentation   what else is done to them, nothing by default
+    source         images by index
+    input_size     side of the crops, pixels
+    resize         crop at a random scale; else pad and crop
+    flip           mirror half of the images
+    augmentation   further operations, none by default
     """
 
     def __init__(
@@ -38,18 +45,20 @@ class BatchMaker:
         flip: bool,
         seed: int,
         rank: int,
-        augmentation: Augmentation = Augmentation(Augment()),  # noqa: B008 (immutable)
+        # immutable
+        augmentation: Augmentation = Augmentation(Augment()),  # noqa: B008
     ):
         self.source, self.input_size = source, input_size
         self.resize, self.flip, self.augmentation = resize, flip, augmentation
         self.seed, self.rank = seed, rank
-        augmentation.plan(0, input_size)  # what it imports, workers need not
+        # For its imports, which take seconds: forked workers then have them already.
+        augmentation.plan(0, input_size)
 
     def __getitem__(self, key: BatchKey) -> Batch:
         try:
             return self._make(key)
         except TooManyBadError as error:
-            # As a value: an exception would arrive with the worker's traceback in its text.
+            # Returned, not raised: an exception would reach the user with the worker's traceback in its text.
             return torch.empty(0), torch.empty(0), error.bad
 
     def _make(self, key: BatchKey) -> Batch:
@@ -62,37 +71,41 @@ class BatchMaker:
         else:
             taken = self.source.take(key.indices)
             images = self._each(taken.images, plan.before, key, 0)
-            crop = partial(random_pad_crop, rng=rng) if plan.move else centre_crop
-            images = crop(images, size=self.input_size)
+            size = self.input_size
+            images = random_pad_crop(images, size, rng) if plan.move else centre_crop(images, size)
         images = random_flip(images, self.flip and plan.flip, rng)
         if plan.after:
             images = self._each(images.transpose(0, 2, 3, 1), plan.after, key, 1).transpose(0, 3, 1, 2).copy()
         return torch.from_numpy(images), torch.from_numpy(taken.labels), taken.bad
 
     def _each(self, images: np.ndarray, operations: tuple[Operation, ...], key: BatchKey, part: int) -> np.ndarray:
-        """Operations on one image after the other, uint8 [B,H,W,C], each with random numbers of its own."""
+        """Apply the operations to every image of uint8 [B,H,W,C], each image with a random stream of its own.
+
+        part   tells the operations before the crop from those after it, so that they draw different numbers
+        """
         if not operations:
             return images
         results = np.empty(images.shape, np.uint8)
         with borrowed_generators() as seed_globals:
-            for number, image in enumerate(map(Image.fromarray, np.ascontiguousarray(images))):
-                position = key.epoch, self.rank, key.step, number, part
+            for index, image in enumerate(map(Image.fromarray, np.ascontiguousarray(images))):
+                position = key.epoch, self.rank, key.step, index, part
                 rng = random_stream(self.seed, Purpose.AUGMENT_IMAGE, *position)
                 seed_globals(rng)
                 for operation in operations:
                     image = operation(image, rng)
-                results[number] = image
+                results[index] = np.asarray(image)
         return results
 
 
-def unchanged(batch: Batch) -> Batch:
-    """The loader's collate function: a batch is made whole."""
+def unchanged(batch: T) -> T:
+    """Collate function of a loader whose dataset makes whole batches."""
     return batch
 
 
 @contextmanager
 def sigterm_held():
     """Block SIGTERM while workers are forked, so that they start with it blocked in every thread, native ones included."""
+    # A thread inherits its signal mask: blocked later, in the worker, threads of libraries would still take the signal.
     if not HOLDS_SIGTERM:
         yield
         return
@@ -104,11 +117,12 @@ def sigterm_held():
 
 
 def start_worker(worker_id: int) -> None:
-    """Leave signals to the main process, which may want to save first; it ends its workers itself.
+    """Worker init: ignore signals that are meant for the main process, which may save first and then ends its workers.
 
-    A terminal or a scheduler signals all processes of a job at once; only a SIGTERM from the main process counts.
+    A terminal or a scheduler signals all processes of a job at once; a worker obeys only a SIGTERM from the main process.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Schedulers announce the end of a job's time with SIGUSR1, which would end a process without a handler.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if HOLDS_SIGTERM:
         threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
@@ -117,4 +131,5 @@ def start_worker(worker_id: int) -> None:
 def _end_when_told_by(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
+    # Not sys.exit, which in a thread ends the thread alone.
     os._exit(0)

@@ -159,8 +159,8 @@ def test_workers_survive_signals_to_the_job_and_end_with_close(build):
 class ThreadCounts(ArrayImages):
     """Images whose labels tell how many threads torch has where they are taken."""
 
-    def take(self, indices):
-        taken = super().take(indices)
+    def take(self, indices, convert=None):
+        taken = super().take(indices, convert)
         return taken._replace(labels=np.full_like(taken.labels, torch.get_num_threads()))
 
 
