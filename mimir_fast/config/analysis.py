@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from mimir_fast.analyze.estimates import BANDWIDTHS, GROUPS
 from mimir_fast.config.fields import Configuration, flag, require
 from mimir_fast.data.datasets import DATASETS
-from mimir_fast.data.evaluation import SPLITS
+from mimir_fast.data.eval_stream import SPLITS
 
 
 @dataclass(frozen=True)

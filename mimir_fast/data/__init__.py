@@ -4,7 +4,7 @@ from mimir_fast.data.build import build_pretrain_data, build_train_data
 from mimir_fast.data.crops import to_float
 from mimir_fast.data.datasets import DATASETS, dataset_info
 from mimir_fast.data.errors import DataError
-from mimir_fast.data.evaluation import EvalStream, eval_batches
+from mimir_fast.data.eval_stream import EvalStream, eval_batches
 from mimir_fast.data.mixing import Mixing, mix, mixing_seed, warmup_mixing
 from mimir_fast.data.policies import Augment, warmup_augment
 from mimir_fast.data.prefetch import prefetch

@@ -56,7 +56,7 @@ class Augment:
         _policy(self.aa, 32)
 
 
-class Plan(NamedTuple):
+class AugmentPlan(NamedTuple):
     """What is done to every image of an epoch: operations before the crop, crop, flip, operations after.
 
     move     pad small images and crop them at a random place; else at the centre
@@ -86,7 +86,7 @@ class Augmentation:
         if self.edm_aug is not None and self.edm_aug not in EDM_AUGS:
             raise DataError(f"edm_aug: {self.edm_aug!r}, expected one of {', '.join(EDM_AUGS)}")
 
-    def plan(self, epoch: int, size: int) -> Plan:
+    def plan(self, epoch: int, size: int) -> AugmentPlan:
         """The plan of an epoch, for images that become size x size pixels."""
         augment = warmup_augment(epoch, self.augment) if self.warmup else self.augment
         return _plan(augment, self.edm_aug, size)
@@ -102,7 +102,7 @@ def warmup_augment(epoch: int, augment: Augment) -> Augment:
 
 
 @lru_cache(maxsize=4)
-def _plan(augment: Augment, edm_aug: str | None, size: int) -> Plan:
+def _plan(augment: Augment, edm_aug: str | None, size: int) -> AugmentPlan:
     policy = _policy(augment.aa, size)
     plan = _edm_plan(edm_aug)._replace(area=CROP_AREA if policy is None else AUGMENTED_AREA)
     after = [*plan.after] if policy is None else [*plan.after, _library(policy)]
@@ -115,23 +115,23 @@ def _plan(augment: Augment, edm_aug: str | None, size: int) -> Plan:
     return plan._replace(after=tuple(after))
 
 
-def _edm_plan(edm_aug: str | None) -> Plan:
+def _edm_plan(edm_aug: str | None) -> AugmentPlan:
     """The augmentations that robust training on CIFAR-10 with generated images has used."""
     if edm_aug == "none":
-        return Plan(move=False, flip=False)
+        return AugmentPlan(move=False, flip=False)
     if edm_aug == "cutout":
-        return Plan(after=(cutout,))
+        return AugmentPlan(after=(cutout,))
     if edm_aug == "autoaugment":
         from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
-        return Plan(after=(_library(AutoAugment(AutoAugmentPolicy.CIFAR10)), cutout))
+        return AugmentPlan(after=(_library(AutoAugment(AutoAugmentPolicy.CIFAR10)), cutout))
     if edm_aug == "randaugment":
         from torchvision.transforms import RandAugment
 
-        return Plan(before=(_library(RandAugment(2, 14)),))
+        return AugmentPlan(before=(_library(RandAugment(2, 14)),))
     if edm_aug == "idbh":
-        return Plan(move=False, after=(idbh.crop_shift, idbh.color_or_shape, idbh.erase))
-    return Plan()
+        return AugmentPlan(move=False, after=(idbh.crop_shift, idbh.color_or_shape, idbh.erase))
+    return AugmentPlan()
 
 
 def _library(transform: Callable[[Image.Image], Image.Image]) -> Operation:
