@@ -17,6 +17,7 @@ from torch import nn
 
 from mimir_fast.checkpoints import folder as ckpt
 from mimir_fast.checkpoints.atomic import write_text_atomically
+from mimir_fast.checkpoints.matching import load_model_state, load_optimizer_state
 from mimir_fast.checkpoints.reader import read
 from mimir_fast.config.fields import Configuration
 from mimir_fast.config.pretraining import RunConfig
@@ -103,11 +104,11 @@ def restore(
 
     start: the position to keep if the checkpoint holds parameters only.
     """
-    ckpt.load_model_state(model, state, source)
+    load_model_state(model, state, source)
     if "optimizer" not in state or "epoch" not in state:
         say(f"resume: {source} holds parameters only; optimizer and epoch start afresh")
         return start, {}
-    ckpt.load_optimizer_state(updater.optimizer, state["optimizer"], source)
+    load_optimizer_state(updater.optimizer, state["optimizer"], source)
     if state.get("scaler") and updater.scaler.is_enabled():
         updater.scaler.load_state_dict(state["scaler"])
     own = state.get("mimir_fast")

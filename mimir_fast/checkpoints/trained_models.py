@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mimir_fast.checkpoints.errors import CheckpointError
+from mimir_fast.checkpoints.matching import load_all
 from mimir_fast.checkpoints.reader import Contents, read
 from mimir_fast.data.datasets import INFO
 from mimir_fast.models import (
@@ -224,18 +225,6 @@ def _size(args: dict) -> dict:
 
 
 def _filled(model: torch.nn.Module, contents: Contents, args: dict, device: str | torch.device) -> Trained:
-    own, given = model.state_dict(), contents.tensors
-    wrong = [f"no {name}" for name in own if name not in given]
-    wrong += [f"an unexpected {name}" for name in given if name not in own]
-    wrong += [
-        f"{name} {tuple(given[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in own
-        if name in given and given[name].shape != own[name].shape
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"checkpoint: {contents.source} is no {args['model']}: {len(wrong)} parameters differ ({'; '.join(wrong[:3])})"
-        )
-    model.load_state_dict(given)
+    load_all(model, contents.tensors, f"checkpoint: {contents.source} is no {args['model']}")
     model = model.float().to(device).eval().requires_grad_(False)
     return Trained(model, args, contents.epoch, contents.source)

@@ -2,24 +2,16 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimir_fast.checkpoints.errors import CheckpointError
+from mimir_fast.checkpoints.matching import Match, compare
 from mimir_fast.models import CLASSIFIERS, VisionTransformer
 
 FRESH = ("norm.", "fc_norm.", "head.")  # what a classifier may start without
-
-
-class Match(NamedTuple):
-    """What a checkpoint has for a model: tensors to load, keys the model lacks there, keys that it has no use for."""
-
-    tensors: dict[str, Tensor]
-    missing: list[str]
-    unexpected: list[str]
 
 
 def load_pretrained(
@@ -49,32 +41,26 @@ def load_pretrained(
 
 
 def match_encoder(model: VisionTransformer, given: dict, source: str) -> Match:
-    """Compare a checkpoint's tensors with the model's; see `load_pretrained` for the errors.
+    """Compare a checkpoint's parameters with the model's; see `load_pretrained` for the errors.
 
-    The head is never taken over: it is missing, and unexpected where the checkpoint has one.
+    The head is never taken over: it is missing, and unexpected where the checkpoint has one.  Positions of another grid are
+    among the tensors as they are.
     """
-    own = model.state_dict()
-    tensors = {key: given[key] for key in own if isinstance(given.get(key), Tensor) and not key.startswith("head.")}
-    missing = [key for key in own if key not in tensors]
-    unexpected = [key for key in given if key not in tensors]
-    if not tensors:
+    match = compare(model, {key: tensor for key, tensor in given.items() if not key.startswith("head.")})
+    if not match.tensors and not match.misshapen:
         raise CheckpointError(
-            f"finetune: {source} shares no parameter with the model (it holds {_summary(unexpected)}); "
+            f"finetune: {source} shares no parameter with the model (it holds {_summary(given)}); "
             "it must come from a ViT, pre-trained or fine-tuned"
         )
     _check_sizes(model, given, source)
-    lacking = [key for key in missing if not key.startswith(FRESH)]
-    if lacking:
-        raise CheckpointError(
-            f"finetune: {source} is no whole ViT encoder: {len(lacking)} parameters are missing (e.g. {lacking[0]})"
-        )
-    for key, tensor in tensors.items():
-        if tensor.shape != own[key].shape and key != "pos_embed":
-            raise CheckpointError(
-                f"finetune: {source} has {key} of shape {tuple(tensor.shape)}, the model {tuple(own[key].shape)}"
-            )
-    _check_grid(tensors["pos_embed"], source)
-    return Match(tensors, missing, unexpected)
+    lacking = [key for key in match.missing if not key.startswith(FRESH)]
+    misshapen = {key: shapes for key, shapes in match.misshapen.items() if key != "pos_embed"}
+    needed = Match({}, lacking, [], misshapen)
+    if needed.differs:
+        raise CheckpointError(f"finetune: {source} is no whole ViT encoder: {needed.report()}")
+    _check_grid(given["pos_embed"], source)
+    tensors = {**match.tensors, "pos_embed": given["pos_embed"]}
+    return match._replace(tensors=tensors, unexpected=[key for key in given if key not in tensors], misshapen={})
 
 
 def resize_positions(table: Tensor, grid: int) -> Tensor:

@@ -183,7 +183,7 @@ def test_files_that_are_no_models(tmp_path, classifier):
         "list.pth": "holds list, expected a dictionary",
         "xcit.pth": "no ViT of mimir_fast.*args say xcit_small",
         "encoder.pth": "is an encoder alone",
-        "extra.pth": "1 parameters differ .an unexpected extra",
+        "extra.pth": "is no vit_nano: 1 unexpected parameter .e.g. extra",
         "shallow.pth": "depth 1,",
     }.items():
         with pytest.raises(CheckpointError, match=message):

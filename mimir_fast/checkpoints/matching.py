@@ -1,0 +1,109 @@
+"""What a file's parameters and a model's have in common, and what does not match, told in one way."""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mimir_fast.checkpoints.errors import CheckpointError
+
+EXAMPLES = 2  # of each kind of difference
+
+
+class Match(NamedTuple):
+    """A file's parameters beside a model's.
+
+    tensors     those of the file that fit, in the model's order
+    missing     names that the model has and the file has not
+    unexpected  names that the file has and the model has not
+    misshapen   name -> (shape in the file, shape in the model)
+    """
+
+    tensors: dict[str, Tensor]
+    missing: list[str]
+    unexpected: list[str]
+    misshapen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
+    @property
+    def differs(self) -> bool:
+        """Whether anything is missing, unexpected or misshapen."""
+        return bool(self.missing or self.unexpected or self.misshapen)
+
+    def report(self) -> str:
+        """The differences in one line: '1 missing parameter (e.g. ...), 2 other shapes (e.g. ...)'."""
+        shapes = [f"{name} of shape {given}, expected {own}" for name, (given, own) in self.misshapen.items()]
+        kinds = {"missing parameter": self.missing, "unexpected parameter": self.unexpected, "other shape": shapes}
+        return ", ".join(_told(kind, found) for kind, found in kinds.items() if found)
+
+
+def compare(model: nn.Module, given: dict[str, Tensor]) -> Match:
+    """Put a file's parameters beside a model's; nothing is loaded."""
+    own = model.state_dict()
+    shared = [name for name in own if name in given]
+    return Match(
+        tensors={name: given[name] for name in shared if given[name].shape == own[name].shape},
+        missing=[name for name in own if name not in given],
+        unexpected=[name for name in given if name not in own],
+        misshapen={
+            name: (tuple(given[name].shape), tuple(own[name].shape))
+            for name in shared
+            if given[name].shape != own[name].shape
+        },
+    )
+
+
+def load_all(
+    model: nn.Module, given: dict[str, Tensor], refusal: str, advice: Callable[[Match], str] = lambda match: ""
+) -> None:
+    """Load every parameter of a model from a file's, which must be exactly these.
+
+    refusal: how the message begins ('resume: x.pth belongs to another model'); advice: how it ends.
+    Raises CheckpointError with the differences; the model is then unchanged.
+    """
+    match = compare(model, given)
+    if match.differs:
+        raise CheckpointError(f"{refusal}: {match.report()}{advice(match)}")
+    model.load_state_dict(given, strict=True)
+
+
+def load_model_state(model: nn.Module, state: dict, source: str) -> None:
+    """Load the parameters that a run goes on from; raises CheckpointError if they, or their average, are another model's."""
+    if "model_ema" in state:
+        average = compare(model, state["model_ema"])
+        if average.differs:
+            raise CheckpointError(f"resume: the average in {source} is of another model: {average.report()}")
+    load_all(model, state["model"], f"resume: {source} belongs to another model", _resume_advice)
+
+
+def _resume_advice(match: Match) -> str:
+    if "mask_token" in match.unexpected:
+        return "; it is a pre-training's, which a fine-tuning starts from with --finetune"
+    head = (
+        ", and whether the data has the classes of its head" if any("head." in name for name in match.misshapen) else ""
+    )
+    return f"; check --model, --input_size and --patch_size{head}"
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict, source: str) -> None:
+    """Restore AdamW's moments; how updates are computed (fused, foreach, capturable) stays this run's own.
+
+    Raises CheckpointError if they are of other parameters.
+    """
+    own = ("fused", "foreach", "capturable", "differentiable", "maximize", "amsgrad", "decoupled_weight_decay")
+    # before loading: torch places the step counters by these entries
+    groups = [
+        {**theirs, **{key: mine[key] for key in own if key in mine}}
+        for theirs, mine in zip(state["param_groups"], optimizer.param_groups)
+    ]
+    groups += state["param_groups"][len(groups) :]
+    try:
+        optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"resume: the optimizer state of {source} does not fit this model: {error}") from error
+
+
+def _told(kind: str, found: Iterable[str]) -> str:
+    found = list(found)
+    examples = "; ".join(found[:EXAMPLES])
+    return f"{len(found)} {kind}{'s' if len(found) > 1 else ''} (e.g. {examples})"
