@@ -36,7 +36,8 @@ def test_state_dict_keys_order_and_frozen_tables():
         assert torch.equal(fresh[table], state[table])
 
 
-@pytest.fixture(params=["reference", "triton"])
+# the interpreter takes seconds for each recorded step
+@pytest.fixture(params=["reference", pytest.param("triton", marks=pytest.mark.slow)])
 def kernels(request):
     """Both implementations of the operations; the Triton kernels run in the interpreter."""
     with interpret() if request.param == "triton" else nullcontext():
@@ -193,6 +194,7 @@ def test_trajectory(name, grad_bound, mi_bound, kernels):
     follow(name, grad_bound, mi_bound, kernels, first_only=kernels == "triton" and name == "B")  # B takes minutes
 
 
+@pytest.mark.slow
 @TRAJECTORIES
 def test_compiled_trajectory(name, grad_bound, mi_bound):
     torch._dynamo.reset()

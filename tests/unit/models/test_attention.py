@@ -69,6 +69,7 @@ def test_short_attention_in_the_seam():
     assert torch.allclose(grad, torch.autograd.grad(expected, qkv, upstream)[0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_narrow_attention_in_the_seam():
     tokens, head, query_start = 21, 5, 4  # heads of 8: tests/golden/test_pretraining.py
     B, N = 2, 3
