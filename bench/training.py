@@ -13,14 +13,14 @@ from bench.peaks import PEAKS, peak_of
 from bench.rows import FINETUNE, PRETRAIN
 from bench.step.counts import pretend_gpu
 from bench.step.finetuning import RECIPE
-from bench.step.variants import DEFAULTS, StepConfig, fill_in
+from bench.step.variants import DEFAULTS, fill_in
 from mimir_fast.cli import finetune, pretrain
-from mimir_fast.cli import parser as arguments
-from mimir_fast.config.resolve import seed_everything
-from mimir_fast.training.compilation import keep_compiled_code
-from mimir_fast.training.distributed import World, join_world
+from mimir_fast.cli.parser import parse_args
+from mimir_fast.config.resolve import Run, resolve
+from mimir_fast.training.distributed import World
 from mimir_fast.training.finetune_trainer import Trainer as FinetuneTrainer
 from mimir_fast.training.loop import Trainer
+from mimir_fast.training.running import running
 from mimir_fast.training.stages import listening
 
 # as little beside the step as possible; flags after -- win
@@ -63,37 +63,28 @@ def open_trainer(args: argparse.Namespace, flags: list[str]) -> Iterator[Trainer
 
     flags: the trainer's own, over everything else.  Raises ValueError if they do not fit, or end the run earlier.
     """
-    config, notes = configure(args, flags)
+    run = configure(args, flags)
+    build = finetune.build if args.task == FINETUNE else pretrain.build
     with tempfile.TemporaryDirectory() as folder:
-        if not config.data.data_root and config.data.dataset == "imagefolder":  # enough that no epoch ends
-            count = (args.warmup + args.updates + 1) * config.optim.batch_size * config.optim.accum_iter
-            config = config.updated({"data_root": str(write_images(Path(folder) / "synthetic", count))})
-        world = join_world(config.dist, config.run.device)
-        try:
-            if world.size > 1:
-                raise ValueError(f"processes: expected one, got {world.size}; start it without torchrun")
-            if pretend_gpu():
-                torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN is not there
-            seed_everything(config.run.seed)
-            keep_compiled_code()
-            trainer = (FinetuneTrainer if args.task == FINETUNE else Trainer)(config, world, notes)
-            try:
-                yield whole(trainer, args.warmup + args.updates)
-            finally:
-                trainer.close()
-        finally:
-            world.close()
+        if not run.config.data.data_root and run.config.data.dataset == "imagefolder":  # enough that no epoch ends
+            count = (args.warmup + args.updates + 1) * run.config.optim.batch_size * run.config.optim.accum_iter
+            run = run.updated({"data_root": str(write_images(Path(folder) / "synthetic", count))})
+        if pretend_gpu():
+            torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN is not there
+        with running(run, build) as trainer:
+            if trainer.world.size > 1:
+                raise ValueError(f"processes: expected one, got {trainer.world.size}; start it without torchrun")
+            yield whole(trainer, args.warmup + args.updates)
 
 
-def configure(args: argparse.Namespace, flags: list[str]) -> tuple[StepConfig, list[str]]:
-    """The trainer's configuration, and the lines it has to say about it."""
+def configure(args: argparse.Namespace, flags: list[str]) -> Run:
+    """The run that the trainer would begin."""
     sizes = {"model": args.model, "input_size": args.input_size, "patch_size": args.patch_size}
     words = {**sizes, "batch_size": args.batch, "max_steps": args.warmup + args.updates}
     own = [word for name, value in words.items() for word in (f"--{name}", str(value))]
     own = [*RECIPES[args.task], *QUIET, f"--data_root={args.data_root}", *own, *flags]
-    if args.task == FINETUNE:
-        return finetune.settle_defaults(*arguments.parse_args(finetune.FINETUNE, own))
-    return pretrain.settle_defaults(*arguments.parse_pretrain_args(own))
+    command = finetune.FINETUNE if args.task == FINETUNE else pretrain.PRETRAIN
+    return resolve(*parse_args(command, own))
 
 
 def whole(trainer: Trainer | FinetuneTrainer, count: int) -> Trainer | FinetuneTrainer:

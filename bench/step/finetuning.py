@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from bench.textbook import textbook_adversarial_step, textbook_classifier
-from mimir_fast.cli.finetune import FINETUNE, settle_defaults
+from mimir_fast.cli.finetune import FINETUNE
 from mimir_fast.cli.parser import parse_args
 from mimir_fast.config.finetuning import FinetuneConfig
+from mimir_fast.config.resolve import resolve
 from mimir_fast.data.datasets import INFO
 from mimir_fast.models import CLASSIFIER_ALIASES, CLASSIFIERS
 from mimir_fast.training.distributed import World
@@ -29,8 +30,8 @@ LEARNING_RATE = 1e-4
 
 def settled(words: list[str]) -> FinetuneConfig:
     """The fine-tuner's configuration from its own flags on top of the ImageNet recipe (PGD, 1 step at eps 4)."""
-    config, explicit = parse_args(FINETUNE, ["--recipe", RECIPE, *words])
-    return settle_defaults(config, explicit)[0]
+    run = resolve(*parse_args(FINETUNE, ["--recipe", RECIPE, *words]))
+    return run.config.updated(run.flat())
 
 
 def random_batch(config: FinetuneConfig, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -18,10 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.rows import FINETUNE, PRETRAIN
 from bench.step import finetuning
 from bench.textbook import TextbookMAE, textbook_step
-from mimir_fast.cli.parser import parse_pretrain_args
-from mimir_fast.cli.pretrain import settle_defaults
+from mimir_fast.cli.parser import parse_args
+from mimir_fast.cli.pretrain import PRETRAIN as COMMAND
 from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.config.pretraining import PretrainConfig
+from mimir_fast.config.resolve import resolve
 from mimir_fast.models import ALIASES, DECODER, MODELS
 from mimir_fast.training.distributed import World
 from mimir_fast.training.optimizer import Updater, build_optimizer
@@ -48,8 +49,8 @@ def configuration(variant: str, words: list[str], task: str = PRETRAIN) -> StepC
     if task == FINETUNE:
         config = finetuning.settled(words)
     else:
-        config, explicit = parse_pretrain_args(["--recipe", "imagenet_vit_b", *words])
-        config, _ = settle_defaults(config, explicit)
+        run = resolve(*parse_args(COMMAND, ["--recipe", "imagenet_vit_b", *words]))
+        config = run.config.updated(run.flat())
     if variant == "textbook":
         config = config.updated({"compile": False})
     return config.check()

@@ -27,7 +27,6 @@ from mimir_fast.objectives.information import BANDWIDTH_ROWS, renyi_entropy, squ
 
 ORDERS = {"renyi_1.01": 1.01, "renyi_2": 2.0}
 ESTIMATORS = ("nhsic", *ORDERS)
-BANDWIDTHS = ("squared", "distance")
 SIGMA = 5.0  # of nhsic, as in training
 SHIFTS = 5
 GROUPS = 20

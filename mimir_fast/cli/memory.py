@@ -4,8 +4,11 @@ Also `python -m mimir_fast.memory`.  Takes every flag of `mimir-fast pretrain`: 
 """
 
 import sys
+from dataclasses import replace
 
-from mimir_fast.cli.parser import PRETRAIN, build_parser, canonical, configuration
+from mimir_fast.cli.errors import guarded
+from mimir_fast.cli.parser import build_parser, canonical, configuration
+from mimir_fast.cli.pretrain import PRETRAIN
 from mimir_fast.config.pretraining import PretrainConfig
 from mimir_fast.memory.capacity import GPUS, Gpu, describe, needed, on_cuda
 from mimir_fast.memory.prediction import predict
@@ -13,16 +16,19 @@ from mimir_fast.memory.prediction import predict
 DESCRIPTION = """Peak GPU memory [GiB, 2^30 bytes] of one process's pre-training step, and the largest batch [images] that fits.
 Needs no GPU, reads no data, takes seconds when eager and a minute or two when compiled.  Exit status: 0 the batch fits a GPU,
 1 it does not, 2 wrong input."""
+COMMAND = replace(PRETRAIN, prog="mimir-fast memory", description=DESCRIPTION)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Predict and print; returns the exit status: 0 the batch fits, 1 it does not, 2 wrong input."""
-    try:
-        config, gpus = parse_memory_args(sys.argv[1:] if argv is None else argv)
-        prediction = predict(config)
-    except (ValueError, ImportError) as error:
-        print(f"mimir-fast memory: error: {error}", file=sys.stderr)
-        return 2
+    """Predict and print; returns the exit status: 0 the batch fits, 1 it does not, 2 wrong input, 130 Ctrl-C."""
+    words = sys.argv[1:] if argv is None else argv
+    return guarded(COMMAND.prog, lambda: report(words), "stopped, nothing was predicted")
+
+
+def report(words: list[str]) -> int:
+    """Predict and print; returns 0 if the batch fits, 1 if not.  Raises ValueError for wrong input."""
+    config, gpus = parse_memory_args(words)
+    prediction = predict(config)
     for line in describe(config, prediction, gpus):
         print(line)
     batch = config.optim.batch_size
@@ -34,17 +40,17 @@ def parse_memory_args(argv: list[str]) -> tuple[PretrainConfig, dict[str, Gpu]]:
 
     Exits with status 2 and one line on a wrong flag (argparse); raises ValueError on a wrong value.
     """
-    parser = build_parser(PRETRAIN._replace(prog="mimir-fast memory", description=DESCRIPTION))
+    parser = build_parser(COMMAND)
     group = parser.add_argument_group("What it must fit (default: every GPU known by name)")
     group.add_argument("--gpu", choices=list(GPUS), help="a GPU by name and memory")
     group.add_argument("--memory_gib", type=float, metavar="FLOAT", help="any other GPU's memory [GiB]")
-    given = vars(parser.parse_args([canonical(word) for word in argv]))
+    given = vars(parser.parse_args([canonical(word, COMMAND) for word in argv]))
     name, memory = given.pop("gpu", None), given.pop("memory_gib", None)
     if name and memory is not None:
         raise ValueError(f"memory_gib: got {memory:g} beside --gpu {name}; pass one of the two")
     if memory is not None and not memory > 0:
         raise ValueError(f"memory_gib: got {memory:g}, expected more than 0")
-    config = on_cuda(*configuration(given))
+    config = on_cuda(*configuration(COMMAND, given))
     if memory is not None:
         return config, {f"{memory:g} GiB": Gpu(memory, 32)}
     return config, {name: GPUS[name]} if name else GPUS

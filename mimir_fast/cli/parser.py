@@ -1,4 +1,4 @@
-"""The command line, generated from the dataclasses of a configuration (config.py, finetune/config.py).
+"""The command line, generated from the dataclasses of a configuration (mimir_fast/config).
 
 Flags may be written with `_` or `-`, and shortened to any unambiguous beginning, as the original's argparse allows.
 Values come from, in rising order: defaults, --recipe, --config, flags.
@@ -8,57 +8,44 @@ import argparse
 import contextlib
 import difflib
 from collections.abc import Callable
-from dataclasses import Field, fields
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Generic, TypeVar
 
 import yaml
 
 from mimir_fast.config.fields import Configuration
-from mimir_fast.config.pretraining import PretrainConfig
-from mimir_fast.config.pretraining_recipes import RECIPES
+
+Config = TypeVar("Config", bound=Configuration)
 
 
-class Command(NamedTuple):
+@dataclass(frozen=True)
+class Command(Generic[Config]):
     """A verb whose flags are a configuration's.  original: the original has it too, so that flags of ours are marked."""
 
     prog: str
     description: str
-    config: type[Configuration]
-    recipes: dict[str, Callable[[], Configuration]]
+    config: type[Config]
+    recipes: dict[str, Callable[[], Config]]
     original: bool = False
 
 
-PRETRAIN = Command(
-    "mimir-fast pretrain",
-    "MIMIR pre-training: a masked autoencoder sees adversarial images and reconstructs the clean ones.",
-    PretrainConfig,
-    RECIPES,
-    original=True,
-)
-
-
-def parse_pretrain_args(argv: list[str]) -> tuple[PretrainConfig, set[str]]:
-    """`parse_args` for pre-training."""
-    return parse_args(PRETRAIN, argv)
-
-
-def parse_args(command: Command, argv: list[str]) -> tuple[Configuration, set[str]]:
+def parse_args(command: Command[Config], argv: list[str]) -> tuple[Config, set[str]]:
     """Command-line words -> the checked configuration, and the names of the flags that were set anywhere.
 
     Exits with status 2 and one line on a wrong flag (argparse); raises ValueError on a wrong value or configuration file.
     """
     words = [canonical(word, command) for word in argv]
-    return configuration(vars(build_parser(command).parse_args(words)), command)
+    return configuration(command, vars(build_parser(command).parse_args(words)))
 
 
-def configuration(given: dict, command: Command = PRETRAIN) -> tuple[Configuration, set[str]]:
+def configuration(command: Command[Config], given: dict) -> tuple[Config, set[str]]:
     """What build_parser's parser found -> the checked configuration, and the names of the flags that were set anywhere.
 
     Raises ValueError on a wrong value or configuration file.
     """
     recipe, config_file = given.pop("recipe", None), given.pop("config", None)
-    config, explicit = command.config(), set()
+    config, explicit = command.config(), set[str]()
     if recipe is not None:
         defaults, config = config.flat(), command.recipes[recipe]()
         explicit = {name for name, value in config.flat().items() if value != defaults[name]}
@@ -69,7 +56,7 @@ def configuration(given: dict, command: Command = PRETRAIN) -> tuple[Configurati
     return config.completed(explicit).check(), explicit
 
 
-def build_parser(command: Command = PRETRAIN) -> argparse.ArgumentParser:
+def build_parser(command: Command) -> argparse.ArgumentParser:
     """One argument group per stage; every default is left out of the result, so that only given flags appear in it."""
     parser = argparse.ArgumentParser(
         prog=command.prog,
@@ -103,9 +90,10 @@ def _add_flag(group, f: Field, mark_new: bool) -> None:
         words.append("(new)")
     text = " ".join(words).replace("%", "%%")
     if meta["type"] is not bool:
-        kwargs = {"choices": list(meta["choices"])} if meta["choices"] else {"metavar": meta["type"].__name__.upper()}
-        kwargs |= {"nargs": "+"} if meta["several"] else {}
-        group.add_argument(f"--{f.name}", type=meta["type"], help=text, **kwargs)
+        # words are checked with the configuration (check_words), wherever they come from
+        metavar = f"{{{','.join(meta['choices'])}}}" if meta["choices"] else meta["type"].__name__.upper()
+        several = {"nargs": "+"} if meta["several"] else {}
+        group.add_argument(f"--{f.name}", type=meta["type"], help=text, metavar=metavar, **several)
         return
     group.add_argument(f"--{f.name}", action="store_true", help=f"{text} (default: {_switch(f.default)})")
     if negative := _negative(f):
@@ -121,7 +109,7 @@ def _switch(default: bool | None) -> str:
     return {True: "on", False: "off", None: "see above"}[default]
 
 
-def canonical(word: str, command: Command = PRETRAIN) -> str:
+def canonical(word: str, command: Command) -> str:
     """--local-rank=3 -> --local_rank=3; a beginning shared by one original flag means that flag, whatever is new."""
     if not word.startswith("--"):
         return word
@@ -136,7 +124,7 @@ def canonical(word: str, command: Command = PRETRAIN) -> str:
     return f"--{name}{equals}{value}"
 
 
-def read_config_file(path: str, command: Command = PRETRAIN) -> dict:
+def read_config_file(path: str, command: Command) -> dict:
     """Flags from a YAML file.  Raises ValueError naming the file and the line that is no flag or has the wrong type."""
     try:
         values = yaml.safe_load(Path(path).read_text())
@@ -161,11 +149,11 @@ def _typed(path: str, name: str, value, known: dict[str, Field]):
 
 
 def _one(path: str, name: str, value, meta):
-    wanted, choices = meta["type"], meta["choices"]
+    wanted = meta["type"]
     if wanted is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         with contextlib.suppress(ValueError):  # reported below
             value = float(value)  # YAML reads 1e-5 as a word
-    if type(value) is not wanted or (choices and value not in choices):
-        expected = " or ".join(choices) if choices else wanted.__name__
+    if type(value) is not wanted:
+        expected = " or ".join(meta["choices"]) if meta["choices"] else wanted.__name__
         raise ValueError(f"config: {path}: {name}: got {value!r}, expected {expected}")
     return value

@@ -3,23 +3,24 @@
 import argparse
 import sys
 
-from mimir_fast.report.run_page import ReportError, write_report
+from mimir_fast.cli.errors import guarded
+from mimir_fast.report.run_page import write_report
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`mimir-fast report RUN_DIR`: returns 0, or 1 with one line when the folder holds no run."""
+    """Draw; returns the exit status: 0 done, 1 the disk refused, 2 the folder holds no run, 130 Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="mimir-fast report",
         description="Draw a run: losses, accuracies, learning rate, throughput, and a pre-training's reconstructions.",
     )
     parser.add_argument("run_dir", metavar="RUN_DIR", help="the --output_dir of a run, finished or going on")
     args = parser.parse_args(argv)
-    try:
-        path = write_report(args.run_dir)
-    except (ReportError, OSError) as error:
-        print(f"mimir-fast report: error: {error}", file=sys.stderr)
-        return 1
-    print(f"report: {path}")
+    return guarded("mimir-fast report", lambda: report(args.run_dir), "stopped, nothing was written")
+
+
+def report(run_dir: str) -> int:
+    """Write the page and say where it is."""
+    print(f"report: {write_report(run_dir)}")
     return 0
 
 

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from mimir_fast.analyze.estimates import BANDWIDTHS, GROUPS
+from mimir_fast.analyze.estimates import GROUPS
+from mimir_fast.config.choices import BANDWIDTHS, SPLITS
 from mimir_fast.config.fields import Configuration, flag, require
 from mimir_fast.data.datasets import DATASETS
-from mimir_fast.data.eval_stream import SPLITS
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class DataConfig:
     """On which images."""
 
     dataset: str | None = flag(
-        None, f"one of {', '.join(DATASETS)}; default: the one that the checkpoint was trained on", type=str
+        None, "data set; default: the one that the checkpoint was trained on", type=str, choices=DATASETS
     )
     data_root: str = flag("../data", "folder that holds the data set")
     split: str = flag("val", "which images", choices=SPLITS)
@@ -81,6 +81,7 @@ class AnalyzeConfig(Configuration):
 
     def check(self) -> "AnalyzeConfig":
         """Return self if every value is possible; raises ValueError naming the flag, its value and what is allowed."""
+        super().check()
         require(bool(self.model.checkpoint), "checkpoint", "none", "a file or a run's folder")
         require(self.data.num_images >= 2 * GROUPS, "num_images", self.data.num_images, f"{2 * GROUPS} or more")
         require(self.run.batch_size >= 1, "batch_size", self.run.batch_size, "1 or more")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from mimir_fast.attacks.named import WORDS, parse_attacks
+from mimir_fast.config.choices import SPLITS
 from mimir_fast.config.fields import Configuration, flag, require
 from mimir_fast.data.datasets import DATASETS
 
@@ -27,10 +28,10 @@ class DataConfig:
     """On which images."""
 
     dataset: str | None = flag(
-        None, f"one of {', '.join(DATASETS)}; default: the one that the checkpoint was trained on", type=str
+        None, "data set; default: the one that the checkpoint was trained on", type=str, choices=DATASETS
     )
     data_root: str = flag("../data", "folder that holds the data set")
-    split: str = flag("val", "val, train, or held_out")
+    split: str = flag("val", "which images", choices=SPLITS)
     held_out: int = flag(0, "with --split held_out: training images that were held out", "images")
     num_images: int = flag(0, "look at N images chosen at random, the same ones whatever --seed; 0: all", "images")
     image_list: str = flag("", "file of paths below the split's folder, one a line, such as RobustBench's")
@@ -84,6 +85,7 @@ class EvaluateConfig(Configuration):
 
     def check(self) -> "EvaluateConfig":
         """Return self if every value is possible; raises ValueError naming the flag, its value and what is allowed."""
+        super().check()
         require(
             bool(self.model.checkpoint), "checkpoint", "none", "a file or URL: --checkpoint runs/my/checkpoint-99.pth"
         )

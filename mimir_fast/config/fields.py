@@ -1,6 +1,7 @@
 """What a flag is: a dataclass field that carries the words its command-line flag shows.  A configuration is made of stages
 of flags, and a flag's name is used once in it."""
 
+import difflib
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import TypeVar
 
@@ -16,19 +17,23 @@ def flag(
     type: type | None = None,
     negative: str = "",
     several: bool = False,
+    compat: str = "",
 ):
     """A dataclass field with the words its command-line flag shows; `type` where it differs from the default's.
 
-    negative: how the opposite of a switch is spelt, where it is not no_NAME; several: the flag takes one value or more.
+    choices   the only values, where they are a closed set
+    compat    what any other word does under --compat original; empty: it is an error there too
+    negative  how the opposite of a switch is spelt, where it is not no_NAME
+    several   the flag takes one value or more
     """
     metadata = {"help": help, "unit": unit, "choices": choices, "new": new, "type": type or default.__class__}
-    return field(default=default, metadata=metadata | {"negative": negative, "several": several})
+    return field(default=default, metadata=metadata | {"negative": negative, "several": several, "compat": compat})
 
 
-def inherited(stage: type, name: str, default=None, help: str = ""):
-    """The flag `name` of another stage, here with a default or words of its own where they are given."""
+def inherited(stage: type, name: str, default=None, **words: str):
+    """The flag `name` of another stage, here with a default of its own where one is given; words: `flag`'s help and compat."""
     (theirs,) = [f for f in fields(stage) if f.name == name]
-    metadata = {**theirs.metadata, **({"help": help} if help else {})}
+    metadata = {**theirs.metadata, **words}
     return field(default=theirs.default if default is None else default, metadata=metadata)
 
 
@@ -72,7 +77,20 @@ class Configuration:
 
     def check(self: Config) -> Config:
         """Return self if every value is possible; raises ValueError naming the flag, its value and what is allowed."""
+        check_words(self.flags(), self.flat())
         return self
+
+
+def check_words(flags: dict[str, Field], values: dict) -> None:
+    """Raise ValueError for a word that is none of its flag's choices; --compat original lets those through that it reads."""
+    for name, f in flags.items():
+        value, choices, compat = values[name], f.metadata["choices"], f.metadata["compat"]
+        if not choices or value is None or value in choices or (compat and values["compat"] == "original"):
+            continue
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        message = f"{name}: got {value!r}, expected {' or '.join(choices)}"
+        message += f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(message + (f" (--compat original: any other word {compat})" if compat else ""))
 
 
 def require(ok: bool, name: str, value, allowed: str) -> None:

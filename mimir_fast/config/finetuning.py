@@ -1,19 +1,17 @@
 """Configuration of a fine-tuning run: one frozen dataclass per stage, each field one command-line flag.
 
-The counterpart of mimir_fast/config/pretraining.py, with which it shares flags; flags marked `new` are not in the original.
+The counterpart of mimir_fast/config/pretraining.py, which says what flags of the same name mean; stages that both share are in
+mimir_fast/config/stages.py.  Flags marked `new` are not in the original.
 """
 
 import re
 from dataclasses import dataclass
 
-from mimir_fast.config import pretraining as shared
+from mimir_fast.config import pretraining, stages
+from mimir_fast.config.choices import ALPHA_SCHEDULES, MI_LOSS, MIXUP_MODES, REMODES, TRAINING_ATTACKS
 from mimir_fast.config.fields import Configuration, flag, inherited, require
-from mimir_fast.config.pretraining import ComputeConfig, DistConfig, check_shared
+from mimir_fast.config.stages import ComputeConfig, DistConfig, check_shared
 from mimir_fast.data.datasets import INFO
-
-ATTACKS = ("plain", "pgd", "trades", "mart", "apgd")
-EDM_AUGMENTATIONS = ("none", "base", "cutout", "autoaugment", "randaugment", "idbh")
-ALPHA_SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclass(frozen=True)
@@ -25,9 +23,11 @@ class ModelConfig:
     )
     finetune: str = flag("", "pre-trained checkpoint to start from, a path or an https URL; empty: train from scratch")
     input_size: int = inherited(
-        shared.ModelConfig, "input_size", help="side of the square input; where it is not given, the data set's own"
+        pretraining.ModelConfig,
+        "input_size",
+        help="side of the square input; where it is not given, the data set's own",
     )
-    patch_size: int = inherited(shared.ModelConfig, "patch_size")
+    patch_size: int = inherited(pretraining.ModelConfig, "patch_size")
     nb_classes: int | None = flag(
         1000, "classes of the head; where it is not given, as many as the data has", "classes", type=int
     )
@@ -38,17 +38,11 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig(shared.DataConfig):
+class DataConfig(stages.DataConfig):
     """Where images come from."""
 
-    dataset: str = inherited(shared.DataConfig, "dataset")
-    edm_aug: str = inherited(
-        shared.DataConfig,
-        "edm_aug",
-        help=f"augmentation of every image with --use_edm: {', '.join(EDM_AUGMENTATIONS)}",
-    )
     use_normalize: bool = inherited(
-        shared.DataConfig,
+        stages.DataConfig,
         "use_normalize",
         help="normalise images by mean and std inside of the model; eps and alpha stay in pixels",
     )
@@ -61,7 +55,7 @@ class AugmentConfig:
     aa: str = flag("rand-m9-mstd0.5-inc1", "RandAugment in timm's spelling; noaug: crop and flip alone")
     color_jitter: float | None = flag(None, "strength of colour jitter; default: none", type=float)
     reprob: float = flag(0.25, "images with random rectangles erased, whatever --aa says", "share, 0 to 1")
-    remode: str = flag("pixel", "what fills the rectangle: const, rand or pixel")
+    remode: str = flag("pixel", "what fills the rectangle", choices=REMODES)
     recount: int = flag(1, "most rectangles per image")
     resplit: bool = flag(False, "accepted for compatibility; the original never reads it")
     warmup_aa: bool = flag(
@@ -76,7 +70,7 @@ class AugmentConfig:
     )
     mixup_prob: float = flag(1.0, "batches that are mixed", "share, 0 to 1")
     mixup_switch_prob: float = flag(0.5, "mixed batches that get cutmix where both are on", "share, 0 to 1")
-    mixup_mode: str = flag("batch", "what shares one mixture: batch, pair or elem")
+    mixup_mode: str = flag("batch", "what shares one mixture", choices=MIXUP_MODES)
 
 
 @dataclass(frozen=True)
@@ -85,13 +79,14 @@ class AttackConfig:
 
     attack_train: str = flag(
         "plain",
-        f"one of {', '.join(ATTACKS)}; plain: clean images; apgd: the long ImageNet recipe's, there with --steps 2 "
+        "the attack on training images, plain: none; apgd: the long ImageNet recipe's, there with --steps 2 "
         "(Croce & Hein 2020), which chooses the size of its steps itself and ignores --alpha",
+        choices=TRAINING_ATTACKS,
     )
     attack: str = flag("pgd", "accepted for compatibility; the original never reads it (see --attack_train)")
-    steps: int = inherited(shared.AttackConfig, "steps", 10)
-    eps: float = inherited(shared.AttackConfig, "eps")
-    alpha: float = inherited(shared.AttackConfig, "alpha", 2.0)
+    steps: int = inherited(pretraining.AttackConfig, "steps", 10)
+    eps: float = inherited(pretraining.AttackConfig, "eps")
+    alpha: float = inherited(pretraining.AttackConfig, "alpha", 2.0)
     trades_beta: float = flag(6.0, "weight of the robust term of trades and mart")
     eps_warmup_epochs: int = flag(
         0, "the radius grows linearly from 0 in epoch 0 to --eps in epoch N", "epochs", new=True
@@ -113,19 +108,22 @@ class PenaltyConfig:
     """Mutual information beside the loss."""
 
     mi_loss: str = flag(
-        "plain", "dib_mi: add mi_xz I(images; features) - mi_yz I(logits; features); any other word: none"
+        "plain",
+        "the information term, plain: none; dib_mi adds mi_xz I(images; features) - mi_yz I(logits; features)",
+        choices=MI_LOSS,
+        compat="means no information term",
     )
     mi_xz: float = flag(1e-4, "weight of the information between images and features", "loss per bit")
     mi_yz: float = flag(1e-3, "weight of the information between logits and features", "loss per bit")
 
 
 @dataclass(frozen=True)
-class OptimConfig(shared.OptimConfig):
+class OptimConfig(stages.OptimConfig):
     """Optimizer and schedule."""
 
-    epochs: int = inherited(shared.OptimConfig, "epochs", 50)
-    warmup_epochs: int = inherited(shared.OptimConfig, "warmup_epochs", 5)
-    min_lr: float = inherited(shared.OptimConfig, "min_lr", 1e-6)
+    epochs: int = inherited(stages.OptimConfig, "epochs", 50)
+    warmup_epochs: int = inherited(stages.OptimConfig, "warmup_epochs", 5)
+    min_lr: float = inherited(stages.OptimConfig, "min_lr", 1e-6)
     layer_decay: float = flag(0.75, "each block's learning rate is this times that of the block above it")
     clip_grad: float | None = flag(None, "largest L2 norm of the gradient; default: not clipped", type=float)
     model_ema: bool = flag(
@@ -164,11 +162,11 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig(shared.RunConfig):
+class RunConfig(stages.RunConfig):
     """Outputs, resuming, device, seed."""
 
-    output_dir: str = inherited(shared.RunConfig, "output_dir", "./output_dir")
-    log_dir: str = inherited(shared.RunConfig, "log_dir", "./output_dir")
+    output_dir: str = inherited(stages.RunConfig, "output_dir", "./output_dir")
+    log_dir: str = inherited(stages.RunConfig, "log_dir", "./output_dir")
 
 
 @dataclass(frozen=True)
@@ -181,10 +179,10 @@ class FinetuneConfig(Configuration):
     attack: AttackConfig = AttackConfig()
     penalty: PenaltyConfig = PenaltyConfig()
     optim: OptimConfig = OptimConfig()
-    compute: ComputeConfig = ComputeConfig()  # noqa: RUF009 (frozen)
+    compute: ComputeConfig = ComputeConfig()
     validation: ValidationConfig = ValidationConfig()
     run: RunConfig = RunConfig()
-    dist: DistConfig = DistConfig()  # noqa: RUF009 (frozen)
+    dist: DistConfig = DistConfig()
 
     def completed(self, explicit: set[str]) -> "FinetuneConfig":
         """A copy with the data set's side and classes where the flags were not set; classes None: as the folder has."""
@@ -196,12 +194,9 @@ class FinetuneConfig(Configuration):
 
     def check(self) -> "FinetuneConfig":
         """Return self if every value is possible; raises ValueError naming the flag, its value and what is allowed."""
+        super().check()
         flat = self.flat()
         check_shared(flat)
-        for name, allowed in (("attack_train", ATTACKS), ("edm_aug", EDM_AUGMENTATIONS)):
-            require(flat[name] in allowed, name, repr(flat[name]), f"one of {', '.join(allowed)}")
-        for name, allowed in (("remode", ("const", "rand", "pixel")), ("mixup_mode", ("batch", "pair", "elem"))):
-            require(flat[name] in allowed, name, repr(flat[name]), f"one of {', '.join(allowed)}")
         _check_numbers(flat)
         require(flat["parallel"] == "ddp", "parallel", flat["parallel"], "ddp: shards serve pre-training only")
         validation_steps(flat["val_attack"])
@@ -222,7 +217,7 @@ class FinetuneConfig(Configuration):
             notes.append("alpha: apgd chooses its steps itself; the flag is not used")
         if a.attack_train in ("trades", "mart") and "smoothing" in explicit and self.augment.smoothing:
             notes.append(f"smoothing: {a.attack_train} has a loss of its own, without smoothing, as in the original")
-        if self.penalty.mi_loss not in ("plain", "dib_mi"):
+        if self.penalty.mi_loss not in MI_LOSS:
             notes.append(f"mi_loss: {self.penalty.mi_loss!r} is not dib_mi: NO information term, as in the original")
         if v.held_out and v.val_attack == "none":
             notes.append("val_attack: none; best.pth is chosen by clean accuracy on the held-out images")

@@ -37,7 +37,7 @@ def imagenet_vit_b() -> PretrainConfig:
 
 
 def cifar10_vit_s() -> PretrainConfig:
-    """The original's published CIFAR-10 run: ViT-S/2 at 32, 4 GPUs x 128, 800 epochs, 70 % of 5 M generated images."""
+    """The original's published CIFAR-10 run: ViT-S/2 at 32, 4 GPUs x 128, 800 epochs, 70 % images of --aux_data_filename."""
     return imagenet_vit_s().updated(
         {
             "input_size": 32,
@@ -48,7 +48,6 @@ def cifar10_vit_s() -> PretrainConfig:
             "use_edm": True,
             "unsup_fraction": 0.7,
             "edm_aug": "base",
-            "aux_data_filename": "/data/xuxx/edm_data/5m.npz",
         }
     )
 

@@ -1,15 +1,14 @@
 """From what was asked to what runs: `resolve` fills in what depends on the machine.  Everything after it takes a `Run`."""
 
-import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-import numpy as np
 import torch
 
 from mimir_fast.config.finetuning import FinetuneConfig
-from mimir_fast.config.pretraining import ComputeConfig, PretrainConfig
+from mimir_fast.config.pretraining import PretrainConfig
+from mimir_fast.config.stages import ComputeConfig
 
 Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
 
@@ -179,10 +178,3 @@ def _implementations(asked: ComputeConfig, on_cuda: bool, precision: str, compil
     elif mlp == "triton" and not (on_cuda and precision != "fp32"):
         raise ValueError("mlp: triton needs a CUDA device and 16 bits; pass --mlp reference or leave the default")
     return {"kernels": kernels, "attention": attention, "mlp": mlp}
-
-
-def seed_everything(seed: int) -> None:
-    """Seed python, numpy and torch.  The step and the data loader have streams of their own, a function of their position."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)

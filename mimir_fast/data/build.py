@@ -15,6 +15,8 @@ from mimir_fast.data.splits import check_labels, class_names, held_out_indices
 from mimir_fast.data.stream import BatchStream
 from mimir_fast.data.workers import BatchMaker
 
+EDM_SOURCE = "https://github.com/wzekai99/DM-Improves-AT"
+
 
 @dataclass(frozen=True)
 class Loading:
@@ -143,7 +145,10 @@ def _check_edm(dataset: str, info: DatasetInfo, unsup_fraction: float, aux_data_
     if not info.edm:
         raise DataError(f"use_edm: not possible with {dataset}, only with {', '.join(n for n in INFO if INFO[n].edm)}")
     if not str(aux_data_filename):
-        raise DataError("aux_data_filename: use_edm needs the .npz file of generated images")
+        raise DataError(
+            "aux_data_filename: got none, --use_edm needs an .npz file of generated images (image [N,H,W,3] uint8, label [N]), "
+            f"such as 1m.npz or 5m.npz of {EDM_SOURCE}"
+        )
     check_unsup_fraction(unsup_fraction)
 
 

@@ -12,7 +12,6 @@ AREA = (0.02, 1 / 3)
 # Logarithm of height / width.
 LOG_RATIO = (math.log(0.3), math.log(1 / 0.3))
 ATTEMPTS = 10
-MODES = ("pixel", "rand", "const")
 
 
 def random_erasing(

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mimir_fast.config.choices import SPLITS
 from mimir_fast.data.build import check_input_size
 from mimir_fast.data.crops import Channels
 from mimir_fast.data.datasets import DatasetInfo, Source, dataset_info, read_images
@@ -25,7 +26,6 @@ from mimir_fast.data.workers import Batch, sigterm_held
 
 # Fraction of a resized image's shorter side that the centre crop keeps.
 CROPPED = 224 / 256
-SPLITS = ("val", "train", "held_out")
 
 
 class EvalStream:

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mimir_fast.config.choices import MIXUP_MODES
 from mimir_fast.data.errors import DataError
 from mimir_fast.data.randomness import Purpose, random_stream
 
-MODES = ("batch", "pair", "elem")
 # Of epochs 0, 1, ...; the last one stays.
 WARMUP_PROBS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.0, 1.0, 0.9, 0.95, 1.0)
 # From this epoch on mixup and CutMix alternate; the probability of CutMix, epoch by epoch, again with a last one that stays.
@@ -50,7 +50,7 @@ class Mixing:
         for field, name in (("prob", "mixup_prob"), ("switch_prob", "mixup_switch_prob")):
             _require(0 <= getattr(self, field) <= 1, name, getattr(self, field), "a probability, 0 to 1")
         _require(0 <= self.smoothing < 1, "smoothing", self.smoothing, "0 or more and less than 1")
-        _require(self.mode in MODES, "mixup_mode", self.mode, f"one of {', '.join(MODES)}")
+        _require(self.mode in MIXUP_MODES, "mixup_mode", self.mode, f"one of {', '.join(MIXUP_MODES)}")
         if self.cutmix_minmax is not None:
             low, high = self.cutmix_minmax if len(self.cutmix_minmax) == 2 else (0, 0)
             _require(0 < low < high <= 1, "cutmix_minmax", self.cutmix_minmax, "two rising numbers between 0 and 1")

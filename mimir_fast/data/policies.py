@@ -12,15 +12,15 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from mimir_fast.config.choices import EDM_AUGMENTATIONS, REMODES
 from mimir_fast.data import idbh
 from mimir_fast.data.crops import CROP_AREA
-from mimir_fast.data.erasing import MODES, cutout, random_erasing
+from mimir_fast.data.erasing import cutout, random_erasing
 from mimir_fast.data.errors import DataError
 
 Operation = Callable[[Image.Image, np.random.Generator], Image.Image]
 # Fraction of an image that a crop at random scale covers, where aa is in use.
 AUGMENTED_AREA = (0.08, 1.0)
-EDM_AUGS = ("none", "base", "cutout", "autoaugment", "randaugment", "idbh")
 # Of epochs 0, 1, ...; the last one stays.
 WARMUP_MAGNITUDES = (1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9)
 
@@ -48,8 +48,8 @@ class Augment:
             raise DataError(f"color_jitter: {self.color_jitter}, expected 0 or more")
         if not 0 <= self.reprob <= 1:
             raise DataError(f"reprob: {self.reprob}, expected a probability, 0 to 1")
-        if self.remode not in MODES:
-            raise DataError(f"remode: {self.remode!r}, expected one of {', '.join(MODES)}")
+        if self.remode not in REMODES:
+            raise DataError(f"remode: {self.remode!r}, expected one of {', '.join(REMODES)}")
         if self.recount < 1:
             raise DataError(f"recount: {self.recount}, expected 1 or more")
         # Raises for an aa that timm does not understand; the size does not matter here.
@@ -83,8 +83,8 @@ class Augmentation:
     warmup: bool = False
 
     def __post_init__(self):
-        if self.edm_aug is not None and self.edm_aug not in EDM_AUGS:
-            raise DataError(f"edm_aug: {self.edm_aug!r}, expected one of {', '.join(EDM_AUGS)}")
+        if self.edm_aug is not None and self.edm_aug not in EDM_AUGMENTATIONS:
+            raise DataError(f"edm_aug: {self.edm_aug!r}, expected one of {', '.join(EDM_AUGMENTATIONS)}")
 
     def plan(self, epoch: int, size: int) -> AugmentPlan:
         """The plan of an epoch, for images that become size x size pixels."""

@@ -3,26 +3,26 @@
 from mimir_fast.checkpoints.sources import beside
 from mimir_fast.checkpoints.trained_models import OVERRIDES, load_classifier
 from mimir_fast.config.finetuning import FinetuneConfig
+from mimir_fast.config.resolve import Run
 from mimir_fast.evaluate.autoattack import refusal
 from mimir_fast.evaluate.evaluation import original_sequence, run_evaluation
 from mimir_fast.evaluate.images import Images
 from mimir_fast.evaluate.rounds import Sizes
 
 
-def evaluate(config: FinetuneConfig, explicit: set[str]) -> int:
+def evaluate(run: Run[FinetuneConfig], explicit: set[str]) -> int:
     """Clean accuracy, PGD-5 at eps 1, PGD-20, PGD-100 and AutoAttack, or with --adap_eval the adaptive attacks; in fp32.
 
     Model and data set are the checkpoint's where the flags do not say; eps and alpha are the flags', as in the original.
     Results go beside it.  Returns 0; raises ValueError for wrong input.
     """
-    flat, source = config.flat(), config.run.resume
+    config, source = run.config, run.config.run.resume
+    flat = config.flat()
     overrides = {name: flat[name] for name in OVERRIDES if name in explicit and name in flat}
-    trained = load_classifier(source, overrides=overrides, device=config.run.device)
+    trained = load_classifier(source, overrides=overrides, device=run.device)
     dataset = flat["dataset"] if "dataset" in explicit else trained.args.get("dataset") or flat["dataset"]
     a, d = config.attack, config.data
-    print(
-        f"{trained.source}: {trained.args['model']}, eps {a.eps:g}/255, alpha {a.alpha:g}/255, on {config.run.device}"
-    )
+    print(f"{trained.source}: {trained.args['model']}, eps {a.eps:g}/255, alpha {a.alpha:g}/255, on {run.device}")
     attacks = original_sequence(a.eps, a.alpha, config.validation.adap_eval)
     if any(attack.kind == "aa" for attack in attacks) and (reason := refusal(trained.args["nb_classes"])):
         print(f"eval: AutoAttack is left out, it {reason}")

@@ -10,19 +10,19 @@ from importlib.util import find_spec
 import torch.nn.functional as F
 from torch import Tensor
 
+from mimir_fast.config.choices import ATTENTION
 from mimir_fast.kernels import short_attention
 from mimir_fast.kernels.short_attention.op import supported
 from mimir_fast.models import narrow_attention
 
-BACKENDS = ("auto", "short", "narrow", "sdpa", "flash_attn", "xformers", "math")
 FEW_TOKENS = 64  # on a CPU sdpa's tiles pay only beyond
 PACKAGES = {"flash_attn": "flash-attn", "xformers": "xformers"}
 
 
 def check_backend(name: str) -> None:
     """Raises ValueError if the backend is unknown or its package is not installed."""
-    if name not in BACKENDS:
-        raise ValueError(f"attention: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    if name not in ATTENTION:
+        raise ValueError(f"attention: expected one of {', '.join(ATTENTION)}, got {name!r}")
     if name in PACKAGES and find_spec(name) is None:
         raise ValueError(
             f"attention: {name} needs the package {PACKAGES[name]}: pip install 'mimir-fast[{PACKAGES[name]}]'"

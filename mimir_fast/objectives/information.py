@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
+from mimir_fast.config.choices import PENALTIES
 from mimir_fast.kernels import nhsic
 
-__all__ = ["PENALTIES", "bandwidth", "nhsic", "penalty_value", "renyi_entropy", "renyi_mi", "squared_distances"]
+__all__ = ["bandwidth", "nhsic", "penalty_value", "renyi_entropy", "renyi_mi", "squared_distances"]
 
-PENALTIES = ("hsic", "dib_mi", "renyi2")
 BANDWIDTH_ROWS = 10
 
 

@@ -12,8 +12,6 @@ from mimir_fast.attacks.pgd_mae import AttackFunctions
 from mimir_fast.kernels._shared.registration import choose
 from mimir_fast.models import MaskedAutoencoderViT
 
-MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-REGIONS = ("model", "block")
 BLOCK_GRAPHS = 32  # that one block may have; torch's own limit is 8
 CACHE = Path.home() / ".cache" / "mimir_fast" / "inductor"
 

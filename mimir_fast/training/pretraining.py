@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mimir_fast.attacks.pgd_mae import AttackFunctions, frozen_twin, linf_bounds
+from mimir_fast.config.choices import PENALTIES
 from mimir_fast.config.pretraining import PretrainConfig
 from mimir_fast.data import BatchStream, build_pretrain_data
 from mimir_fast.models import MaskedAutoencoderViT, create_model
-from mimir_fast.objectives.information import PENALTIES
 from mimir_fast.objectives.reconstruction import Objective
 from mimir_fast.training.compilation import Compiled
 from mimir_fast.training.distributed import World, average_gradients

@@ -9,7 +9,8 @@ import pytest
 from mimir_fast.cli.demo import main
 from mimir_fast.cli.evaluate import COMMAND as EVALUATE
 from mimir_fast.cli.finetune import FINETUNE
-from mimir_fast.cli.parser import PRETRAIN, parse_args
+from mimir_fast.cli.parser import parse_args
+from mimir_fast.cli.pretrain import PRETRAIN
 from mimir_fast.demo import run as command
 from mimir_fast.demo.arms import ARMS, Stage, places, stages
 from mimir_fast.demo.run import run_all

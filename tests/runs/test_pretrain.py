@@ -10,8 +10,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mimir_fast import cli
-from mimir_fast.cli.parser import parse_pretrain_args
-from mimir_fast.cli.pretrain import main
+from mimir_fast.cli.parser import parse_args
+from mimir_fast.cli.pretrain import PRETRAIN, main
 from mimir_fast.objectives import reconstruction as objective_module
 from mimir_fast.training.logs import drop_lines
 from mimir_fast.training.pretraining import build_attack
@@ -188,8 +188,10 @@ def test_device_default_falls_back_aloud_and_explicit_cuda_is_refused(data, tmp_
     assert "no CUDA device" in capsys.readouterr().out
 
 
-def test_misspelt_penalty_is_said_aloud(data, tmp_path, capsys):
-    assert run(data, tmp_path, "--mi_train hisc --max_steps 1") == 0
+def test_misspelt_penalty_is_an_error_unless_the_original_decides(data, tmp_path, capsys):
+    assert run(data, tmp_path, "--mi_train hisc --max_steps 1") == 2
+    assert "did you mean hsic?" in capsys.readouterr().err
+    assert run(data, tmp_path, "--mi_train hisc --max_steps 1 --compat original") == 0
     out = capsys.readouterr().out
     assert "hisc" in out
     assert "NO penalty" in out
@@ -215,8 +217,8 @@ def test_command_line_verbs(capsys):
 
 def test_fp16_attack_is_scaled_and_normalised_bounds_are_per_channel(data):
     stream = SimpleNamespace(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.5))
-    config, _ = parse_pretrain_args(
-        ["--attack", "pgd", "--precision", "fp16", "--use_normalize", "--attack_mask_ratio", "0.5"]
+    config, _ = parse_args(
+        PRETRAIN, ["--attack", "pgd_mae", "--precision", "fp16", "--use_normalize", "--attack_mask_ratio", "0.5"]
     )
     attack = build_attack(config, stream, torch.device("cpu"))
     assert (attack.loss_scale, attack.mask_ratio, attack.steps) == (65536.0, 0.5, 1)
@@ -227,7 +229,7 @@ def test_fp16_attack_is_scaled_and_normalised_bounds_are_per_channel(data):
         [3.0, 2.0, 0.8],
     ]
     assert torch.allclose(attack.bounds, torch.tensor(expected))
-    config, _ = parse_pretrain_args(["--attack", "pgd", "--precision", "bf16"])
+    config, _ = parse_args(PRETRAIN, ["--attack", "pgd_mae", "--precision", "bf16"])
     assert build_attack(config, stream, torch.device("cpu")).loss_scale == 1.0
 
 

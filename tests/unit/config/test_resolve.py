@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from mimir_fast.cli.finetune import FINETUNE
-from mimir_fast.cli.parser import PRETRAIN, parse_args
+from mimir_fast.cli.parser import parse_args
+from mimir_fast.cli.pretrain import PRETRAIN
 from mimir_fast.config.resolve import Machine, Run, missing_compiler, resolve, resolve_device
 
 GPUS = Machine(2, lambda: None)
@@ -127,7 +128,7 @@ def test_this_machine(monkeypatch):
 
 
 def test_notes_on_flags_without_effect():
-    line = "--device cpu --attack_train apgd --alpha 3 --held_out 10 --mi_loss hsic"
+    line = "--device cpu --attack_train apgd --alpha 3 --held_out 10 --mi_loss hsic --compat original"
     notes = resolved(line, CPU, FINETUNE).notes
     for word in ("alpha: apgd", "best.pth is chosen by clean", "NO information term"):
         assert any(word in note for note in notes), word

@@ -184,3 +184,11 @@ def test_flags_are_checked_before_anything_is_read(tmp_path):
         build_pretrain_data("cifar10", tmp_path, 32, 4, use_edm=True)
     with pytest.raises(DataError, match=r"use_edm.*cifar10, cifar100, svhn, tiny-imagenet"):
         build_pretrain_data("imagenet", tmp_path, 32, 4, use_edm=True, aux_data_filename="x")
+
+
+def test_generated_images_without_a_file_say_what_is_wanted_and_where_it_is(tmp_path):
+    with pytest.raises(DataError, match="aux_data_filename: got none") as error:
+        build_pretrain_data("cifar10", tmp_path, 32, 4, use_edm=True)
+    for word in ("--use_edm", "image [N,H,W,3]", "5m.npz", "https://"):
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)

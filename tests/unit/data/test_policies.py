@@ -10,10 +10,11 @@ from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from torchvision import transforms as tv
 
+from mimir_fast.config.choices import EDM_AUGMENTATIONS
 from mimir_fast.data import Augment, DataError, build_pretrain_data, build_train_data, idbh, warmup_augment
 from mimir_fast.data.erasing import cutout, random_erasing, sample_box
 from mimir_fast.data.idbh import color_or_shape, crop_shift
-from mimir_fast.data.policies import EDM_AUGS, Augmentation
+from mimir_fast.data.policies import Augmentation
 from mimir_fast.data.randomness import Purpose, borrowed_generators, random_stream
 from tests.unit.data.test_layouts import random_image, write_cifar10, write_classes
 
@@ -37,10 +38,10 @@ def roots(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module", params=[*AUGMENTS, "folder", *EDM_AUGS])
+@pytest.fixture(scope="module", params=[*AUGMENTS, "folder", *EDM_AUGMENTATIONS])
 def build(request, roots):
     """A function of keyword arguments that builds a stream of 20 images, batches of 4."""
-    if request.param in EDM_AUGS:
+    if request.param in EDM_AUGMENTATIONS:
         options = {"augment": Augment(), "use_edm": True, "aux_data_filename": roots / "aux.npz"}
         return lambda **flags: build_train_data("cifar10", roots, 32, 4, edm_aug=request.param, **{**options, **flags})
     if request.param == "folder":
@@ -386,7 +387,7 @@ def test_idbh_in_its_order():
         ({"color_jitter": -1.0}, "color_jitter: -1.0"),
         ({"reprob": 1.5}, "reprob: 1.5"),
         ({"reprob": float("nan")}, "reprob: nan"),
-        ({"remode": "noise"}, "remode: 'noise', expected one of pixel, rand, const"),
+        ({"remode": "noise"}, "remode: 'noise', expected one of const, rand, pixel"),
         ({"recount": 0}, "recount: 0"),
     ],
 )

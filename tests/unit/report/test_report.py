@@ -115,11 +115,11 @@ def test_text_from_files_is_escaped(tmp_path):
     assert "a &amp; b" in text
 
 
-def test_errors_are_one_line_and_status_1(tmp_path, capsys):
-    assert main([str(tmp_path / "nowhere")]) == 1
+def test_errors_are_one_line_and_status_2(tmp_path, capsys):
+    assert main([str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().err
     (tmp_path / "metrics.jsonl").write_text("")
-    assert main([str(tmp_path)]) == 1
+    assert main([str(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert "metrics.jsonl" in err
     assert len(err.strip().splitlines()) == 1

@@ -1,0 +1,44 @@
+"""A verb that trains: words -> configuration -> run -> training -> exit status."""
+
+import sys
+from collections.abc import Callable
+
+from mimir_fast.cli.errors import RUN_ERRORS, complain
+from mimir_fast.cli.parser import Command, parse_args
+from mimir_fast.config.resolve import Config, Run, resolve
+from mimir_fast.training.distributed import World
+from mimir_fast.training.running import Runs, running
+
+
+def train(
+    command: Command[Config],
+    argv: list[str] | None,
+    build: Callable[[Run[Config], World], Runs],
+    instead: Callable[[Run[Config], set[str]], int | None] | None = None,
+) -> int:
+    """Run a training; returns the exit status: 0 done or stopped by SIGTERM, 1 failed, 2 wrong input, 130 Ctrl-C.
+
+    build    makes the training from the run and this process's place among all
+    instead  what the flags may ask for in place of a training; returns its exit status, or None to train
+    """
+    began = False
+    try:
+        config, explicit = parse_args(command, sys.argv[1:] if argv is None else argv)
+        run = resolve(config, explicit)
+        if instead and (status := instead(run, explicit)) is not None:
+            return status
+        with running(run, build) as loop:
+            began = True
+            return loop.run()
+    except KeyboardInterrupt:  # before the loop's own handling of signals, or the second one
+        if not began:
+            print(f"{command.prog}: stopped before the first update", file=sys.stderr)
+        return 130
+    except RUN_ERRORS as error:
+        complain(command.prog, error)
+        return 1 if began else 2
+    except ValueError as error:
+        if began:
+            raise
+        complain(command.prog, error)
+        return 2

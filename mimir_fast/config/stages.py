@@ -1,0 +1,168 @@
+"""The stages that pre-training and fine-tuning share: frozen dataclasses whose fields are command-line flags.
+
+Flags marked `new` are not in the original.
+"""
+
+from dataclasses import dataclass
+
+from mimir_fast.config.choices import (
+    ATTENTION,
+    COMPAT,
+    COMPILE_MODES,
+    COMPILE_REGIONS,
+    EDM_AUGMENTATIONS,
+    GRAD_COMPRESSION,
+    PARALLEL,
+    PRECISIONS,
+    RESIDUAL_DTYPES,
+)
+from mimir_fast.config.fields import flag, require
+from mimir_fast.data.datasets import DATASETS
+from mimir_fast.kernels._shared.registration import IMPLS
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images come from."""
+
+    dataset: str = flag("imagenet", "name of the data set", choices=DATASETS)
+    data_root: str = flag("../data", "folder that holds the data set")
+    use_edm: bool = flag(False, "mix generated images into every batch (cifar10, cifar100, svhn, tiny-imagenet)")
+    unsup_fraction: float = flag(0.7, "generated images in a batch; negative merges both pools", "share, below 1")
+    aux_data_filename: str = flag(
+        "", "with --use_edm: npz file of generated images, image [N,H,W,3] uint8 and label [N]"
+    )
+    edm_aug: str = flag("base", "augmentation of every image with --use_edm", choices=EDM_AUGMENTATIONS)
+    use_normalize: bool = flag(False, "normalise images by the data set's mean and std")
+    num_workers: int = flag(32, "data-loading processes per GPU; 0 loads in the main process", "processes")
+    pin_mem: bool = flag(True, "page-locked host memory for faster copies to the GPU")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and schedule."""
+
+    batch_size: int = flag(64, "images per GPU and micro-batch", "images")
+    accum_iter: int = flag(1, "micro-batches per optimizer update", "micro-batches")
+    epochs: int = flag(100, "length of the run", "epochs")
+    start_epoch: int = flag(0, "first epoch; a resumed checkpoint overrides it", "epochs")
+    warmup_epochs: int = flag(40, "linear warm-up from 0", "epochs")
+    lr: float | None = flag(None, "peak learning rate; default: blr * batch_size * accum_iter * GPUs / 256", type=float)
+    blr: float = flag(1e-3, "peak learning rate per 256 images")
+    min_lr: float = flag(0.0, "learning rate at the end of the cosine")
+    weight_decay: float = flag(0.05, "AdamW weight decay of matrices and tokens")
+    max_bad_steps: int = flag(20, "end the run after this many skipped updates in a row", "updates", new=True)
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """How the step is computed: precision, compilation, implementations, parallelism."""
+
+    precision: str | None = flag(
+        None,
+        "compute precision; default: bf16 on CUDA, fp32 on the CPU",
+        choices=PRECISIONS,
+        new=True,
+        type=str,
+    )
+    residual_dtype: str = flag(
+        "fp32",
+        "storage of the tokens between blocks; bf16 halves the traffic of LayerNorm and residual additions (--precision bf16)",
+        choices=RESIDUAL_DTYPES,
+        new=True,
+    )
+    compile: bool | None = flag(
+        None, "torch.compile the model and the attack; default: on for CUDA only", new=True, type=bool
+    )
+    compile_mode: str = flag("default", "torch.compile's mode", choices=COMPILE_MODES, new=True)
+    compile_region: str = flag(
+        "model",
+        "what is compiled as one: the whole model, or one block used for all (compiles in a fraction of the time)",
+        choices=COMPILE_REGIONS,
+        new=True,
+    )
+    kernels: str = flag(
+        "auto",
+        "implementation of the operations in mimir_fast.kernels; auto: triton on CUDA, reference on the CPU",
+        choices=IMPLS,
+        new=True,
+    )
+    activation_checkpointing: bool = flag(
+        False, "compute each encoder block again in the backward pass: less memory, a third more encoder time", new=True
+    )
+    attention: str = flag(
+        "auto",
+        "attention backend; auto: short on CUDA in 16 bits with --kernels triton, narrow on CPUs with --compile, else sdpa; "
+        "short: our kernel where it offers the size, else sdpa; narrow: compiled loops for heads of at most 8 numbers, else "
+        "sdpa; flash_attn and xformers are optional packages",
+        choices=ATTENTION,
+        new=True,
+    )
+    mlp: str = flag(
+        "auto",
+        "the MLP: triton computes GELU inside of the matrix products (16 bits), reference leaves it to PyTorch; auto: triton "
+        "on CUDA in 16 bits with --kernels triton",
+        choices=IMPLS,
+        new=True,
+    )
+    parallel: str = flag(
+        "ddp",
+        "several GPUs: ddp gives each the whole model; fsdp a share of parameters, gradients and moments, for models too large "
+        "otherwise (bf16 or fp32; compiles block by block)",
+        choices=PARALLEL,
+        new=True,
+    )
+    grad_compression: str = flag(
+        "none",
+        "arithmetic in which gradients are averaged over processes; none: fp32",
+        choices=GRAD_COMPRESSION,
+        new=True,
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Outputs, resuming, device, seed."""
+
+    output_dir: str = flag("./experiment", "folder for checkpoints, log.txt and metrics; empty: write none")
+    log_dir: str = flag("./experiment", "folder for TensorBoard events; empty: none")
+    resume: str = flag(
+        "", "checkpoint to continue from: a path, an https URL, or 'auto' for the newest one in output_dir"
+    )
+    checkpoint_steps: int = flag(
+        1000, "also save a resume point every N updates (the newest two are kept); 0: never", "updates", new=True
+    )
+    log_every: int = flag(20, "read metrics back and print a line every N updates", "updates", new=True)
+    max_steps: int = flag(0, "stop after N updates in all, saving; 0: run all epochs", "updates", new=True)
+    wandb: bool = flag(False, "also log to Weights & Biases (pip install 'mimir-fast[wandb]')", new=True)
+    compat: str = flag(
+        "none",
+        "who decides what words mean; original: its scripts, where some flags take any word (see docs/pretrain.md)",
+        choices=COMPAT,
+        new=True,
+    )
+    device: str = flag("cuda", "cuda or cpu; without a CUDA device the default falls back to cpu and says so")
+    seed: int = flag(0, "seed of every random draw; each rank adds its own number")
+
+
+@dataclass(frozen=True)
+class DistConfig:
+    """Several processes: set by torchrun, torch.distributed.launch or SLURM, rarely by hand."""
+
+    world_size: int = flag(1, "number of processes; overwritten from the environment", "processes")
+    local_rank: int = flag(-1, "process number on this machine, as torch.distributed.launch passes it")
+    dist_on_itp: bool = flag(False, "read rank and size from OMPI_COMM_WORLD_*")
+    dist_url: str = flag("env://", "where the processes meet")
+
+
+def check_shared(flat: dict) -> None:
+    """What every kind of run asks of its flags {name: value}; raises ValueError."""
+    for name in ("batch_size", "accum_iter", "epochs", "input_size", "patch_size", "log_every", "max_bad_steps"):
+        require(flat[name] >= 1, name, flat[name], "1 or more")
+    for name in ("steps", "eps", "alpha", "warmup_epochs", "start_epoch", "num_workers", "weight_decay"):
+        require(flat[name] >= 0, name, flat[name], "0 or more")
+    for name in ("checkpoint_steps", "max_steps", "seed"):
+        require(flat[name] >= 0, name, flat[name], "0 or more")
+    require(flat["input_size"] % flat["patch_size"] == 0, "patch_size", flat["patch_size"], "a divisor of input_size")
+    require(flat["eps"] == 0 or flat["eps"] >= 0.25, "eps", flat["eps"], "a number in 1/255: 8, not 8/255 = 0.031")
+    require(flat["device"].split(":")[0] in ("cuda", "cpu"), "device", flat["device"], "cuda or cpu")

@@ -1,0 +1,52 @@
+"""The life of a training: processes, seeds, the loop's objects, and their end."""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from mimir_fast.config.resolve import Config, Run
+from mimir_fast.training.compilation import keep_compiled_code
+from mimir_fast.training.distributed import World, join_world
+
+
+class Runs(Protocol):
+    """A training that is ready to begin."""
+
+    def run(self) -> int:
+        """Train; returns the exit status."""
+
+    def close(self) -> None:
+        """End what was started with it."""
+
+
+Loop = TypeVar("Loop", bound=Runs)
+
+
+@contextmanager
+def running(run: Run[Config], build: Callable[[Run[Config], World], Loop]) -> Iterator[Loop]:
+    """Join the processes, seed, and build the training; closes everything, whatever happens.
+
+    Raises what `build` raises, and ValueError if this process's GPU does not exist.
+    """
+    world = join_world(run.config.dist, run.device)
+    try:
+        seed_everything(run.config.run.seed + world.rank)
+        keep_compiled_code()
+        loop = build(run, world)
+        try:
+            yield loop
+        finally:
+            loop.close()
+    finally:
+        world.close()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch.  The step and the data loader have streams of their own, a function of their position."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
