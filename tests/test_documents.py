@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mimir_fast.checkpoints.export import ExportConfig
 from mimir_fast.config.analysis import AnalyzeConfig
 from mimir_fast.config.evaluation import EvaluateConfig
+from mimir_fast.config.export import ExportConfig
 from mimir_fast.config.fields import Configuration
 from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.config.pretraining import PretrainConfig

@@ -21,8 +21,8 @@ from mimir_fast.checkpoints.folder import EPOCH_FILE
 from mimir_fast.checkpoints.folder import progress as run_progress
 from mimir_fast.checkpoints.sources import beside, is_url
 from mimir_fast.checkpoints.trained_models import Trained, load_encoder, training_eps
-from mimir_fast.cli.evaluate import USUAL_EPS
 from mimir_fast.config.analysis import AnalyzeConfig
+from mimir_fast.config.evaluation import USUAL_EPS
 from mimir_fast.config.fields import require
 from mimir_fast.config.resolve import resolve_device
 from mimir_fast.data import eval_batches, subset_indices

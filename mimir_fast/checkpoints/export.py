@@ -8,7 +8,6 @@ import json
 import runpy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ from mimir_fast.checkpoints.atomic import in_place_when_done
 from mimir_fast.checkpoints.reader import METADATA
 from mimir_fast.checkpoints.robustbench import model_file
 from mimir_fast.checkpoints.trained_models import Trained, latent_tokens, load_classifier, load_encoder, training_eps
-from mimir_fast.config.fields import Configuration, flag, require
+from mimir_fast.config.export import ExportConfig
 from mimir_fast.data.datasets import INFO
 from mimir_fast.models import CLASSIFIERS, VisionTransformer
 
@@ -35,53 +34,8 @@ TIMM_NAMES = {
     "vit_large": "vit_large_patch16_224",
 }
 NAMED = {"img_size": 224, "patch_size": 16, "depth": 12, "mlp_ratio": 4.0}  # what such a name says; 24 blocks in large
-SUFFIXES = {"timm": (".safetensors", ".json"), "robustbench": (".pt", ".py")}
 ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
 TOLERANCE = 1e-3  # of outputs of order 1: rounding is below 1e-5, a wrong architecture far above
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """What is exported."""
-
-    checkpoint: str = flag("", "file or https URL: a checkpoint of ours or of the original, or a state dict")
-    model: str | None = flag(None, "model name; default: what the checkpoint says", type=str)
-    dataset: str | None = flag(None, "data set of the training; default: what the checkpoint says", type=str)
-    use_normalize: bool | None = flag(
-        None, "the model was trained on normalised images; default: what the checkpoint says, else not", type=bool
-    )
-
-
-@dataclass(frozen=True)
-class OutputConfig:
-    """Where to and how."""
-
-    format: str = flag("timm", "what will read it", choices=tuple(SUFFIXES))
-    output: str = flag("", "file to write: .safetensors for timm, .pt for robustbench; .json or .py is put beside it")
-    overwrite: bool = flag(False, "replace files that are there already")
-
-
-@dataclass(frozen=True)
-class ExportConfig(Configuration):
-    """Everything an export depends on."""
-
-    model: ModelConfig = ModelConfig()
-    output: OutputConfig = OutputConfig()
-
-    def check(self) -> "ExportConfig":
-        """Return self if every value is possible; raises ValueError naming the flag, its value and what is allowed."""
-        require(bool(self.model.checkpoint), "checkpoint", "none", "a file or URL")
-        suffix = SUFFIXES[self.output.format][0]
-        path = Path(self.output.output)
-        require(path.suffix == suffix, "output", repr(str(path)), f"FILE{suffix} with --format {self.output.format}")
-        require(path.parent.is_dir(), "output", path, "a file in a folder that exists")
-        there = [p for p in self.paths() if p.exists()]
-        require(self.output.overwrite or not there, "output", "existing " + ", ".join(map(str, there)), "--overwrite")
-        return self
-
-    def paths(self) -> list[Path]:
-        """The two files that are written."""
-        return [Path(self.output.output).with_suffix(suffix) for suffix in SUFFIXES[self.output.format]]
 
 
 class Architecture(NamedTuple):

@@ -2,9 +2,10 @@
 
 import sys
 
-from mimir_fast.checkpoints.export import ExportConfig, export
+from mimir_fast.checkpoints.export import export
 from mimir_fast.cli.errors import guarded
 from mimir_fast.cli.parser import Command, parse_args
+from mimir_fast.config.export import ExportConfig
 
 COMMAND = Command("mimir-fast export", "A trained model as a file for timm or RobustBench.", ExportConfig, {})
 

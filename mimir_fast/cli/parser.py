@@ -47,8 +47,8 @@ def configuration(command: Command[Config], given: dict) -> tuple[Config, set[st
     recipe, config_file = given.pop("recipe", None), given.pop("config", None)
     config, explicit = command.config(), set[str]()
     if recipe is not None:
-        defaults, config = config.flat(), command.recipes[recipe]()
-        explicit = {name for name, value in config.flat().items() if value != defaults[name]}
+        config = command.recipes[recipe]()
+        explicit = config.changed()
     layers = [read_config_file(config_file, command)] if config_file is not None else []
     for layer in [*layers, given]:
         layer = {name: tuple(value) if isinstance(value, list) else value for name, value in layer.items()}

@@ -1,7 +1,7 @@
 """The closed sets of words that flags take.  Each stands at its flag once, and whoever acts on a word imports its set here.
 
 Sets that are a table's keys stand with it: data sets in mimir_fast/data/datasets.py, implementations of operations in
-kernels/_shared/registration.py, models in mimir_fast/models/__init__.py.
+kernels/_shared/registration.py, models in mimir_fast/models/__init__.py, formats of exports in mimir_fast/config/export.py.
 """
 
 # pre-training
@@ -29,7 +29,6 @@ GRAD_COMPRESSION = ("none", "bf16")
 # who decides what a word means
 COMPAT = ("none", "original")
 
-# evaluate, analyze, export
+# evaluate and analyze
 SPLITS = ("val", "train", "held_out")
 BANDWIDTHS = ("squared", "distance")
-FORMATS = ("timm", "robustbench")

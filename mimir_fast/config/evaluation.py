@@ -7,6 +7,9 @@ from mimir_fast.config.choices import SPLITS
 from mimir_fast.config.fields import Configuration, flag, require
 from mimir_fast.data.datasets import DATASETS
 
+# radius in 1/255, where neither the flags nor the checkpoint say one
+USUAL_EPS = 8.0
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -98,7 +101,7 @@ class EvaluateConfig(Configuration):
         eps, alpha = self.attack.eps, self.attack.alpha
         require(eps is None or 0.25 <= eps <= 255, "eps", eps, "0.25 to 255, in 1/255: 8, not 8/255 = 0.031")
         require(alpha is None or 0.02 <= alpha <= 255, "alpha", alpha, "0.02 to 255, in 1/255: 2, not 2/255 = 0.008")
-        parse_attacks(self.attack.attacks, eps or 8.0, alpha or 2.0)
+        parse_attacks(self.attack.attacks, eps or USUAL_EPS, alpha or USUAL_EPS / 4)
         return self
 
 

@@ -56,6 +56,11 @@ class Configuration:
             f.name: getattr(getattr(self, stage), f.name) for stage, kind in self.stages().items() for f in fields(kind)
         }
 
+    def changed(self) -> set[str]:
+        """Names of the flags that differ from their defaults."""
+        defaults = type(self)().flat()
+        return {name for name, value in self.flat().items() if value != defaults[name]}
+
     def updated(self: Config, values: dict) -> Config:
         """A copy with flags replaced: {flag name: value}.  Raises ValueError for a name that is no flag."""
         unknown = values.keys() - self.flags().keys()

@@ -10,6 +10,7 @@ import torch
 
 from mimir_fast.checkpoints.trained_models import Trained, training_eps
 from mimir_fast.cli import evaluate as command
+from mimir_fast.config.evaluation import USUAL_EPS
 from mimir_fast.models import create_classifier
 from tests.support.classifiers import one_thread  # noqa: F401
 from tests.support.runs import make_images
@@ -126,4 +127,4 @@ def test_folders_and_lists_that_do_not_fit(checkpoint, tmp_path, capsys):
 )
 def test_the_radius_of_the_training(eps, std, expected):
     trained = Trained(torch.nn.Identity(), {"eps": eps, "std": std}, None, "x.pth")
-    assert training_eps(trained, command.USUAL_EPS) == expected
+    assert training_eps(trained, USUAL_EPS) == expected

@@ -8,12 +8,15 @@ from mimir_fast.cli.finetune import FINETUNE
 from mimir_fast.cli.parser import Command, build_parser, parse_args
 from mimir_fast.cli.pretrain import PRETRAIN
 from mimir_fast.config.analysis import AnalyzeConfig
+from mimir_fast.config.choices import PRECISIONS, RESIDUAL_DTYPES
 from mimir_fast.config.evaluation import EvaluateConfig
+from mimir_fast.config.export import ExportConfig
 from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.config.pretraining import PretrainConfig
+from mimir_fast.config.resolve import DTYPES
 from mimir_fast.training.pretraining import penalty_name
 
-CONFIGURATIONS = (PretrainConfig, FinetuneConfig, EvaluateConfig, AnalyzeConfig)
+CONFIGURATIONS = (PretrainConfig, FinetuneConfig, EvaluateConfig, AnalyzeConfig, ExportConfig)
 
 
 def parse(command: Command, line: str):
@@ -96,3 +99,7 @@ def test_every_default_is_possible_and_words_stand_in_the_help(config):
         if choices:
             assert field.default is None or field.default in choices, name
             assert f"--{name} {{{','.join(choices)}}}" in text, name
+
+
+def test_every_precision_is_a_dtype():
+    assert set(DTYPES) == {*PRECISIONS, *RESIDUAL_DTYPES}
