@@ -61,7 +61,7 @@ def test_ctrl_c_says_how_to_go_on(checkpoint, capsys, monkeypatch, tmp_path):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "run_evaluation", interrupted)
+    monkeypatch.setattr(command, "evaluate", interrupted)
     assert run("--checkpoint", checkpoint, BASE) == 130
     assert "the same command goes on" in capsys.readouterr().err
 
