@@ -3,6 +3,7 @@
 import argparse
 import os
 import pickle
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import mimir_fast
 from mimir_fast.checkpoints.errors import CheckpointError
 from mimir_fast.checkpoints.reader import Contents, read
 
@@ -149,3 +151,12 @@ def test_a_file_that_was_fetched_damaged_can_be_fetched_again(tmp_path, monkeypa
         read("https://example.org/a.pth", "resume")
     (copy,) = (tmp_path / "checkpoints").iterdir()
     assert str(copy) in str(error.value)
+
+
+def test_nothing_else_in_the_product_reads_parameters():
+    """Else a file would be read in one place and refused in another."""
+    root = Path(mimir_fast.__file__).parent
+    words = re.compile(r"\b(torch\.load|safe_open|load_file|load_state_dict_from_url|pickle\.loads?)\(")
+    readers = {str(path.relative_to(root)) for path in root.rglob("*.py") if words.search(path.read_text())}
+    # the text of an exported file, which does without this package
+    assert readers == {"checkpoints/reader.py", "checkpoints/robustbench.py"}
