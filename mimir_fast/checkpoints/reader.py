@@ -161,7 +161,7 @@ def _reason(error: Exception) -> str:
         return ""
     lines = str(error).strip().splitlines()
     sentence = "".join(filter(str.isprintable, lines[0].split(". ")[0])) if lines else ""
-    return f" ({sentence})" if sentence and "weights_only" not in sentence else ""
+    return f" ({sentence})" if sentence else ""
 
 
 def _bare(tensors: object) -> dict[str, Tensor]:
