@@ -17,9 +17,9 @@ from mimir_fast.analyze.results import FILES, record, table, write_json
 from mimir_fast.analyze.seen import Perturbation, Seen, look
 from mimir_fast.checkpoints.atomic import write_atomically
 from mimir_fast.checkpoints.errors import CheckpointError
+from mimir_fast.checkpoints.fetch import beside, is_url
 from mimir_fast.checkpoints.folder import EPOCH_FILE
 from mimir_fast.checkpoints.folder import progress as run_progress
-from mimir_fast.checkpoints.sources import beside, is_url
 from mimir_fast.checkpoints.trained_models import Trained, load_encoder, training_eps
 from mimir_fast.config.analysis import AnalyzeConfig
 from mimir_fast.config.evaluation import USUAL_EPS

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mimir_fast.checkpoints.errors import CheckpointError
-from mimir_fast.checkpoints.sources import is_url, local_file
+from mimir_fast.checkpoints.fetch import is_url, local_file
 
 # entries that may hold parameters, the preferred one first: an average before what it averages
 AVERAGED = ("model_ema",)

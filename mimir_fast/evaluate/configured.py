@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from mimir_fast.attacks.named import parse_attacks
-from mimir_fast.checkpoints.sources import beside
+from mimir_fast.checkpoints.fetch import beside
 from mimir_fast.checkpoints.trained_models import Trained, load_classifier, training_eps
 from mimir_fast.config.evaluation import USUAL_EPS, EvaluateConfig
 from mimir_fast.config.resolve import resolve_device

@@ -1,6 +1,6 @@
 """`mimir-fast finetune --eval --resume CKPT`: the original's sequence of attacks, by mimir_fast.evaluate."""
 
-from mimir_fast.checkpoints.sources import beside
+from mimir_fast.checkpoints.fetch import beside
 from mimir_fast.checkpoints.trained_models import OVERRIDES, load_classifier
 from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.config.resolve import Run
