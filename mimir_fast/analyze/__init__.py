@@ -1,1 +1,1 @@
-"""What a trained model's features tell about images, adversarial images and perturbations, in estimates with intervals."""
+"""Analysis: mutual information of a model's features with images, adversarial images and perturbations, with intervals."""

@@ -1,4 +1,4 @@
-"""What a checkpoint's features tell about images and perturbations.
+"""Analysis of checkpoints: mutual information of their features with images and perturbations.
 
 x: images; x_adv: adversarial images; delta = x_adv - x; z: the features of x_adv, all tokens of all patches.
 """
@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from mimir_fast.analyze.bounds import fano
+from mimir_fast.analyze.entries import FILES, entry, table, write_json
 from mimir_fast.analyze.estimates import GROUPS, estimate, variable
 from mimir_fast.analyze.plot import draw
-from mimir_fast.analyze.progress import Progress
-from mimir_fast.analyze.results import FILES, record, table, write_json
 from mimir_fast.analyze.seen import Perturbation, Seen, look
+from mimir_fast.analyze.time_left import TimeLeft
 from mimir_fast.checkpoints.atomic import write_atomically
 from mimir_fast.checkpoints.errors import CheckpointError
 from mimir_fast.checkpoints.fetch import beside, is_url
@@ -25,27 +25,32 @@ from mimir_fast.config.analysis import AnalyzeConfig
 from mimir_fast.config.evaluation import USUAL_EPS
 from mimir_fast.config.fields import require
 from mimir_fast.config.resolve import resolve_device
-from mimir_fast.data import eval_batches, subset_indices
+from mimir_fast.data import EvalStream, eval_batches, subset_indices
+from mimir_fast.evaluate.progress import Bar
 from mimir_fast.models import VisionTransformer
 
 
 def analyze(config: AnalyzeConfig, explicit: set[str]) -> int:
-    """Every checkpoint after the other; what is done is written after each.  Raises ValueError for wrong input."""
+    """Analyse checkpoints one after the other; results are written after each.  Raises ValueError for wrong input."""
+    # Distances are differences of large numbers: tf32 would lose them.
     torch.set_float32_matmul_precision("highest")
     device = resolve_device(config.run.device, explicit)
     sources = checkpoints(config.model.checkpoint)
     batches = -(-config.data.num_images // config.run.batch_size)
-    progress = Progress({"attack": batches, "estimates": GROUPS + 1}, len(sources))
+    left = TimeLeft({"attack": batches, "estimates": GROUPS + 1}, len(sources), Bar(_say))
     folder = output_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
     results, status = [], 0
     try:
         for series, source in sources:
-            results.append({"series": series, **analyzed(config, source, device, progress)})
+            results.append({"series": series, **analyzed(config, source, device, left)})
             write_json(folder / "analysis.json", config, results, len(sources))
     except KeyboardInterrupt:
         print(f"stopped after {len(results)} of {len(sources)} checkpoints", file=sys.stderr)
         status = 130
+    finally:
+        left.bar.close()
+    # After Ctrl-C too: the checkpoints that are done.
     if results:
         for line in table(results):
             print(line)
@@ -56,8 +61,12 @@ def analyze(config: AnalyzeConfig, explicit: set[str]) -> int:
     return status
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
 def checkpoints(given: tuple[str, ...]) -> list[tuple[str, str]]:
-    """(series, file) of everything to look at: a folder is a series of its own, files make one together.
+    """(series, file) of every checkpoint to analyse: each folder is a series, single files together are another.
 
     Raises CheckpointError for a folder without checkpoints.
     """
@@ -75,7 +84,7 @@ def checkpoints(given: tuple[str, ...]) -> list[tuple[str, str]]:
 
 
 def output_folder(config: AnalyzeConfig) -> Path:
-    """Where the results go: in a run's folder, beside a file under its name, or in the working directory for a URL."""
+    """Folder of the results: in a run's folder, beside a file under its name, or in the working directory for a URL."""
     if config.run.output_dir is not None:
         return Path(config.run.output_dir)
     first, *others = config.model.checkpoint
@@ -85,54 +94,57 @@ def output_folder(config: AnalyzeConfig) -> Path:
     return own.parent if others and not is_url(first) else own
 
 
-def analyzed(config: AnalyzeConfig, source: str, device: str, progress: Progress) -> dict:
-    """One checkpoint's numbers, as they stand in analysis.json."""
-    overrides = {"model": config.model.model, "use_normalize": config.model.use_normalize}
-    if config.model.use_normalize:  # whose constants
+def analyzed(config: AnalyzeConfig, source: str, device: str, left: TimeLeft) -> dict:
+    """Analyse one checkpoint; returns its entry in analysis.json."""
+    overrides: dict[str, object] = {"model": config.model.model, "use_normalize": config.model.use_normalize}
+    # Which constants images were normalised with is a property of the data set.
+    if config.model.use_normalize:
         overrides["dataset"] = config.data.dataset
     trained = load_encoder(source, overrides=overrides, device=device)
     how = perturbation(config, trained)
-    progress.begin()
-    batches, numbers = images(config, trained)
-    seen = look(trained, batches, numbers, how, lambda: progress.step("attack", source))
+    left.begin()
+    batches, indices = images(config, trained)
+    seen = look(trained, batches, indices, how, lambda: left.step("attack", source))
     rows = {"x": seen.x, "x_adv": seen.x_adv, "delta": seen.x_adv - seen.x, "latent": seen.latent}
     estimates = estimate(
         {name: variable(row) for name, row in rows.items()},
         config.run.bandwidth,
         torch.Generator().manual_seed(config.run.seed),
-        lambda: progress.step("estimates", source),
+        lambda: left.step("estimates", source),
     )
-    return record(trained, how, len(numbers), estimates, bounds(trained, seen))
+    return entry(trained, how, len(indices), estimates, bounds(trained, seen))
 
 
 def perturbation(config: AnalyzeConfig, trained: Trained) -> Perturbation:
-    """With the defaults that depend on what the checkpoint is."""
+    """The attack, with defaults that depend on the checkpoint: its training's eps, and steps by its task."""
     classifier = isinstance(trained.model, VisionTransformer)
     given = config.attack
-    eps = training_eps(trained, USUAL_EPS) if given.eps is None else given.eps
+    eps = (training_eps(trained) or USUAL_EPS) if given.eps is None else given.eps
     alpha = (eps / 4 if classifier else 1.25 * eps) if given.alpha is None else given.alpha
     steps = (20 if classifier else 1) if given.steps is None else given.steps
     return Perturbation(eps, alpha, steps, config.run.seed)
 
 
-def images(config: AnalyzeConfig, trained: Trained):
-    """Batches of the slice and the numbers of its images.  Raises ValueError if no data set is named or it is too small."""
+def images(config: AnalyzeConfig, trained: Trained) -> tuple[EvalStream, torch.Tensor]:
+    """Batches of the chosen images, and their indices int64 [N].
+
+    Raises ValueError if no data set is named or it is too small.
+    """
     data = config.data
     dataset = data.dataset or trained.args["dataset"]
     if not dataset:
         raise ValueError(f"dataset: {trained.source} does not say what it was trained on; pass --dataset")
-    options = {"split": data.split, "held_out": data.held_out}
     where = (dataset, data.data_root, trained.args["input_size"], config.run.batch_size)
-    total = eval_batches(*where, **options).num_images
+    stream = partial(eval_batches, *where, split=data.split, held_out=data.held_out)
+    total = stream().num_images
     require(total >= 2 * GROUPS, "num_images", f"{total} images in all", f"{2 * GROUPS} or more")
-    numbers = subset_indices(total, min(data.num_images, total), config.run.seed)
-    classes = trained.args.get("nb_classes")
-    return eval_batches(*where, **options, indices=numbers, num_classes=classes), torch.tensor(numbers)
+    indices = subset_indices(total, min(data.num_images, total), config.run.seed)
+    return stream(indices=indices, num_classes=trained.args.get("nb_classes")), torch.tensor(indices)
 
 
 def bounds(trained: Trained, seen: Seen) -> dict:
-    """A classifier's lower bounds on I(y; prediction), unattacked and attacked; empty for an autoencoder."""
-    if seen.right is None:
+    """A classifier's lower bounds on I(y; prediction), clean and under attack; empty for an autoencoder."""
+    if seen.right is None or seen.right_adv is None:
         return {}
     counts = seen.labels.bincount().tolist()
     classes = trained.args["nb_classes"]

@@ -1,4 +1,4 @@
-"""What errors tell about information: Fano's inequality."""
+"""Fano's inequality: the least mutual information that a classifier's accuracy proves."""
 
 import math
 
@@ -6,13 +6,13 @@ from mimir_fast.evaluate.statistics import wilson
 
 
 def label_entropy(counts: list[int]) -> float:
-    """H(Y) in bits of labels that occur so often."""
+    """Entropy H(Y) in bits of labels; counts: how often each class occurs."""
     total = sum(counts)
     return -sum(count / total * math.log2(count / total) for count in counts if count)
 
 
 def fano_bound(entropy: float, error: float, classes: int) -> float:
-    """Least I(Y; prediction) in bits of a classifier that errs with probability `error` on labels of that entropy.
+    """Fano's lower bound of I(Y; prediction) in bits, for a classifier's error rate on labels of this entropy.
 
     I(Y;Y^) = H(Y) - H(Y|Y^) >= H(Y) - h(e) - e log2(O - 1), h the binary entropy, O classes; never below 0.  By the
     data-processing inequality it also bounds I(Y;z) of the features z and I(Y;x) of the image that the prediction is made from.
@@ -26,13 +26,14 @@ def fano_bound(entropy: float, error: float, classes: int) -> float:
 
 
 def fano(correct: int, counts: list[int], classes: int) -> dict:
-    """The bound for `correct` right predictions on labels that occur so often, with the interval of the error's (Wilson, 95 %).
+    """Fano's bound for a number of correct predictions, with an interval that follows from the accuracy's (Wilson, 95 %).
 
-    The bound is convex in the error, lowest at (O - 1) / O, that of guessing.
+    counts   how often each class occurs; classes: how many the classifier distinguishes
     """
     n, entropy = sum(counts), label_entropy(counts)
     low, high = (1 - share for share in reversed(wilson(correct, n)))
     ends = [fano_bound(entropy, error, classes) for error in (low, high)]
+    # The bound is convex in the error and lowest at that of guessing: an interval around it has its minimum inside.
     guessing = (classes - 1) / classes
     least = fano_bound(entropy, guessing, classes) if low <= guessing <= high else min(ends)
     value = fano_bound(entropy, 1 - correct / n, classes)

@@ -1,21 +1,22 @@
-"""The figure of an analysis: a row of panels for every series of checkpoints."""
+"""Figure of an analysis: a row of panels for every series of checkpoints."""
 
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
+from mimir_fast.analyze.entries import FILES, VARIABLES
 from mimir_fast.analyze.estimates import ESTIMATORS
-from mimir_fast.analyze.results import FILES, VARIABLES
 from mimir_fast.report.figures import BLUE, GREY, ORANGE
 
 GREEN, PURPLE = "#009E73", "#CC79A7"
 STYLES = {"x": (BLUE, "o", "I(x;z)"), "x_adv": (ORANGE, "s", "I(x_adv;z)"), "delta": (GREEN, "^", "I(δ;z)")}
 TITLES = {"nhsic": "nHSIC", "renyi_1.01": "matrix Rényi, order 1.01 [bit]", "renyi_2": "matrix Rényi, order 2 [bit]"}
-MOST_LABELS = 8  # on a horizontal axis
+# On a horizontal axis.
+MOST_LABELS = 8
 
 
 def draw(results: list[dict]) -> Figure:
-    """Excess information by estimator, and bounds; a run's checkpoints at their epochs, joined by lines."""
+    """Draw the excess information by estimator, and bounds; a run's checkpoints at their epochs, joined by lines."""
     series = {result["series"]: [r for r in results if r["series"] == result["series"]] for result in results}
     figure = Figure(figsize=(15, 3.9 * len(series) + 0.5), layout="constrained")
     rows = figure.subfigures(len(series), 1, squeeze=False)[:, 0]
@@ -38,7 +39,7 @@ def draw(results: list[dict]) -> Figure:
 
 
 def places(members: list[dict]) -> tuple[list[float], list[str] | None]:
-    """Where checkpoints stand on the axis, and their names; None: a run's, at their epochs."""
+    """Positions of checkpoints on the horizontal axis, and their names; None in place of names: positions are epochs."""
     epochs = [member["epoch"] for member in members]
     if members[0]["series"] != FILES and len(members) > 1 and None not in epochs and len(set(epochs)) == len(epochs):
         return [float(epoch) for epoch in epochs], None
@@ -73,7 +74,8 @@ def _draw_bounds(ax, positions: list[float], members: list[dict]) -> None:
 
 
 def _beside(positions: Sequence[float], place: int) -> list[float]:
-    """A little to the left (-1) or right (1), so that intervals do not hide each other."""
+    """Positions moved a little to the left (-1) or right (1)."""
+    # So that intervals of several variables do not hide each other.
     shift = 0.012 * ((max(positions) - min(positions)) or 1) * place
     return [position + shift for position in positions]
 
@@ -98,7 +100,8 @@ def _points(ax, positions, numbers: list[dict], colour: str, marker: str, label:
 
 
 def _unjoin(ax) -> None:
-    """Checkpoints of no common run: points without lines between them."""
+    """Remove the lines between points."""
+    # Checkpoints of different runs have no order.
     for container in ax.containers:
         container[0].set_linestyle("none")
 

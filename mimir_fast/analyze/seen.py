@@ -1,4 +1,4 @@
-"""What a model sees and says on a slice of images: clean, adversarial, features, predictions.
+"""Samples of an analysis: images, adversarial images, features and predictions of a model.
 
 Shapes: B batch, N images, C channels, H W sides, L patches.  fp32, pixels in [0,1].
 """
@@ -15,14 +15,14 @@ from mimir_fast.attacks.pgd_mae import ascend_reconstruction
 from mimir_fast.checkpoints.trained_models import Trained, latent_tokens, normalised
 from mimir_fast.data import to_float
 from mimir_fast.kernels import linf_bounds
-from mimir_fast.models import VisionTransformer
+from mimir_fast.models import MaskedAutoencoderViT, VisionTransformer
 
 
 @dataclass(frozen=True)
 class Perturbation:
     """PGD against the model's own task: reconstruction for an autoencoder, cross-entropy for a classifier.
 
-    eps and alpha in 1/255.  Every image's random draws are a function of the seed and of its number in the data set.
+    eps and alpha in 1/255.  Every image's random draws are a function of the seed and of its index in the data set.
     """
 
     eps: float
@@ -32,9 +32,12 @@ class Perturbation:
 
 
 class Seen(NamedTuple):
-    """Images, adversarial images and features of the adversarial ones, rows of N samples on the CPU; labels int64 [N].
+    """N samples, on the CPU.
 
-    right, right_adv: whether a classifier's prediction is right, bool [N]; None for an autoencoder.
+    x, x_adv           images and adversarial images [N,C*H*W]
+    latent             features of the adversarial images [N,L*D]
+    labels             int64 [N]
+    right, right_adv   whether a classifier predicts the label of x and x_adv, bool [N]; None for an autoencoder
     """
 
     x: Tensor
@@ -48,50 +51,54 @@ class Seen(NamedTuple):
 def look(
     trained: Trained,
     batches: Iterable[tuple[Tensor, Tensor]],
-    numbers: Tensor,
+    indices: Tensor,
     perturbation: Perturbation,
     tick: Callable[[], None] = lambda: None,
 ) -> Seen:
-    """Attack batches of uint8 images [B,C,H,W] and labels [B]; numbers: int64 [N], the images' in the data set.
+    """Attack batches of uint8 images [B,C,H,W] with labels [B].
 
-    tick is called after each batch.
+    indices   int64 [N], the images' indices in the data set
+    tick      called after each batch
     """
     device = next(trained.model.parameters()).device
     parts, first = [], 0
     for images_u8, labels in batches:
-        own = numbers[first : first + len(labels)].to(device)
+        own = indices[first : first + len(labels)].to(device)
         parts.append(_look_at_batch(trained, to_float(images_u8.to(device)), labels.to(device), own, perturbation))
         first += len(labels)
         tick()
-    return Seen(*(None if column[0] is None else torch.cat(column) for column in zip(*parts)))
+    columns = (None if column[0] is None else torch.cat(column) for column in zip(*parts))
+    return Seen._make(columns)
 
 
-def _look_at_batch(trained: Trained, x: Tensor, labels: Tensor, numbers: Tensor, how: Perturbation) -> Seen:
+def _look_at_batch(trained: Trained, x: Tensor, labels: Tensor, indices: Tensor, how: Perturbation) -> Seen:
     model = trained.model
-    classifier = isinstance(model, VisionTransformer)
     right = right_adv = None
-    if classifier:
+    if isinstance(model, VisionTransformer):
         attack = Attack("pgd", how.steps, how.eps, how.alpha)
-        x_adv = gradient_attack(cross_entropy(model, labels), x, numbers, attack, how.seed, 0)
+        x_adv = gradient_attack(cross_entropy(model, labels), x, indices, attack, how.seed, 0)
     else:
-        x_adv = attack_reconstruction(trained, x, numbers, how)
+        x_adv = attack_reconstruction(trained, x, indices, how)
     with torch.no_grad():
         latent = latent_tokens(trained, x_adv)
-        if classifier:
+        if isinstance(model, VisionTransformer):
             right, right_adv = (model(images).argmax(1).eq(labels).cpu() for images in (x, x_adv))
-    rows = [tensor.flatten(1).float().cpu() for tensor in (x, x_adv, latent)]
-    return Seen(*rows, labels.cpu(), right, right_adv)
+    rows = (tensor.flatten(1).float().cpu() for tensor in (x, x_adv, latent))
+    return Seen._make((*rows, labels.cpu(), right, right_adv))
 
 
-def attack_reconstruction(trained: Trained, x: Tensor, numbers: Tensor, how: Perturbation) -> Tensor:
+def attack_reconstruction(trained: Trained, x: Tensor, indices: Tensor, how: Perturbation) -> Tensor:
     """PGD-MAE as in pre-training, on the images as the training saw them; returns pixels [B,C,H,W] in [0,1]."""
     model, device, args = trained.model, x.device, trained.args
+    assert isinstance(model, MaskedAutoencoderViT)
     mean, std = args["mean"] or (0.0,) * 3, args["std"] or (1.0,) * 3
-    sizes = [tuple(number / 255 / s for s in std) for number in (how.eps, how.alpha)]
-    limits = [tuple((end - m) / s for m, s in zip(mean, std)) for end in (0.0, 1.0)]
-    bounds = linf_bounds(*sizes, *limits, x.shape[1], device)
-    start = start_noise(numbers, x.shape[1:], how.seed) * bounds[0, :, None, None]
-    masks = [start_noise(numbers, torch.Size([model.num_patches]), how.seed, 1 + step) for step in range(how.steps)]
+    # Pixels in [0,1] become (x - mean) / std: so do the bounds, in fp64 until linf_bounds rounds them.
+    mean_C, std_C = (torch.tensor(values, dtype=torch.float64) for values in (mean, std))
+    eps_C, alpha_C = how.eps / 255 / std_C, how.alpha / 255 / std_C
+    bounds = linf_bounds(eps_C, alpha_C, (0.0 - mean_C) / std_C, (1.0 - mean_C) / std_C, x.shape[1], device)
+    start = start_noise(indices, x.shape[1:], how.seed) * bounds[0, :, None, None]
+    # Masks come from the same generator as the start, as if they were further restarts.
+    masks = [start_noise(indices, torch.Size([model.num_patches]), how.seed, 1 + step) for step in range(how.steps)]
     ratio = args.get("attack_mask_ratio", 0.75)
     adv = ascend_reconstruction(model, normalised(trained, x), bounds, how.steps, ratio, start, masks)
     means, stds = (x.new_tensor(values)[:, None, None] for values in (mean, std))

@@ -1,1 +1,1 @@
-"""L-infinity attacks: PGD-MAE on a masked autoencoder, PGD and APGD on any loss, the paper's adaptive attacks."""
+"""L-infinity attacks: PGD-MAE on masked autoencoders, PGD and Auto-PGD on any loss, the paper's adaptive attacks."""

@@ -1,6 +1,6 @@
-"""L-infinity attacks on any loss of an image: PGD and Auto-PGD.  Shapes: B batch, C channels, H W sides.
+"""L-infinity attacks on any loss: PGD and Auto-PGD (APGD).  Shapes: B batch, C channels, H W sides.
 
-Every decision is taken on the device; the number of passes depends on `steps` alone.
+Every decision is taken on the device, so that the host never waits; the number of passes depends on `steps` alone.
 """
 
 from collections.abc import Callable
@@ -13,24 +13,26 @@ from mimir_fast.attacks.pgd_mae import starting_point
 
 __all__ = ["apgd", "linf_step", "momentum_step", "pgd"]
 
-MOMENTUM = 0.75  # weight of the new direction; the rest follows the last move
-RISES = 0.75  # share of steps that must raise the loss, or the step is halved
+# Weight of the new direction; the rest is that of the last move.
+MOMENTUM = 0.75
+# Fraction of steps that must raise the loss, or the step is halved.
+RISES = 0.75
 
 
 def project(images: Tensor, adv: Tensor, bounds: Tensor) -> Tensor:
-    """The point within eps of the images and in [lo, hi] that is nearest to adv; all [B,C,H,W], bounds [4,C]."""
+    """Project adv onto the points within eps of the images and in [lo, hi]; all [B,C,H,W], bounds [4,C]."""
     eps, _, lo, hi = bounds.to(adv.dtype)[:, :, None, None]
     return torch.clamp(images + torch.clamp(adv - images, -eps, eps), lo, hi)
 
 
 def linf_step(images: Tensor, adv: Tensor, grad: Tensor, bounds: Tensor) -> Tensor:
-    """adv + alpha * sign(grad), within eps of the images and in [lo, hi]; where grad is 0 the pixel stays."""
+    """PGD step: adv + alpha * sign(grad), projected; a pixel whose gradient is 0 stays."""
     alpha = bounds.to(adv.dtype)[1, :, None, None]
     return project(images, adv + alpha * grad.sign(), bounds)
 
 
 def momentum_step(images: Tensor, adv: Tensor, last: Tensor, grad: Tensor, size_B: Tensor, bounds: Tensor) -> Tensor:
-    """APGD's move: a sign step of size_B * eps, mixed with the move from `last` to adv; both ends are projected."""
+    """APGD step: a sign step of size_B * eps, mixed with the move from `last` to adv; both results are projected."""
     size = bounds.to(adv.dtype)[0, :, None, None] * size_B[:, None, None, None]
     target = project(images, adv + size * grad.sign(), bounds)
     return project(images, adv + MOMENTUM * (target - adv) + (1 - MOMENTUM) * (adv - last), bounds)
@@ -49,12 +51,12 @@ def pgd(
 ) -> Tensor:
     """Projected gradient ascent.
 
-    loss         adv [B,C,H,W] -> scalar to ascend.  Give it a model without trainable parameters (attack.frozen_twin), or
-                 a compiled loss builds their gradients in vain
+    loss         adv [B,C,H,W] -> scalar to ascend.  Its model should have no trainable parameters (pgd_mae.frozen_twin): a
+                 compiled loss would compute their gradients in vain
     bounds       [4,C] eps, alpha, lo, hi of every channel in the images' units (mimir_fast.kernels.linf_bounds)
     start        None: the images; a seed (one int64 number) of uniform noise in the ball; or the noise itself [B,C,H,W]
-    loss_scale   multiplies the loss before its backward pass: fp16 gradients underflow without; the sign ignores it
-    step, begin  the step and the start, plain or compiled
+    loss_scale   multiplies the loss before its backward pass, since fp16 gradients underflow; their signs stay as they are
+    step, begin  functions for the step and the start, as they are or compiled
     Returns [B,C,H,W], detached, within eps of the images and in [lo, hi].
     Raises ValueError if steps < 0.  Source: Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, 2018.
     """
@@ -79,12 +81,12 @@ def apgd(
     move: Callable[..., Tensor] = momentum_step,
     begin: Callable[..., Tensor] = starting_point,
 ) -> Tensor:
-    """Auto-PGD: momentum, a step of 2 eps that each image halves where its loss stops rising, the best iterate returned.
+    """Auto-PGD: momentum, a step of 2 eps that is halved for each image whose loss stops rising, the best iterate returned.
 
     losses       adv [B,C,H,W] -> the images' losses [B]; called steps + 1 times, the last time without a backward pass
-    bounds, start, loss_scale, begin: as in `pgd`; alpha is not used.  step, move: the first step and the others
-    With 2 steps nothing is halved: the one checkpoint with a step after it follows the first step, which counts as a rise.
-    Returns [B,C,H,W], detached: of the start and all iterates, each image's with the highest loss.
+    bounds, start, loss_scale, begin: as in `pgd`; alpha is not used
+    step, move   functions for the first step and for the others, as they are or compiled
+    Returns [B,C,H,W], detached: of the start and all iterates, for each image the one with the highest loss.
     Raises ValueError if steps < 0.  Source: Croce and Hein, arXiv 2003.01690, algorithm 1, with checkpoints rounded down and
     the first step counted as a rise, as its authors run it.
     """
@@ -96,10 +98,12 @@ def apgd(
     value, grad = gradient(losses, adv, loss_scale)
     search = _Search.begun(adv, grad, value)
     size_B, checks = torch.full_like(value, 2.0), checkpoints(steps)
+    # There is no last move yet: a plain step with alpha = 2 eps.
     last, adv = adv, step(images, adv, grad, torch.cat([bounds[:1], 2 * bounds[:1], bounds[2:]]))
     for i in range(1, steps):
         value, grad = gradient(losses, adv, loss_scale)
         search = search.seen(adv, grad, value, counts=i > 1)
+        # With 2 steps nothing is ever halved: the only checkpoint that a step follows comes after the first step, a rise.
         if i in checks:
             search, halved = search.judged(checks[i])
             size_B = torch.where(halved, size_B / 2, size_B)
@@ -110,8 +114,14 @@ def apgd(
 
 
 class _Search(NamedTuple):
-    """What APGD remembers of every image: best iterate, its gradient and loss [B]; the last loss; the best loss at the last
-    checkpoint; the rises since then; whether the step was halved there (at the start: as if it was)."""
+    """State of APGD.
+
+    best, best_grad, best_value   best iterate [B,C,H,W], its gradient and its loss [B]
+    value                         loss of the last iterate [B]
+    checked                       best loss at the last checkpoint [B]
+    rises                         iterates since then that had a higher loss than the one before [B]
+    halved                        whether the step was halved at the last checkpoint [B]; true at the start
+    """
 
     best: Tensor
     best_grad: Tensor
@@ -123,12 +133,13 @@ class _Search(NamedTuple):
 
     @classmethod
     def begun(cls, adv: Tensor, grad: Tensor, value: Tensor) -> "_Search":
-        """At the start; what is remembered are copies, since compiled functions may reuse their outputs' memory."""
+        """The state at the start."""
+        # Copies: functions compiled with CUDA graphs write their next outputs into the same memory.
         value, grad = value.clone(), grad.clone()
         return cls(adv, grad, value, value, value, torch.ones_like(value), torch.ones_like(value, dtype=torch.bool))
 
     def seen(self, adv: Tensor, grad: Tensor, value: Tensor, counts: bool) -> "_Search":
-        """After an iterate with its gradient and loss; counts: whether it may be no rise."""
+        """The state after an iterate with its gradient and loss; counts: False for the first, which is a rise in any case."""
         better = value > self.best_value
         return self._replace(
             best=_choose(better, adv, self.best),
@@ -139,15 +150,18 @@ class _Search(NamedTuple):
         )
 
     def judged(self, window: int) -> tuple["_Search", Tensor]:
-        """At a checkpoint, `window` steps after the one before: which images halve their step and go back to the best."""
+        """The state after a checkpoint, `window` steps after the one before, and which images [B] halve their step and go
+        back to the best iterate."""
         stuck = ~self.halved & (self.best_value <= self.checked)
         halved = (self.rises <= RISES * window) | stuck
         return self._replace(checked=self.best_value, rises=torch.zeros_like(self.rises), halved=halved), halved
 
 
 def checkpoints(steps: int) -> dict[int, int]:
-    """Iterations after which the step may be halved, with their distance from the one before: 22 % of the steps at first,
-    3 % less every time, at least 6 %."""
+    """Iterations after which the step may be halved -> their distance from the one before.
+
+    The first comes after 22 % of the steps; distances shrink by 3 % of the steps each time, down to 6 %.
+    """
     at, window = 0, max(int(0.22 * steps), 1)
     found = {}
     while at + window <= steps:

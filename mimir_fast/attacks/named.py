@@ -1,8 +1,8 @@
-"""Attacks by name, and the gradient attacks among them.  Shapes: B batch, C channels, H W sides, O classes.
+"""Named attacks of an evaluation, and the gradient attacks among them.  Shapes: B batch, C channels, H W sides, O classes.
 
-Everything is in fp32 on pixels in [0,1]; a model that wants normalised images normalises inside.  What happens to an image
-depends on the image alone: losses are summed over the batch, and its random start is a function of the seed and of its
-number in the data set.
+All in fp32 on pixels in [0,1]; models that expect normalised images normalise inside.  What happens to an image does not
+depend on the rest of its batch: losses are summed, and its random start is a function of the seed and of its index in the
+data set.
 """
 
 import re
@@ -20,14 +20,15 @@ from mimir_fast.kernels.linf_start.reference import philox
 KINDS = ("clean", "fgsm", "pgd", "cw", "aa", "pgd-mi", "pgd-feature")
 DEFAULT_STEPS = {"pgd": 20, "cw": 100, "pgd-mi": 100, "pgd-feature": 100}
 WORDS = "clean, fgsm, pgd-N (N steps), cw, aa, pgd-mi, pgd-feature; cw-N, pgd-mi-N, pgd-feature-N: other than 100 steps"
-UNIT = 4.6566127342e-10  # just under 2^-31
+# Just under 2^-31, so that the largest 31-bit word maps below 1.
+UNIT = 4.6566127342e-10
 
 Loss = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Attack:
-    """What is done to the images.  eps and alpha in 1/255.
+    """An attack and its settings; eps and alpha in 1/255.
 
     kind      one of KINDS: clean (nothing), fgsm (one step of eps from the image itself), pgd (cross-entropy), cw (PGD on
               the margin between the best wrong logit and the right one), aa (AutoAttack standard), pgd-mi and pgd-feature
@@ -45,17 +46,17 @@ class Attack:
 
     @property
     def name(self) -> str:
-        """As it is asked for on the command line."""
+        """The word for it on the command line."""
         return f"{self.kind}-{self.steps}" if self.kind in DEFAULT_STEPS else self.kind
 
     @property
     def batch_dependent(self) -> bool:
-        """Whether the other images of its batch matter to an image: nHSIC is a property of a batch."""
+        """Whether an image's attack depends on the other images of its batch: nHSIC is a property of a batch."""
         return self.kind == "pgd-mi"
 
     def settings(self) -> dict:
-        """What matters to the result."""
-        used = {
+        """The settings that decide the result."""
+        used: dict[str, tuple[str, ...]] = {
             "clean": (),
             "fgsm": ("eps",),
             "aa": ("eps",),
@@ -66,39 +67,43 @@ class Attack:
 
 
 def parse_attacks(words: str, eps: float, alpha: float, restarts: int = 1, weight: float = 1e-5) -> tuple[Attack, ...]:
-    """ "clean,pgd-20,aa" -> attacks of that radius eps and step alpha (1/255).  Raises ValueError for an unknown name."""
+    """Attacks from their names, such as "clean,pgd-20,aa", all with radius eps and step alpha (1/255).
+
+    Raises ValueError for an unknown name.
+    """
     return tuple(make_attack(word.strip(), eps, alpha, restarts, weight) for word in words.split(","))
 
 
 def make_attack(name: str, eps: float, alpha: float, restarts: int = 1, weight: float = 1e-5) -> Attack:
-    """One attack by name, see WORDS.  Raises ValueError for an unknown name."""
+    """An attack by its name (see WORDS).  Raises ValueError for an unknown name."""
+    # The kind is matched lazily, so that a number at the end is taken for the steps: "pgd-mi-50" is pgd-mi with 50 steps.
     match = re.fullmatch(r"(.+?)(?:-(\d+))?", name)
-    kind, steps = (match[1], match[2]) if match else (name, None)
-    if kind not in KINDS or (steps is not None and (kind not in DEFAULT_STEPS or int(steps) < 1)):
+    kind, number = (match[1], match[2]) if match else (name, None)
+    if kind not in KINDS or (number is not None and (kind not in DEFAULT_STEPS or int(number) < 1)):
         raise ValueError(f"attacks: {name!r} is no attack; expected {WORDS}")
     if kind == "clean":
         return Attack(kind)
     if kind in ("fgsm", "aa"):
         return Attack(kind, eps=eps)
-    steps = DEFAULT_STEPS[kind] if steps is None else int(steps)
+    steps = DEFAULT_STEPS[kind] if number is None else int(number)
     return Attack(kind, steps, eps, alpha, restarts, weight if kind == "pgd-mi" else 0.0)
 
 
 def fgsm(model: nn.Module, images: Tensor, labels: Tensor, eps: float) -> Tensor:
-    """One step of eps (1/255) along the sign of the cross-entropy's gradient at the images themselves -> [B,C,H,W].
+    """Fast gradient sign method: one step of eps (1/255) from the images themselves -> [B,C,H,W].
 
     Source: Goodfellow et al., Explaining and Harnessing Adversarial Examples, 2015.
     """
     return pgd(cross_entropy(model, labels), images, pixel_bounds(images, eps, eps), steps=1)
 
 
-def gradient_attack(loss: Loss, images: Tensor, numbers: Tensor, attack: Attack, seed: int, restart: int) -> Tensor:
+def gradient_attack(loss: Loss, images: Tensor, indices: Tensor, attack: Attack, seed: int, restart: int) -> Tensor:
     """PGD on a loss that is a sum over images, from each image's own random start -> [B,C,H,W], the last iterate.
 
-    numbers: int64 [B], the images' numbers in the data set.
+    indices   int64 [B], the images' indices in the data set
     """
     bounds = pixel_bounds(images, attack.eps, attack.alpha)
-    noise = start_noise(numbers.to(images.device), images.shape[1:], seed, restart) * (attack.eps / 255)
+    noise = start_noise(indices.to(images.device), images.shape[1:], seed, restart) * (attack.eps / 255)
     return pgd(loss, images, bounds, attack.steps, noise)
 
 
@@ -108,31 +113,34 @@ def cross_entropy(model: nn.Module, labels: Tensor) -> Loss:
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """Best wrong logit minus the right one, [B]; positive: misclassified."""
+    """Margin [B]: the largest logit of a wrong class minus that of the right one; positive where misclassified."""
     right = F.one_hot(labels, logits.shape[1]).bool()
     return logits.masked_fill(right, -torch.inf).amax(dim=1) - logits[right]
 
 
 def margin_loss(model: nn.Module, labels: Tensor) -> Loss:
-    """The margin summed over the images.  Source: Carlini and Wagner, Towards Evaluating the Robustness of Neural
-    Networks, 2017, function f6, which PGD ascends under the L-infinity bound (Madry et al., 2018); unclipped."""
+    """Carlini and Wagner's loss: the margin summed over the images, not clipped.
+
+    Source: Carlini and Wagner, Towards Evaluating the Robustness of Neural Networks, 2017, function f6; with PGD under the
+    L-infinity bound: Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, 2018.
+    """
     return lambda adv: margin(model(adv), labels).sum()
 
 
 def pixel_bounds(images: Tensor, eps: float, alpha: float) -> Tensor:
-    """[4,C] of radius eps and step alpha in 1/255, pixels in [0,1]."""
+    """The bounds [4,C] of an attack on pixels in [0,1]; radius eps and step alpha in 1/255."""
     return linf_bounds(eps / 255, alpha / 255, 0.0, 1.0, images.shape[1], images.device)
 
 
-def start_noise(numbers: Tensor, shape: torch.Size, seed: int, restart: int = 0) -> Tensor:
-    """Uniform noise in [-1,1) for images of a shape, [B,*shape]: a function of seed, restart and each image's number alone.
+def start_noise(indices: Tensor, shape: torch.Size, seed: int, restart: int = 0) -> Tensor:
+    """Uniform noise in [-1,1) [B,*shape], a function of seed, restart and each image's index in the data set.
 
-    All attacks start from the same noise, so that they differ by what they do and not by luck.
-    Source: Philox-4x32-10, Salmon et al., 2011: word j % 4 of block number * blocks + j // 4, keyed by seed and restart.
+    Source: Philox-4x32-10, Salmon et al., 2011: word j % 4 of block index * blocks + j // 4, keyed by seed and restart.
     """
     count = shape.numel()
     blocks = (count + 3) // 4
-    key = torch.tensor((seed % 2**32) | (restart % 2**31) << 32, device=numbers.device)
-    block = numbers[:, None] * blocks + torch.arange(blocks, device=numbers.device)
-    words = torch.stack(philox(key, block.flatten()), dim=1).view(len(numbers), -1)[:, :count]
-    return ((words >> 1).float() * UNIT * 2 - 1).view(len(numbers), *shape)
+    # The attack is not part of the key: all attacks start from the same noise, and differ by what they do, not by luck.
+    key = torch.tensor((seed % 2**32) | (restart % 2**31) << 32, device=indices.device)
+    block = indices[:, None] * blocks + torch.arange(blocks, device=indices.device)
+    words = torch.stack(philox(key, block.flatten()), dim=1).view(len(indices), -1)[:, :count]
+    return ((words >> 1).float() * UNIT * 2 - 1).view(len(indices), *shape)

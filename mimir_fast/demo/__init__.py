@@ -1,1 +1,1 @@
-"""Everything in one go on handwritten digits: pre-train, fine-tune, evaluate, one page."""
+"""Demo on handwritten digits: pre-train, fine-tune and evaluate, with one page of results."""

@@ -1,4 +1,4 @@
-"""The three classifiers that the demo compares, and the commands that make them: what a user would type."""
+"""Arms of the demo: the three classifiers that it compares, and the commands that make them, as a user would type them."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -9,14 +9,16 @@ from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.config.pretraining import PretrainConfig
 
 RECIPE = ["--recipe", "digits_demo"]
-EPS, ALPHA = 4, 1  # 1/255, of the attacks on the finished classifiers
+# In 1/255, of the attacks on the finished classifiers.
+EPS, ALPHA = 4, 1
 EVALUATION = f"--device cpu --eps {EPS} --alpha {ALPHA}"
-WIDE = "clean,pgd-20"  # on all test images
-AUTO = "aa"  # on a slice
+# Attacks on all test images, and on a few of them.
+WIDE = "clean,pgd-20"
+AUTO = "aa"
 
 
 class Arm(NamedTuple):
-    """name for people, folder, and the --attack of its pre-training (None: there is none)."""
+    """One of the compared classifiers: its name, its folder, and the --attack of its pre-training (None: not pre-trained)."""
 
     name: str
     folder: str
@@ -40,8 +42,13 @@ class Places(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """What happens, the verb with the words of its command line, the file that is there when it is done, and roughly how long
-    it takes beside others."""
+    """One command of the demo.
+
+    title     for people
+    verb      of mimir-fast, with the words of its command line
+    product   a file that exists when it is done
+    share     roughly its time, in any unit
+    """
 
     title: str
     verb: str
@@ -51,12 +58,15 @@ class Stage(NamedTuple):
 
 
 def places(arm: Arm, root: Path) -> Places:
+    """The folders of an arm."""
     return Places(*(root / arm.folder / name for name in Places._fields))
 
 
 def stages(arm: Arm, root: Path, seed: int, aa_images: int) -> list[Stage]:
-    """In order; each goes on where it was stopped.  aa_images: test images that AutoAttack gets; 0: none."""
-    at, plan, start = places(arm, root), [], []
+    """The stages of an arm in order; each continues where it was stopped.  aa_images: test images for AutoAttack; 0: none."""
+    at = places(arm, root)
+    plan: list[Stage] = []
+    start: list[str] = []
     if arm.attack:
         encoder = _last_checkpoint(at.pretraining, pretraining.digits_demo())
         words = [*RECIPE, "--attack", arm.attack, *_run(at.pretraining, seed)]

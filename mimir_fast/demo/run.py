@@ -1,4 +1,4 @@
-"""The demo's stages in order, each in this process."""
+"""Running the demo: its stages in order, each in this process."""
 
 import argparse
 import shlex
@@ -13,7 +13,7 @@ from mimir_fast.cli import evaluate, finetune, pretrain
 from mimir_fast.config.fields import require
 from mimir_fast.data import dataset_info
 from mimir_fast.demo.arms import ARMS, Stage, stages
-from mimir_fast.demo.page import write_demo_page
+from mimir_fast.demo.demo_page import write_demo_page
 from mimir_fast.evaluate.autoattack import refusal
 
 VERBS = {"pretrain": pretrain.main, "finetune": finetune.main, "evaluate": evaluate.main}
@@ -21,7 +21,7 @@ STOPPED = 128 + signal.SIGTERM
 
 
 def demo(args: argparse.Namespace) -> int:
-    """All stages, then the page; raises ValueError for wrong input."""
+    """Run all stages, then write the page; raises ValueError for wrong input."""
     for name in ("seed", "aa_images"):
         require(getattr(args, name) >= 0, name, getattr(args, name), "0 or more")
     if args.aa_images and (reason := refusal(dataset_info("digits").num_classes)):
@@ -38,7 +38,7 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def check_seed(root: Path, seed: int) -> None:
-    """Raises ValueError if the folder holds the runs of another seed, which would be taken up."""
+    """Raise ValueError if the folder holds runs of another seed, which would be resumed."""
     for path in root.glob("*/*/config.yaml"):
         before = yaml.safe_load(path.read_text()).get("seed")
         require(before == seed, "seed", seed, f"{before}, which {root} was begun with, or another --output_dir")
@@ -47,15 +47,16 @@ def check_seed(root: Path, seed: int) -> None:
 def run_all(plan: list[Stage]) -> int:
     """Run the stages in order, each in this process; returns the first exit status that is not 0, or 143 after a SIGTERM."""
     began, done, total = time.perf_counter(), 0.0, sum(stage.share for stage in plan)
-    for number, stage in enumerate(plan, 1):
+    for position, stage in enumerate(plan, 1):
         spent = time.perf_counter() - began
         left = f", about {tqdm.format_interval(spent / done * (total - done))} left" if done else ""
         print(
-            f"\n[{number}/{len(plan)}{left}] {stage.title}\n$ mimir-fast {stage.verb} {shlex.join(stage.words)}",
+            f"\n[{position}/{len(plan)}{left}] {stage.title}\n$ mimir-fast {stage.verb} {shlex.join(stage.words)}",
             flush=True,
         )
         status = VERBS[stage.verb](stage.words)
-        if status == 0 and not stage.product.exists():  # stopped by SIGTERM, which is no failure of the stage
+        # A training that SIGTERM stops saves and returns 0.
+        if status == 0 and not stage.product.exists():
             status = STOPPED
         if status in (STOPPED, 130):
             print("stopped; the same demo command goes on from there")

@@ -1,4 +1,4 @@
-"""Accuracy of a classifier under attack: `run_evaluation` as a function, `mimir-fast evaluate` on the command line."""
+"""Evaluation: accuracy of a classifier under attack.  `run_evaluation` in Python, `mimir-fast evaluate` on the command line."""
 
 from mimir_fast.attacks.named import Attack, make_attack, parse_attacks
 from mimir_fast.evaluate.evaluation import original_sequence, run_evaluation

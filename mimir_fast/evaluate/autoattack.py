@@ -1,9 +1,9 @@
-"""AutoAttack standard (L-infinity), attack by attack, on the package pyautoattack.  Shapes: B batch, C channels, H W sides.
+"""AutoAttack standard (L-infinity), attack by attack, with the package pyautoattack.  Shapes: B batch, C channels, H W sides.
 
 The ensemble is APGD on cross-entropy, targeted APGD on the DLR loss (9 targets), targeted FAB (9 targets) and Square (5000
-queries); each attacks the images that those before it left standing.  The package draws its random numbers for a group of
-images at once, so that the group, not the image, decides them: groups have a size of their own (--aa_batch), and inside of
-the model a group is cut into batches of --batch_size.
+queries); each attacks the images that are still robust after those before it.  The package draws random numbers for a whole
+group of images, so that they depend on the group: its size is a setting of its own (--aa_batch), and inside the model a group
+is split into batches of --batch_size.
 Source: Croce and Hein, Reliable Evaluation of Adversarial Robustness, arXiv 2003.01690.
 """
 
@@ -15,16 +15,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 SUB_ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
-# passes per image that no attack breaks, forward and backward counted alike: for the estimate of the time left
+# Passes per image that no attack breaks, forward and backward counted alike, for the estimate of the time left.
 PASSES = {"apgd-ce": 200, "apgd-t": 1800, "fab-t": 2700, "square": 5000}
 TARGETS = 9
-FEWEST_CLASSES = 4  # the targeted DLR loss divides by a difference to the fourth-largest logit
+# The targeted DLR loss divides by a difference to the fourth-largest logit.
+FEWEST_CLASSES = 4
 
 
 class InParts(nn.Module):
-    """A model of images [B,C,H,W] that computes at most `size` of them at a time, whatever it is given.
+    """A wrapper that passes images [B,C,H,W] through a model at most `size` at a time.
 
-    Under autograd the parts are computed again in the backward pass, so that their memory is one part's.
+    Under autograd activations are checkpointed, so that they take the memory of one part.
     """
 
     def __init__(self, model: nn.Module, size: int):
@@ -41,10 +42,10 @@ class InParts(nn.Module):
 
 
 class AutoAttack:
-    """The four attacks at radius eps (1/255) on a model of pixels in [0,1] with nothing to train.
+    """The four attacks at radius eps (1/255) on a model of pixels in [0,1] without trainable parameters.
 
-    batch_size: images that the model computes at a time.  Raises ValueError if the package is absent or the model has too
-    few classes.
+    batch_size   images in the model at a time
+    Raises ValueError if the package is absent or the model has too few classes.
     """
 
     def __init__(
@@ -59,14 +60,13 @@ class AutoAttack:
         self.attacks.fab.targeted, self.attacks.apgd.loss = True, "ce"
         for targeted in (self.attacks.apgd_targeted, self.attacks.fab):
             targeted.n_target_classes = min(TARGETS, num_classes - 1)
-        # what the package warns of (gradients that vanish, Square ahead of the others) is measured in checks.py
+        # The package warns of vanishing gradients, and of Square being ahead of the others; checks.py measures both.
         logging.getLogger("auto-attack").setLevel(logging.ERROR)
 
-    def run(self, name: str, images: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
-        """One of SUB_ATTACKS on images that the model gets right -> [B,C,H,W]: adversarial where it succeeded.
+    def run(self, name: str, images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+        """One of SUB_ATTACKS on correctly classified images -> [B,C,H,W]: adversarial where it succeeded.
 
-        Its random numbers are a function of seed, attack and the first image's number in the data set; those of the process
-        stay as they are.
+        indices   int64 [B], the images' indices in the data set; the first is part of the seed, with the attack's name
         """
         attack = {
             "apgd-ce": self.attacks.apgd,
@@ -74,15 +74,16 @@ class AutoAttack:
             "fab-t": self.attacks.fab,
             "square": self.attacks.square,
         }[name]
-        digest = hashlib.sha256(f"{self.seed} {name} {int(numbers[0])}".encode()).digest()
+        digest = hashlib.sha256(f"{self.seed} {name} {int(indices[0])}".encode()).digest()
         attack.seed = int.from_bytes(digest[:4], "little")
+        # The package seeds torch's global generators.
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             return attack.perturb(images, labels).detach()
 
 
-def refusal(num_classes: int) -> str:
-    """Why AutoAttack cannot be had for a model of so many classes; empty if it can."""
-    if num_classes < FEWEST_CLASSES:
+def refusal(num_classes: int | None) -> str:
+    """Why AutoAttack cannot run on a model with so many classes (None: unknown); empty if it can."""
+    if num_classes is not None and num_classes < FEWEST_CLASSES:
         return f"needs {FEWEST_CLASSES} classes or more (targeted DLR loss), the model has {num_classes}; take pgd-100 and cw"
     try:
         _package()
@@ -97,6 +98,7 @@ def version() -> str:
 
 
 def _package():
-    import pyautoattack  # an extra
+    # Installed with the extra "eval" only.
+    import pyautoattack
 
     return pyautoattack

@@ -1,8 +1,7 @@
-"""Does the evaluation contradict itself?  What it would mean, in plain words.
+"""Sanity checks for gradient masking: whether the results of an evaluation contradict each other.
 
-A model can look robust because attacks get no useful gradient from it (gradient masking).  Then stronger attacks find less
-than weaker ones, which no honest model can do.  Attacks are compared on the same images only, those that exactly one of
-them breaks being counted in both directions.
+A model can look robust because attacks get no useful gradient from it (gradient masking).  Then stronger attacks break fewer
+images than weaker ones.  Attacks are compared on the same images, by the images that exactly one of them breaks.
 Source: Athalye et al., Obfuscated Gradients Give a False Sense of Security, 2018; Carlini et al., On Evaluating Adversarial
 Robustness, 2019.
 """
@@ -20,22 +19,27 @@ from mimir_fast.evaluate.records import ROBUST, Record
 from mimir_fast.evaluate.statistics import mean_and_error, sign_test, wilson
 
 FEWEST_IMAGES = 50
-SURPRISING = 0.01  # p-value
-LARGE_EPS = 127.5  # 1/255: half of the range, where every image can be turned into the same grey
-STANDING = 0.05  # share of images that may survive that
-SQUARE_SHARE = 0.002  # of all images; AutoAttack's authors' own limit
-VANISHING = 0.01  # share of images without any gradient
+# p-value
+SURPRISING = 0.01
+# In 1/255: half of the range, within which every image can be turned into the same grey.
+LARGE_EPS = 127.5
+# Fraction of images that may stay correctly classified at LARGE_EPS.
+STANDING = 0.05
+# Fraction of all images that Square alone may break: the limit of AutoAttack's authors.
+SQUARE_SHARE = 0.002
+# Fraction of images that may have no gradient.
+VANISHING = 0.01
 
 
 class Outcome(NamedTuple):
-    """What an attack did to the images."""
+    """An attack and what became of the images."""
 
     attack: Attack
     record: Record
 
 
 class Finding(NamedTuple):
-    """status: passed, warning, or undecided (not enough images); text: one or two sentences."""
+    """Result of a check.  status: passed, warning, or undecided (not enough images); text: one or two sentences."""
 
     check: str
     status: str
@@ -52,6 +56,7 @@ def compare(outcomes: Iterable[Outcome]) -> list[Finding]:
         for ensemble in by_kind["aa"]:
             findings += [_aa_above(ensemble, other) for other in [*pgds[-1:], *by_kind["cw"]]]
             findings.append(_square(ensemble))
+        # Neighbours in this order can differ in their steps alone.
         for fewer, more in pairwise(sorted(pgds, key=lambda o: (o.attack.alpha, o.attack.restarts, o.attack.steps))):
             if replace(fewer.attack, steps=0) == replace(more.attack, steps=0) and fewer.attack != more.attack:
                 findings += [_more_steps(fewer, more), _loss_rises(fewer, more)]
@@ -61,7 +66,7 @@ def compare(outcomes: Iterable[Outcome]) -> list[Finding]:
 
 def large_eps(record: Record) -> Finding:
     """record: the images that the model gets right, under PGD at LARGE_EPS."""
-    standing, n = int(record.correct.sum()), len(record.number)
+    standing, n = int(record.correct.sum()), len(record.indices)
     low, _ = wilson(standing, n)
     text = f"at eps {LARGE_EPS:g}/255, where every image can be made grey, {standing} of {n} images stay right"
     doubt = (
@@ -115,9 +120,10 @@ def _loss_rises(fewer: Outcome, more: Outcome) -> Finding:
 
 
 def _square(ensemble: Outcome) -> Finding:
-    """Square sees no gradient; it comes last, so that what it breaks has withstood all that do."""
+    """Square, which uses no gradient, should break little that the gradient attacks do not."""
     record, last = ensemble.record, SUB_ATTACKS.index("square") + 1
-    n, alone = len(record.number), int((record.broken == last).sum())
+    # It comes last: what it breaks has withstood the other three.
+    n, alone = len(record.indices), int((record.broken == last).sum())
     low, _ = wilson(alone, n)
     text = f"Square, which sees no gradient, breaks {alone} of {n} images that the three gradient attacks left standing"
     doubt = ": black-box should not beat white-box; gradients are masked and the true robustness is lower still"
@@ -125,7 +131,8 @@ def _square(ensemble: Outcome) -> Finding:
 
 
 def _disagreement(weaker: Outcome, stronger: Outcome) -> tuple[str, bool, int]:
-    """In words; whether the supposedly weaker one breaks surprisingly many that the stronger leaves; number of images."""
+    """A sentence, whether the supposedly weaker attack breaks surprisingly many images that the stronger one does not, and
+    the number of images."""
     fallen, standing = weaker.record.broken != ROBUST, stronger.record.broken == ROBUST
     only_weaker, only_stronger = int((fallen & standing).sum()), int((~fallen & ~standing).sum())
     a, b = weaker.attack.name, stronger.attack.name
@@ -134,7 +141,7 @@ def _disagreement(weaker: Outcome, stronger: Outcome) -> tuple[str, bool, int]:
 
 
 def _finding(check: str, doubtful: bool, n: int, text: str, doubt: str) -> Finding:
-    """A doubt that the statistics support is one however few images there are; its absence on few images proves nothing."""
+    """A warning where the statistics support it, however few images there are; passing takes FEWEST_IMAGES."""
     if doubtful:
         return Finding(check, "warning", text + doubt)
     return Finding(check, "passed" if n >= FEWEST_IMAGES else "undecided", text)

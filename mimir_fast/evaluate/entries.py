@@ -1,4 +1,4 @@
-"""What stands in results.json about an attack, and the same as a table."""
+"""Entries of results.json, one per attack and its settings, and the same as a table."""
 
 import datetime
 import hashlib
@@ -16,7 +16,8 @@ from mimir_fast.evaluate.records import Record
 from mimir_fast.evaluate.rounds import Sizes, Subject
 from mimir_fast.evaluate.statistics import wilson
 
-USUAL = {"restarts": 1, "seed": 0, "batch": 64, "group": 64}  # left out of an attack's key
+# Values that are left out of an attack's key.
+USUAL = {"restarts": 1, "seed": 0, "batch": 64, "group": 64}
 
 
 def settings_of(attack: Attack, sizes: Sizes, seed: int) -> dict:
@@ -32,26 +33,26 @@ def settings_of(attack: Attack, sizes: Sizes, seed: int) -> dict:
 
 
 def attack_of(settings: dict) -> Attack:
-    """The attack that settings belong to."""
+    """The attack with these settings."""
     eps, alpha = settings.get("eps", 0.0), settings.get("alpha", 0.0)
     return make_attack(settings["attack"], eps, alpha, settings.get("restarts", 1), settings.get("weight", 0.0))
 
 
 def key_of(settings: dict) -> str:
-    """Settings in a few words: "pgd-20 eps=8 alpha=2"; what is as usual is left out."""
+    """Key of an attack in results.json, such as "pgd-20 eps=8 alpha=2": its settings other than the usual ones."""
     words = [f"{name}={_number(value)}" for name, value in settings.items() if name not in ("attack", "steps")]
     usual = {f"{name}={_number(value)}" for name, value in USUAL.items()}
     return " ".join([settings["attack"], *(word for word in words if word not in usual)])
 
 
 def _number(value: float) -> str:
-    """Whole where it matters: seeds have more than the six digits of :g."""
+    # Seeds have more than the six digits of :g.
     return str(value) if isinstance(value, int) else f"{value:.12g}"
 
 
 def summary(record: Record, rounds: Sequence[str]) -> dict:
     """Accuracy with its 95 % interval (Wilson), and the accuracy after every round where there are several."""
-    n, correct = len(record.number), int(record.correct.sum())
+    n, correct = len(record.indices), int(record.correct.sum())
     entry = {"accuracy": correct / n, "correct": correct, "n": n, "interval95": list(wilson(correct, n))}
     if len(rounds) > 1:
         entry["after"] = {name: float((record.broken > r).mean()) for r, name in enumerate(rounds, 1)}
@@ -59,7 +60,7 @@ def summary(record: Record, rounds: Sequence[str]) -> dict:
 
 
 def circumstances(attack: Attack, subject: Subject) -> dict:
-    """Under which a result was found."""
+    """The checkpoint, versions, device and date of a result."""
     versions = {name: metadata.version(name) for name in ("mimir-fast", "torch")}
     if attack.kind == "aa":
         versions["autoattack"] = f"{version()} standard"
@@ -77,7 +78,7 @@ def model_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""A classifier against a list of attacks: results.json, a table, and whether the results contradict each other."""
+"""Evaluation of a classifier under a list of attacks: results.json, a table, and checks for gradient masking."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -20,12 +20,13 @@ from mimir_fast.evaluate.records import Record, Results
 from mimir_fast.evaluate.rounds import Sizes, Subject, rounds_of, run_attack
 
 CLEAN = Attack("clean")
-SLICE = 100  # images that the checks attack
+# Images that the checks attack.
+SLICE = 100
 LARGE = Attack("pgd", 40, checks.LARGE_EPS, checks.LARGE_EPS / 8)
 
 
 def original_sequence(eps: float, alpha: float, adaptive: bool = False) -> tuple[Attack, ...]:
-    """What the original's --eval runs at radius eps and step alpha (1/255); adaptive: with --adap_eval."""
+    """The attacks of the original's --eval at radius eps and step alpha (1/255); adaptive: with --adap_eval."""
     if adaptive:
         return CLEAN, make_attack("pgd-feature", eps, alpha), make_attack("pgd-mi", eps, alpha)
     return (
@@ -42,24 +43,29 @@ def run_evaluation(
     attacks: Iterable[Attack],
     output_dir: str | Path,
     *,
-    sizes: Sizes = Sizes(64, 64),  # noqa: B008 (immutable)
+    # immutable
+    sizes: Sizes = Sizes(64, 64),  # noqa: B008
     seed: int = 0,
     with_checks: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict:
-    """Evaluate; returns what results.json in output_dir holds: identity, attacks by name and settings, checks.
+    """Evaluate a classifier; returns what results.json in output_dir holds: identity, attacks by name and settings, checks.
 
     model        pixels [B,3,S,S] in [0,1] -> logits; evaluated in fp32 and eval mode, and left as it is
     source       where it is from, for messages and the record
-    attacks      clean accuracy is always measured: what the model misclassifies unattacked counts as broken
-    with_checks  also attack a small slice of the images at a radius that nothing can survive
-    Every batch is saved: called again after a kill, it goes on where it stopped and ends with the same result.
+    attacks      clean accuracy is always measured too: images that are misclassified unattacked count as broken
+    sizes        images in the model at a time, and in a group of AutoAttack
+    seed         of the attacks' random starts
+    with_checks  also attack a few images at a radius at which every image can be broken
+    say          called with every line of output
+    Every batch is saved: a call after a kill continues where it stopped, and ends with the same result.
     Raises ValueError (DataError, CheckpointError), one line each.
     """
     chosen = images.choose()
     subject = _subject(model, source, len(chosen.classes))
     attacks = list(dict.fromkeys([CLEAN, *attacks]))
-    for attack in attacks:  # what cannot be had should be known before hours of what can
+    # For its errors: an attack that cannot run should be known before hours of those that can.
+    for attack in attacks:
         rounds_of(attack, subject, sizes, seed)
     identity = {"model": {"source": source, "hash": model_hash(subject.model)}, "images": chosen.identity()}
     evaluation = Evaluation(subject, chosen, Results(Path(output_dir), identity), sizes, seed, say)
@@ -67,7 +73,8 @@ def run_evaluation(
 
 
 def _subject(model: nn.Module, source: str, num_classes: int) -> Subject:
-    """The model as attacks need it; the caller's stays as it is.  Raises ValueError if its head has other classes."""
+    """A twin of the model in fp32 and eval mode without trainable parameters.  Raises ValueError for another number of
+    classes."""
     outputs = getattr(model, "num_classes", num_classes)
     if outputs != num_classes:
         raise ValueError(f"dataset: the images have {num_classes} classes, the head of {source} has {outputs}")
@@ -76,7 +83,7 @@ def _subject(model: nn.Module, source: str, num_classes: int) -> Subject:
 
 
 class Evaluation:
-    """One model on one choice of images, with the results so far."""
+    """An evaluation of one model on one selection of images, with the results so far."""
 
     def __init__(
         self,
@@ -89,10 +96,11 @@ class Evaluation:
     ):
         self.subject, self.chosen, self.results = subject, chosen, results
         self.sizes, self.seed, self.say = sizes, seed, say
-        self.clean = np.ones(len(chosen.numbers), bool)  # which images the model gets right unattacked
+        # Which images are classified correctly unattacked.
+        self.clean = np.ones(len(chosen.indices), bool)
 
     def run(self, attacks: list[Attack], with_checks: bool) -> dict:
-        """All attacks, the clean one first, then the checks; returns the results, printed and saved."""
+        """Run all attacks, the clean one first, then the checks; prints, saves and returns the results."""
         if self.results.note:
             self.say(self.results.note)
         for attack in attacks:
@@ -109,11 +117,12 @@ class Evaluation:
         """Run an attack, or what is left of it, and enter it into the results."""
         settings = settings_of(attack, self.sizes, self.seed)
         key = key_of(settings)
-        record = Record(self.results.record_path(key), self.chosen.numbers, self.clean)
+        record = Record(self.results.record_path(key), self.chosen.indices, self.clean)
         record.resume()
         before = record.seconds
         names = run_attack(attack, self.subject, self.chosen, record, self.sizes, self.seed, self.say)
         entries = self.results.data["attacks"]
+        # An attack that was complete before keeps its entry, with the date and versions it was measured with.
         if key not in entries or record.seconds > before:
             path = str(record.path.relative_to(self.results.folder))
             entry = {**summary(record, names), "settings": settings, "per_image": path}
@@ -124,22 +133,22 @@ class Evaluation:
         return record
 
     def outcomes(self) -> list[Outcome]:
-        """Every attack of the results whose images' outcomes are still there."""
+        """The attacks in the results whose records of single images still exist."""
         found = []
         for entry in self.results.data["attacks"].values():
-            record = Record(self.results.folder / entry["per_image"], self.chosen.numbers)
+            record = Record(self.results.folder / entry["per_image"], self.chosen.indices)
             if record.resume():
                 found.append(Outcome(attack_of(entry["settings"]), record))
         return found
 
     def slice_checks(self, large_too: bool) -> list[Finding]:
-        """Checks on the first images that the model gets right; the attack at a large radius only on request, or if it has
-        been run."""
+        """Checks on the first correctly classified images; large_too: also the attack at a large radius."""
         rows = np.flatnonzero(self.clean)[:SLICE]
-        chosen = replace(self.chosen, numbers=self.chosen.numbers[rows])
-        record = Record(self.results.record_path("check large eps"), chosen.numbers)
+        chosen = replace(self.chosen, indices=self.chosen.indices[rows])
+        record = Record(self.results.record_path("check large eps"), chosen.indices)
         there = record.resume()
         findings = [checks.vanishing_gradients(vanished(self.subject, chosen, self.sizes.batch), len(rows))]
+        # Also if an earlier call ran it: its finding must not vanish from the results.
         if large_too or there:
             run_attack(LARGE, self.subject, chosen, record, self.sizes, self.seed, self.say)
             findings.append(checks.large_eps(record))
@@ -147,9 +156,9 @@ class Evaluation:
 
 
 def vanished(subject: Subject, chosen: Chosen, batch_size: int) -> int:
-    """How many images have a cross-entropy whose gradient is exactly zero in every pixel."""
+    """Number of images whose cross-entropy has a gradient of exactly zero in every pixel."""
     count = 0
-    for _, images, labels in chosen.batches(np.arange(len(chosen.numbers)), batch_size):
+    for _, images, labels in chosen.batches(np.arange(len(chosen.indices)), batch_size):
         images, labels = to_float(images.to(subject.device)), labels.to(subject.device)
         _, grad = gradient(cross_entropy(subject.model, labels), images, 1.0)
         count += int((grad.flatten(1) == 0).all(dim=1).sum())

@@ -1,4 +1,4 @@
-"""`mimir-fast finetune --eval --resume CKPT`: the original's sequence of attacks, by mimir_fast.evaluate."""
+"""`mimir-fast finetune --eval --resume CKPT`: the original's evaluation, by mimir_fast.evaluate."""
 
 from mimir_fast.checkpoints.fetch import beside
 from mimir_fast.checkpoints.trained_models import OVERRIDES, load_classifier
@@ -13,8 +13,8 @@ from mimir_fast.evaluate.rounds import Sizes
 def evaluate(run: Run[FinetuneConfig], explicit: set[str]) -> int:
     """Clean accuracy, PGD-5 at eps 1, PGD-20, PGD-100 and AutoAttack, or with --adap_eval the adaptive attacks; in fp32.
 
-    Model and data set are the checkpoint's where the flags do not say; eps and alpha are the flags', as in the original.
-    Results go beside it.  Returns 0; raises ValueError for wrong input.
+    Model and data set are the checkpoint's unless flags name others; eps and alpha are the flags', as in the original.
+    Results are written beside the checkpoint.  Returns 0; raises ValueError for wrong input.
     """
     config, source = run.config, run.config.run.resume
     flat = config.flat()

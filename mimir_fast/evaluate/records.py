@@ -1,58 +1,65 @@
-"""What was found out about every image, on disk after each batch.  N images."""
+"""Records of an evaluation: the outcome of an attack for every image, and results.json.  N images."""
 
 import json
 import zipfile
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
 from mimir_fast.checkpoints.atomic import move, write_atomically, write_text_atomically
 from mimir_fast.checkpoints.errors import CheckpointError
 
-ROBUST = 127  # larger than any number of rounds
+# Larger than any number of rounds.
+ROBUST = 127
 
 
 class Record:
     """One attack on N images: which are broken, by which round, and what is left to do.
 
-    An attack has rounds (restarts, AutoAttack's parts); each goes on with the images that those before it did not break.
-    number int64     the images' numbers in the data set
+    An attack has rounds (restarts, AutoAttack's parts); each attacks the images that those before it did not break.
+    indices int64    the images' indices in the data set
     label int64      -1: not read yet
     broken int8      0: misclassified unattacked; r: misclassified after round r; ROBUST: not (yet) broken
     rounds int8      rounds that the image went through
-    prediction int32 the class seen after the last round it went through, -1: none
+    prediction int32 predicted class after the last round it went through, -1: none
     loss float32     highest cross-entropy after a round, NaN: none
     seconds          time spent so far
     """
 
-    ARRAYS = ("number", "label", "broken", "rounds", "prediction", "loss")
+    # Names on disk -> attributes.  The indices keep the name that earlier versions wrote.
+    ARRAYS: ClassVar = {
+        "number": "indices",
+        **{name: name for name in ("label", "broken", "rounds", "prediction", "loss")},
+    }
 
-    def __init__(self, path: Path, numbers: np.ndarray, correct: np.ndarray | bool = True):
-        """correct: bool [N], whether the model is right on the image itself, as far as is known."""
-        n = len(numbers)
+    def __init__(self, path: Path, indices: np.ndarray, correct: np.ndarray | bool = True):
+        """correct: bool [N], whether the image is classified correctly unattacked, as far as is known."""
+        n = len(indices)
         self.path, self.seconds = path, 0.0
-        self.number = np.asarray(numbers, np.int64)
+        self.indices = np.asarray(indices, np.int64)
         self.label, self.prediction = np.full(n, -1, np.int64), np.full(n, -1, np.int32)
         self.broken = np.where(np.broadcast_to(correct, n), ROBUST, 0).astype(np.int8)
         self.rounds, self.loss = np.zeros(n, np.int8), np.full(n, np.nan, np.float32)
 
     @property
     def correct(self) -> np.ndarray:
-        """bool [N]: right on the image itself and after every round so far."""
+        """bool [N]: classified correctly unattacked and after every round so far."""
         return self.broken == ROBUST
 
     def reached(self, round: int, everything: bool = False) -> np.ndarray:
         """bool [N]: images that a round (from 1) attacks; everything: broken ones too."""
-        return np.ones(len(self.number), bool) if everything else self.broken >= round
+        # >= and not ==: an image that this round itself broke belongs to it.
+        return np.ones(len(self.indices), bool) if everything else self.broken >= round
 
     def left(self, round: int, everything: bool = False) -> np.ndarray:
-        """Rows whose turn in a round is still to come, ascending."""
+        """Rows that a round has still to attack, ascending."""
         return np.flatnonzero(self.reached(round, everything) & (self.rounds < round))
 
     def note(
         self, rows: np.ndarray, round: int, labels: np.ndarray, predictions: np.ndarray, losses: np.ndarray
     ) -> None:
-        """The outcome of a round for some rows."""
+        """Enter the outcome of a round for some rows."""
         newly = self.correct[rows] & (predictions != labels)
         self.broken[rows] = np.where(newly, round, self.broken[rows])
         self.rounds[rows], self.label[rows], self.prediction[rows] = round, labels, predictions
@@ -60,11 +67,11 @@ class Record:
 
     def save(self) -> None:
         """Write atomically.  Raises OSError if the disk refuses."""
-        arrays = {name: getattr(self, name) for name in self.ARRAYS}
+        arrays = {stored: getattr(self, name) for stored, name in self.ARRAYS.items()}
         write_atomically(self.path, lambda file: np.savez_compressed(file, seconds=self.seconds, **arrays))
 
     def resume(self) -> bool:
-        """Go on from the file; returns whether there is one.  Raises CheckpointError if it is damaged or about other images."""
+        """Read the file; returns whether it exists.  Raises CheckpointError if it is damaged or about other images."""
         if not self.path.exists():
             return False
         try:
@@ -73,22 +80,21 @@ class Record:
                 self.seconds = float(stored["seconds"])
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise CheckpointError(f"output_dir: {self.path} is damaged ({error}); remove it to begin again") from error
-        if not np.array_equal(arrays["number"], self.number):
+        if not np.array_equal(arrays["number"], self.indices):
             raise CheckpointError(
                 f"output_dir: {self.path} is about other images; remove it or take another output_dir"
             )
-        for name, array in arrays.items():
-            setattr(self, name, array)
+        for stored, name in self.ARRAYS.items():
+            setattr(self, name, arrays[stored])
         return True
 
 
 class Results:
     """results.json of a folder: one entry per attack and its settings, all about the same model and images.
 
-    identity: what they are, a dictionary with the hashes "model" and "images" in it.  Results of another model or other
-    images are moved to set_aside/HASHES and come back when their turn comes; `note` says so, else it is empty.
-    A kill between two moves leaves no outcomes in `folder` without the results.json that says whose they are.
-    Raises CheckpointError for a damaged results.json, or if there are outcomes without one.
+    identity   what they are, a dictionary with the hashes "model" and "images" in it
+    Results of another model or other images are moved to set_aside/HASHES, and back when they are asked for again; `note` says
+    so, else it is empty.  Raises CheckpointError for a damaged results.json, or if there are records without one.
     """
 
     def __init__(self, folder: Path, identity: dict):
@@ -97,6 +103,8 @@ class Results:
         mine = _key(identity)
         if found is not None and _key(found["identity"]) != mine:
             target = folder / "set_aside" / _key(found["identity"])
+            # In this order, and back in the other: a kill between two moves leaves no records without the results.json that
+            # says whose they are.
             _move(folder, target, ("per_image", "results.json"))
             self.note = f"output_dir: the results there were of another model or other images; they are in {target}"
             found = None
@@ -131,7 +139,7 @@ class Results:
         write_text_atomically(self.path, json.dumps(self.data, indent=1) + "\n")
 
     def record_path(self, key: str) -> Path:
-        """Where the images' outcomes of an attack are."""
+        """Path of the record of an attack with this key."""
         return self.folder / "per_image" / (key.replace(" ", "_") + ".npz")
 
 

@@ -1,7 +1,8 @@
-"""An attack on all images, batch by batch, on disk after each.  Shapes: B batch, C channels, H W sides, O classes."""
+"""Running an attack on all images, batch by batch, each saved.  Shapes: B batch, C channels, H W sides, O classes."""
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -9,20 +10,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimir_fast.attacks.adaptive import feature_loss, mutual_information_loss
-from mimir_fast.attacks.named import Attack, cross_entropy, fgsm, gradient_attack, margin_loss
+from mimir_fast.attacks.adaptive import FeatureClassifier, FeatureModel, feature_loss, mutual_information_loss
+from mimir_fast.attacks.named import Attack, Loss, cross_entropy, fgsm, gradient_attack, margin_loss
 from mimir_fast.checkpoints.errors import CheckpointError
 from mimir_fast.data.crops import to_float
 from mimir_fast.evaluate.autoattack import PASSES, SUB_ATTACKS, AutoAttack
 from mimir_fast.evaluate.images import Chosen
-from mimir_fast.evaluate.progress import Progress
+from mimir_fast.evaluate.progress import AttackProgress
 from mimir_fast.evaluate.records import Record
 
-SLACK = 1e-6  # rounding of x + eps in fp32
+# For the rounding of x + eps in fp32.
+SLACK = 1e-6
 
 
 class Subject(NamedTuple):
-    """A model of pixels in [0,1], fp32, eval mode, nothing to train; source: where it is from; device: where it is."""
+    """The evaluated model: of pixels in [0,1], in fp32 and eval mode, without trainable parameters.
+
+    source   where it is from, for messages
+    """
 
     model: nn.Module
     num_classes: int
@@ -31,46 +36,55 @@ class Subject(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Images at a time: in the model, and in AutoAttack, whose random numbers belong to a group of images."""
+    """Images at a time: in the model, and in AutoAttack, whose random numbers depend on a group of images."""
 
     batch: int
     aa: int
 
 
+# (images [B,C,H,W], labels [B], indices [B]) -> adversarial images [B,C,H,W]
+Run = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
 class Round(NamedTuple):
-    """One go at the images: (images [B,C,H,W], labels [B], numbers [B]) -> adversarial images; passes: cost per image."""
+    """One pass of an attack over the images; passes: its cost per image, in forward passes."""
 
     name: str
     passes: float
-    run: Callable[[Tensor, Tensor, Tensor], Tensor]
+    run: Run
 
 
 def rounds_of(attack: Attack, subject: Subject, sizes: Sizes, seed: int) -> list[Round]:
-    """What an attack consists of.  Raises ValueError if it cannot be had."""
+    """The rounds of an attack.  Raises ValueError if it cannot run on this model or a package is missing."""
     model = subject.model
     if attack.kind == "clean":
-        return [Round("clean", 1, lambda images, labels, numbers: images)]
+        return [Round("clean", 1, lambda images, labels, indices: images)]
     if attack.kind == "fgsm":
-        return [Round("fgsm", 3, lambda images, labels, numbers: fgsm(model, images, labels, attack.eps))]
+        return [Round("fgsm", 3, lambda images, labels, indices: fgsm(model, images, labels, attack.eps))]
     if attack.kind == "aa":
         ensemble = AutoAttack(model, subject.num_classes, attack.eps, seed, subject.device, sizes.batch)
-        return [Round(name, PASSES[name], lambda *batch, name=name: ensemble.run(name, *batch)) for name in SUB_ATTACKS]
-    losses = {
-        "pgd": lambda images, labels: cross_entropy(model, labels),
-        "cw": lambda images, labels: margin_loss(model, labels),
-        "pgd-mi": lambda images, labels: mutual_information_loss(model, labels, attack.weight),
-        "pgd-feature": lambda images, labels: feature_loss(model, images),
-    }
-    if attack.kind in ("pgd-mi", "pgd-feature") and not hasattr(model, "forward_features"):
-        raise ValueError(f"attacks: {attack.kind} needs a model with features, got {type(model).__name__}")
+        return [Round(name, PASSES[name], partial(ensemble.run, name)) for name in SUB_ATTACKS]
+    make_loss = _loss_of(attack, model)
 
-    def start(restart: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        loss = losses[attack.kind]
-        return lambda images, labels, numbers: gradient_attack(
-            loss(images, labels), images, numbers, attack, seed, restart
+    def start(restart: int) -> Run:
+        return lambda images, labels, indices: gradient_attack(
+            make_loss(images, labels), images, indices, attack, seed, restart
         )
 
     return [Round(f"restart {i + 1}", 2 * attack.steps + 1, start(i)) for i in range(attack.restarts)]
+
+
+def _loss_of(attack: Attack, model: nn.Module) -> Callable[[Tensor, Tensor], Loss]:
+    """(images, labels) -> the loss that a gradient attack ascends."""
+    if attack.kind == "pgd":
+        return lambda images, labels: cross_entropy(model, labels)
+    if attack.kind == "cw":
+        return lambda images, labels: margin_loss(model, labels)
+    if attack.kind == "pgd-mi" and isinstance(model, FeatureClassifier):
+        return lambda images, labels: mutual_information_loss(model, labels, attack.weight)
+    if attack.kind == "pgd-feature" and isinstance(model, FeatureModel):
+        return lambda images, labels: feature_loss(model, images)
+    raise ValueError(f"attacks: {attack.kind} needs a model with features, got {type(model).__name__}")
 
 
 def run_attack(
@@ -82,21 +96,21 @@ def run_attack(
     seed: int,
     say: Callable[[str], None] = print,
 ) -> list[str]:
-    """Let the images of a record go through what is left of an attack's rounds; returns the rounds' names.
+    """Run what is left of an attack's rounds on the images of a record, saved after every batch; returns the rounds' names.
 
-    After every batch the record is on disk.  Raises CheckpointError for a model that answers NaN or infinity, OSError if
-    the disk refuses, RuntimeError if an attack leaves its ball, which is a bug.
+    Raises CheckpointError for logits that are NaN or infinite, OSError if the record cannot be written, RuntimeError if an
+    adversarial image is farther than eps away, which is a bug.
     """
     rounds = rounds_of(attack, subject, sizes, seed)
     size = sizes.aa if attack.kind == "aa" else sizes.batch
     everything = attack.batch_dependent
-    progress = Progress(attack.name, [r.passes for r in rounds], everything, say)
+    progress = AttackProgress(attack.name, [r.passes for r in rounds], everything, say)
     try:
         for index, round in enumerate(rounds, 1):
             for rows, images, labels in chosen.batches(record.left(index, everything), size):
                 started = time.perf_counter()
-                numbers = torch.from_numpy(record.number[rows])
-                seen = outcome(round, attack.eps, subject, sizes.batch, images, labels, numbers)
+                indices = torch.from_numpy(record.indices[rows])
+                seen = outcome(round, attack.eps, subject, sizes.batch, images, labels, indices)
                 record.note(rows, index, labels.numpy(), *seen)
                 record.seconds += time.perf_counter() - started
                 record.save()
@@ -108,11 +122,12 @@ def run_attack(
 
 
 def outcome(
-    round: Round, eps: float, subject: Subject, batch_size: int, images_u8: Tensor, labels: Tensor, numbers: Tensor
+    round: Round, eps: float, subject: Subject, batch_size: int, images_u8: Tensor, labels: Tensor, indices: Tensor
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What the model sees after a round [B] and its cross-entropy [B]."""
+    """The predicted classes [B] after a round, and their cross-entropy [B]."""
     images, labels = to_float(images_u8.to(subject.device)), labels.to(subject.device)
-    adv = round.run(images, labels, numbers)
+    adv = round.run(images, labels, indices)
+    # Checked for every batch: an attack that leaves its ball would make a model look worse than it is.
     farthest = (adv - images).abs().max().item()
     if not (farthest <= eps / 255 + SLACK and adv.min() >= 0 and adv.max() <= 1):
         raise RuntimeError(f"{round.name}: an adversarial image is {farthest * 255:g}/255 away, allowed {eps:g}/255")
@@ -124,7 +139,8 @@ def outcome(
 
 
 def check_logits(logits: Tensor, subject: Subject) -> None:
-    """Raises CheckpointError for logits [B,O] that are no numbers, ValueError for another number of classes."""
+    """Raise CheckpointError for logits [B,O] that are NaN or infinite, ValueError for another number of classes."""
+    # argmax of NaN is a class as well: a broken model would have an accuracy.
     if not logits.isfinite().all():
         raise CheckpointError(f"checkpoint: {subject.source} answers NaN or infinity; its parameters are no use")
     if logits.shape[1] != subject.num_classes:

@@ -1,4 +1,4 @@
-"""Intervals and paired comparisons of accuracies."""
+"""Statistics of accuracies: intervals and paired comparisons."""
 
 import math
 
@@ -8,7 +8,7 @@ Z_95 = 1.959963984540054
 
 
 def wilson(successes: int, n: int, z: float = Z_95) -> tuple[float, float]:
-    """Wilson's score interval of a share, 95 % unless z says otherwise; (0, 1) for n = 0.
+    """Wilson score interval of a proportion, 95 % by default; (0, 1) for n = 0.
 
     Source: Wilson, Probable Inference, the Law of Succession, and Statistical Inference, 1927.
     """
@@ -18,13 +18,14 @@ def wilson(successes: int, n: int, z: float = Z_95) -> tuple[float, float]:
     middle, scale = share + z * z / (2 * n), 1 + z * z / n
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     low, high = (middle - half) / scale, (middle + half) / scale
+    # Exact at the ends, where rounding would leave 1e-17.
     return (0.0 if successes == 0 else low), (1.0 if successes == n else high)
 
 
 def sign_test(more: int, fewer: int) -> float:
-    """One-sided p-value of `more` against `fewer` if both were equally likely: how surprising that many are.
+    """Sign test: one-sided p-value of `more` against `fewer` if both were equally likely.
 
-    McNemar's exact test when the two count images on which two attacks disagree, once in each direction.
+    This is McNemar's exact test if the two count the images on which two attacks disagree, once in each direction.
     """
     n = more + fewer
     return sum(math.comb(n, k) for k in range(more, n + 1)) / 2**n

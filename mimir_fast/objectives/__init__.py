@@ -1,1 +1,1 @@
-"""What is minimised: reconstruction, mutual-information penalties, the losses of adversarial training."""
+"""Objectives: reconstruction, mutual-information penalties, losses of adversarial training."""

@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 KINDS = ("plain", "pgd", "apgd", "trades", "mart")
-TWO_BRANCHES = ("trades", "mart")  # also see the clean images
+# Losses on clean and adversarial images.
+TWO_BRANCHES = ("trades", "mart")
 
 
 def check_kind(kind: str, mixing: bool) -> None:
-    """Raises ValueError for an unknown kind of training, and for mart with mixed labels."""
+    """Raise ValueError for an unknown kind of training, and for mart with mixed labels."""
     if kind not in KINDS:
         raise ValueError(f"attack_train: unknown kind {kind!r}; choose one of {', '.join(KINDS)}")
     if kind == "mart" and mixing:
@@ -23,18 +24,19 @@ def check_kind(kind: str, mixing: bool) -> None:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy; smoothing applies to labels alone, since mixed ones come smoothed."""
+    """Mean cross-entropy; smoothing applies to labels [B] only."""
+    # Mixed labels were smoothed when they were mixed.
     smoothing = 0.0 if targets.is_floating_point() else smoothing
     return F.cross_entropy(_wide(logits), targets, label_smoothing=smoothing)
 
 
 def attack_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """What an attack ascends, of every image: cross-entropy [B], not smoothed."""
+    """Cross-entropy [B] of every image without smoothing, which attacks ascend."""
     return F.cross_entropy(_wide(logits), targets, reduction="none")
 
 
 def trades_loss(clean: Tensor, adv: Tensor, targets: Tensor, beta: float) -> Tensor:
-    """CE(clean) + beta * KL(p_clean || p_adv), means over the batch; the gradient flows through both.
+    """TRADES: CE(clean) + beta * KL(p_clean || p_adv), means over the batch; the gradient flows through both.
 
     Source: Zhang et al., Theoretically Principled Trade-off between Robustness and Accuracy, 2019.
     """
@@ -44,9 +46,9 @@ def trades_loss(clean: Tensor, adv: Tensor, targets: Tensor, beta: float) -> Ten
 
 
 def mart_loss(clean: Tensor, adv: Tensor, targets: Tensor, beta: float) -> Tensor:
-    """Boosted CE of the adversarial images + beta * KL(p_clean || p_adv), weighted by how unsure the clean image is.
+    """MART: boosted CE(adv) + beta * KL(p_clean || p_adv) * (1 - p_clean of the label), means over the batch.
 
-    boosted CE   CE(adv) - log(1 - p_adv of the likeliest wrong class); the small constants are the original's
+    boosted CE   CE(adv) - log(1 - p_adv of the likeliest wrong class)
     targets      labels; raises ValueError for probabilities
     Source: Wang et al., Improving Adversarial Robustness Requires Revisiting Misclassified Examples, 2020.
     """
@@ -54,6 +56,7 @@ def mart_loss(clean: Tensor, adv: Tensor, targets: Tensor, beta: float) -> Tenso
         raise ValueError("attack_train: mart needs one label per image, got mixed ones")
     clean, adv, label = _wide(clean), _wide(adv), targets[:, None]
     log_clean, p_adv = clean.log_softmax(dim=1), adv.softmax(dim=1)
+    # The small constants here and below are those of the authors' code, which the original uses.
     p_wrong = p_adv.scatter(1, label, -1).amax(dim=1)
     boosted = F.cross_entropy(adv, targets) - (1.0001 - p_wrong + 1e-12).log().mean()
     divergence = F.kl_div((p_adv + 1e-12).log(), log_clean, reduction="none", log_target=True).sum(dim=1)

@@ -1,4 +1,4 @@
-"""What fine-tuning minimises: all training passes of one micro-batch.  Shapes: B batch, C channels, H W sides, O classes."""
+"""Fine-tuning objective: all training passes of one micro-batch.  Shapes: B batch, C channels, H W sides, O classes."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from mimir_fast.training.stages import stage
 
 
 class FinetuneOutput(NamedTuple):
-    """Device values only: loss (scalar); logits [B,O] of the images trained on, detached; these images, adv [B,C,H,W]."""
+    """Tensors on the device: loss (scalar); logits [B,O] of the images trained on, detached; these images, adv [B,C,H,W]."""
 
     loss: Tensor
     logits: Tensor
@@ -21,7 +21,7 @@ class FinetuneOutput(NamedTuple):
 
 
 class Objective(nn.Module):
-    """The loss of a classifier on attacked images: what is trained, and what DDP wraps.
+    """The loss of a classifier on attacked images: the module that is trained, and that DDP wraps.
 
     kind         plain, pgd, apgd: the criterion on the images given; trades, mart: their loss on clean and adversarial
                  images, which pass through the model as one batch
@@ -30,7 +30,8 @@ class Objective(nn.Module):
     information  None, or weights (xz, yz) of an added xz I(images; features) - yz I(logits; features) in bits, with the
                  tokens of the images trained on as features
     features     the model's forward_features, or its compiled version
-    The clean images pass once: TRADES' two terms see the same draw of stochastic depth, where the original draws twice.
+    Clean images pass through the model once, so that TRADES' two terms share a draw of stochastic depth; the original draws
+    twice.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Objective(nn.Module):
             tokens = self.features(torch.cat([images, adv]) if both else adv, drop_noise)
             logits = self.model.classify(tokens)
         with stage("loss"):
+            # Adversarial images come last.
             seen = logits[-len(adv) :]
             loss = self._two_branches(logits, targets) if both else self.criterion(logits, targets)
             if self.information:
@@ -61,12 +63,13 @@ class Objective(nn.Module):
         return FinetuneOutput(loss, seen.detach(), adv)
 
     def _two_branches(self, logits: Tensor, targets: Tensor) -> Tensor:
+        clean, adv = logits.chunk(2)
         loss = trades_loss if self.kind == "trades" else mart_loss
-        return loss(*logits.chunk(2), targets, self.beta)
+        return loss(clean, adv, targets, self.beta)
 
 
 def information_term(weights: tuple[float, float], images: Tensor, tokens: Tensor, logits: Tensor) -> Tensor:
-    """xz I(images; tokens) - yz I(logits; tokens) of [B,C,H,W], [B,1+L,D] and [B,O]: the deep information bottleneck."""
+    """Deep information bottleneck: xz I(images; tokens) - yz I(logits; tokens) of [B,C,H,W], [B,1+L,D] and [B,O]."""
     with stage("penalty"):
-        terms = (renyi_mi(seen.flatten(1), tokens.flatten(1)) for seen in (images, logits))
-        return sum(weight * term for weight, term in zip((weights[0], -weights[1]), terms))
+        of_images, of_logits = (renyi_mi(seen.flatten(1), tokens.flatten(1)) for seen in (images, logits))
+        return weights[0] * of_images - weights[1] * of_logits

@@ -1,4 +1,4 @@
-"""Mutual-information penalties between what the encoder says and what it saw.  Shapes: m samples, d numbers per sample."""
+"""Mutual-information penalties: dependence between latent and images.  Shapes: m samples, d numbers per sample."""
 
 import torch
 from torch import Tensor
@@ -8,14 +8,17 @@ from mimir_fast.kernels import nhsic
 
 __all__ = ["bandwidth", "nhsic", "penalty_value", "renyi_entropy", "renyi_mi", "squared_distances"]
 
+# Samples whose distances decide the bandwidth, as in the original.
 BANDWIDTH_ROWS = 10
 
 
 def penalty_value(kind: str, latent: Tensor, images: Tensor, adv_images: Tensor, kernels: str = "auto") -> Tensor:
-    """The unweighted penalty: latent [B,T,D], images and adv_images [B,C,H,W] -> scalar, differentiable in the latent.
+    """The penalty without its weight: latent [B,T,D], images and adv_images [B,C,H,W] -> scalar, differentiable in the latent.
 
-    hsic compares the latent with the adversarial images; dib_mi (Rényi order 1.01) and renyi2 (order 2) with the clean
-    ones.  kernels: implementation of hsic (see nhsic); the other two are plain PyTorch everywhere.
+    kind      hsic compares the latent with the adversarial images; dib_mi (Rényi order 1.01) and renyi2 (order 2) with the
+              clean ones
+    kernels   implementation of hsic (see nhsic); the others have one, in plain PyTorch
+    Raises ValueError for an unknown kind.
     """
     if kind == "hsic":
         return nhsic(latent.flatten(1), adv_images.flatten(1), impl=kernels)
@@ -40,6 +43,7 @@ def renyi_mi(
         )
     if not alpha > 0 or alpha == 1:
         raise ValueError(f"alpha: expected a positive Rényi order other than 1, got {alpha}")
+    # Under autocast the Gram products would run in 16 bits.
     with torch.autocast(x_md.device.type, enabled=False):
         kx = _normalised_kernel(x_md, sigma_x)
         kz = _normalised_kernel(z_me, sigma_z)
@@ -49,17 +53,22 @@ def renyi_mi(
 
 
 def renyi_entropy(k_mm: Tensor, alpha: float) -> Tensor:
-    """H = log2(sum_i |eigenvalue_i|^alpha) / (1 - alpha) of a symmetric [m,m] of trace 1, in bits; NaN if an entry is."""
+    """Matrix-based Rényi entropy in bits, log2(sum_i |eigenvalue_i|^alpha) / (1 - alpha), of a symmetric [m,m] of trace 1.
+
+    NaN if an entry is NaN or infinite.
+    """
+    # The sum of the squared eigenvalues is that of the squared entries.
     if alpha == 2:
         return -torch.log2(k_mm.square().sum())
-    finite = k_mm.isfinite().all()  # the eigenvalue solver raises on NaN; decide on the device instead
+    # The eigenvalue solver raises an exception on NaN, for which the host would have to wait.
+    finite = k_mm.isfinite().all()
     eigenvalues = torch.linalg.eigvalsh(torch.where(finite, k_mm, 0))
     entropy = torch.log2(eigenvalues.abs().pow(alpha).sum()) / (1 - alpha)
     return torch.where(finite, entropy, torch.nan)
 
 
 def bandwidth(x_md: Tensor) -> Tensor:
-    """Mean Euclidean distance from the first ten samples to all samples, zero distances to themselves included."""
+    """Default bandwidth: mean Euclidean distance from the first ten samples to all samples, themselves included."""
     return _rule(squared_distances(x_md))
 
 
@@ -69,14 +78,14 @@ def _rule(distances_mm: Tensor) -> Tensor:
 
 def _normalised_kernel(x_md: Tensor, sigma: float | None) -> Tensor:
     distances = squared_distances(x_md)
-    if sigma is None:
-        sigma = _rule(distances)
-    kernel = torch.exp(-distances / sigma)
+    kernel = torch.exp(-distances / (_rule(distances) if sigma is None else sigma))
     return kernel / kernel.trace()
 
 
 def squared_distances(x_md: Tensor) -> Tensor:
-    """[m,d] -> [m,m] float64, exactly zero on the diagonal; the Gram product runs in fp32 at least, on centred rows."""
+    """Squared Euclidean distances of samples: [m,d] -> [m,m] float64, exactly zero on the diagonal."""
+    # Centring leaves distances as they are and makes the rounding errors of the Gram product smaller, which runs in fp32 at
+    # least.
     x_md = x_md.to(torch.promote_types(x_md.dtype, torch.float32))
     x_md = x_md - x_md.mean(dim=0, keepdim=True)
     gram = (x_md @ x_md.T).double()

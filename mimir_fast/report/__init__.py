@@ -1,1 +1,1 @@
-"""What a run has written as one HTML page."""
+"""Reports: an HTML page about a run, from the files that it wrote."""

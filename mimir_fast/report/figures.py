@@ -1,18 +1,19 @@
 """Figures of a run.  Columns are float64 arrays, one value per update; images [n,3,H,W] in [0,1]; mask [n,L], 1 = removed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"  # distinguishable with every colour vision
+# Okabe and Ito's colours, which can be told apart with every kind of colour vision.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
 GREY_LEVEL = 0.5
 MOST_POINTS = 2000
 COLUMN_TITLES = ("clean", "adversarial", "perturbation ×10", "visible patches", "reconstruction")
 
 
 def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most 2,000 points: means of equally long stretches, NaN ignored."""
+    """At most MOST_POINTS points: means over equally long stretches, NaN ignored."""
     size = -(-len(x) // MOST_POINTS)
     if size <= 1:
         return x, y
@@ -34,7 +35,7 @@ def smooth(y: np.ndarray) -> np.ndarray:
 
 
 def axes(ylabel: str):
-    """An empty figure with the house's axes, epochs to the right."""
+    """An empty figure with axes in the common style, epochs to the right."""
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     ax = figure.add_subplot(xlabel="epoch", ylabel=ylabel)
     ax.grid(alpha=0.25)
@@ -44,7 +45,7 @@ def axes(ylabel: str):
 
 
 def curve(ax, x: np.ndarray, y: np.ndarray, colour: str, label: str) -> None:
-    """The values lightly, their running mean strongly; single points as dots."""
+    """Draw the values lightly and their running mean strongly; fewer than three values as dots."""
     x, y = thin(x, y)
     marker = "o" if np.isfinite(y).sum() < 3 else ""
     ax.plot(x, y, color=colour, alpha=0.25, linewidth=1, marker=marker)
@@ -62,7 +63,7 @@ def draw_loss(c: dict[str, np.ndarray]) -> Figure:
 
 
 def draw_penalty(c: dict[str, np.ndarray]) -> Figure | None:
-    """None when the run has no penalty."""
+    """Penalty and where it was skipped; None when the run has no penalty."""
     if not np.isfinite(c["mi"]).any():
         return None
     figure, ax = axes("penalty, unweighted")
@@ -103,7 +104,7 @@ def draw_training_loss(c: dict[str, np.ndarray]) -> Figure:
 
 
 def draw_accuracy(c: dict[str, np.ndarray]) -> Figure | None:
-    """None before the first epoch was rated."""
+    """Accuracies of the validations; None before the first one."""
     lines = {"test_acc1": "clean", "robust_acc1": "under attack"}
     held_out = {"val_acc1": "clean, held-out", "val_robust_acc1": "under attack, held-out"}
     if not any(np.isfinite(c[key]).any() for key in lines | held_out):
@@ -119,10 +120,10 @@ def draw_accuracy(c: dict[str, np.ndarray]) -> Figure | None:
     return figure
 
 
-def draw_intervals(names: list[str], groups: dict[str, list[tuple[float, float, float] | None]]) -> Figure:
-    """Accuracies in percent with their intervals: one group of bars per name, one bar of each for every entry of groups.
+def draw_intervals(names: Sequence[str], groups: Mapping[str, Sequence[tuple[float, float, float] | None]]) -> Figure:
+    """Accuracies in percent with their intervals: a group of bars for every name, with one bar for every entry of groups.
 
-    groups: label -> for each name (value, low, high) as shares of 1, or None where there is none.
+    groups   label -> for each name (value, low, high), fractions of 1, or None where there is none
     """
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     ax = figure.add_subplot(ylabel="accuracy, %", ylim=(0, 100))
@@ -133,8 +134,8 @@ def draw_intervals(names: list[str], groups: dict[str, list[tuple[float, float, 
             continue
         at, mid, low, high = (np.array(part, float) for part in zip(*known))
         errors = np.clip([mid - low, high - mid], 0, None)
-        bars = {"width": 0.9 * width, "color": colour, "label": label, "capsize": 3, "ecolor": "#444444"}
-        ax.bar(at + (i - (len(groups) - 1) / 2) * width, mid, yerr=errors, **bars)
+        centres = at + (i - (len(groups) - 1) / 2) * width
+        ax.bar(centres, mid, 0.9 * width, yerr=errors, color=colour, label=label, capsize=3, ecolor="#444444")
     ax.set_xticks(range(len(names)), names)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)

@@ -1,4 +1,4 @@
-"""Pieces of a self-contained HTML page; every text is escaped here."""
+"""HTML pages: the pieces of a self-contained page; all text is escaped here."""
 
 import base64
 import html
@@ -25,7 +25,7 @@ th { font-weight: 600; } td { font-variant-numeric: tabular-nums; }
 
 
 def write_page(path: Path, title: str, lead: str, sections: Iterable[str]) -> Path:
-    """Write a page of HTML sections under a title and one line; the file is whole or the one before it."""
+    """Write a page of HTML sections under a title and a line below it; the file is replaced as a whole."""
     title = html.escape(title)
     head = (
         f'<meta charset="utf-8"><title>{title} · mimir_fast</title><meta name="viewport" content="width=device-width">'
@@ -42,10 +42,12 @@ def write_page(path: Path, title: str, lead: str, sections: Iterable[str]) -> Pa
 
 
 def heading(text: str) -> str:
+    """Heading of a section."""
     return f"<h2>{html.escape(text)}</h2>"
 
 
 def note(text: str) -> str:
+    """Paragraph in a softer colour."""
     return f'<p class="note">{html.escape(text)}</p>'
 
 
@@ -71,7 +73,8 @@ def settings(values: dict) -> str:
 
 
 def picture(folder: Path, name: str, figure, caption: str) -> str:
-    """Save a matplotlib figure as folder/NAME.png and return it with its caption, the picture inside of the page."""
+    """Save a matplotlib figure as folder/NAME.png; returns it with its caption, embedded in the page."""
+    # Embedded, so that the page can be sent or moved without its folder.
     path = folder / f"{name}.png"
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110), "run_dir")
     data = base64.b64encode(path.read_bytes()).decode()

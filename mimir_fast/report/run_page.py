@@ -1,6 +1,6 @@
-"""mimir-fast report RUN_DIR: one self-contained HTML page, and its figures as PNGs, from what a run wrote.
+"""Report of a run: one self-contained HTML page, and its figures as PNGs (`mimir-fast report RUN_DIR`).
 
-Reads metrics.jsonl (required), log.txt, config.yaml and, of a pre-training, samples.npz; what is absent is said in its place.
+Reads metrics.jsonl (required), log.txt, config.yaml and, of a pre-training, samples.npz; the page says which are missing.
 """
 
 import json
@@ -16,17 +16,20 @@ from mimir_fast.report import page
 from mimir_fast.report.figures import FINETUNE_FIGURES, PRETRAIN_FIGURES, draw_reconstructions
 
 COLUMNS = ("epoch", "loss", "recon", "mi", "lr", "images_per_s", "data_wait", "skipped_penalties")
-ACCURACIES = ("test_acc1", "robust_acc1", "val_acc1", "val_robust_acc1")  # of log.txt, one row per epoch
+# In log.txt, one row per epoch.
+ACCURACIES = ("test_acc1", "robust_acc1", "val_acc1", "val_robust_acc1")
 SAMPLE_ARRAYS = ("clean", "adv", "recon", "mask", "patch_size", "update", "eps_255")
 
 
 class ReportError(ValueError):
-    """A folder that holds no run; one line that says what is missing and what to do."""
+    """A folder without a run; one line that says what is missing and what to do."""
 
 
 def read_lines(path: Path, key: str) -> tuple[list[dict], int]:
-    """JSON lines sorted by `key`, the later of two equal ones winning, and the number of unreadable lines skipped."""
-    rows, skipped = {}, 0
+    """JSON lines sorted by `key`, and the number of unreadable lines that were skipped."""
+    # A resumed run writes some updates again: of two rows with one key the later one counts.
+    rows: dict[float, dict] = {}
+    skipped = 0
     if path.exists():
         with open(path, errors="replace") as file:
             for line in file:
@@ -44,7 +47,7 @@ def column(rows: list[dict], key: str) -> np.ndarray:
 
 
 def summary(rows: list[dict], epochs: list[dict], samples: dict | None) -> list[tuple[str, str]]:
-    """The table at the top: name and value of what a reader asks first."""
+    """Rows (name, value) of the table at the top of the page."""
     rate = [row["images_per_s"] for row in rows if row.get("images_per_s") is not None]
     memory = column(rows, "peak_memory_gib")
     pretraining = "recon" in rows[-1]
@@ -116,7 +119,7 @@ def read_samples(path: Path) -> dict | None:
 
 
 def curves(folder: Path, rows: list[dict], epochs: list[dict], names: tuple[str, ...] = ()) -> list[str]:
-    """Sections with the figures of a run, from its metrics and its epochs; names: which figures, all by default."""
+    """Sections with the figures of a run, from the rows of its metrics and of its log; names: which figures, all by default."""
     columns = {key: column(rows, key) for key in COLUMNS}
     columns |= {key: column(epochs, key) for key in ACCURACIES}
     columns["epochs"] = column(epochs, "epoch") + 1

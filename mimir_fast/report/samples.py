@@ -1,6 +1,7 @@
-"""A few images of the last step, kept beside the checkpoints for the report."""
+"""Samples: a few images of the last step, saved beside the checkpoints for the report."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +15,9 @@ SAMPLES = 8
 
 
 def reconstruct(pred_BMP: Tensor, ids_BM: Tensor, images_BCHW: Tensor, patch_size: int, norm_pix_loss: bool) -> Tensor:
-    """Images [B,C,H,W] with predictions [B,M,P] in place of patches ids [B,M].
+    """Images [B,C,H,W] with predictions [B,M,P] in place of the patches ids [B,M].
 
-    Normalised predictions get the clean patch's mean and deviation.
+    norm_pix_loss: predictions are of normalised patches, and are scaled with the clean patch's mean and deviation.
     """
     patches_BLP = target_patches(images_BCHW.float(), patch_size)
     if norm_pix_loss:
@@ -39,14 +40,15 @@ def save_samples(
 ) -> None:
     """Write up to eight images of a step as arrays in [0,1]: clean, adv, recon [n,3,H,W], mask [n,L] (1 = removed).
 
-    mean, std per channel: the normalisation to undo, if any; position: epoch, update, eps_255 to store beside.
+    mean, std   per channel, the normalisation to undo; None: there is none
+    position    epoch, update and eps_255, which are stored as well
     """
     images, adv, pred, ids = (t[:SAMPLES] for t in (images, output.adv, output.pred, output.ids_removed))
     mask = torch.zeros(len(images), images[0, 0].numel() // patch_size**2, device=images.device).scatter(1, ids, 1.0)
-    arrays = {"clean": images, "adv": adv, "recon": reconstruct(pred, ids, images, patch_size, norm_pix_loss)}
-    if mean is not None:
-        mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (mean, std))
-        arrays = {name: value * std + mean for name, value in arrays.items()}
-    arrays = {name: value.float().clamp(0, 1).cpu().numpy() for name, value in arrays.items()}
-    arrays = {"mask": mask.cpu().numpy(), "patch_size": patch_size, **arrays, **position}
+    pictures = {"clean": images, "adv": adv, "recon": reconstruct(pred, ids, images, patch_size, norm_pix_loss)}
+    if mean is not None and std is not None:
+        mean_C11, std_C11 = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (mean, std))
+        pictures = {name: value * std_C11 + mean_C11 for name, value in pictures.items()}
+    arrays: dict[str, Any] = {name: value.float().clamp(0, 1).cpu().numpy() for name, value in pictures.items()}
+    arrays |= {"mask": mask.cpu().numpy(), "patch_size": patch_size, **position}
     write_atomically(path, lambda file: np.savez(file, **arrays))

@@ -8,13 +8,14 @@ import torch
 
 from mimir_fast.analyze import analysis as command
 from mimir_fast.analyze.plot import draw
-from mimir_fast.analyze.progress import Progress
 from mimir_fast.analyze.seen import Perturbation, attack_reconstruction, look
+from mimir_fast.analyze.time_left import TimeLeft
 from mimir_fast.attacks.named import start_noise
 from mimir_fast.attacks.pgd_mae import ascend_reconstruction, linf_bounds
 from mimir_fast.checkpoints.trained_models import latent_tokens, load_classifier, load_mae
 from mimir_fast.cli.analyze import main
 from mimir_fast.config.analysis import AnalyzeConfig
+from mimir_fast.evaluate.progress import Bar
 from mimir_fast.models import CLASSIFIERS, MODELS, create_classifier, create_model
 
 SIZE = {"img_size": 32, "patch_size": 8}
@@ -223,18 +224,18 @@ def test_what_is_seen_of_a_classifier(runs):
 def test_time_left(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    progress = Progress({"attack": 2, "estimates": 3}, models=2)
+    left = TimeLeft({"attack": 2, "estimates": 3}, models=2, bar=Bar(print))
 
     def step(name, seconds):
         clock[0] += seconds
-        progress.step(name, "a.pth")
+        left.step(name, "a.pth")
 
     step("attack", 10)
-    assert progress.remaining() == "at least 0:30 min"
+    assert left.remaining() == "at least 00:30"
     step("attack", 20)
     step("estimates", 1)
-    assert progress.remaining() == "0:35 min"  # 2 x 15 and 5 x 1
+    assert left.remaining() == "00:35"  # 2 x 15 and 5 x 1
     clock[0] += 100
-    progress.begin()  # loading the next one
+    left.begin()  # loading the next one
     step("estimates", 1)
-    assert progress.remaining() == "0:34 min"
+    assert left.remaining() == "00:34"

@@ -1,4 +1,4 @@
-"""The numbers of an analysis as a file and as a table."""
+"""Entries of analysis.json, one per checkpoint, and the same as a table."""
 
 import json
 import math
@@ -12,8 +12,10 @@ from mimir_fast.checkpoints.atomic import write_text_atomically
 from mimir_fast.checkpoints.trained_models import Trained
 
 VARIABLES = {"x": "I(x;z)", "x_adv": "I(x_adv;z)", "delta": "I(delta;z)"}
-FILES = "checkpoints"  # the series of checkpoints that were not given as a run's folder
-SATURATED = 0.95  # share of log2 m from which a null says that samples are too few to tell anything apart
+# Name of the series of checkpoints that were not given as a run's folder.
+FILES = "checkpoints"
+# Fraction of log2 m from which a null shows that there are too few samples for the estimator.
+SATURATED = 0.95
 NOTES = {
     "z": "features of the adversarial images, all tokens of all patches",
     "delta": "x_adv - x, made from x and the model: what z tells about it may be what z tells about x",
@@ -26,8 +28,8 @@ NOTES = {
 }
 
 
-def record(trained: Trained, how: Perturbation, num_images: int, estimates: dict[Key, Estimate], bounds: dict) -> dict:
-    """One checkpoint's entry in analysis.json."""
+def entry(trained: Trained, how: Perturbation, num_images: int, estimates: dict[Key, Estimate], bounds: dict) -> dict:
+    """Entry of one checkpoint in analysis.json."""
     numbers = {key: {"value": e.value, "error": e.error, "interval": list(e.interval)} for key, e in estimates.items()}
     information = {
         name: {est: {part: numbers[name, est, part] for part in ("value", "null", "excess")} for est in ESTIMATORS}
@@ -48,6 +50,7 @@ def record(trained: Trained, how: Perturbation, num_images: int, estimates: dict
 def _epoch(number: int | None) -> str:
     if number is None:
         return ""
+    # A checkpoint saved within the first epoch is numbered -1: no epoch was finished.
     return f"epoch {number}, " if number >= 0 else "in its first epoch, "
 
 
@@ -58,7 +61,7 @@ def write_json(path: Path, config, results: list[dict], planned: int) -> None:
 
 
 def table(results: list[dict]) -> Iterator[str]:
-    """Lines: for every checkpoint the excess over shuffled pairs, with the half width of its interval; then the bounds."""
+    """Lines of a table: for every checkpoint the excess over shuffled pairs with half its interval's width, then the bounds."""
     num_images = max(result["num_images"] for result in results)
     ceiling = math.log2(num_images)
     yield f"excess over shuffled pairs ± 95 %, {num_images} images; in brackets the value itself"

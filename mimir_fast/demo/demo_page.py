@@ -1,4 +1,4 @@
-"""The demo's page: accuracies of the three classifiers with their intervals, and the curves behind them."""
+"""Page of the demo: accuracies of the three classifiers with their intervals, and the curves of their training."""
 
 import json
 from pathlib import Path
@@ -8,11 +8,12 @@ from mimir_fast.report import page
 from mimir_fast.report import run_page as report
 from mimir_fast.report.figures import draw_intervals
 
-Interval = tuple[float, float, float]  # value, low, high, as shares of 1
+# Value, low, high, as fractions of 1.
+Interval = tuple[float, float, float]
 
 
 def write_demo_page(root: Path, seed: int, aa_images: int) -> Path:
-    """Write root/report.html and each run's own report; returns the page's path.  aa_images 0: AutoAttack was left out."""
+    """Write root/report.html and each run's own report; returns the path of the page.  aa_images 0: AutoAttack was left out."""
     results = {arm: read_results(arm, root, seed, aa_images) for arm in ARMS}
     columns = ["clean", "PGD-20"] + (["AutoAttack"] if aa_images else [])
     rows = [(arm.name, *(_words(*results[arm][c]) for c in columns)) for arm in ARMS]
@@ -50,7 +51,8 @@ def read_results(arm: Arm, root: Path, seed: int, aa_images: int) -> dict[str, t
 
 
 def _find(attacks: dict, name: str, seed: int) -> tuple[Interval, int]:
-    """Of the demo's attacks, which a person may have added others to."""
+    """((accuracy, low, high), images) of one of the demo's attacks."""
+    # By its settings: a person may have added attacks to the results.
     ours = {"attack": name, "eps": EPS, "alpha": ALPHA, "restarts": 1, "seed": seed}
     entry = next(e for e in attacks.values() if all(e["settings"].get(k, v) == v for k, v in ours.items()))
     return (entry["accuracy"], *entry["interval95"]), entry["n"]
@@ -62,7 +64,7 @@ def _words(interval: Interval, n: int) -> str:
 
 
 def _arm_sections(arm: Arm, root: Path) -> list[str]:
-    """Curves of an arm's runs; writes the runs' own pages too."""
+    """Sections with the curves of an arm's runs; also writes the runs' own pages."""
     at = places(arm, root)
     sections = []
     if arm.attack:
