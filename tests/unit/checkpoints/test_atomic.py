@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 
 import mimir_fast
-from mimir_fast.analyze.results import write_json
+from mimir_fast.analyze.entries import write_json
 from mimir_fast.checkpoints.atomic import in_place_when_done, move, remove_temporaries, write_atomically
 from mimir_fast.checkpoints.export import export_robustbench, export_timm
 from mimir_fast.checkpoints.folder import save_checkpoint
