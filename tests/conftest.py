@@ -6,8 +6,9 @@ import pytest
 import torch
 
 THREADS = max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
-# for runs in processes of their own: sums depend on the number of threads
+# Sums depend on the number of threads: the same for runs in processes of their own, and for fixtures of whole modules.
 os.environ["OMP_NUM_THREADS"] = str(THREADS)
+torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(autouse=True)
@@ -17,3 +18,4 @@ def _deterministic():
     torch.use_deterministic_algorithms(True, warn_only=True)  # also fills uninitialised memory with NaN
     yield
     torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(THREADS)
