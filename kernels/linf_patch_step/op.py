@@ -70,6 +70,7 @@ def linf_patch_step(
     for (name, shape), tensor in zip(expected.items(), given):
         if tensor.shape != shape:
             raise ValueError(f"{name}: expected {list(shape)}, got {tuple(tensor.shape)}")
+    # Without a kept patch the encoder saw nothing, and there is no gradient to sign.
     if not 1 <= K <= L:
         raise ValueError(f"grad_visible: expected 1..{L} kept patches, got {K}")
     if norm_pix_loss and P < 2:

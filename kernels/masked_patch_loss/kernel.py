@@ -41,6 +41,7 @@ def _removed(ids, image, row_R1, M):
 def _pixels(images, offsets_RN, read_RN):
     """fp32 pixels of float or uint8 images."""
     pixels_RN = tl.load(images + offsets_RN, mask=read_RN, other=0).to(tl.float32)
+    # Decided when compiling.
     if images.dtype.element_ty == tl.uint8:
         pixels_RN = pixels_RN / 255
     return pixels_RN

@@ -45,6 +45,7 @@ def patch_gather(
         raise ValueError(f"ids_keep: expected [{images_BCHW.shape[0]},K], got {tuple(ids_keep_BK.shape)}")
     check_images(images_BCHW.device, images_BCHW)
     check_indices(images_BCHW.device, ids_keep=ids_keep_BK)
+    # uint8 pixels are divided by 255, and need a float type.
     if dtype is None:
         dtype = images_BCHW.dtype if images_BCHW.is_floating_point() else torch.float32
     if not dtype.is_floating_point:

@@ -50,6 +50,7 @@ def exponent_scale(head: int) -> float:
 @triton.jit
 def _group(N, HEAD: tl.constexpr):
     """This program's image (int64, so that offsets are), its columns [1,W] of D, which of them exist, and their heads [1,W]."""
+    # The last group can have fewer heads than the others.
     groups = tl.cdiv(N, heads_per_program(HEAD))
     image = (tl.program_id(0) // groups).to(tl.int64)
     inside_1W = tl.arange(0, columns(HEAD))[None, :]
@@ -115,6 +116,7 @@ def _attend_kernel(qkv, out, N, T: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.co
     D = N * HEAD
     qkv += image * T * 3 * D + column_1W
     out += image * T * D + column_1W
+    # Once for all blocks of queries: they stay in registers or shared memory.
     k = _load_parts(qkv + D, 3 * D, exists_1W, T, PARTS)
     v = _load_parts(qkv + 2 * D, 3 * D, exists_1W, T, PARTS)
     for start in range(0, T, ROWS):

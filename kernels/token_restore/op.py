@@ -43,6 +43,7 @@ def token_restore(
         from mimir_fast.kernels.token_restore import kernel
 
         check_storage(**floats)
+        # MIMIR's decoder has a fixed sine-cosine table: the kernel computes no gradient for it.
         if pos_embed_LE.requires_grad:
             raise ValueError("pos_embed: the triton implementation takes a fixed table; impl='reference' trains it")
         return kernel.token_restore(tokens_BKE, mask_token_E, pos_embed_LE, ids_shuffle_BL)

@@ -62,6 +62,7 @@ def write_json(path: Path, config, results: list[dict], planned: int) -> None:
 
 def table(results: list[dict]) -> Iterator[str]:
     """Lines of a table: for every checkpoint the excess over shuffled pairs with half its interval's width, then the bounds."""
+    # No estimate in bits can exceed log2 of the number of samples.
     num_images = max(result["num_images"] for result in results)
     ceiling = math.log2(num_images)
     yield f"excess over shuffled pairs ± 95 %, {num_images} images; in brackets the value itself"

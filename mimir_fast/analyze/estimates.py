@@ -92,6 +92,7 @@ def marginal(v: Variable, samples: Tensor, bandwidth: str) -> Marginal:
     distance   training's rule (`bandwidth` of mimir_fast.objectives.information), the mean *distance*; with it images
                saturate: no two are alike, and estimates are near log2 m whatever the variables have in common
     """
+    # Distances are computed once for all samples; a jackknife group is a selection of rows and columns.
     D, m = v.distances[samples][:, samples], len(samples)
     scale = D.sum() / (m * (m - 1)) if bandwidth == "squared" else D[:BANDWIDTH_ROWS].sqrt().mean()
     kernel = torch.exp(-D / scale.clamp_min(torch.finfo(D.dtype).tiny)) / m
@@ -122,6 +123,7 @@ def null(a: Marginal, b: Marginal) -> dict[str, float]:
 
 def measure(variables: dict[str, Variable], samples: Tensor, bandwidth: str) -> dict[Key, float]:
     """All values of an analysis, from samples int64 [b] in random order; variables: "latent" and those to compare it with."""
+    # Each variable's decompositions once, not once per pair and shift.
     own = {name: marginal(v, samples, bandwidth) for name, v in variables.items()}
     latent = own.pop("latent")
     numbers = {("latent", name, "value"): latent.entropies[name] for name in ORDERS}

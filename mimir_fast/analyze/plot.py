@@ -44,6 +44,7 @@ def places(members: list[dict]) -> tuple[list[float], list[str] | None]:
     if members[0]["series"] != FILES and len(members) > 1 and None not in epochs and len(set(epochs)) == len(epochs):
         return [float(epoch) for epoch in epochs], None
     stems = [member["checkpoint"].split("/")[-1].split(" ")[0].rsplit(".", 1)[0] for member in members]
+    # Files of one name in several folders are told apart by their folders.
     if len(set(stems)) < len(stems):
         stems = ["/".join(member["checkpoint"].split(" ")[0].split("/")[-2:]) for member in members]
     return [float(i) for i in range(len(members))], stems
@@ -82,6 +83,7 @@ def _beside(positions: Sequence[float], place: int) -> list[float]:
 
 def _points(ax, positions, numbers: list[dict], colour: str, marker: str, label: str, line: str = "-") -> None:
     values = [number["value"] for number in numbers]
+    # errorbar refuses negative lengths, which rounding can give.
     below = [max(0.0, value - number["interval"][0]) for value, number in zip(values, numbers)]
     above = [max(0.0, number["interval"][1] - value) for value, number in zip(values, numbers)]
     ax.errorbar(

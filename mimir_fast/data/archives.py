@@ -31,6 +31,11 @@ READ_ERRORS = (
 )
 CIFAR10_FILES = {"train": [f"data_batch_{number}" for number in range(1, 6)], "val": ["test_batch"]}
 CIFAR100_FILES = {"train": ["train"], "val": ["test"]}
+# Folder, files by split, and the key of the labels.
+CIFAR = {
+    "cifar10": ("cifar-10-batches-py", CIFAR10_FILES, "labels"),
+    "cifar100": ("cifar-100-python", CIFAR100_FILES, "fine_labels"),
+}
 CIFAR_NAMES = {"labels": ("batches.meta", "label_names"), "fine_labels": ("meta", "fine_label_names")}
 SVHN_FILES = {"train": "train_32x32.mat", "val": "test_32x32.mat"}
 # Of 1797; the later ones were written by other people.

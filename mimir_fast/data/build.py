@@ -52,6 +52,7 @@ def build_pretrain_data(
     loading   the fields of Loading
     Raises DataError: one line that names the flag, file or folder and what to do.
     """
+    # All flags are checked before images are read, which can take minutes.
     load = Loading(**loading)
     info = _checked_info(dataset, input_size, batch_size, load)
     real = read_images(dataset, data_root, in_memory=load.use_edm)

@@ -103,10 +103,8 @@ def sample_crop(
 
 
 def resized_crop(image: Image.Image, top: int, left: int, height: int, width: int, size: int) -> np.ndarray:
-    """Cut a box out of an RGB image and resize it, bicubic and antialiased: uint8 [S,S,C].
-
-    Cropped before it is resized, as in torchvision: `resize(box=...)` would look at pixels outside the box.
-    """
+    """Crop a box of an RGB image and resize it, bicubic and antialiased: uint8 [S,S,C]."""
+    # Two steps, as in torchvision: `resize(box=...)` would mix in pixels from outside the box.
     crop = image.crop((left, top, left + width, top + height))
     return np.asarray(crop.resize((size, size), Image.Resampling.BICUBIC))
 

@@ -12,6 +12,7 @@ from mimir_fast.data.sources import ArrayImages, FolderImages, decode_all
 
 Source = ArrayImages | FolderImages
 
+# Of ImageNet's training images in [0,1], per channel; also used for its subsets and for folders of images.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -44,6 +45,7 @@ INFO = {
     "cifar100": DatasetInfo((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), 32, 100, 32, edm=True),
     "svhn": DatasetInfo((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), 32, 10, 32, edm=True),
     "tiny-imagenet": DatasetInfo(IMAGENET_MEAN, IMAGENET_STD, 64, 200, 64, edm=True),
+    # Mirrored digits are other digits, or none.
     "digits": DatasetInfo((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 32, 10, 32, flip=False),
 }
 DATASETS = tuple(INFO)
@@ -74,7 +76,7 @@ def read_images(dataset: str, data_root: str | Path, split: str = "train", in_me
         return tiny_imagenet.read(root, split, in_memory)
     if dataset in FOLDERS:
         return _read_folders(root / FOLDERS[dataset], split, optional_train=dataset == "imagefolder")
-    return {"cifar10": _read_cifar10, "cifar100": _read_cifar100, "svhn": _read_svhn}[dataset](root, split)
+    return _read_svhn(root, split) if dataset == "svhn" else _read_cifar(root, split, dataset)
 
 
 def folder_of(dataset: str, data_root: str | Path, split: str) -> tuple[Path, list[str]]:
@@ -99,27 +101,17 @@ def _read_folders(root: Path, split: str, optional_train: bool) -> FolderImages:
     return FolderImages(scan_class_folders(folder, classes), str(folder))
 
 
-def _read_cifar10(root: Path, split: str) -> ArrayImages:
-    archive = root / "cifar-10-batches-py"
+def _read_cifar(root: Path, split: str, name: str) -> ArrayImages:
+    folder, files, label_key = archives.CIFAR[name]
+    archive = root / folder
     return _read_archive(
         root,
         split,
-        "cifar10",
+        name,
         archive,
-        lambda: archives.read_cifar(archive, archives.CIFAR10_FILES[split], "labels"),
-        lambda: _torchvision().CIFAR10(str(root), train=split == "train", download=True),
-    )
-
-
-def _read_cifar100(root: Path, split: str) -> ArrayImages:
-    archive = root / "cifar-100-python"
-    return _read_archive(
-        root,
-        split,
-        "cifar100",
-        archive,
-        lambda: archives.read_cifar(archive, archives.CIFAR100_FILES[split], "fine_labels"),
-        lambda: _torchvision().CIFAR100(str(root), train=split == "train", download=True),
+        lambda: archives.read_cifar(archive, files[split], label_key),
+        # torchvision's CIFAR10 and CIFAR100.
+        lambda: getattr(_torchvision(), name.upper())(str(root), train=split == "train", download=True),
     )
 
 

@@ -136,6 +136,7 @@ def read_image(path: str, side: int | None = None) -> Image.Image:
     try:
         with open(path, "rb") as file, Image.open(file) as image:
             rgb = image.convert("RGB")
+    # An empty file is what an interrupted copy or download leaves, and worth its own word.
     except UnidentifiedImageError as error:
         empty = os.path.getsize(path) == 0
         raise BadImageError("empty file" if empty else "not an image") from error

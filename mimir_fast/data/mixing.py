@@ -128,6 +128,7 @@ def _draw(mixing: Mixing, batch: int, height: int, width: int, rng: np.random.Ra
     count = {"batch": 1, "pair": batch // 2, "elem": batch}[mixing.mode]
     shares, cuts = _batch_share(mixing, rng) if mixing.mode == "batch" else _shares(mixing, count, rng)
     boxes = np.zeros((4, count), np.int64)
+    # An image with share 1 is not mixed: timm draws no box for it.
     for i in np.flatnonzero(cuts & (shares != 1)):
         boxes[:, i], shares[i] = _box(mixing, height, width, float(shares[i]), rng)
     table = np.concatenate([np.stack([shares, 1 - shares, cuts]), boxes])

@@ -101,6 +101,7 @@ def warmup_augment(epoch: int, augment: Augment) -> Augment:
     return replace(augment, aa=f"rand-m{magnitude}-mstd0.5-inc1")
 
 
+# Cached: every batch asks for its epoch's plan.
 @lru_cache(maxsize=4)
 def _plan(augment: Augment, edm_aug: str | None, size: int) -> AugmentPlan:
     policy = _policy(augment.aa, size)

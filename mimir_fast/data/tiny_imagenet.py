@@ -40,6 +40,7 @@ def _checked(images: ArrayImages, path: Path) -> ArrayImages:
 
 def _train_files(root: Path) -> ImageList:
     """train/WNID/images/* as downloaded, or train/WNID/*."""
+    # The download has a file of bounding boxes beside each class's images.
     return scan_class_folders(root / "train", expected=("_boxes.txt",))
 
 

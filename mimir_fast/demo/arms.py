@@ -68,6 +68,7 @@ def stages(arm: Arm, root: Path, seed: int, aa_images: int) -> list[Stage]:
     plan: list[Stage] = []
     start: list[str] = []
     if arm.attack:
+        # An attack step doubles the time of pre-training.
         encoder = _last_checkpoint(at.pretraining, pretraining.digits_demo())
         words = [*RECIPE, "--attack", arm.attack, *_run(at.pretraining, seed)]
         plan.append(Stage(f"{arm.name}: pre-training", "pretrain", words, encoder, 20 if arm.attack == "plain" else 40))

@@ -28,6 +28,7 @@ def demo(args: argparse.Namespace) -> int:
         print(f"aa_images: AutoAttack is left out, it {reason}")
         args.aa_images = 0
     root = Path(args.output_dir)
+    # Before anything runs: stages resume what they find.
     check_seed(root, args.seed)
     plan = [stage for arm in ARMS for stage in stages(arm, root, args.seed, args.aa_images)]
     status = run_all(plan)
@@ -48,6 +49,7 @@ def run_all(plan: list[Stage]) -> int:
     """Run the stages in order, each in this process; returns the first exit status that is not 0, or 143 after a SIGTERM."""
     began, done, total = time.perf_counter(), 0.0, sum(stage.share for stage in plan)
     for position, stage in enumerate(plan, 1):
+        # From this machine's own speed; stages that were finished in an earlier call take no time and make it too short.
         spent = time.perf_counter() - began
         left = f", about {tqdm.format_interval(spent / done * (total - done))} left" if done else ""
         print(

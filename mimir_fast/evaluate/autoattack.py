@@ -36,6 +36,7 @@ class InParts(nn.Module):
         if len(images) <= self.size:
             return self.model(images)
         parts = images.split(self.size)
+        # Square and the final predictions need no gradient, hence no second forward pass.
         if not (torch.is_grad_enabled() and images.requires_grad):
             return torch.cat([self.model(part) for part in parts])
         return torch.cat([checkpoint(self.model, part, use_reentrant=False) for part in parts])

@@ -114,6 +114,7 @@ def _loss_rises(fewer: Outcome, more: Outcome) -> Finding:
     growth = growth[np.isfinite(growth)]
     mean, error = mean_and_error(growth.astype(np.float64))
     text = f"the loss grows by {mean:.3g} (standard error {error:.2g}) from {fewer.attack.name} to {more.attack.name}"
+    # Three standard errors: a p-value of 0.1 %.
     falls = bool(len(growth)) and mean < -3 * error
     doubt = ": more steps lower the loss that they climb; the gradient misleads, a sign of gradient masking"
     return _finding("loss rises with steps", falls, len(growth), text, doubt)

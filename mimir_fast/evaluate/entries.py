@@ -78,6 +78,7 @@ def model_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        # As bytes: numpy has no bfloat16.
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

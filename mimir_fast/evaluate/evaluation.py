@@ -105,6 +105,7 @@ class Evaluation:
             self.say(self.results.note)
         for attack in attacks:
             record = self.attack(attack)
+            # The attacks that follow leave out what was misclassified unattacked.
             self.clean = record.correct if attack == CLEAN else self.clean
         findings = [*checks.compare(self.outcomes()), *self.slice_checks(with_checks)]
         self.results.data["checks"] = [finding._asdict() for finding in findings]

@@ -24,6 +24,7 @@ def evaluate(run: Run[FinetuneConfig], explicit: set[str]) -> int:
     a, d = config.attack, config.data
     print(f"{trained.source}: {trained.args['model']}, eps {a.eps:g}/255, alpha {a.alpha:g}/255, on {run.device}")
     attacks = original_sequence(a.eps, a.alpha, config.validation.adap_eval)
+    # One attack that cannot run is no reason to leave out the others.
     if any(attack.kind == "aa" for attack in attacks) and (reason := refusal(trained.args["nb_classes"])):
         print(f"eval: AutoAttack is left out, it {reason}")
         attacks = tuple(attack for attack in attacks if attack.kind != "aa")

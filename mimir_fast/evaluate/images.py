@@ -55,6 +55,7 @@ class Images:
         # At random: class folders are sorted by class, and the first images would be of the first class.
         if self.num_images:
             indices = np.asarray(subset_indices(total, self.num_images, CHOICE), np.int64)
+        # The first image stands for the pixels of all: to hash them all would read the data set twice.
         first, label = next(iter(stream))
         facts = f"{self.dataset} {self.split} {self.input_size} {list(stream.classes)} {total} {int(label[0])}"
         listed = Path(self.image_list).expanduser().read_bytes() if self.image_list else b""

@@ -63,6 +63,7 @@ class Record:
         newly = self.correct[rows] & (predictions != labels)
         self.broken[rows] = np.where(newly, round, self.broken[rows])
         self.rounds[rows], self.label[rows], self.prediction[rows] = round, labels, predictions
+        # fmax ignores the NaN that stands for no loss.
         self.loss[rows] = np.fmax(self.loss[rows], losses)
 
     def save(self) -> None:

@@ -59,6 +59,7 @@ def rounds_of(attack: Attack, subject: Subject, sizes: Sizes, seed: int) -> list
     model = subject.model
     if attack.kind == "clean":
         return [Round("clean", 1, lambda images, labels, indices: images)]
+    # A forward and a backward pass, and the forward pass that rates the result.
     if attack.kind == "fgsm":
         return [Round("fgsm", 3, lambda images, labels, indices: fgsm(model, images, labels, attack.eps))]
     if attack.kind == "aa":

@@ -1,4 +1,4 @@
-"""What pre-training minimises: reconstruction loss + weight * mutual-information penalty.
+"""Pre-training objective: reconstruction loss + weight * mutual-information penalty.
 
 Shapes: B batch, C channels, H W sides, L patches, K kept patches, P numbers per patch, D width.
 """
@@ -15,10 +15,13 @@ from mimir_fast.training.stages import stage
 
 
 class StepOutput(NamedTuple):
-    """Device values only.
+    """Results of a micro-step, tensors on the device.
 
-    loss = recon + weight * penalty (scalars, mi unweighted), penalty_used (bool), adv [B,C,H,W]; pred [B,M,P] predicts the
-    removed patches, whose ids are ids_removed [B,M].
+    loss           recon + weight * mi, scalar
+    recon, mi      reconstruction loss, and the penalty without its weight, scalars
+    penalty_used   whether the penalty is usable and part of the loss, bool scalar
+    adv            adversarial images [B,C,H,W]
+    pred           predictions [B,M,P] of the removed patches ids_removed [B,M]
     """
 
     loss: Tensor
@@ -31,11 +34,10 @@ class StepOutput(NamedTuple):
 
 
 class Objective(nn.Module):
-    """Reconstruction loss + weight * penalty of a masked autoencoder: what is trained, and what DDP wraps.
+    """Reconstruction loss + weight * penalty of a masked autoencoder: the module that is trained, and that DDP wraps.
 
-    penalty      hsic, dib_mi, renyi2 or None; only with an attack, as in the original
-    encode, reconstruct: compiled versions of the model's methods; the cut between them is the latent, so that the penalty
-    on the latent runs beside the decoder, on a stream of its own (CUDA).
+    penalty               hsic, dib_mi, renyi2 or None; used with an attack only, as in the original
+    encode, reconstruct   compiled versions of the model's methods; None: the methods themselves
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.mask_ratio, self.penalty, self.weight = model, mask_ratio, penalty, weight
         self.encode, self.reconstruct = encode or model.encode, reconstruct or model.reconstruct
+        # The penalty needs the latent alone, and has too little work for a GPU: it runs beside the decoder.
         on_cuda = model.mask_token.is_cuda
         self.side = torch.cuda.Stream(model.mask_token.device) if on_cuda and penalty else None
 
@@ -75,7 +78,8 @@ class Objective(nn.Module):
         return StepOutput(recon + self.weight * term, recon.detach(), mi, used, adv, pred.detach(), ids_removed)
 
     def _on_the_side(self) -> torch.cuda.StreamContext:
-        """Work inside starts after all work so far; its memory is safe because each use begins here and ends in a wait."""
+        """Context whose work runs on the side stream, after all work so far."""
+        # Memory that both streams use is safe from reuse: every use begins with this wait and ends with that in `forward`.
         if self.side:
             self.side.wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(self.side)
@@ -86,8 +90,9 @@ def guarded_penalty(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The penalty's value, whether it is usable, and its gradient in the latent (zero if unusable).
 
-    Usable: finite, not exactly zero, gradient finite.  Decided on the device: a NaN never meets the reconstruction's gradient.
+    Usable: finite, not exactly zero, gradient finite.
     """
+    # Its gradient is computed here, apart from that of the reconstruction, so that a NaN can be left out on the device.
     with torch.enable_grad():
         leaf = latent.detach().requires_grad_(True)
         value = penalty_value(penalty, leaf, images, adv, kernels)
@@ -98,7 +103,7 @@ def guarded_penalty(
 
 
 class InjectGradient(torch.autograd.Function):
-    """Zero in the forward pass, a given gradient for the tensor [any shape] in the backward pass."""
+    """Add a given gradient to a tensor of any shape: zero in the forward pass, the gradient in the backward pass."""
 
     @staticmethod
     def forward(ctx, tensor: Tensor, grad: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ COLUMN_TITLES = ("clean", "adversarial", "perturbation ×10", "visible patches",
 
 def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """At most MOST_POINTS points: means over equally long stretches, NaN ignored."""
+    # A long run has many times more updates than a picture has pixels, and drawing them all takes seconds.
     size = -(-len(x) // MOST_POINTS)
     if size <= 1:
         return x, y
@@ -30,6 +31,7 @@ def smooth(y: np.ndarray) -> np.ndarray:
     known = np.isfinite(y)
     window = np.ones(width)
     total = np.convolve(np.where(known, y, 0), window, mode="same")
+    # At the ends and at gaps fewer values are in the window.
     count = np.convolve(known.astype(float), window, mode="same")
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
@@ -56,6 +58,7 @@ def draw_loss(c: dict[str, np.ndarray]) -> Figure:
     figure, ax = axes("masked mean squared error")
     curve(ax, c["epoch"], c["recon"], BLUE, "reconstruction")
     gap = np.nanmax(np.abs(c["loss"] - c["recon"]), initial=0)
+    # Below a hundredth the two lines would cover each other.
     if gap > 0.01 * np.nanmax(np.abs(c["recon"]), initial=0):
         curve(ax, c["epoch"], c["loss"], ORANGE, "with penalty")
     ax.legend(frameon=False)
@@ -69,6 +72,7 @@ def draw_penalty(c: dict[str, np.ndarray]) -> Figure | None:
     figure, ax = axes("penalty, unweighted")
     curve(ax, c["epoch"], c["mi"], BLUE, "penalty")
     ax.set_ylim(bottom=min(0, np.nanmin(c["mi"])))
+    # The column counts from the start of the run.
     missing = np.diff(c["skipped_penalties"], prepend=0) > 0
     if missing.any():
         ax.plot(c["epoch"][missing], np.zeros(missing.sum()), "x", color=ORANGE, label="skipped")
@@ -166,6 +170,7 @@ def grid_images(samples: dict) -> np.ndarray:
     patch = int(samples["patch_size"])
     rows, cols = clean.shape[2] // patch, clean.shape[3] // patch
     removed = np.asarray(samples["mask"]).reshape(-1, rows, cols).repeat(patch, 1).repeat(patch, 2)[:, None] > 0.5
+    # The perturbation is amplified around mid-grey: a few 255ths cannot be seen.
     pictures = [
         clean,
         adv,

@@ -31,6 +31,7 @@ def read_lines(path: Path, key: str) -> tuple[list[dict], int]:
     rows: dict[float, dict] = {}
     skipped = 0
     if path.exists():
+        # A kill can cut a line in the middle of a character.
         with open(path, errors="replace") as file:
             for line in file:
                 try:
@@ -50,6 +51,7 @@ def summary(rows: list[dict], epochs: list[dict], samples: dict | None) -> list[
     """Rows (name, value) of the table at the top of the page."""
     rate = [row["images_per_s"] for row in rows if row.get("images_per_s") is not None]
     memory = column(rows, "peak_memory_gib")
+    # Only pre-training logs a reconstruction loss.
     pretraining = "recon" in rows[-1]
     table = [("epochs · updates", f"{rows[-1]['epoch']:.2f} · {rows[-1]['update']}")]
     if pretraining:
@@ -102,6 +104,7 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def _read_config(path: Path) -> dict:
+    # A report without the configuration is better than none.
     try:
         config = yaml.safe_load(path.read_text())
     except (OSError, ValueError, yaml.YAMLError):
@@ -122,6 +125,7 @@ def curves(folder: Path, rows: list[dict], epochs: list[dict], names: tuple[str,
     """Sections with the figures of a run, from the rows of its metrics and of its log; names: which figures, all by default."""
     columns = {key: column(rows, key) for key in COLUMNS}
     columns |= {key: column(epochs, key) for key in ACCURACIES}
+    # log.txt numbers epochs from 0, and its accuracies are those at an epoch's end.
     columns["epochs"] = column(epochs, "epoch") + 1
     figures, sections = PRETRAIN_FIGURES if "recon" in rows[-1] else FINETUNE_FIGURES, []
     for name in names or figures:
