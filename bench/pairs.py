@@ -17,11 +17,12 @@ import torch
 
 from bench.records import RESULTS, append, heading
 from bench.textbook import TextbookMAE, textbook_step
-from mimir_fast.attacks.pgd_mae import frozen_twin, linf_bounds
+from mimir_fast.attacks.pgd_mae import AttackFunctions, frozen_twin, linf_bounds, reconstruction, starting_point
 from mimir_fast.config.resolve import missing_compiler
+from mimir_fast.kernels import linf_patch_step
 from mimir_fast.models import DECODER, MODELS, create_model
 from mimir_fast.objectives.reconstruction import Objective
-from mimir_fast.training.compilation import Compiled
+from mimir_fast.training.compilation import Compiler
 from mimir_fast.training.pretrain_step import Attack, draw_noise, pretrain_step
 
 EPS, ALPHA, RATIO, WEIGHT = 8 / 255, 10 / 255, 0.75, 1e-5
@@ -48,13 +49,19 @@ def build_steps(args: argparse.Namespace, device: torch.device):
     images = torch.rand(args.batch_size, 3, args.input_size, args.input_size, device=device)
     generator = torch.Generator(device).manual_seed(0)
     attack = Attack(1, linf_bounds(EPS, ALPHA, 0.0, 1.0, 3, device))
-    twin = frozen_twin(ours)
-    pieces = Compiled(ours, twin, args.compile)
-    objective = Objective(ours, RATIO, "hsic", WEIGHT, pieces.encode, pieces.reconstruct)
+    twin, compiler = frozen_twin(ours), Compiler(args.compile)
+    encode, reconstruct = compiler.trained(ours.encode), compiler.trained(ours.reconstruct)
+    objective = Objective(ours, RATIO, "hsic", WEIGHT, encode, reconstruct)
+    pieces = (
+        compiler.attacked(reconstruction),
+        compiler.operation(starting_point),
+        compiler.operation(linf_patch_step),
+    )
+    functions = AttackFunctions(*pieces)
 
     def our_step() -> None:
         noise = draw_noise(generator, len(images), ours.num_patches, attack)
-        pretrain_step(objective, twin, images, noise, attack, pieces.attack).loss.backward()
+        pretrain_step(objective, twin, images, noise, attack, functions).loss.backward()
         ours.zero_grad(set_to_none=True)
 
     def their_step() -> None:

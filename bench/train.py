@@ -14,9 +14,8 @@ from bench.stage_times import BESIDE, StageTimes, percentiles
 from bench.step.counts import pretend_gpu
 from bench.training import EndedEarlyError, add_arguments, check, device_name, open_trainer, peaks_name, run
 from mimir_fast.training import stages
-from mimir_fast.training.finetune_trainer import Trainer as FinetuneTrainer
 from mimir_fast.training.logs import peak_memory_gib
-from mimir_fast.training.loop import Trainer
+from mimir_fast.training.loop import Loop
 
 EPILOG = f"""Trainer flags may follow --, for instance: python -m bench train --data_root FOLDER -- --num_workers 8
 Nothing is saved unless --output_dir is among them.  Stages (mimir_fast/training/stages.py):
@@ -63,7 +62,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def measured(args: argparse.Namespace, trainer: Trainer | FinetuneTrainer, times: StageTimes) -> dict:
+def measured(args: argparse.Namespace, trainer: Loop, times: StageTimes) -> dict:
     """The record.  On a pretend GPU every time is None: there is none."""
     config, device = trainer.config, device_name(trainer.world, args.gpu)
     images = config.optim.batch_size * config.optim.accum_iter

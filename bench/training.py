@@ -18,8 +18,7 @@ from mimir_fast.cli import finetune, pretrain
 from mimir_fast.cli.parser import parse_args
 from mimir_fast.config.resolve import Run, resolve
 from mimir_fast.training.distributed import World
-from mimir_fast.training.finetune_trainer import Trainer as FinetuneTrainer
-from mimir_fast.training.loop import Trainer
+from mimir_fast.training.loop import Loop
 from mimir_fast.training.running import running
 from mimir_fast.training.stages import listening
 
@@ -58,7 +57,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def open_trainer(args: argparse.Namespace, flags: list[str]) -> Iterator[Trainer | FinetuneTrainer]:
+def open_trainer(args: argparse.Namespace, flags: list[str]) -> Iterator[Loop]:
     """The trainer of these flags, about to run warmup + updates; closed at the end.
 
     flags: the trainer's own, over everything else.  Raises ValueError if they do not fit, or end the run earlier.
@@ -87,7 +86,7 @@ def configure(args: argparse.Namespace, flags: list[str]) -> Run:
     return resolve(*parse_args(command, own))
 
 
-def whole(trainer: Trainer | FinetuneTrainer, count: int) -> Trainer | FinetuneTrainer:
+def whole(trainer: Loop, count: int) -> Loop:
     """The trainer, if its run is `count` updates long.  Raises ValueError if not."""
     if trainer.total_updates - trainer.position.update != count:
         raise ValueError(
@@ -97,9 +96,7 @@ def whole(trainer: Trainer | FinetuneTrainer, count: int) -> Trainer | FinetuneT
     return trainer
 
 
-def run(
-    trainer: Trainer | FinetuneTrainer, opened: Callable[[str], AbstractContextManager], updated: Callable[[int], None]
-) -> None:
+def run(trainer: Loop, opened: Callable[[str], AbstractContextManager], updated: Callable[[int], None]) -> None:
     """Train to the end; updated(n) is called after the n-th update, outside of every stage.
 
     Raises EndedEarlyError if the training diverges or a signal stops it.

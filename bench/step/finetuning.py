@@ -1,4 +1,4 @@
-"""The fine-tuning step of each variant of bench/step/variants.py: attack, forward, backward, update of one random batch.
+"""The textbook's fine-tuning step for bench/step/variants.py: attack, forward, backward, update of one random batch.
 
 The textbook is timm's own model, eager, with plain PGD.  Images and labels are on the device already; what mixes and augments
 them belongs to the data pipeline.
@@ -14,12 +14,7 @@ from mimir_fast.cli.finetune import FINETUNE
 from mimir_fast.cli.parser import parse_args
 from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.config.resolve import resolve
-from mimir_fast.data.datasets import INFO
 from mimir_fast.models import CLASSIFIER_ALIASES, CLASSIFIERS
-from mimir_fast.training.distributed import World
-from mimir_fast.training.engine import build_computation
-from mimir_fast.training.finetune_step import draw_noise, finetune_step
-from mimir_fast.training.finetuning import build_attack, build_criterion, build_model, information_weights
 from mimir_fast.training.layer_decay import build_optimizer
 from mimir_fast.training.optimizer import Updater
 from mimir_fast.training.precision import AUTOCAST
@@ -39,28 +34,6 @@ def random_batch(config: FinetuneConfig, device: torch.device) -> tuple[Tensor, 
     batch, side = config.optim.batch_size, config.model.input_size
     images = torch.rand(batch, 3, side, side, device=device)
     return images, torch.randint(config.model.nb_classes, (batch,), device=device)
-
-
-def tuners(config: FinetuneConfig, images: Tensor, labels: Tensor) -> Callable[[], None]:
-    """The one place that knows how the fine-tuner puts a step together."""
-    world = World(device=images.device)
-    model = build_model(config, INFO.get(config.data.dataset), world.device)  # of data: its normalisation
-    attack, updater = build_attack(config, config.optim.epochs - 1, world.device), _updater(config, model, world.device)
-    objective, attacked, functions, _ = build_computation(
-        config.compute, world, model, updater, attack, build_criterion(config), information=information_weights(config)
-    )
-    generator = torch.Generator(world.device)
-    dtype = AUTOCAST[config.compute.precision]
-
-    def step() -> None:
-        generator.manual_seed(config.run.seed)
-        noise = draw_noise(generator, model, images, attack)
-        with torch.autocast(world.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            output = finetune_step(objective, attacked, images, labels, noise, attack, functions)
-        updater.backward(output.loss, config.optim.accum_iter)
-        updater.update()
-
-    return step
 
 
 def textbook(config: FinetuneConfig, images: Tensor, labels: Tensor) -> Callable[[], None]:

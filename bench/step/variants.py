@@ -6,7 +6,7 @@ textbook     bench/textbook.py, eager: all patches embedded and gathered afterwa
 
 A PretrainConfig gives the pre-training step, a FinetuneConfig the fine-tuning step (bench/step/finetuning.py).
 
-The images are on the device already, as floats: reading, decoding and copying them is the data pipeline's.
+The images are on the device already: reading, decoding and copying them is the data pipeline's.
 """
 
 import argparse
@@ -25,10 +25,11 @@ from mimir_fast.config.pretraining import PretrainConfig
 from mimir_fast.config.resolve import resolve
 from mimir_fast.models import ALIASES, DECODER, MODELS
 from mimir_fast.training.distributed import World
+from mimir_fast.training.engine import Engine
+from mimir_fast.training.finetuning import Finetuning
 from mimir_fast.training.optimizer import Updater, build_optimizer
 from mimir_fast.training.precision import AUTOCAST
-from mimir_fast.training.pretrain_step import draw_noise, pretrain_step
-from mimir_fast.training.pretraining import build_attack, build_computation, build_model
+from mimir_fast.training.pretraining import Pretraining
 
 VARIANTS = ("ours", "references", "textbook")
 DEFAULTS = {PRETRAIN: ("mae_vit_base", 512), FINETUNE: ("vit_base", 256)}  # model, batch
@@ -58,30 +59,24 @@ def configuration(variant: str, words: list[str], task: str = PRETRAIN) -> StepC
 
 def build_step(variant: str, config: StepConfig, device: torch.device) -> Callable[[], None]:
     """The variant's step, ready to be called any number of times."""
-    if isinstance(config, FinetuneConfig):
-        build = finetuning.textbook if variant == "textbook" else finetuning.tuners
-        return build(config, *finetuning.random_batch(config, device))
-    side = config.model.input_size
-    images = torch.rand(config.optim.batch_size, 3, side, side, device=device)
-    return (textbook if variant == "textbook" else trainers)(config, images)
+    batch, side, finetuning_step = config.optim.batch_size, config.model.input_size, isinstance(config, FinetuneConfig)
+    if variant != "textbook":
+        classes = config.model.nb_classes if finetuning_step else 1
+        images_u8 = torch.randint(256, (batch, 3, side, side), dtype=torch.uint8, device=device)
+        return trainers(config, images_u8, torch.randint(classes, (batch,), device=device))
+    if finetuning_step:
+        return finetuning.textbook(config, *finetuning.random_batch(config, device))
+    return textbook(config, torch.rand(batch, 3, side, side, device=device))
 
 
-def trainers(config: PretrainConfig, images: torch.Tensor) -> Callable[[], None]:
-    """The one place that knows how the trainer puts a step together."""
-    world = World(device=images.device)
-    model = build_model(config, world.device)
-    attack, updater = build_attack(config, None, world.device), _updater(config, model, world.device)
-    objective, attacked, functions, _ = build_computation(config, world, model, updater)
-    generator = torch.Generator(world.device)
-    dtype = AUTOCAST[config.compute.precision]
+def trainers(config: StepConfig, images_u8: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+    """The trainers' own step, of either configuration."""
+    world = World(device=images_u8.device)
+    engine = Engine((Finetuning if isinstance(config, FinetuneConfig) else Pretraining)(config, world), world)
 
     def step() -> None:
-        generator.manual_seed(config.run.seed)
-        noise = draw_noise(generator, len(images), model.num_patches, attack)
-        with torch.autocast(world.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            output = pretrain_step(objective, attacked, images, noise, attack, functions)
-        updater.backward(output.loss, config.optim.accum_iter)
-        updater.update()
+        engine.micro_step(images_u8, labels)
+        engine.update()
 
     return step
 

@@ -1,4 +1,4 @@
-"""A run's state: where it stands, what goes into a checkpoint, and how it is taken up again.
+"""A run's state: where it stands, what goes into a checkpoint, and how it is resumed.
 
 Every random draw of the loader and of the step is a function of (seed, rank, epoch, step), so the position is the state
 of every random generator.
@@ -124,8 +124,8 @@ def restore(
     return position, own
 
 
-def take_up(
-    resume: str,
+def resume(
+    source: str,
     folder: Path | None,
     world: World,
     model: nn.Module,
@@ -135,20 +135,20 @@ def take_up(
     updates_per_epoch: int,
     say: Callable[[str], None],
 ) -> tuple[Position, dict, dict]:
-    """Continue from --resume; returns the position, the checkpoint and our own entry of it, both empty without one.
+    """Continue from `source`, --resume; returns the position, the checkpoint and our own entry of it, both empty without one.
 
     Raises ValueError if the processes found different checkpoints; see find_state and restore for the rest.
     """
-    found, position, own = find_state(resume, folder, say), start, {}
+    found, position, own = find_state(source, folder, say), start, {}
     if found is not None:
-        source, state = found
-        position, own = restore(state, source, model, updater, start, geometry, updates_per_epoch, say)
+        name, state = found
+        position, own = restore(state, name, model, updater, start, geometry, updates_per_epoch, say)
     p = position
     if not world.same([p.epoch, p.step, p.update]):
         raise ValueError("resume: the processes found different checkpoints; output_dir must be a folder they share")
     if found is None:
         return start, {}, {}
-    say(f"resumed {source}: epoch {p.epoch}, micro-step {p.step}, {p.update} updates done")
+    say(f"resumed {name}: epoch {p.epoch}, micro-step {p.step}, {p.update} updates done")
     return p, state, own
 
 

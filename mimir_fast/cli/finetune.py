@@ -15,7 +15,8 @@ from mimir_fast.config.finetuning_recipes import RECIPES
 from mimir_fast.config.resolve import Run
 from mimir_fast.evaluate.finetune_eval import evaluate
 from mimir_fast.training.distributed import World, find_rank
-from mimir_fast.training.finetune_trainer import Trainer
+from mimir_fast.training.finetuning import Finetuning, build_data
+from mimir_fast.training.loop import Loop
 
 FINETUNE = Command(
     "mimir-fast finetune",
@@ -31,8 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     return train(FINETUNE, argv, build, instead=evaluated)
 
 
-def build(run: Run[FinetuneConfig], world: World) -> Trainer:
-    return Trainer(run.config.updated(run.flat()), world, list(run.notes))
+def build(run: Run[FinetuneConfig], world: World) -> Loop:
+    config = run.config.updated(run.flat())
+    return Loop(Finetuning(config, world, build_data(config, world)), world, list(run.notes))
 
 
 def evaluated(run: Run[FinetuneConfig], explicit: set[str]) -> int | None:

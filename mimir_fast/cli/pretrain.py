@@ -11,7 +11,8 @@ from mimir_fast.config.pretraining import PretrainConfig
 from mimir_fast.config.pretraining_recipes import RECIPES
 from mimir_fast.config.resolve import Run
 from mimir_fast.training.distributed import World
-from mimir_fast.training.loop import Trainer
+from mimir_fast.training.loop import Loop
+from mimir_fast.training.pretraining import Pretraining, build_data
 
 PRETRAIN = Command(
     "mimir-fast pretrain",
@@ -27,8 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     return train(PRETRAIN, argv, build)
 
 
-def build(run: Run[PretrainConfig], world: World) -> Trainer:
-    return Trainer(run.config.updated(run.flat()), world, list(run.notes))
+def build(run: Run[PretrainConfig], world: World) -> Loop:
+    config = run.config.updated(run.flat())
+    return Loop(Pretraining(config, world, build_data(config, world)), world, list(run.notes))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mimir_fast.config.pretraining import PretrainConfig
@@ -12,11 +12,10 @@ from mimir_fast.memory.graphs import planning_backend
 from mimir_fast.memory.ledger import KINDS, Ledger, Moment
 from mimir_fast.models import MaskedAutoencoderViT
 from mimir_fast.training.distributed import World
-from mimir_fast.training.optimizer import Updater, build_optimizer
-from mimir_fast.training.precision import AUTOCAST
-from mimir_fast.training.pretrain_step import draw_noise, pretrain_step
-from mimir_fast.training.pretraining import build_attack, build_computation, build_model
+from mimir_fast.training.engine import Engine
+from mimir_fast.training.pretraining import Pretraining, build_model
 
+CPU = torch.device("cpu")
 PRIMES = (509, 521, 523, 541, 547, 557)
 DEPTHS = (1, 2)  # encoder blocks traced when compiling: every stretch of the step grows linearly with the blocks
 
@@ -66,8 +65,8 @@ def predict(config: PretrainConfig) -> Prediction:
 
     Data parallelism and the data pipeline are not part of it.  Raises ValueError for a configuration that cannot be built.
     """
-    with torch.device("meta"):
-        depth = len(build_model(config, torch.device("meta")).blocks)
+    with FakeTensorMode():
+        depth = len(build_model(config, CPU).blocks)
     whole = config.compute.compile and config.compute.compile_region == "model"
     depths = list(DEPTHS) if whole and depth > DEPTHS[-1] else [depth]
     return Prediction([follow(config, blocks) for blocks in depths], depths, depth)
@@ -75,25 +74,23 @@ def predict(config: PretrainConfig) -> Prediction:
 
 def follow(config: PretrainConfig, depth: int) -> Run:
     """Run the step with `depth` encoder blocks on fake tensors, after a warm-up, under the ledger."""
-    with torch.device("meta"):
-        model = build_model(config, torch.device("meta"))
-    model.blocks = model.blocks[:depth]
-    ledger = Ledger(_prime(config, model))
     torch.compiler.reset()
     with FakeTensorMode():
-        _fill(model)
-        step = _Step(config, model, ledger)
-        step.warm_up()
-        ledger.start()
-        ledger.hold(step.parameters(), "parameters")
-        ledger.hold((t for state in step.updater.optimizer.state.values() for t in state.values()), "optimizer state")
+        task = Pretraining(config, World(device=CPU))
+        task.model.blocks = task.model.blocks[:depth]
+        ledger = Ledger(_prime(config, task.model))
+        engine = Engine(task, task.world, backend=planning_backend(ledger))
         side = config.model.input_size
-        ahead = [
-            torch.empty(ledger.batch, 3, side, side, dtype=torch.uint8) for _ in range(2)
-        ]  # this step's, the next one's
+        # this step's, the next one's
+        ahead = [torch.empty(ledger.batch, 3, side, side, dtype=torch.uint8) for _ in range(2)]
+        _warm_up(engine, ahead[0])
+        ledger.start()
+        ledger.hold(_parameters(engine), "parameters")
+        moments = engine.updater.optimizer.state.values()
+        ledger.hold((t for state in moments for t in state.values()), "optimizer state")
         ledger.hold(ahead, "uint8 images")
         with ledger:
-            step()
+            _update(engine, ahead[0])
     torch.compiler.reset()
     return Run.of(ledger.moments)
 
@@ -108,49 +105,26 @@ def _prime(config: PretrainConfig, model: MaskedAutoencoderViT) -> int:
     return next(prime for prime in PRIMES if all(n % prime for n in sizes))
 
 
-def _fill(model: nn.Module) -> None:
-    """Give a model on the meta device fake CPU parameters."""
-    for module in model.modules():
-        for name, p in module.named_parameters(recurse=False):
-            fake = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
-            setattr(module, name, fake)
+def _parameters(engine: Engine) -> list[Tensor]:
+    """The parameters, and the 16-bit copies if there are any."""
+    model, compute = engine.task.model, engine.updater.compute
+    return [*model.parameters(), *model.buffers(), *(compute.copies if compute else [])]
 
 
-class _Step:
-    """The trainer's micro-steps and update, without data and logs."""
+def _warm_up(engine: Engine, images_u8: Tensor) -> None:
+    """Compile what will be compiled, and make the optimizer's state: an eager step needs no more than an update for it."""
+    if engine.task.config.compute.compile:
+        return _update(engine, images_u8)
+    for p in engine.task.model.parameters():
+        p.grad = torch.empty_like(p) if p.requires_grad else None
+    engine.update()
 
-    def __init__(self, config: PretrainConfig, model: MaskedAutoencoderViT, ledger: Ledger):
-        self.config, self.model, self.batch = config, model, ledger.batch
-        cpu = torch.device("cpu")
-        self.attack, self.dtype = build_attack(config, None, cpu), AUTOCAST[config.compute.precision]
-        optimizer = build_optimizer(model, 1e-3, config.optim.weight_decay)
-        self.updater = Updater(optimizer, cpu, config.compute.precision == "fp16")
-        backend = planning_backend(ledger)
-        self.computation = build_computation(config, World(device=cpu), model, self.updater, backend)
 
-    def parameters(self) -> list[Tensor]:
-        """The parameters, and the 16-bit copies if there are any."""
-        copies = self.updater.compute.copies if self.updater.compute else []
-        return [*self.model.parameters(), *self.model.buffers(), *copies]
-
-    def warm_up(self) -> None:
-        """Compile what will be compiled, and make the optimizer's state: an eager step needs no more than an update for it."""
-        if self.config.compute.compile:
-            return self()
-        for p in self.model.parameters():
-            p.grad = torch.empty_like(p) if p.requires_grad else None
-        self.updater.update()
-
-    def __call__(self) -> None:
-        for _ in range(min(self.config.optim.accum_iter, 2)):  # from the second on, gradients are there from the start
-            self._micro_step()
-        self.updater.update()
-
-    def _micro_step(self) -> None:
-        side = self.config.model.input_size
-        images: Tensor = torch.empty(self.batch, 3, side, side)
-        noise = draw_noise(torch.Generator(), self.batch, self.model.num_patches, self.attack)
-        objective, attacked, functions, _ = self.computation
-        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
-            output = pretrain_step(objective, attacked, images, noise, self.attack, functions)
-        self.updater.backward(output.loss, self.config.optim.accum_iter)
+def _update(engine: Engine, images_u8: Tensor) -> None:
+    """The micro-steps and the update, as the training loop makes them."""
+    labels = torch.empty(len(images_u8), dtype=torch.int64)
+    count = min(engine.accum_iter, 2)  # from the second on, gradients are there from the start
+    for i in range(count):
+        output = None  # let go of the last one's
+        output = engine.micro_step(images_u8, labels, step=i, last=i + 1 == count)  # noqa: F841 (lives on)
+    engine.update()

@@ -2,15 +2,13 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mimir_fast.attacks.pgd_mae import AttackFunctions
-from mimir_fast.kernels._shared.registration import choose
-from mimir_fast.models import MaskedAutoencoderViT
+from mimir_fast.models.layers import Block
 
 BLOCK_GRAPHS = 32  # that one block may have; torch's own limit is 8
 CACHE = Path.home() / ".cache" / "mimir_fast" / "inductor"
@@ -21,47 +19,59 @@ def keep_compiled_code() -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))
 
 
-class Compiled:
-    """The compiled pieces of a step, or the plain ones.
+class Compiler:
+    """torch.compile as a run asks for it: fullgraph, static shapes; the model as one, block by block, or not at all.
 
-    encode, reconstruct  the model's, for training; fullgraph, static shapes
-    attack               the attack's functions: its loss for the frozen twin; start and step only where they are not one kernel
-                         each already
-    region "block": one graph per width for the first block, which has nothing to add, one for all others and one for the
-    decoder's last, in training and in the attack; quick to compile, less fused
+    reference   whether our operations are eager PyTorch, and not kernels of ours already
+    through     with shards: f -> a function with f's arguments that gathers the parameters of the model it is called with
+    By block there is one graph per width for the first block, which has nothing to add, and one for all others: quick to
+    compile, less fused.
     """
 
     def __init__(
         self,
-        model: MaskedAutoencoderViT,
-        twin: MaskedAutoencoderViT,
-        compile: bool = True,
+        on: bool = True,
         mode: str = "default",
         region: str = "model",
         backend: str | Callable = "inductor",
+        reference: bool = True,
+        through: Callable[[Callable], Callable] | None = None,
     ):
-        self.encode: Callable[..., Tensor] = model.encode
-        self.reconstruct: Callable[..., tuple[Tensor, Tensor]] = model.reconstruct
-        self.attack = AttackFunctions()
-        options = {"fullgraph": True, "dynamic": False, "mode": mode, "backend": backend}
-        if compile and region == "block":
-            compile_blocks([b for m in (model, twin) for b in (*m.blocks, *m.decoder_blocks)], **options)
-        elif compile:
-            self.encode, self.reconstruct = (torch.compile(f, **options) for f in (model.encode, model.reconstruct))
-            self.attack = self.attack._replace(loss=torch.compile(self.attack.loss, **options))
-        if compile and choose(model.kernels, model.mask_token) == "reference":
-            # without CUDA graphs, whose outputs do not outlive their next run: these hand images on from one to the other
-            start, step = (
-                torch.compile(f, **{**options, "mode": "default"}) for f in (self.attack.start, self.attack.step)
-            )
-            self.attack = self.attack._replace(start=start, step=step)
+        self.on, self.by_block, self.reference, self.through = on, region == "block", reference, through
+        self.options = {"fullgraph": True, "dynamic": False, "mode": mode, "backend": backend}
+
+    def trained(self, function: Callable) -> Callable:
+        """A part of the training pass, compiled as one graph unless blocks are."""
+        return torch.compile(function, **self.options) if self.on and not self.by_block else function
+
+    def attacked(self, function: Callable) -> Callable:
+        """The same for a part of the attack, function(model, *inputs).
+
+        Give it a model with nothing to train: a compiled function computes every gradient that it could be asked for.
+        """
+        return self.through(function) if self.through else self.trained(function)
+
+    def pixels(self, function: Callable) -> Callable:
+        """What moves images: without CUDA graphs, whose outputs do not outlive their next run, since these go from one to
+        the next."""
+        return torch.compile(function, **self.options | {"mode": "default"}) if self.on else function
+
+    def operation(self, function: Callable) -> Callable:
+        """The same for one of our operations, which is one kernel already where it is not the reference."""
+        return self.pixels(function) if self.reference else function
+
+    def blocks(self, model: nn.Module) -> None:
+        """Compile a model's blocks one by one, if that is how; alike ones share a graph."""
+        if not self.on or not self.by_block:
+            return
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, BLOCK_GRAPHS)
+        for block in blocks_of(model):
+            block.compile(**self.options)
 
 
-def compile_blocks(blocks: Iterable[nn.Module], **options) -> None:
-    """Compile blocks one by one; alike ones share a graph.  options: torch.compile's."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, BLOCK_GRAPHS)
-    for block in blocks:
-        block.compile(**options)
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The Transformer blocks of a model, in its order."""
+    return [module for module in model.modules() if isinstance(module, Block)]
 
 
 class CompileClock:
@@ -86,7 +96,7 @@ class CompileClock:
         self.count += 1
 
     def stop(self) -> None:
-        """Also where it was never started: a trainer may be closed before it runs."""
+        """Also where it was never started: a loop may be closed before it runs."""
         if not self._running:
             return
         from torch._dynamo.callback import callback_handler

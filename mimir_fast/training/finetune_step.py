@@ -50,7 +50,7 @@ class Noise(NamedTuple):
 
 
 def draw_noise(generator: torch.Generator, model: VisionTransformer, images: Tensor, attack: Attack) -> Noise:
-    """Draw a step's randomness for images [B,C,H,W] on the generator's device (seed it by pretrain_step.step_seed)."""
+    """Draw a step's randomness for images [B,C,H,W] on the generator's device (seeded by mimir_fast.training.seeds)."""
     options = {"device": generator.device, "generator": generator}
     start = drop = None
     if attack.kind == "pgd":
@@ -79,7 +79,7 @@ def jitter(images: Tensor, bounds: Tensor, start: Tensor) -> Tensor:
 
 
 class AttackFunctions(NamedTuple):
-    """What an attack computes with: as they are, or compiled (mimir_fast.training.engine)."""
+    """What an attack computes with: as they are, or compiled (mimir_fast.training.compilation)."""
 
     losses: Callable[..., Tensor] = image_losses
     logits: Callable[..., Tensor] = image_logits

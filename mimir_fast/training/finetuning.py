@@ -1,106 +1,195 @@
-"""From the configuration of a fine-tuning to the objects of its run."""
+"""Fine-tuning as a task: what is classified and attacked, what an epoch changes, and what is measured after it."""
 
-import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mimir_fast.attacks.pgd_mae import linf_bounds
+from mimir_fast.attacks.linf import linf_step, momentum_step
+from mimir_fast.attacks.pgd_mae import linf_bounds, starting_point
 from mimir_fast.checkpoints.reader import read
+from mimir_fast.checkpoints.run_state import Position
 from mimir_fast.checkpoints.transfer import load_pretrained
-from mimir_fast.config.finetuning import AttackConfig, FinetuneConfig
-from mimir_fast.data import Augment, BatchStream, EvalStream, Mixing, build_train_data, eval_batches, warmup_mixing
+from mimir_fast.config.finetuning import FinetuneConfig
+from mimir_fast.data import Augment, BatchStream, build_train_data, dataset_info, mix, mixing_seed, to_float
+from mimir_fast.data.datasets import DatasetInfo
 from mimir_fast.models import VisionTransformer, create_classifier
 from mimir_fast.objectives.adversarial_losses import cross_entropy
+from mimir_fast.objectives.classification import Objective
+from mimir_fast.training.compilation import Compiler
 from mimir_fast.training.distributed import World
-from mimir_fast.training.finetune_step import FP16_ATTACK_SCALE, Attack
+from mimir_fast.training.finetune_schedule import build_mixing, radius_and_step, warms_up
+from mimir_fast.training.finetune_step import (
+    FP16_ATTACK_SCALE,
+    Attack,
+    AttackFunctions,
+    FinetuneOutput,
+    Noise,
+    draw_noise,
+    finetune_step,
+    image_logits,
+    image_losses,
+)
+from mimir_fast.training.layer_decay import build_optimizer
+from mimir_fast.training.optimizer import Updater
+from mimir_fast.training.options import model_options, on_device, stream_options
+from mimir_fast.training.task import Measured
+from mimir_fast.training.validator import Validator, best_so_far, criterion
 
+CHECKPOINT_EVERY, CHECKPOINT_ALSO = 20, 49  # epochs, the original's cadence
 HEAD_STD = {"imagenet": 2e-5}  # of a re-initialised head; elsewhere OTHER_HEAD_STD
 OTHER_HEAD_STD = 2e-2
 
 
+class Finetuning:
+    """Adversarial fine-tuning of a classifier: a Task (see task.py); raises ValueError for what cannot be built.
+
+    stream   this process's images, which also say how many classes there are; None: a step needs none
+    Until `start_epoch` the attack is the last epoch's.
+    """
+
+    tags = {"loss": "loss", "lr": "lr"}  # noqa: RUF012 (the original's; nobody changes it)
+
+    def __init__(self, config: FinetuneConfig, world: World, stream: BatchStream | None = None):
+        if stream is not None:
+            config = config.updated({"nb_classes": stream.num_classes})
+        self.config, self.world, self.stream = config, world, stream
+        self.model = build_model(config, stream or dataset_info(config.data.dataset), world.device)
+        self.average_decay = config.optim.model_ema_decay if config.optim.model_ema else None
+        self.start_epoch(config.optim.epochs - 1)
+
+    @property
+    def summary(self) -> str:
+        a, v, o = self.config.attack, self.config.validation, self.config.optim
+        attack = "none" if a.attack_train == "plain" else f"{a.attack_train}, {a.steps} step(s), eps {a.eps:g}/255"
+        average = f"{o.model_ema_decay:g}" if o.model_ema else "none"
+        return (
+            f"{self.config.model.nb_classes} classes, {v.held_out} images held out; attack {attack}; "
+            f"validation attack {v.val_attack}; layer decay {o.layer_decay:g}; average {average}"
+        )
+
+    # ---- the step
+
+    def updater(self, lr: float) -> Updater:
+        o = self.config.optim
+        optimizer = build_optimizer(self.model, lr, o.weight_decay, o.layer_decay)
+        return Updater(optimizer, self.world.device, self.config.compute.precision == "fp16", max_norm=o.clip_grad)
+
+    def attack_functions(self, compiler: Compiler) -> AttackFunctions:
+        return AttackFunctions(
+            losses=compiler.attacked(image_losses),
+            logits=compiler.attacked(image_logits),
+            begin=partial(compiler.operation(starting_point), kernels=self.model.kernels),
+            step=compiler.pixels(linf_step),
+            move=compiler.pixels(momentum_step),
+        )
+
+    def objective(self, model: VisionTransformer, compiler: Compiler) -> Objective:
+        a, p = self.config.attack, self.config.penalty
+        criterion = partial(cross_entropy, smoothing=self.config.augment.smoothing)
+        information = (p.mi_xz, p.mi_yz) if p.mi_loss == "dib_mi" else None
+        features = compiler.trained(model.forward_features)
+        return Objective(model, a.attack_train, criterion, a.trades_beta, information, features)
+
+    def prepare(self, images_u8: Tensor, labels: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        images = to_float(images_u8)
+        if self.mixing is None:
+            return images, labels
+        return mix(self.mixing, images, labels, mixing_seed(self.config.run.seed, self.world.rank, epoch, step))
+
+    def draw_noise(self, generator: torch.Generator, batch: tuple[Tensor, Tensor]) -> Noise:
+        return draw_noise(generator, self.model, batch[0], self.attack)
+
+    def step(
+        self,
+        objective: nn.Module,
+        attacked: VisionTransformer,
+        functions: AttackFunctions,
+        batch: tuple[Tensor, Tensor],
+        noise: Noise,
+    ) -> FinetuneOutput:
+        return finetune_step(objective, attacked, *batch, noise, self.attack, functions)
+
+    # ---- epochs
+
+    def start_epoch(self, epoch: int) -> None:
+        self.attack = build_attack(self.config, epoch, self.world.device)
+        self.mixing = build_mixing(self.config, epoch)
+
+    def end_epoch(self, engine, epoch: int, ends: Callable[[], bool]) -> Measured | None:
+        row = self.validator.rate(engine.rated, engine.functions, epoch, ends)
+        return None if row is None else Measured(row, self.validator.is_best)
+
+    def keeps(self, epoch: int) -> bool:
+        return epoch % CHECKPOINT_EVERY == 0 or epoch == CHECKPOINT_ALSO
+
+    # ---- what is told
+
+    def terms(self, output: FinetuneOutput) -> dict[str, Tensor]:
+        return {}
+
+    def scalars(self, output: FinetuneOutput) -> dict[str, Tensor]:
+        return {}
+
+    def epoch_row(self, epoch: int, means: dict[str, float], measured: Measured) -> dict:
+        """The original's columns first."""
+        row = dict(measured.row)
+        tests = {name: row.pop(name) for name in ("test_loss", "test_acc1", "test_acc5")}
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        return {**tests, "epoch": epoch, "n_parameters": trained, **row}
+
+    def save_samples(self, folder: Path, position: Position, images_u8: Tensor, output: FinetuneOutput) -> None:
+        """None."""
+
+    # ---- state
+
+    def resume(self, state: dict, own: dict, say: Callable[[str], None]) -> None:
+        if not state:
+            start_from_pretrained(self.model, self.config, say)
+        elif self.average_decay is not None and "model_ema" not in state:
+            say("model_ema: the resumed run kept no average; it starts from the parameters of now")
+        elif self.average_decay is None and "model_ema" in state:
+            say("model_ema: the resumed run kept an average; without the flag it ends here")
+        self.validator = Validator(self.config, self.world, best_so_far(own, self.config, say))
+
+    def state(self) -> dict:
+        return {"best": self.validator.best, "best_by": criterion(self.config)}
+
+
 def build_data(config: FinetuneConfig, world: World) -> BatchStream:
-    """This rank's share of the training images; raises ValueError if an epoch holds no whole update."""
-    d, o, a = config.data, config.optim, config.augment
-    stream = build_train_data(
-        d.dataset,
-        d.data_root,
-        config.model.input_size,
-        o.batch_size,
-        augment=Augment(a.aa, a.color_jitter, a.reprob, a.remode, a.recount),
-        num_classes=config.model.nb_classes,
-        held_out=config.validation.held_out,
-        accum_iter=o.accum_iter,
-        seed=config.run.seed,
-        rank=world.rank,
-        world_size=world.size,
-        num_workers=d.num_workers,
-        pin_memory=d.pin_mem and world.device.type == "cuda",
-        use_edm=d.use_edm,
-        unsup_fraction=d.unsup_fraction,
-        aux_data_filename=d.aux_data_filename,
-        edm_aug=d.edm_aug,
-        warmup_aa=warms_up(config),
-    )
-    if len(stream) < o.accum_iter:
-        raise ValueError(f"accum_iter: {o.accum_iter} exceeds the {len(stream)} micro-batches of an epoch")
-    return stream
-
-
-def build_eval_data(config: FinetuneConfig, world: World, split: str) -> EvalStream:
-    """This rank's share of the images of a split, val or held_out, for validation."""
-    d = config.data
-    return eval_batches(
+    """This rank's share of the training images."""
+    d, a = config.data, config.augment
+    return build_train_data(
         d.dataset,
         d.data_root,
         config.model.input_size,
         config.optim.batch_size,
-        split=split,
-        held_out=config.validation.held_out,
+        augment=Augment(a.aa, a.color_jitter, a.reprob, a.remode, a.recount),
         num_classes=config.model.nb_classes,
-        use_edm=d.use_edm,
-        rank=world.rank,
-        world_size=world.size,
-        num_workers=d.num_workers,
-        pin_memory=d.pin_mem and world.device.type == "cuda",
+        held_out=config.validation.held_out,
+        edm_aug=d.edm_aug,
+        warmup_aa=warms_up(config),
+        **stream_options(config, world),
     )
 
 
-def warms_up(config: FinetuneConfig) -> bool:
-    """Whether augmentation and mixing grow: as in the original with an attack alone."""
-    return config.augment.warmup_aa and config.attack.attack_train != "plain"
-
-
-def build_mixing(config: FinetuneConfig, epoch: int) -> Mixing | None:
-    """How an epoch's images are mixed; None where they are not, and targets are labels."""
-    a = config.augment
-    how = (a.mixup_prob, a.mixup_switch_prob, a.mixup_mode, a.smoothing, config.model.nb_classes)
-    mixing = Mixing(a.mixup, a.cutmix, a.cutmix_minmax, *how)
-    mixing = warmup_mixing(epoch, mixing) if warms_up(config) else mixing
-    return mixing if mixing.active else None
-
-
-def build_model(config: FinetuneConfig, stream: BatchStream, device: torch.device) -> VisionTransformer:
+def build_model(config: FinetuneConfig, images: BatchStream | DatasetInfo, device: torch.device) -> VisionTransformer:
     """The classifier on its device, freshly initialised; images in [0,1] are normalised inside of it, if at all."""
-    m, c = config.model, config.compute
-    constants = {"mean": stream.mean, "std": stream.std} if config.data.use_normalize else {}
-    model = create_classifier(
-        m.model,
-        img_size=m.input_size,
-        patch_size=m.patch_size,
-        num_classes=m.nb_classes,
-        global_pool=m.global_pool,
-        drop_path=m.drop_path,
-        kernels=c.kernels,
-        attention=c.attention,
-        mlp=c.mlp,
-        residual_dtype=torch.bfloat16 if c.residual_dtype == "bf16" else None,
-        activation_checkpointing=c.activation_checkpointing,
-        **constants,
-    )
-    return model.to(device)
+    m = config.model
+    constants = {"mean": images.mean, "std": images.std} if config.data.use_normalize else {}
+    heads = {"num_classes": m.nb_classes, "global_pool": m.global_pool, "drop_path": m.drop_path}
+    return on_device(create_classifier(m.model, **heads, **constants, **model_options(config)), device)
+
+
+def build_attack(config: FinetuneConfig, epoch: int, device: torch.device) -> Attack:
+    """The training attack of an epoch, in pixels of [0,1]."""
+    a = config.attack
+    eps, alpha = radius_and_step(a, epoch, config.optim.epochs)
+    bounds = linf_bounds(eps / 255, alpha / 255, 0.0, 1.0, channels=3, device=device)
+    scale = FP16_ATTACK_SCALE if config.compute.precision == "fp16" else 1.0
+    return Attack(a.attack_train, a.steps, bounds, scale, a.trades_beta)
 
 
 def start_from_pretrained(model: VisionTransformer, config: FinetuneConfig, say: Callable[[str], None]) -> None:
@@ -118,56 +207,3 @@ def start_from_pretrained(model: VisionTransformer, config: FinetuneConfig, say:
         say(
             f"use_normalize: {source} was trained {seen} it, this run is {'with' if now else 'without'}; is that meant?"
         )
-
-
-def build_attack(config: FinetuneConfig, epoch: int, device: torch.device) -> Attack:
-    """The training attack of an epoch, in pixels of [0,1]."""
-    a = config.attack
-    eps, alpha = radius_and_step(a, epoch, config.optim.epochs)
-    bounds = linf_bounds(eps / 255, alpha / 255, 0.0, 1.0, channels=3, device=device)
-    scale = FP16_ATTACK_SCALE if config.compute.precision == "fp16" else 1.0
-    return Attack(a.attack_train, a.steps, bounds, scale, a.trades_beta)
-
-
-def build_criterion(config: FinetuneConfig) -> Callable[[Tensor, Tensor], Tensor]:
-    """(logits, targets) -> the loss of plain, pgd and apgd: cross-entropy, labels smoothed, mixed ones as they are."""
-    return partial(cross_entropy, smoothing=config.augment.smoothing)
-
-
-def information_weights(config: FinetuneConfig) -> tuple[float, float] | None:
-    """--mi_xz and --mi_yz, None without --mi_loss dib_mi."""
-    p = config.penalty
-    return (p.mi_xz, p.mi_yz) if p.mi_loss == "dib_mi" else None
-
-
-def radius_and_step(a: AttackConfig, epoch: int, epochs: int) -> tuple[float, float]:
-    """eps and alpha in 1/255 in an epoch of a run of `epochs`: each has a warm-up, alpha may then go to alpha_end."""
-    eps = a.eps * _grown(epoch, a.eps_warmup_epochs)
-    if epoch < a.alpha_warmup_epochs or a.alpha_schedule == "constant":
-        return eps, a.alpha * _grown(epoch, a.alpha_warmup_epochs)
-    progress = (epoch - a.alpha_warmup_epochs) / max(epochs - 1 - a.alpha_warmup_epochs, 1)
-    left = 1 - progress if a.alpha_schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
-    return eps, a.alpha_end + (a.alpha - a.alpha_end) * left
-
-
-def _grown(epoch: int, warmup_epochs: int) -> float:
-    return min(epoch / warmup_epochs, 1.0) if warmup_epochs else 1.0
-
-
-def describe(
-    config: FinetuneConfig, world: World, stream: BatchStream, model: VisionTransformer, lr: float
-) -> list[str]:
-    """Lines that say what is about to run."""
-    c, m, o, a, v = config.compute, config.model, config.optim, config.attack, config.validation
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    attack = "none" if a.attack_train == "plain" else f"{a.attack_train}, {a.steps} step(s), eps {a.eps:g}/255"
-    average = f", average {o.model_ema_decay:g}" if o.model_ema else ""
-    return [
-        f"model {m.model} ({parameters:.2f} M parameters), {m.input_size}/{m.patch_size}, {m.nb_classes} classes; "
-        f"data {stream.name}, {stream.num_images} images, {len(stream)} micro-batches per epoch, {v.held_out} held out; "
-        f"attack {attack}; validation attack {v.val_attack}",
-        f"device {world.device} x {world.size}, {c.precision}, "
-        f"compile {f'{c.compile_mode}, by {c.compile_region}' if c.compile else 'off'}, kernels {c.kernels}, "
-        f"attention {c.attention}, mlp {c.mlp}, residual {c.residual_dtype}; lr {lr:.3g}, layer decay {o.layer_decay:g}"
-        f"{average}; outputs in {config.run.output_dir or '(nowhere)'}",
-    ]

@@ -22,6 +22,8 @@ from mimir_fast.training.distributed import World
 
 GIB = 2**30
 COUNTS = ("skipped_penalties", "skipped_steps")
+RATED = ("test_acc1", "test_acc5", "test_loss", "robust_acc1", "val_acc1", "val_robust_acc1", "val_loss")
+EPOCH_TAGS = {f"perf/{name}": name for name in RATED}  # the original's three, and ours, over the number of the epoch
 OWN_TAGS = ("recon", "grad_norm", "images_per_s", "peak_memory_gib", "skipped_penalties", "skipped_steps")
 
 
@@ -172,18 +174,15 @@ class RunLog:
         self.epoch_started, self.epoch_images = now, 0
         return rate
 
-    def add_epoch(self, row: dict, tags: dict[str, str] | None = None) -> None:
-        """Append one epoch's means to log.txt, the original's keys first, and make TensorBoard's file current.
-
-        tags: TensorBoard tags of the epoch, and the keys they show, over the number of the epoch.
-        """
+    def add_epoch(self, row: dict) -> None:
+        """Append one epoch's means to log.txt, the original's keys first, and make TensorBoard's file current."""
         if not self.world.is_main:
             return
         if self.folder:
             with open(self.folder / "log.txt", "a") as file:
                 file.write(json.dumps({key: _finite(value) for key, value in row.items()}) + "\n")
         if self.writer:
-            for tag, key in (tags or {}).items():
+            for tag, key in EPOCH_TAGS.items():
                 if row.get(key) is not None:
                     self.writer.add_scalar(tag, row[key], row["epoch"])
             self.writer.flush()

@@ -1,7 +1,6 @@
 """A running average of the parameters, kept on the device."""
 
 import copy
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -14,7 +13,7 @@ class RunningAverage:
     decay        d, but at most (1 + n) / (10 + n) at update n, so that short runs forget where they began; 0 <= decay < 1,
                  raises ValueError otherwise
     Make it after the processes agreed on the parameters.  Its state is the module's state dict: the number of the update is
-    an argument, so a run that is taken up again goes on exactly.
+    an argument, so a resumed run goes on exactly.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -35,15 +34,5 @@ class RunningAverage:
         return self.module.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        """Take up an average; keys and shapes must be the model's."""
+        """Resume an average; keys and shapes must be the model's."""
         self.module.load_state_dict(state, strict=True)
-
-
-def take_up_average(average: RunningAverage | None, saved: dict | None, say: Callable[[str], None]) -> None:
-    """Load a resumed run's average; a line where this run keeps one and that did not, or the reverse."""
-    if average and saved:
-        average.load_state_dict(saved)
-    elif average:
-        say("model_ema: the resumed run kept no average; it starts from the parameters of now")
-    elif saved:
-        say("model_ema: the resumed run kept an average; without the flag it ends here")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from mimir_fast.config.pretraining import OptimConfig
 from mimir_fast.training.stages import stage
 
 if TYPE_CHECKING:
@@ -32,6 +33,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 def build_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`; the fused implementation, which can skip a step without asking the host."""
     return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, betas=BETAS, eps=ADAM_EPS, fused=True)
+
+
+def peak_learning_rate(optim: OptimConfig, processes: int) -> float:
+    """--lr, or --blr per 256 images of an update."""
+    return optim.lr if optim.lr is not None else optim.blr * optim.batch_size * optim.accum_iter * processes / 256
 
 
 def learning_rate(epoch: float, lr: float, min_lr: float, warmup_epochs: float, epochs: float) -> float:

@@ -5,7 +5,6 @@ Shapes: B batch, C channels, H W sides, L patches.
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -42,11 +41,6 @@ def draw_noise(generator: torch.Generator, batch: int, num_patches: int, attack:
     start = torch.randint(2**63 - 1, (), device=device, generator=generator)
     masks = torch.rand((attack.steps or 0) + 1, batch, num_patches, device=device, generator=generator)
     return Noise(start, list(masks[:-1]), masks[-1])
-
-
-def step_seed(seed: int, rank: int, epoch: int, step: int) -> int:
-    """Seed of one micro-step's noise: a function of its position, so that any step can be replayed and a run resumed."""
-    return int(np.random.SeedSequence([seed, rank, epoch, step]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def pretrain_step(

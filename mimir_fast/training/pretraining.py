@@ -1,76 +1,162 @@
-"""From the configuration to the objects of a run."""
+"""Pre-training as a task: what is reconstructed, attacked and penalised, and what is told about it."""
 
 from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple
+from pathlib import Path
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 
-from mimir_fast.attacks.pgd_mae import AttackFunctions, frozen_twin, linf_bounds
+from mimir_fast.attacks.pgd_mae import AttackFunctions, linf_bounds, reconstruction, starting_point
+from mimir_fast.checkpoints.run_state import Position
 from mimir_fast.config.choices import PENALTIES
 from mimir_fast.config.pretraining import PretrainConfig
-from mimir_fast.data import BatchStream, build_pretrain_data
+from mimir_fast.data import BatchStream, build_pretrain_data, dataset_info, to_float
+from mimir_fast.data.datasets import DatasetInfo
+from mimir_fast.kernels import linf_patch_step
 from mimir_fast.models import MaskedAutoencoderViT, create_model
-from mimir_fast.objectives.reconstruction import Objective
-from mimir_fast.training.compilation import Compiled
-from mimir_fast.training.distributed import World, average_gradients
-from mimir_fast.training.optimizer import Updater
-from mimir_fast.training.precision import AUTOCAST, ComputeCopy
-from mimir_fast.training.pretrain_step import Attack
+from mimir_fast.objectives.reconstruction import Objective, StepOutput
+from mimir_fast.report.samples import SAMPLES, save_samples
+from mimir_fast.training.compilation import Compiler
+from mimir_fast.training.distributed import World
+from mimir_fast.training.optimizer import Updater, build_optimizer
+from mimir_fast.training.options import model_options, on_device, stream_options
+from mimir_fast.training.pretrain_step import Attack, Noise, draw_noise, pretrain_step
+from mimir_fast.training.task import Measured
 
+CHECKPOINT_EVERY = 20  # epochs, the original's cadence
 FP16_ATTACK_SCALE = 65536.0
 
 
+class Pretraining:
+    """Adversarial masked-autoencoder pre-training: a Task (see task.py); raises ValueError for what cannot be built.
+
+    stream   this process's images; None: a step needs none, and normalises as the data set's name says
+    """
+
+    average_decay = None
+
+    def __init__(self, config: PretrainConfig, world: World, stream: BatchStream | None = None):
+        self.config, self.world, self.stream = config, world, stream
+        images = stream or dataset_info(config.data.dataset)
+        self.constants = (images.mean, images.std) if config.data.use_normalize else (None, None)
+        self.model = build_model(config, world.device)
+        self.attack = build_attack(config, images, world.device)
+        self.penalty = penalty_name(config)
+        self.tags = {"train_loss": "loss", "lr": "lr"} | ({"mi": "mi"} if self.penalty else {})
+        self.skipped_penalties = torch.zeros((), dtype=torch.float64, device=world.device)
+
+    @property
+    def summary(self) -> str:
+        a = self.config.attack
+        attack = "none" if a.attack == "plain" else f"{a.steps} step(s), eps {a.eps:g}/255"
+        return f"attack {attack}; penalty {self.penalty or 'none'}"
+
+    # ---- the step
+
+    def updater(self, lr: float) -> Updater:
+        o = self.config.optim
+        optimizer = build_optimizer(self.model, lr, o.weight_decay)
+        return Updater(optimizer, self.world.device, self.config.compute.precision == "fp16")
+
+    def attack_functions(self, compiler: Compiler) -> AttackFunctions:
+        return AttackFunctions(
+            loss=compiler.attacked(reconstruction),
+            start=compiler.operation(starting_point),
+            step=compiler.operation(linf_patch_step),
+        )
+
+    def objective(self, model: MaskedAutoencoderViT, compiler: Compiler) -> Objective:
+        c = self.config
+        pieces = compiler.trained(model.encode), compiler.trained(model.reconstruct)
+        return Objective(model, c.model.mask_ratio, self.penalty, c.penalty.mi_xpl, *pieces)
+
+    def prepare(self, images_u8: Tensor, labels: Tensor, epoch: int, step: int) -> Tensor:
+        return to_float(images_u8, *self.constants)
+
+    def draw_noise(self, generator: torch.Generator, images: Tensor) -> Noise:
+        return draw_noise(generator, len(images), self.model.num_patches, self.attack)
+
+    def step(
+        self,
+        objective: nn.Module,
+        attacked: MaskedAutoencoderViT,
+        functions: AttackFunctions,
+        images: Tensor,
+        noise: Noise,
+    ) -> StepOutput:
+        output = pretrain_step(objective, attacked, images, noise, self.attack, functions)
+        self.skipped_penalties += ~output.penalty_used
+        return output
+
+    # ---- epochs
+
+    def start_epoch(self, epoch: int) -> None:
+        """Every epoch is like the others."""
+
+    def end_epoch(self, engine, epoch: int, ends: Callable[[], bool]) -> Measured:
+        """Nothing is validated."""
+        return Measured({})
+
+    def keeps(self, epoch: int) -> bool:
+        return epoch % CHECKPOINT_EVERY == 0
+
+    # ---- what is told
+
+    def terms(self, output: StepOutput) -> dict[str, Tensor]:
+        return {"mi": torch.where(output.penalty_used, output.mi, 0), "mi_used": output.penalty_used}
+
+    def scalars(self, output: StepOutput) -> dict[str, Tensor]:
+        return {
+            "recon": output.recon,
+            "mi": output.mi if self.penalty else torch.full_like(output.mi, torch.nan),
+            "skipped_penalties": self.skipped_penalties * self.world.size,  # the mean over ranks is taken later
+        }
+
+    def epoch_row(self, epoch: int, means: dict[str, float], measured: Measured) -> dict:
+        return {
+            "epoch": epoch,
+            "mi": means["mi"] / means["mi_used"] if self.penalty and means["mi_used"] else None,
+            "skipped_penalties": self.world.total(self.skipped_penalties),
+        }
+
+    def save_samples(self, folder: Path, position: Position, images_u8: Tensor, output: StepOutput) -> None:
+        m = self.config.model
+        where = {"epoch": position.epoch, "update": position.update, "eps_255": self.config.attack.eps}
+        images = to_float(images_u8[:SAMPLES], *self.constants)
+        shape = (m.patch_size, m.norm_pix_loss)
+        save_samples(folder / "samples.npz", images, output, *shape, *self.constants, where)
+
+    # ---- state
+
+    def resume(self, state: dict, own: dict, say: Callable[[str], None]) -> None:
+        if self.world.is_main:
+            self.skipped_penalties += own.get("skipped_penalties", 0)
+
+    def state(self) -> dict:
+        return {"skipped_penalties": self.world.total(self.skipped_penalties)}
+
+
 def build_data(config: PretrainConfig, world: World) -> BatchStream:
-    """This rank's share of the training images; raises ValueError if an epoch holds no whole update."""
-    d, o = config.data, config.optim
-    stream = build_pretrain_data(
-        d.dataset,
-        d.data_root,
-        config.model.input_size,
-        o.batch_size,
-        accum_iter=o.accum_iter,
-        seed=config.run.seed,
-        rank=world.rank,
-        world_size=world.size,
-        num_workers=d.num_workers,
-        pin_memory=d.pin_mem and world.device.type == "cuda",
-        use_edm=d.use_edm,
-        unsup_fraction=d.unsup_fraction,
-        aux_data_filename=d.aux_data_filename,
-    )
-    if len(stream) < o.accum_iter:
-        raise ValueError(f"accum_iter: {o.accum_iter} exceeds the {len(stream)} micro-batches of an epoch")
-    return stream
+    """This rank's share of the training images."""
+    d = config.data
+    sizes = (config.model.input_size, config.optim.batch_size)
+    return build_pretrain_data(d.dataset, d.data_root, *sizes, **stream_options(config, world))
 
 
 def build_model(config: PretrainConfig, device: torch.device) -> MaskedAutoencoderViT:
     """The model on its device, freshly initialised."""
     m = config.model
-    size = {"img_size": m.input_size, "patch_size": m.patch_size}
-    c = config.compute
-    residual = torch.bfloat16 if c.residual_dtype == "bf16" else None
-    options = {
-        "norm_pix_loss": m.norm_pix_loss,
-        "kernels": c.kernels,
-        "residual_dtype": residual,
-        "attention": c.attention,
-        "mlp": c.mlp,
-        "activation_checkpointing": c.activation_checkpointing,
-    }
-    return create_model(m.model, **size, **options).to(device)
+    return on_device(create_model(m.model, norm_pix_loss=m.norm_pix_loss, **model_options(config)), device)
 
 
-def build_attack(config: PretrainConfig, stream: BatchStream, device: torch.device) -> Attack:
+def build_attack(config: PretrainConfig, images: BatchStream | DatasetInfo, device: torch.device) -> Attack:
     """The attack in the images' units: flags in 1/255, divided by each channel's deviation for normalised images."""
     a = config.attack
     if a.attack == "plain":
         return Attack()
     bounds = a.eps / 255, a.alpha / 255, 0.0, 1.0
     if config.data.use_normalize:
-        mean, std = torch.tensor(stream.mean), torch.tensor(stream.std)
+        mean, std = torch.tensor(images.mean), torch.tensor(images.std)
         bounds = a.eps / 255 / std, a.alpha / 255 / std, (0.0 - mean) / std, (1.0 - mean) / std
     scale = FP16_ATTACK_SCALE if config.compute.precision == "fp16" else 1.0
     return Attack(a.steps, linf_bounds(*bounds, channels=3, device=device), a.attack_mask_ratio, scale)
@@ -80,103 +166,3 @@ def penalty_name(config: PretrainConfig) -> str | None:
     """hsic, dib_mi or renyi2; None without an attack or with any other word, as in the original."""
     chosen = config.penalty.mi_train
     return chosen if chosen in PENALTIES and config.attack.attack != "plain" else None
-
-
-def peak_learning_rate(config: PretrainConfig, world: World) -> float:
-    """--lr, or --blr per 256 images of an update."""
-    o = config.optim
-    return o.lr if o.lr is not None else o.blr * o.batch_size * o.accum_iter * world.size / 256
-
-
-class Computation(NamedTuple):
-    """What a step runs: the objective to train, the frozen model to attack and the attack's functions.
-
-    states() returns the state dicts of the whole model and optimizer; every process calls it.
-    """
-
-    objective: nn.Module
-    attacked: MaskedAutoencoderViT
-    functions: AttackFunctions
-    states: Callable[[], tuple[dict, dict]]
-
-
-def build_computation(
-    config: PretrainConfig,
-    world: World,
-    model: MaskedAutoencoderViT,
-    updater: Updater,
-    backend: str | Callable = "inductor",
-) -> Computation:
-    """16-bit copy or shards (told to the updater), frozen twin, compiled pieces, data parallelism: as configured.
-
-    Unless it is sharded, `model` is up to date after every update.  backend: torch.compile's.
-    """
-    c = config.compute
-    states = partial(_states, model, updater.optimizer)
-    world.share(model.parameters())
-    if c.precision != "fp32":
-        if world.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")  # tf32 for what stays in fp32: the patch embedding
-        if not sharded(config, world):
-            updater.compute = ComputeCopy(model, AUTOCAST[c.precision])
-            model = updater.compute.module
-    attacked = frozen_twin(model)
-    pieces = Compiled(model, attacked, c.compile, c.compile_mode, c.compile_region, backend)
-    penalty = (penalty_name(config), config.penalty.mi_xpl)
-    objective = Objective(model, config.model.mask_ratio, *penalty, pieces.encode, pieces.reconstruct)
-    computation = Computation(objective, attacked, pieces.attack, states)
-    if sharded(config, world):
-        return _shard(config, world, computation, updater)
-    return _replicate(config, world, computation, updater) if world.size > 1 else computation
-
-
-def sharded(config: PretrainConfig, world: World) -> bool:
-    """Whether each process keeps a share of the model."""
-    return config.compute.parallel == "fsdp" and world.size > 1
-
-
-def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
-    return model.state_dict(), optimizer.state_dict()
-
-
-def _replicate(config: PretrainConfig, world: World, computation: Computation, updater: Updater) -> Computation:
-    c = config.compute
-    devices = [world.device] if world.device.type == "cuda" else None
-    static = (
-        config.optim.accum_iter == 1 or updater.compute is not None
-    )  # a static graph forbids holding gradients back
-    options = {"gradient_as_bucket_view": True, "static_graph": static}
-    objective = DistributedDataParallel(computation.objective, device_ids=devices, **options)
-    objective.register_comm_hook(c.grad_compression == "bf16", average_gradients)
-    return computation._replace(objective=objective)
-
-
-def _shard(config: PretrainConfig, world: World, computation: Computation, updater: Updater) -> Computation:
-    from mimir_fast.training.sharding import Reconstruction, Shards  # slow to import: only where there are shards
-
-    c = config.compute
-    loss = Reconstruction(computation.attacked)
-    reduce_dtype = torch.bfloat16 if c.grad_compression == "bf16" else torch.float32
-    shards = Shards(computation.objective, loss, updater, world, AUTOCAST[c.precision], reduce_dtype)
-    functions = computation.functions._replace(loss=lambda _, *inputs: loss(*inputs))
-    return computation._replace(functions=functions, states=shards.states)
-
-
-def describe(
-    config: PretrainConfig, world: World, stream: BatchStream, model: MaskedAutoencoderViT, lr: float
-) -> list[str]:
-    """Two lines that say what is about to run."""
-    c = config.compute
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    attack = (
-        "none" if config.attack.attack == "plain" else f"{config.attack.steps} step(s), eps {config.attack.eps:g}/255"
-    )
-    return [
-        f"model {config.model.model} ({parameters:.2f} M parameters), {config.model.input_size}/{config.model.patch_size}; "
-        f"data {stream.name}, {stream.num_images} images, {len(stream)} micro-batches per epoch; "
-        f"attack {attack}; penalty {penalty_name(config) or 'none'}",
-        f"device {world.device} x {world.size}, {f'{c.parallel}, ' if world.size > 1 else ''}{c.precision}, "
-        f"compile {f'{c.compile_mode}, by {c.compile_region}' if c.compile else 'off'}, kernels {c.kernels}, "
-        f"attention {c.attention}, mlp {c.mlp}, residual {c.residual_dtype}; "
-        f"lr {lr:.3g}; outputs in {config.run.output_dir or '(nowhere)'}",
-    ]

@@ -4,42 +4,44 @@ For models whose 16 bytes per parameter (fp32 parameter, gradient, two moments) 
 gathered block by block for the forward pass and kept until the block's backward pass is done.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from mimir_fast.attacks.pgd_mae import reconstruction
-from mimir_fast.models import MaskedAutoencoderViT
+from mimir_fast.training.compilation import blocks_of
 from mimir_fast.training.distributed import World
+from mimir_fast.training.moving_average import RunningAverage
 from mimir_fast.training.optimizer import Updater
 
 
-class Reconstruction(nn.Module):
-    """The attack's loss as a module, whose call gathers the parameters."""
+class Gathered(nn.Module):
+    """A model whose parameters are gathered while a function of it runs: FSDP gathers them when a module is called."""
 
-    def __init__(self, model: MaskedAutoencoderViT):
+    def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        loss, pred = reconstruction(self.model, *inputs)
-        return loss, pred.detach()
+    def forward(self, function: Callable, *inputs: Tensor):
+        return function(self.model, *inputs)
 
 
 class Shards:
-    """This process's share of a model in training, of its optimizer, and of the frozen twin that is attacked.
+    """This process's share of a model in training, of its optimizer, and of what follows its parameters.
 
     Stands where ComputeCopy stands (`take_gradients` after every backward pass, `refresh` after every update).  The optimizer
-    works on plain local tensors; the twin's blocks are kept in the compute precision.
+    works on plain local tensors.  The frozen twin's blocks are kept in the compute precision, a running average in fp32.
     """
 
     def __init__(
         self,
         objective: nn.Module,
-        twin: Reconstruction,
+        twin: nn.Module,
+        average: RunningAverage | None,
         updater: Updater,
         world: World,
         dtype: torch.dtype,
@@ -49,12 +51,18 @@ class Shards:
         self.model, self.optimizer = objective.model, updater.optimizer
         whole = list(self.model.parameters())
         mesh = init_device_mesh(world.device.type, (world.size,))
-        twin.model.blocks.to(dtype), twin.model.decoder_blocks.to(dtype)
-        for root, model in ((objective, self.model), (twin, twin.model)):
-            shard(root, model, mesh, MixedPrecisionPolicy(dtype, reduce_dtype, cast_forward_inputs=False))
+        for block in blocks_of(twin):
+            block.to(dtype)
+        policy = MixedPrecisionPolicy(dtype, reduce_dtype, cast_forward_inputs=False)
+        self.followers = {model: Gathered(model) for model in (twin, *([average.module] if average else []))}
+        for root, model in ((objective, self.model), *((root, model) for model, root in self.followers.items())):
+            shard(root, model, mesh, policy)
         self.sharded = list(self.model.parameters())
         self.local = [nn.Parameter(p.detach().to_local(), requires_grad=p.requires_grad) for p in self.sharded]
-        self.twins = [p.to_local() for p in twin.model.parameters()]
+        self.twins = [p.to_local() for p in twin.parameters()]
+        if average:
+            average.averages = [p.to_local() for p in average.module.parameters()]
+            average.parameters = self.local
         self._share_optimizer(dict(zip(whole, zip(self.local, self.sharded))))
         updater.compute, updater.total_norm = self, self.total_norm
 
@@ -69,6 +77,10 @@ class Shards:
                     state[local][name] = value
             group["params"] = [of[p][0] for p in group["params"]]
 
+    def run(self, function: Callable, model: nn.Module, *inputs: Tensor):
+        """function(model, *inputs) with the parameters of the model, the twin or the average, gathered."""
+        return self.followers[model](function, *inputs)
+
     def take_gradients(self) -> None:
         for p, local in zip(self.sharded, self.local):
             local.grad = None if p.grad is None else p.grad.to_local()
@@ -78,6 +90,14 @@ class Shards:
         for p in self.sharded:
             p.grad = None
         torch._foreach_copy_(self.twins, [p.detach() for p in self.local])
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Free what a pass without a backward pass has gathered, which is older than the shares now."""
+        for root in self.followers.values():
+            for module in root.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     def total_norm(self, gradients: list[Tensor]) -> Tensor:
         """L2 norm of all gradients on all processes; not finite on all of them if one is not."""
@@ -85,22 +105,27 @@ class Shards:
         dist.all_reduce(square)
         return square.sqrt()
 
-    def states(self) -> tuple[dict, dict]:
-        """State dicts of the whole model and optimizer, gathered; every process calls."""
-        weights = {name: p.full_tensor() for name, p in self.model.state_dict().items()}
+    def states(self, average: RunningAverage | None) -> dict:
+        """State dicts of the whole model, optimizer and average, gathered; every process calls."""
         moments = self.optimizer.state_dict()
         sharded = dict(zip(self.local, self.sharded))
         order = [sharded[p] for group in self.optimizer.param_groups for p in group["params"]]
         for number, state in moments["state"].items():
             moments["state"][number] = {name: _whole(value, order[number]) for name, value in state.items()}
-        return weights, moments
+        states = {"model": gathered_state(self.model), "optimizer": moments}
+        return states | ({"model_ema": gathered_state(average.module)} if average else {})
 
 
-def shard(root: nn.Module, model: MaskedAutoencoderViT, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+def shard(root: nn.Module, model: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
     """Shard a model's blocks one by one and the rest as one group, gathered when root is called and kept in fp32."""
-    for block in (*model.blocks, *model.decoder_blocks):
+    for block in blocks_of(model):
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     fully_shard(root, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), reshard_after_forward=False)
+
+
+def gathered_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a sharded model, whole on every process."""
+    return {name: p.full_tensor() for name, p in model.state_dict().items()}
 
 
 def _whole(value: Tensor, like: DTensor) -> Tensor:

@@ -17,7 +17,7 @@ from mimir_fast.data import DataError, EvalStream, to_float
 from mimir_fast.models import VisionTransformer
 from mimir_fast.training.distributed import World
 from mimir_fast.training.finetune_step import AttackFunctions
-from mimir_fast.training.pretrain_step import step_seed
+from mimir_fast.training.seeds import step_seed
 
 START_SEED = 1  # of the attack's starts, the same in every validation of every run
 

@@ -1,13 +1,13 @@
 """What a run measures after its epochs, and which epoch was the best."""
 
 from collections.abc import Callable
+from functools import partial
 
 from mimir_fast.config.finetuning import FinetuneConfig
-from mimir_fast.data import DataError, EvalStream
+from mimir_fast.data import DataError, EvalStream, eval_batches
 from mimir_fast.models import VisionTransformer
 from mimir_fast.training.distributed import World
 from mimir_fast.training.finetune_step import FP16_ATTACK_SCALE, AttackFunctions
-from mimir_fast.training.finetuning import build_eval_data
 from mimir_fast.training.precision import AUTOCAST
 from mimir_fast.training.validation import Scores, build_validation_attack, validate
 
@@ -29,49 +29,62 @@ def best_so_far(own: dict, config: FinetuneConfig, say: Callable[[str], None]) -
     return None
 
 
-class Rating:
+def build_eval_data(config: FinetuneConfig, world: World, split: str) -> EvalStream:
+    """This rank's share of the images of a split, val or held_out."""
+    d = config.data
+    return eval_batches(
+        d.dataset,
+        d.data_root,
+        config.model.input_size,
+        config.optim.batch_size,
+        split=split,
+        held_out=config.validation.held_out,
+        num_classes=config.model.nb_classes,
+        use_edm=d.use_edm,
+        rank=world.rank,
+        world_size=world.size,
+        num_workers=d.num_workers,
+        pin_memory=d.pin_mem and world.device.type == "cuda",
+    )
+
+
+class Validator:
     """Clean test accuracy, robust accuracy and the held-out images, each when it is due.
 
-    model     what is rated: the running average, or the frozen twin of the trained model that the attack runs on
-    functions the training attack's, plain or compiled
     best      [robust accuracy on the held-out images, clean accuracy on them, epoch] of the best epoch so far, or None
     is_best   whether the epoch rated last was it; without --val_attack clean accuracy decides
     """
 
-    def __init__(
-        self,
-        config: FinetuneConfig,
-        world: World,
-        model: VisionTransformer,
-        functions: AttackFunctions,
-        best: list[float] | None,
-    ):
+    def __init__(self, config: FinetuneConfig, world: World, best: list[float] | None):
         v = config.validation
-        self.config, self.world, self.model, self.functions = config, world, model, functions
-        self.best, self.is_best = best, False
+        self.config, self.world, self.best, self.is_best = config, world, best, False
         scale = FP16_ATTACK_SCALE if config.compute.precision == "fp16" else 1.0
         self.attack = build_validation_attack(v.val_attack, config.attack.eps, world.device, scale)
         tests = v.test_every or (self.attack and not v.held_out)
         self.test = self._test_images(config, world) if tests else None
         self.held_out = build_eval_data(config, world, "held_out") if v.held_out else None
 
-    def rate(self, epoch: int, ends: Callable[[], bool]) -> dict | None:
-        """Measure what is due after an epoch, the rest being None; returns None if a signal asks to end before that.
+    def rate(
+        self, model: VisionTransformer, functions: AttackFunctions, epoch: int, ends: Callable[[], bool]
+    ) -> dict | None:
+        """Measure what is due after an epoch, the rest being None; returns None if `ends` asks to end before that.
 
+        model       the running average, or the frozen twin of the trained model that the attack runs on
+        functions   the training attack's, plain or compiled
         test_loss, test_acc1, test_acc5, robust_acc1: test images; val_loss, val_acc1, val_robust_acc1: held-out ones.
         """
-        self.is_best = False
+        self.is_best, rates = False, partial(self._validate, model, functions, ends)
         rated = dict.fromkeys(("test_loss", "test_acc1", "test_acc5"))
         robust = self._due(epoch, self.config.validation.val_every)
         attacks_test = robust and self.attack is not None and self.held_out is None
         if attacks_test or self._due(epoch, self.config.validation.test_every):
-            scores = self._validate(self.test, attacks_test, ends)
+            scores = rates(self.test, attacks_test)
             if scores is None:
                 return None
             rated |= {"test_loss": scores.loss, "test_acc1": scores.acc1, "test_acc5": scores.acc5}
             rated |= {"robust_acc1": scores.robust_acc1} if attacks_test else {}
         if robust and self.held_out is not None:
-            scores = self._validate(self.held_out, self.attack is not None, ends)
+            scores = rates(self.held_out, self.attack is not None)
             if scores is None:
                 return None
             rated |= {"val_loss": scores.loss, "val_acc1": scores.acc1, "val_robust_acc1": scores.robust_acc1}
@@ -89,10 +102,17 @@ class Rating:
     def _due(self, epoch: int, every: int) -> bool:
         return bool(every) and ((epoch + 1) % every == 0 or epoch + 1 == self.config.optim.epochs)
 
-    def _validate(self, images: EvalStream, attacked: bool, ends: Callable[[], bool]) -> Scores | None:
+    def _validate(
+        self,
+        model: VisionTransformer,
+        functions: AttackFunctions,
+        ends: Callable[[], bool],
+        images: EvalStream,
+        attacked: bool,
+    ) -> Scores | None:
         c = self.config.compute
         attack, fill = self.attack if attacked else None, self.config.optim.batch_size if c.compile else 0
-        return validate(self.model, images, self.world, AUTOCAST[c.precision], attack, ends, self.functions, fill)
+        return validate(model, images, self.world, AUTOCAST[c.precision], attack, ends, functions, fill)
 
     def _compare(self, scores: Scores, epoch: int) -> None:
         robust = scores.acc1 if scores.robust_acc1 is None else scores.robust_acc1

@@ -210,7 +210,7 @@ def test_the_lines_of_a_record_without_times():
 
 @pytest.mark.parametrize("status", [0, 1])  # a signal, a divergence
 def test_a_training_that_ends_early_leaves_no_record(status, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("mimir_fast.training.loop.Trainer.run", lambda self: status)
+    monkeypatch.setattr("mimir_fast.training.loop.Loop.run", lambda self: status)
     words = [*SMALL, "--updates", "2", "--data_root", str(make_images(tmp_path)), "--results", str(tmp_path / "none")]
     assert main(["train", *words, "--", *ON_CPU]) == 1
     assert f"the training ended with status {status} after 0 of 3 updates" in capsys.readouterr().err

@@ -10,11 +10,13 @@ from torch._dynamo.utils import counters
 from mimir_fast.attacks.pgd_mae import frozen_twin, linf_bounds, pgd_mae
 from mimir_fast.objectives.information import bandwidth, nhsic, renyi_mi
 from mimir_fast.objectives.reconstruction import Objective
-from mimir_fast.training.compilation import Compiled
-from mimir_fast.training.optimizer import Updater, build_optimizer, learning_rate, parameter_groups, set_learning_rate
+from mimir_fast.training.distributed import World
+from mimir_fast.training.engine import Engine
+from mimir_fast.training.optimizer import build_optimizer, learning_rate, parameter_groups, set_learning_rate
 from mimir_fast.training.pretrain_step import Attack, Noise, draw_noise, pretrain_step
 from tests.support.golden import golden_images, load_golden, relative_error, small_model
 from tests.support.interpreter import Sanitizer, interpret
+from tests.support.tasks import mae_task
 
 FORWARDS = ("forward_normpix_r75", "forward_normpix_r50", "forward_pix_r75", "forward_pix_r50")
 ATTACKS = (
@@ -165,24 +167,22 @@ def replay(name: str, model, compile: bool):
         mean, std = (torch.tensor(record[k]).view(3, 1, 1) for k in ("mean", "std"))
         images, eps, alpha, lo, hi = (images - mean) / std, eps / std, alpha / std, (0 - mean) / std, (1 - mean) / std
     attack = Attack(r["steps"], linf_bounds(eps, alpha, lo, hi, 3, "cpu"))
-    attacked = frozen_twin(model) if compile else model
-    pieces = Compiled(model, attacked, compile)
-    objective = Objective(model, r["mask_ratio"], r["mi_train"], r["mi_xpl"], pieces.encode, pieces.reconstruct)
-    updater = Updater(build_optimizer(model, r["lr"], r["weight_decay"]), torch.device("cpu"), fp16=False)
+    names = {"mask_ratio": "mask_ratio", "mi_train": "mi_train", "mi_xpl": "mi_xpl", "lr": "lr", "accum": "accum_iter"}
+    flags = {flag: r[name] for name, flag in names.items()}
+    engine = Engine(mae_task(model, attack, compile=compile, weight_decay=r["weight_decay"], **flags), World())
     for step in range(4):
         where = r["start_epoch"] + step / 4
         if step % r["accum"] == 0:
             lr = learning_rate(where, r["lr"], r["min_lr"], r["warm"], r["epochs"])
-            set_learning_rate(updater.optimizer, lr)
+            set_learning_rate(engine.updater.optimizer, lr)
         noise = Noise(
             tensors["start_noise"][step], list(tensors["attack_mask_noise"][step]), tensors["train_mask_noise"][step]
         )
-        out = pretrain_step(objective, attacked, images[step], noise, attack, pieces.attack)
-        updater.backward(out.loss, r["accum"])
         updates = (step + 1) % r["accum"] == 0
+        out = engine.compute(images[step], noise, updates)
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
         if updates:
-            updater.update()
+            engine.update()
         yield step, updates, int(1000 * where), out, lr, grads
 
 

@@ -8,14 +8,15 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from mimir_fast.config.pretraining import DistConfig, PretrainConfig
+from mimir_fast.config.pretraining import DistConfig
 from mimir_fast.objectives.reconstruction import Objective
 from mimir_fast.training.distributed import World, find_rank
+from mimir_fast.training.engine import Engine
 from mimir_fast.training.optimizer import Updater, build_optimizer
 from mimir_fast.training.pretrain_step import Attack, Noise, draw_noise, pretrain_step
-from mimir_fast.training.pretraining import build_computation
 from tests.support.golden import BOUNDS, golden_images, small_model
 from tests.support.runs import finish, load, make_images, run, same_state, start, two_processes
+from tests.support.tasks import mae_task
 
 ATTACK = Attack(1, BOUNDS)
 CPU = torch.device("cpu")
@@ -99,21 +100,17 @@ def computation_worker(rank: int, port: int, compression: str, folder: str) -> N
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
     world, model = World(rank, 2, rank, CPU, dist.group.WORLD), small_model()
-    config = PretrainConfig().updated({"precision": "bf16", "compile": False, "grad_compression": compression})
-    config = config.updated({"attack": "pgd_mae", "mi_train": "plain"})
     if rank == 1:
         with torch.no_grad():
             for p in model.parameters():
                 p += 1
-    updater = Updater(build_optimizer(model, 1e-3, 0.05), CPU, False)
-    objective, attacked, functions, _ = build_computation(config, world, model, updater)
+    flags = {"precision": "bf16", "grad_compression": compression, "accum_iter": 2, "lr": 1e-3}
+    engine = Engine(mae_task(model, ATTACK, world, **flags), world)
     for i in range(2):
-        with torch.autocast("cpu", torch.bfloat16):
-            images = golden_images()[i][4 * rank : 4 * rank + 4]
-            out = pretrain_step(objective, attacked, images, half(the_noise(), rank), ATTACK, functions)
-        updater.backward(out.loss, 2)
+        images = golden_images()[i][4 * rank : 4 * rank + 4]
+        engine.compute(images, half(the_noise(), rank), last=i == 1)
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
-    updater.update()
+    engine.update()
     torch.save({"grads": grads, "model": model.state_dict()}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

@@ -19,7 +19,7 @@ from mimir_fast.models import create_classifier
 from mimir_fast.training.distributed import World
 from mimir_fast.training.optimizer import Updater
 from mimir_fast.training.validation import Scores, build_validation_attack, validate
-from mimir_fast.training.validator import Rating
+from mimir_fast.training.validator import Validator
 from tests.support.finetune_runs import finetune, lines, load, make_data, pretrained, tiny_models
 
 CPU = torch.device("cpu")
@@ -108,16 +108,16 @@ def test_best_epoch_is_the_one_with_the_highest_robust_accuracy(whole):
     assert all(acc in np.round(np.arange(7) * 100 / 6, 6) for acc, _ in np.round(keys, 6))  # six images
 
 
-def test_rating_compares_robust_accuracy_first_then_clean():
-    rating = Rating.__new__(Rating)
-    rating.best = None
+def test_validator_compares_robust_accuracy_first_then_clean():
+    validator = Validator.__new__(Validator)
+    validator.best = None
     seen = []
     for epoch, (robust, clean) in enumerate([(10, 50), (10, 60), (9, 99), (10, 60), (11, 1)]):
-        rating.is_best = False
-        rating._compare(Scores(0.0, clean, 100.0, robust), epoch)
-        seen.append(rating.is_best)
+        validator.is_best = False
+        validator._compare(Scores(0.0, clean, 100.0, robust), epoch)
+        seen.append(validator.is_best)
     assert seen == [True, True, False, False, True]
-    assert rating.best == [11, 1, 4]
+    assert validator.best == [11, 1, 4]
 
 
 def test_test_accuracy_is_that_of_the_saved_average_normalised_once(data, whole):
@@ -337,10 +337,10 @@ def test_the_rated_model_follows_the_trained_one():
 
 
 def test_out_of_memory_is_one_line_and_status_1(data, tmp_path, monkeypatch, capsys):
-    def run(trainer):
+    def run(loop):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 79 GiB.\nSee ...")
 
-    monkeypatch.setattr("mimir_fast.cli.finetune.Trainer.run", run)
+    monkeypatch.setattr("mimir_fast.training.loop.Loop.run", run)
     assert finetune(data, tmp_path) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("mimir-fast finetune: error: batch_size: CUDA out of memory; pass a smaller one")

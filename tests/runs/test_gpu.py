@@ -18,10 +18,10 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA de
 @pytest.mark.parametrize("timed", [False, True])
 @pytest.mark.parametrize("extra", ["--no_compile", "--compile"])
 def test_five_steps_without_a_host_synchronisation(tmp_path, monkeypatch, extra, timed):
-    from mimir_fast.training.loop import Trainer
+    from mimir_fast.training.engine import Engine
 
     data, steps = make_images(tmp_path / "data"), []
-    micro_step, flush = Trainer._micro_step, RunLog.flush
+    micro_step, flush = Engine.micro_step, RunLog.flush
 
     def counted(self, *args):
         steps.append(1)
@@ -34,7 +34,7 @@ def test_five_steps_without_a_host_synchronisation(tmp_path, monkeypatch, extra,
         torch.cuda.set_sync_debug_mode("default")
         return flush(self)
 
-    monkeypatch.setattr(Trainer, "_micro_step", counted)
+    monkeypatch.setattr(Engine, "micro_step", counted)
     monkeypatch.setattr(RunLog, "flush", reading)
     words = f"""--dataset imagefolder --data_root {data} --model mae_vit_ti --input_size 32 --patch_size 4 --norm_pix_loss
         --batch_size 2 --num_workers 0 --attack pgd_mae --mi_train hsic --max_steps 7 --epochs 9 --warmup_epochs 1

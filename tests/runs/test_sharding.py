@@ -9,17 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mimir_fast.config.pretraining import PretrainConfig
 from mimir_fast.training.distributed import World
-from mimir_fast.training.optimizer import Updater, build_optimizer
-from mimir_fast.training.pretrain_step import pretrain_step
-from mimir_fast.training.pretraining import build_computation
+from mimir_fast.training.engine import Engine
 from tests.runs.test_distributed import ATTACK, CPU, TORCHRUN, free_port, half, the_noise
 from tests.support.golden import golden_images, small_model
 from tests.support.runs import finish, make_images, run, start, two_processes
+from tests.support.tasks import mae_task
 
 LR = 1e-3
-FLAGS = {"attack": "pgd_mae", "mi_train": "hsic", "mi_xpl": 1e-2, "compile": False, "precision": "fp32"}
+FLAGS = {"mi_train": "hsic", "mi_xpl": 1e-2, "lr": LR, "accum_iter": 2}
 BLOCKS = {"compile": True, "compile_region": "block"}
 RUNS = {
     "ddp": {},
@@ -36,50 +34,42 @@ RUNS = {
 class Run:
     """A model in training on one of two processes."""
 
-    def __init__(self, rank: int, flags: dict):
-        self.rank, self.model = rank, small_model()
+    def __init__(self, rank: int, flags: dict, states: dict | None = None):
+        """states: a checkpoint's entries, to go on from."""
+        self.rank, model = rank, small_model()
         if rank == 1:
             with torch.no_grad():
-                self.model.norm.weight += 1  # everybody starts from rank 0's parameters
-        self.config = PretrainConfig().updated(FLAGS | flags)
-        self.updater = Updater(build_optimizer(self.model, LR, 0.05), CPU, False)
-
-    def load(self, states: tuple[dict, dict]) -> None:
-        self.model.load_state_dict(states[0])
-        self.updater.optimizer.load_state_dict(states[1])
-
-    def build(self) -> None:
+                model.norm.weight += 1  # everybody starts from rank 0's parameters
         world = World(self.rank, 2, self.rank, CPU, dist.group.WORLD)
-        self.computation = build_computation(self.config, world, self.model, self.updater)
+        task = mae_task(model, ATTACK, world, **FLAGS | flags)
+        updater = task.updater(LR)
+        if states:
+            model.load_state_dict(states["model"])
+            updater.optimizer.load_state_dict(states["optimizer"])
+        self.engine = Engine(task, world, updater)
 
     def update(self, poison: bool) -> torch.Tensor:
         """Two micro-steps and an update; the gradients' norm."""
-        objective, attacked, functions, _ = self.computation
         for i in range(2):
             images = golden_images()[i][4 * self.rank : 4 * self.rank + 4]
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.config.compute.precision == "bf16"):
-                out = pretrain_step(objective, attacked, images, half(the_noise(), self.rank), ATTACK, functions)
-            self.updater.backward(out.loss + torch.inf if poison and self.rank == 1 else out.loss, 2)
-        return self.updater.update()
+            if poison and self.rank == 1:
+                images = images * torch.inf
+            self.engine.compute(images, half(the_noise(), self.rank), last=i == 1)
+        return self.engine.update()
 
 
 def train(rank: int, name: str) -> dict:
     """Two updates; whole states and what this process holds afterwards."""
     run, norms = Run(rank, RUNS[name]), []
-    run.build()
     for _ in range(2):
         norms.append(run.update(name == "poisoned"))
         if name == "resumed" and len(norms) == 1:
-            states = copy.deepcopy(run.computation.states())
-            run = Run(rank, RUNS[name])
-            run.load(states)
-            run.build()
-    weights, moments = run.computation.states()
-    means = [state["exp_avg"] for _, state in sorted(moments["state"].items())]
-    groups = run.updater.optimizer.param_groups
-    held = sum(p.numel() for group in groups for p in group["params"])
-    skipped = run.updater.counters.tolist()
-    return {"weights": weights, "means": means, "held": held, "norms": norms, "skipped": skipped}
+            run = Run(rank, RUNS[name], copy.deepcopy(run.engine.states()))
+    states, updater = run.engine.states(), run.engine.updater
+    means = [state["exp_avg"] for _, state in sorted(states["optimizer"]["state"].items())]
+    held = sum(p.numel() for group in updater.optimizer.param_groups for p in group["params"])
+    skipped = updater.counters.tolist()
+    return {"weights": states["model"], "means": means, "held": held, "norms": norms, "skipped": skipped}
 
 
 def worker(rank: int, port: int, folder: str) -> None:

@@ -23,7 +23,7 @@ from mimir_fast.memory.graphs import kernels
 from mimir_fast.memory.ledger import KINDS, Ledger, Moment, growth, tensor_growth
 from mimir_fast.memory.prediction import Prediction, Run, predict
 from mimir_fast.models import create_model
-from mimir_fast.training.loop import Trainer
+from mimir_fast.training.engine import Engine
 from tests.support.runs import make_images, run
 
 REPOSITORY = Path(__file__).parents[3]
@@ -208,16 +208,16 @@ def test_unknown_gpu_is_refused(capsys):
     assert "h100-80" in capsys.readouterr().err
 
 
-def test_trainer_lets_go_of_the_last_step(tmp_path, monkeypatch):
-    micro_step, alive = Trainer._micro_step, []
+def test_the_loop_lets_go_of_the_last_step(tmp_path, monkeypatch):
+    micro_step, alive = Engine.micro_step, []
 
     def watched(self, *arguments):
         assert not [ref for ref in alive if ref() is not None]
-        images, output = micro_step(self, *arguments)
-        alive[:] = [weakref.ref(t) for t in (images, output.adv, output.pred)]
-        return images, output
+        output = micro_step(self, *arguments)
+        alive[:] = [weakref.ref(t) for t in (output.adv, output.pred)]
+        return output
 
-    monkeypatch.setattr(Trainer, "_micro_step", watched)
+    monkeypatch.setattr(Engine, "micro_step", watched)
     assert run(make_images(tmp_path / "data"), tmp_path / "out", "--max_steps 3") == 0
     assert alive
 
@@ -228,7 +228,8 @@ from bench.step.variants import trainers
 from mimir_fast.config.pretraining import PretrainConfig
 torch.backends.cuda.enable_cudnn_sdp(False)
 flags = json.loads({flags!r})
-step = trainers(PretrainConfig().updated(flags), torch.empty(flags["batch_size"], 3, 224, 224, device="cuda"))
+images = torch.empty(flags["batch_size"], 3, 224, 224, dtype=torch.uint8, device="cuda")
+step = trainers(PretrainConfig().updated(flags), images, torch.empty(len(images), dtype=torch.int64, device="cuda"))
 step()
 torch.cuda.reset_peak_memory_stats()
 step()

@@ -4,14 +4,15 @@ import pytest
 import torch
 import torch._inductor.config
 
-from mimir_fast.attacks.pgd_mae import frozen_twin
 from mimir_fast.data import prefetch
 from mimir_fast.models import MaskedAutoencoderViT
-from mimir_fast.objectives.reconstruction import Objective
 from mimir_fast.training import compilation as compiling
-from mimir_fast.training.compilation import CompileClock, Compiled
-from mimir_fast.training.pretrain_step import Attack, draw_noise, pretrain_step
+from mimir_fast.training.compilation import CompileClock
+from mimir_fast.training.distributed import World
+from mimir_fast.training.engine import Engine
+from mimir_fast.training.pretrain_step import Attack, draw_noise
 from tests.support.golden import BOUNDS, SMALL, golden_images, small_model
+from tests.support.tasks import mae_task
 
 
 @pytest.mark.parametrize("region", ["model", "block"])
@@ -21,14 +22,12 @@ def test_compiled_step_is_the_eager_step_and_compiles_once(region):
     losses, grads, clock = [], [], CompileClock()
     for compile in (False, True):
         model = small_model()
-        twin = frozen_twin(model)
-        pieces = Compiled(model, twin, compile, region=region, backend="aot_eager")
-        objective = Objective(model, 0.75, "hsic", 1e-3, pieces.encode, pieces.reconstruct)
+        flags = {"compile": compile, "compile_region": region, "mi_train": "hsic", "mi_xpl": 1e-3}
+        engine = Engine(mae_task(model, Attack(1, BOUNDS), **flags), World(), backend="aot_eager")
         clock.start()
         for i in range(2 + compile):
-            loss = pretrain_step(objective, twin, golden_images()[i], noise, Attack(1, BOUNDS), pieces.attack).loss
             model.zero_grad()
-            loss.backward()
+            loss = engine.compute(golden_images()[i], noise).loss
             if i == 1:
                 losses.append(loss.item())
                 grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
@@ -62,12 +61,10 @@ def test_deep_decoders_compile_by_block(monkeypatch):
 
 
 def _train_by_block(model: MaskedAutoencoderViT) -> None:
-    twin = frozen_twin(model)
-    pieces = Compiled(model, twin, region="block")
+    engine = Engine(mae_task(model, Attack(1, BOUNDS), compile=True, compile_region="block"), World())
     noise = draw_noise(torch.Generator().manual_seed(1), 8, 64, Attack(1, BOUNDS))
-    objective = Objective(model, 0.75, None, 0.0, pieces.encode, pieces.reconstruct)
     for _ in range(2):
-        pretrain_step(objective, twin, golden_images()[0], noise, Attack(1, BOUNDS), pieces.attack)
+        engine.compute(golden_images()[0], noise)
 
 
 def test_a_users_cache_folder_stays(monkeypatch):

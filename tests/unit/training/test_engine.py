@@ -7,52 +7,41 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mimir_fast.attacks.pgd_mae import frozen_twin, linf_bounds
-from mimir_fast.config.pretraining import ComputeConfig
-from mimir_fast.models import VisionTransformer
 from mimir_fast.training.distributed import World
-from mimir_fast.training.engine import Computation, build_computation
+from mimir_fast.training.engine import Engine
 from mimir_fast.training.finetune_step import (
     FP16_ATTACK_SCALE,
     Attack,
     FinetuneOutput,
     attack_images,
-    draw_noise,
-    finetune_step,
 )
-from mimir_fast.training.layer_decay import build_optimizer
-from mimir_fast.training.optimizer import Updater
 from mimir_fast.training.validation import build_validation_attack, validate
 from tests.golden.test_classifier import labels
 from tests.support.golden import golden_images
+from tests.support.tasks import classifier_task
 from tests.unit.training.test_finetune_step import BOUNDS, classifier
 
 STEPS = 3
 
 
-def compute(**options) -> ComputeConfig:
-    return ComputeConfig(**({"precision": "fp32", "compile": False} | options))
-
-
-def build(config: ComputeConfig, kind: str, backend="aot_eager") -> tuple[VisionTransformer, Updater, Computation]:
+def build(kind: str, backend="aot_eager", **flags) -> Engine:
+    """Fine-tuning of the recorded classifier with stochastic depth; of one block where the model is compiled as one."""
     model = classifier(0.1)
-    if config.compile_region == "model":  # one block, with stochastic depth, is enough to trace
+    if flags.get("compile_region", "model") == "model":
         del model.blocks[0]
         model.drop_rates = model.drop_rates[1:]
-    updater = Updater(build_optimizer(model, 1e-3, 0.05, 0.75), torch.device("cpu"), False)
-    return model, updater, build_computation(config, World(), model, updater, Attack(kind, 2, BOUNDS), backend=backend)
+    return Engine(classifier_task(model, Attack(kind, 2, BOUNDS), **flags), World(), backend=backend)
 
 
-def train(config: ComputeConfig, kind: str, backend="aot_eager", after=lambda: None) -> list[FinetuneOutput]:
+def train(kind: str, backend="aot_eager", after=lambda: None, **flags) -> list[FinetuneOutput]:
     """Three updates of two images under an attack that grows."""
-    model, updater, computation = build(config, kind, backend)
+    engine = build(kind, backend, **flags)
     generator, outputs = torch.Generator().manual_seed(1), []
     for i in range(STEPS):
-        images, targets = golden_images()[i][:2], labels()[:2]
-        attack = Attack(kind, 2, linf_bounds((4 + i) / 255, 2 / 255, 0.0, 1.0, 3, "cpu"))
-        noise = draw_noise(generator, model, images, attack)
-        outputs.append(finetune_step(*computation[:2], images, targets, noise, attack, computation.functions))
-        updater.backward(outputs[-1].loss, 1)
-        updater.update()
+        batch = golden_images()[i][:2], labels()[:2]
+        engine.task.attack = Attack(kind, 2, linf_bounds((4 + i) / 255, 2 / 255, 0.0, 1.0, 3, "cpu"))
+        outputs.append(engine.compute(batch, engine.task.draw_noise(generator, batch)))
+        engine.update()
         after()
     return outputs
 
@@ -85,9 +74,12 @@ def weight_products(graph: torch.fx.GraphModule) -> list[bool]:
 def test_compiled_is_the_same_step_compiles_once_and_attacks_without_weight_gradients(kind, region):
     torch._dynamo.reset()
     graphs, counts = Graphs(), []
-    config = compute(compile=True, compile_region=region)
-    compiled = train(config, kind, graphs.backend, lambda: counts.append(len(graphs.forwards)))
-    for ours, want in zip(compiled, train(compute(compile_region=region), kind)):
+
+    def note() -> None:
+        counts.append(len(graphs.forwards))
+
+    compiled = train(kind, graphs.backend, note, compile=True, compile_region=region)
+    for ours, want in zip(compiled, train(kind, compile_region=region)):
         assert ours.loss.item() == pytest.approx(want.loss.item(), rel=1e-4)
         assert ((ours.adv - want.adv).abs() > 1e-5).float().mean() < 0.02
     assert counts[0] > 1
@@ -102,15 +94,15 @@ def test_compiled_is_the_same_step_compiles_once_and_attacks_without_weight_grad
 def test_validation_uses_the_compiled_attack_and_compiles_once(region):
     torch._dynamo.reset()
     graphs = Graphs()
-    model, _, computation = build(compute(compile=True, compile_region=region), "pgd", graphs.backend)
-    plain = frozen_twin(model).eval()
+    engine = build("pgd", graphs.backend, compile=True, compile_region=region)
+    plain = frozen_twin(engine.task.model).eval()
     images = [(group[:2] * 255).round().byte() for group in golden_images()[:2]]
     stream = [*zip(images, (labels()[:2], labels()[2:4])), (images[0][:1], labels()[:1])]  # the last batch is smaller
     attack = build_validation_attack("pgd2", 8.0, torch.device("cpu"))
-    whole = validate(computation.attacked, stream[:1], World(), torch.float32, attack, functions=computation.functions)
+    whole = validate(engine.attacked, stream[:1], World(), torch.float32, attack, functions=engine.functions)
     count = len(graphs.forwards)
-    options = {"functions": computation.functions, "fill": 2}
-    scores = validate(computation.attacked, stream, World(), torch.float32, attack, **options)
+    options = {"functions": engine.functions, "fill": 2}
+    scores = validate(engine.attacked, stream, World(), torch.float32, attack, **options)
     assert count > 1
     assert len(graphs.forwards) == count
     want = validate(plain, stream, World(), torch.float32, attack)
@@ -145,23 +137,20 @@ def test_the_attack_costs_two_forward_passes_a_step():
 
 
 def test_16_bit_copies_follow_the_parameters():
-    model, updater, computation = build(compute(precision="bf16"), "pgd")
-    assert computation.attacked.head.weight.dtype == torch.bfloat16
-    assert not any(p.requires_grad for p in computation.attacked.parameters())
-    images, attack = golden_images()[0], Attack("pgd", 1, BOUNDS)
+    engine = build("pgd", precision="bf16")
+    model = engine.task.model
+    assert engine.attacked.head.weight.dtype == torch.bfloat16
+    assert not any(p.requires_grad for p in engine.attacked.parameters())
     before = model.head.weight.detach().clone()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        noise = draw_noise(torch.Generator(), model, images, attack)
-        output = finetune_step(*computation[:2], images, labels(), noise, attack, computation.functions)
+    output = engine.micro_step((255 * golden_images()[0]).byte(), labels())
     assert output.adv.dtype == torch.float32
     assert output.loss.dtype == torch.float32
-    updater.backward(output.loss, 1)
-    updater.update()
+    engine.update()
     assert not torch.equal(model.head.weight, before)
-    assert torch.equal(computation.attacked.head.weight, model.head.weight.bfloat16())
-    weights, moments = computation.states()
-    assert weights["head.weight"].dtype == torch.float32
-    assert len(moments["state"]) == len(list(model.parameters()))
+    assert torch.equal(engine.attacked.head.weight, model.head.weight.bfloat16())
+    states = engine.states()
+    assert states["model"]["head.weight"].dtype == torch.float32
+    assert len(states["optimizer"]["state"]) == len(list(model.parameters()))
 
 
 def test_fp16_finds_the_same_signs():

@@ -19,7 +19,8 @@ from mimir_fast.attacks.pgd_mae import (
 from mimir_fast.objectives import reconstruction as objective_module
 from mimir_fast.objectives.reconstruction import Objective
 from mimir_fast.training.optimizer import Updater, build_optimizer
-from mimir_fast.training.pretrain_step import Attack, Noise, draw_noise, pretrain_step, step_seed
+from mimir_fast.training.pretrain_step import Attack, Noise, draw_noise, pretrain_step
+from mimir_fast.training.seeds import step_seed
 from tests.support.golden import BOUNDS, golden_images, small_model
 
 ATTACK = Attack(1, BOUNDS)

@@ -1,0 +1,24 @@
+"""Sums over the micro-steps of an epoch, kept on the device."""
+
+import torch
+from torch import Tensor
+
+from mimir_fast.training.distributed import World
+
+
+class EpochSums:
+    """{name: float64} sums; start: what an interrupted epoch had, the mean over all processes."""
+
+    def __init__(self, start: dict[str, float], device: torch.device):
+        self.names = list(start)
+        self.values = torch.tensor(list(start.values()), dtype=torch.float64, device=device)
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        """Device scalars, the same names every time."""
+        if not self.names:
+            self.names, self.values = list(terms), self.values.new_zeros(len(terms))
+        self.values += torch.stack([terms[name].double() for name in self.names])
+
+    def means(self, world: World) -> dict[str, float]:
+        """Averages of the sums over all processes; every process calls it, and the host waits for the device."""
+        return dict(zip(self.names, world.mean(self.values).tolist()))

@@ -1,0 +1,42 @@
+"""What both trainings say of their images and models in the same words."""
+
+import torch
+from torch import nn
+
+from mimir_fast.config.fields import Configuration
+from mimir_fast.training.distributed import World
+
+
+def stream_options(config: Configuration, world: World) -> dict:
+    """This rank's share of the training images: arguments of build_pretrain_data and build_train_data alike."""
+    d, o = config.data, config.optim
+    return {
+        "accum_iter": o.accum_iter,
+        "seed": config.run.seed,
+        "rank": world.rank,
+        "world_size": world.size,
+        "num_workers": d.num_workers,
+        "pin_memory": d.pin_mem and world.device.type == "cuda",
+        "use_edm": d.use_edm,
+        "unsup_fraction": d.unsup_fraction,
+        "aux_data_filename": d.aux_data_filename,
+    }
+
+
+def model_options(config: Configuration) -> dict:
+    """Size of the input, and how a model computes: arguments of create_model and create_classifier alike."""
+    m, c = config.model, config.compute
+    return {
+        "img_size": m.input_size,
+        "patch_size": m.patch_size,
+        "kernels": c.kernels,
+        "attention": c.attention,
+        "mlp": c.mlp,
+        "residual_dtype": torch.bfloat16 if c.residual_dtype == "bf16" else None,
+        "activation_checkpointing": c.activation_checkpointing,
+    }
+
+
+def on_device(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model on its device; one that is there already is left alone, since fake parameters cannot be moved."""
+    return model if next(model.parameters()).device == device else model.to(device)
