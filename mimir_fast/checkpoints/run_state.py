@@ -20,7 +20,7 @@ from mimir_fast.checkpoints.atomic import write_text_atomically
 from mimir_fast.checkpoints.matching import load_model_state, load_optimizer_state
 from mimir_fast.checkpoints.reader import read
 from mimir_fast.config.fields import Configuration
-from mimir_fast.config.pretraining import RunConfig
+from mimir_fast.config.stages import RunConfig
 from mimir_fast.training.distributed import World
 from mimir_fast.training.optimizer import Updater
 

@@ -198,7 +198,6 @@ class FinetuneConfig(Configuration):
         flat = self.flat()
         check_shared(flat)
         _check_numbers(flat)
-        require(flat["parallel"] == "ddp", "parallel", flat["parallel"], "ddp: shards serve pre-training only")
         validation_steps(flat["val_attack"])
         mixed = flat["mixup"] > 0 or flat["cutmix"] > 0 or flat["cutmix_minmax"] is not None
         if flat["attack_train"] == "mart" and (mixed or flat["warmup_aa"]):

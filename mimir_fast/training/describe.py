@@ -1,6 +1,6 @@
 """The lines that say what is about to run."""
 
-from mimir_fast.config.pretraining import ComputeConfig
+from mimir_fast.config.stages import ComputeConfig
 from mimir_fast.training.distributed import World
 from mimir_fast.training.task import Task
 

@@ -77,10 +77,10 @@ def validate(
     for number, batch in enumerate(_in_step(images, world)):
         if world.any(ends()):
             return None
-        if batch is not None:
-            filled = (_filled(part.to(world.device), fill) for part in batch)
-            with autocast:
-                sums += _batch_sums(model, *filled, len(batch[1]), attack, (world.rank, number), functions)
+        count = 0 if batch is None else len(batch[1])
+        filled = (_filled(part.to(world.device), fill) for part in batch or _blank(model))
+        with autocast:
+            sums += _batch_sums(model, *filled, count, attack, (world.rank, number), functions)
     loss, top1, top5, robust, count = (world.mean(sums) * world.size).tolist()
     return Scores(
         loss / count, 100 * top1 / count, 100 * top5 / count, None if attack is None else 100 * robust / count
@@ -99,6 +99,11 @@ def _in_step(images: EvalStream, world: World) -> Iterator[tuple[Tensor, Tensor]
         if world.any(error is not None):
             raise error or DataError("an image to validate on is unreadable; another process names it")
         yield batch
+
+
+def _blank(model: VisionTransformer) -> tuple[Tensor, Tensor]:
+    """A batch for a process that has none left: every process takes part in gathering the parameters of a sharded model."""
+    return torch.zeros(1, 3, model.img_size, model.img_size, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
 
 
 def _filled(part: Tensor, size: int) -> Tensor:
