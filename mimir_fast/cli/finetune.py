@@ -37,7 +37,7 @@ def build(run: Run[FinetuneConfig], world: World) -> Loop:
     return Loop(Finetuning(config, world, build_data(config, world)), world, list(run.notes))
 
 
-def evaluated(run: Run[FinetuneConfig], explicit: set[str]) -> int | None:
+def evaluated(run: Run[FinetuneConfig]) -> int | None:
     """--eval: the exit status of the evaluation, None without the flag.  One process evaluates, the others end at once."""
     if not run.config.validation.eval:
         return None
@@ -45,7 +45,7 @@ def evaluated(run: Run[FinetuneConfig], explicit: set[str]) -> int | None:
         return 0
     for note in run.notes:
         print(note)
-    return guarded(FINETUNE.prog, lambda: evaluate(run, explicit), STOPPED)
+    return guarded(FINETUNE.prog, lambda: evaluate(run), STOPPED)
 
 
 if __name__ == "__main__":

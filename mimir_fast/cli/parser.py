@@ -68,7 +68,10 @@ def build_parser(command: Command) -> argparse.ArgumentParser:
     )
     new = " (new)" if command.original else ""
     if command.recipes:
-        named = (f"{name}: {recipe.__doc__.splitlines()[0].rstrip('.')}" for name, recipe in command.recipes.items())
+        named = (
+            f"{name}: {(recipe.__doc__ or name).splitlines()[0].rstrip('.')}"
+            for name, recipe in command.recipes.items()
+        )
         text = f"start from a named run{new}. {'; '.join(named)}".replace("%", "%%")
         parser.add_argument("--recipe", choices=list(command.recipes), help=text)
     parser.add_argument("--config", metavar="FILE.yaml", help=f"read flags from a file of `flag: value` lines{new}")
@@ -105,8 +108,8 @@ def _negative(f: Field) -> str:
     return "" if f.metadata["type"] is not bool or f.default is False else f.metadata["negative"] or f"no_{f.name}"
 
 
-def _switch(default: bool | None) -> str:
-    return {True: "on", False: "off", None: "see above"}[default]
+def _switch(default: object) -> str:
+    return "see above" if default is None else "on" if default else "off"
 
 
 def canonical(word: str, command: Command) -> str:

@@ -14,18 +14,17 @@ def train(
     command: Command[Config],
     argv: list[str] | None,
     build: Callable[[Run[Config], World], Runs],
-    instead: Callable[[Run[Config], set[str]], int | None] | None = None,
+    instead: Callable[[Run[Config]], int | None] | None = None,
 ) -> int:
     """Run a training; returns the exit status: 0 done or stopped by SIGTERM, 1 failed, 2 wrong input, 130 Ctrl-C.
 
-    build    makes the training from the run and this process's place among all
-    instead  what the flags may ask for in place of a training; returns its exit status, or None to train
+    build    from the run and this process's place among all to the training
+    instead  what flags may ask for in place of it; returns its exit status, or None to train
     """
-    began = False
+    began, words = False, sys.argv[1:] if argv is None else argv
     try:
-        config, explicit = parse_args(command, sys.argv[1:] if argv is None else argv)
-        run = resolve(config, explicit)
-        if instead and (status := instead(run, explicit)) is not None:
+        run = resolve(*parse_args(command, words))
+        if instead and (status := instead(run)) is not None:
             return status
         with running(run, build) as loop:
             began = True

@@ -3,7 +3,7 @@ of flags, and a flag's name is used once in it."""
 
 import difflib
 from dataclasses import Field, dataclass, field, fields, replace
-from typing import TypeVar
+from typing import TypeVar, cast
 
 Config = TypeVar("Config", bound="Configuration")
 
@@ -43,7 +43,7 @@ class Configuration:
 
     @classmethod
     def stages(cls) -> dict[str, type]:
-        return {f.name: f.type for f in fields(cls)}
+        return {f.name: cast(type, f.type) for f in fields(cls)}
 
     @classmethod
     def flags(cls) -> dict[str, Field]:

@@ -224,25 +224,9 @@ class FinetuneConfig(Configuration):
 
 
 def _check_numbers(flat: dict) -> None:
-    for name in (
-        "drop_path",
-        "layer_decay",
-        "smoothing",
-        "reprob",
-        "mixup_prob",
-        "mixup_switch_prob",
-        "model_ema_decay",
-    ):
+    for name in "drop_path layer_decay smoothing reprob mixup_prob mixup_switch_prob model_ema_decay".split():
         require(0 <= flat[name] <= 1, name, flat[name], "a share between 0 and 1")
-    for name in (
-        "mixup",
-        "cutmix",
-        "trades_beta",
-        "eps_warmup_epochs",
-        "alpha_warmup_epochs",
-        "test_every",
-        "held_out",
-    ):
+    for name in "mixup cutmix trades_beta eps_warmup_epochs alpha_warmup_epochs test_every held_out".split():
         require(flat[name] >= 0, name, flat[name], "0 or more")
     for name in ("recount", "val_every"):
         require(flat[name] >= 1, name, flat[name], "1 or more")
@@ -260,5 +244,6 @@ def validation_steps(val_attack: str) -> int | None:
     if val_attack in ("none", "fgsm"):
         return None if val_attack == "none" else 0
     match = re.fullmatch(r"pgd-?([1-9]\d*)", val_attack)
-    require(match is not None, "val_attack", repr(val_attack), "none, fgsm or pgdN, as pgd10")
+    if match is None:
+        raise ValueError(f"val_attack: got {val_attack!r}, expected none, fgsm or pgdN, as pgd10")
     return int(match[1])

@@ -81,12 +81,16 @@ class Compute:
 
 @dataclass(frozen=True)
 class Run(Generic[Config]):
-    """A run that can begin: what was asked, what became of it here, and lines to print about it."""
+    """A run that can begin: what was asked, what became of it here, and lines to print about it.
+
+    explicit  names of the flags that were set, by whoever set them
+    """
 
     config: Config
     compute: Compute
     device: str
     notes: tuple[str, ...] = ()
+    explicit: frozenset[str] = frozenset()
 
     def flat(self) -> dict:
         """{flag name: value} as recorded: what was asked, and what resolve filled in."""
@@ -102,7 +106,8 @@ def resolve(config: Config, explicit: set[str], machine: Machine | None = None) 
 
     Raises ValueError if the machine or another flag does not go with a flag that was set.
     """
-    machine, notes = machine or Machine.here(), []
+    machine = machine or Machine.here()
+    notes: list[str] = []
     device = resolve_device(config.run.device, explicit, notes.append, machine)
     asked, on_cuda = config.compute, device.startswith("cuda")
     precision = asked.precision or ("bf16" if on_cuda else "fp32")
@@ -124,7 +129,7 @@ def resolve(config: Config, explicit: set[str], machine: Machine | None = None) 
         fsdp=asked.parallel == "fsdp",
         compress_gradients=asked.grad_compression == "bf16",
     )
-    return Run(config, compute, device, (*notes, *config.notes(explicit)))
+    return Run(config, compute, device, (*notes, *config.notes(explicit)), frozenset(explicit))
 
 
 def resolve_device(

@@ -10,7 +10,7 @@ from mimir_fast.evaluate.images import Images
 from mimir_fast.evaluate.rounds import Sizes
 
 
-def evaluate(run: Run[FinetuneConfig], explicit: set[str]) -> int:
+def evaluate(run: Run[FinetuneConfig]) -> int:
     """Clean accuracy, PGD-5 at eps 1, PGD-20, PGD-100 and AutoAttack, or with --adap_eval the adaptive attacks; in fp32.
 
     Model and data set are the checkpoint's unless flags name others; eps and alpha are the flags', as in the original.
@@ -18,9 +18,9 @@ def evaluate(run: Run[FinetuneConfig], explicit: set[str]) -> int:
     """
     config, source = run.config, run.config.run.resume
     flat = config.flat()
-    overrides = {name: flat[name] for name in OVERRIDES if name in explicit and name in flat}
+    overrides = {name: flat[name] for name in OVERRIDES if name in run.explicit and name in flat}
     trained = load_classifier(source, overrides=overrides, device=run.device)
-    dataset = flat["dataset"] if "dataset" in explicit else trained.args.get("dataset") or flat["dataset"]
+    dataset = flat["dataset"] if "dataset" in run.explicit else trained.args.get("dataset") or flat["dataset"]
     a, d = config.attack, config.data
     print(f"{trained.source}: {trained.args['model']}, eps {a.eps:g}/255, alpha {a.alpha:g}/255, on {run.device}")
     attacks = original_sequence(a.eps, a.alpha, config.validation.adap_eval)

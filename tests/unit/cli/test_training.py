@@ -85,6 +85,6 @@ def test_what_is_built_gets_the_resolved_run_and_something_else_may_be_asked_for
     words = ["--device", "cpu", "--batch_size", "3"]
     assert train(PRETRAIN, words, build) == 0
     assert seen == [(3, "reference", "cpu", 0, 1)]
-    assert train(PRETRAIN, words, build, instead=lambda run, explicit: 7 if "batch_size" in explicit else None) == 7
-    assert train(PRETRAIN, words, build, instead=lambda run, explicit: None) == 0
+    assert train(PRETRAIN, words, build, instead=lambda run: 7 if "batch_size" in run.explicit else None) == 7
+    assert train(PRETRAIN, words, build, instead=lambda run: None) == 0
     assert len(seen) == 2
