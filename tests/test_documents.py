@@ -3,10 +3,12 @@
 import importlib
 import importlib.util
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mimir_fast.config.analysis import AnalyzeConfig
@@ -42,6 +44,17 @@ def test_readme_example_runs(tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_picture_can_be_drawn():
+    draw = runpy.run_path(str(ROOT / "docs" / "figures" / "draw_method.py"))["draw"]
+    images = np.random.default_rng(0).random((3, 3, 8, 8), dtype=np.float32)
+    samples = {"clean": images, "adv": images + 0.01, "recon": images, "mask": np.eye(3, 4), "patch_size": np.array(4)}
+    figure = draw(samples)
+    assert [ax.get_title() for ax in figure.axes[:6]][3] == "the encoder sees"
+    seen = figure.axes[3].images[0].get_array()
+    assert (seen[:4, :4] == 0.5).all()
+    assert np.allclose(seen[4:, 4:], (images[0, :, 4:, 4:] + 0.01).transpose(1, 2, 0).clip(0, 1))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
