@@ -12,6 +12,7 @@ from mimir_fast.kernels._shared import column_sums
 DTYPES = ("bf16", "fp32", "uint8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", gate.OPS)
 def test_every_kernel_passes_the_gate(op):
     """No spills, stack or atomics; 128-bit loads and stores; shared memory fits; a dot means matrix instructions.

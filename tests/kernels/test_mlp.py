@@ -124,6 +124,7 @@ def test_traffic_is_the_contracts():
     assert s.st["dot_flops"] == 2 * 2 * M * D * F
 
 
+@pytest.mark.slow
 def test_sums_of_more_tiles_than_are_added_at_a_time():
     rows = kernel.HOPPER["BLOCK_M"] * column_sums.TILE["ROWS"] + 1
     _, _, _, weight2 = inputs((1,), 64, 128)
