@@ -17,7 +17,12 @@ STOPPED = "stopped; finished batches are saved, the same command goes on from th
 def main(argv: list[str] | None = None) -> int:
     """Evaluate, print a table, write results.json; returns the exit status."""
     words = sys.argv[1:] if argv is None else argv
-    return guarded(COMMAND.prog, lambda: evaluate(*parse_args(COMMAND, words)), STOPPED)
+
+    def body() -> int:
+        evaluate(*parse_args(COMMAND, words))
+        return 0
+
+    return guarded(COMMAND.prog, body, STOPPED)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,20 @@ from mimir_fast.evaluate.images import Images
 from mimir_fast.evaluate.rounds import Sizes
 
 
-def evaluate(config: EvaluateConfig, explicit: set[str]) -> int:
-    """Load, evaluate, report; raises ValueError for wrong input."""
+def evaluate(config: EvaluateConfig, explicit: set[str] | None = None) -> dict:
+    """Evaluate a classifier as `mimir-fast evaluate` does: prints a table, writes results.json, returns what it holds.
+
+    config     EvaluateConfig().updated({"checkpoint": "best.pth", "attacks": "clean,pgd-20", "eps": 4.0}); eps and alpha
+               in 1/255, images [B,3,H,W] in [0,1]; a flag is called as on the command line
+    explicit   names of the flags that were asked for (default: those that differ from their defaults): a device that was
+               asked for and is not there is an error, a default one is not
+    Every batch is saved, so the same call after an interruption goes on where it stopped.
+    Raises ValueError (DataError, CheckpointError) for wrong input, OSError where the disk refuses.
+    Source: docs/evaluate.md says what is counted and how.
+    """
+    config = config.check()
     torch.set_float32_matmul_precision("highest")
-    device = resolve_device(config.run.device, explicit)
+    device = resolve_device(config.run.device, config.changed() if explicit is None else explicit)
     overrides = {"model": config.model.model, "use_normalize": config.model.use_normalize}
     if config.model.use_normalize:  # whose constants
         overrides["dataset"] = config.data.dataset
@@ -25,7 +35,7 @@ def evaluate(config: EvaluateConfig, explicit: set[str]) -> int:
     eps = training_eps(trained, USUAL_EPS) if config.attack.eps is None else config.attack.eps
     alpha = eps / 4 if config.attack.alpha is None else config.attack.alpha
     print(f"{trained.source}: {trained.args['model']}, eps {eps:g}/255, alpha {alpha:g}/255, on {device}")
-    run_evaluation(
+    return run_evaluation(
         trained.model,
         trained.source,
         chosen_images(config, trained),
@@ -35,7 +45,6 @@ def evaluate(config: EvaluateConfig, explicit: set[str]) -> int:
         seed=config.run.seed,
         with_checks=config.attack.checks,
     )
-    return 0
 
 
 def chosen_images(config: EvaluateConfig, trained: Trained) -> Images:

@@ -1,23 +1,32 @@
 """Ending a run from outside without losing anything."""
 
 import signal
+import threading
+from types import FrameType
 
 
 class StopSignals:
-    """SIGTERM, SIGUSR1 and Ctrl-C ask the loop to save and end; a second Ctrl-C interrupts at once."""
+    """SIGTERM, SIGUSR1 and Ctrl-C ask the loop to save and end; a second Ctrl-C interrupts at once.
 
-    def __init__(self):
+    received   the signal that came, or None
+    """
+
+    def __init__(self) -> None:
         self.received: int | None = None
+        self.previous: dict = {}
 
     def __enter__(self) -> "StopSignals":
-        self.previous = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        # Python lets the main thread alone handle signals; a training started in another one runs without.
+        if threading.current_thread() is threading.main_thread():
+            handled = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+            self.previous = {s: signal.signal(s, self._note) for s in handled}
         return self
 
     def __exit__(self, *exc) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,6 +1,7 @@
 """The public names: they can be imported, their signatures stay, their docstrings say what a caller must know."""
 
 import inspect
+import json
 import subprocess
 import sys
 
@@ -8,8 +9,9 @@ import pytest
 import torch
 
 import mimir_fast
-from mimir_fast import create_classifier, create_model, nhsic, pgd_mae, renyi_mi
+from mimir_fast import create_classifier, create_model, evaluate, nhsic, pgd_mae, renyi_mi
 from mimir_fast.attacks.pgd_mae import ascend_reconstruction, linf_bounds
+from mimir_fast.config.evaluation import EvaluateConfig
 from tests.support.golden import golden_images, small_model
 
 SIGNATURES = {
@@ -101,3 +103,16 @@ def test_a_training_step_by_hand():
     (loss + 1e-5 * penalty).backward()
     assert create_classifier("vit_nano", img_size=32, patch_size=8, num_classes=10)(images).shape == (4, 10)
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_evaluate_takes_a_configuration(tmp_path):
+    model = create_classifier("vit_nano", img_size=32, patch_size=8, num_classes=10)
+    torch.save({"model": model.state_dict()}, tmp_path / "nano.pth")
+    asked = {"checkpoint": str(tmp_path / "nano.pth"), "dataset": "digits", "num_images": 6, "attacks": "fgsm"}
+    config = EvaluateConfig().updated({**asked, "device": "cpu"})
+    results = evaluate(config)
+    assert set(results["attacks"]) == {"clean", "fgsm eps=8"}
+    assert json.loads((tmp_path / "eval" / "nano" / "results.json").read_text()) == results
+    assert evaluate(config) == results
+    with pytest.raises(ValueError, match="attacks: 'pdg' is no attack"):
+        evaluate(config.updated({"attacks": "pdg"}))
