@@ -20,7 +20,8 @@ from bench.textbook import TextbookMAE, textbook_step
 from mimir_fast.attacks.pgd_mae import AttackFunctions, frozen_twin, linf_bounds, reconstruction, starting_point
 from mimir_fast.config.resolve import missing_compiler
 from mimir_fast.kernels import linf_patch_step
-from mimir_fast.models import DECODER, MODELS, create_model
+from mimir_fast.models import create_model
+from mimir_fast.models.families import find, model_names
 from mimir_fast.objectives.reconstruction import Objective
 from mimir_fast.training.compilation import Compiler
 from mimir_fast.training.pretrain_step import Attack, draw_noise, pretrain_step
@@ -44,7 +45,7 @@ def build_steps(args: argparse.Namespace, device: torch.device):
     size = {"img_size": args.input_size, "patch_size": args.patch_size, "norm_pix_loss": True}
     attention = "narrow" if args.compile and device.type == "cpu" else "auto"
     ours = create_model(args.model, attention=attention, **size).to(device)
-    textbook = TextbookMAE(**{**MODELS[args.model], **DECODER, **size}).to(device)
+    textbook = TextbookMAE(**find(args.model, pretraining=True)[1], **size).to(device)
     textbook.load_state_dict(ours.state_dict())
     images = torch.rand(args.batch_size, 3, args.input_size, args.input_size, device=device)
     generator = torch.Generator(device).manual_seed(0)
@@ -73,7 +74,9 @@ def build_steps(args: argparse.Namespace, device: torch.device):
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench pairs", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="mae_vit_ti", choices=list(MODELS), help="model (default: mae_vit_ti)")
+    parser.add_argument(
+        "--model", default="mae_vit_ti", choices=model_names(pretraining=True), help="model (default: mae_vit_ti)"
+    )
     parser.add_argument("--input_size", type=int, default=32, help="image side [pixels] (default: 32)")
     parser.add_argument("--patch_size", type=int, default=4, help="patch side [pixels] (default: 4)")
     parser.add_argument("--batch_size", type=int, default=32, help="images per step (default: 32)")

@@ -121,7 +121,7 @@ def textbook_step(
 
 
 def textbook_classifier(img_size: int, patch_size: int, num_classes: int, drop_path: float, **sizes) -> nn.Module:
-    """timm's own ViT with mean pooling: same parameters and results as mimir_fast's classifier; sizes as in CLASSIFIERS."""
+    """timm's own ViT with mean pooling: same parameters and results as mimir_fast's classifier; sizes as in the record VIT."""
     return VisionTransformer(
         img_size,
         patch_size,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from mimir_fast.config.pretraining import PretrainConfig
 from mimir_fast.config.pretraining_recipes import cifar10_vit_s, imagenet_vit_b, imagenet_vit_s
-from mimir_fast.models import DECODER, MODELS
+from mimir_fast.models.families import find
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Size:
 
 def size_of(config: PretrainConfig) -> Size:
     """The size of one micro-batch of a run."""
-    model, wide = config.model, MODELS[config.model.model]
+    model, wide = config.model, find(config.model.model, pretraining=True)[1]
     patches = (model.input_size // model.patch_size) ** 2
     kept = int(patches * (1 - model.mask_ratio))
     return Size(
@@ -42,8 +42,8 @@ def size_of(config: PretrainConfig) -> Size:
         P=3 * model.patch_size**2,
         D=wide["embed_dim"],
         N=wide["num_heads"],
-        E=DECODER["decoder_embed_dim"],
-        R=DECODER["decoder_num_heads"],
+        E=wide["decoder_embed_dim"],
+        R=wide["decoder_num_heads"],
     )
 
 

@@ -14,7 +14,7 @@ from mimir_fast.cli.finetune import FINETUNE
 from mimir_fast.cli.parser import parse_args
 from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.config.resolve import resolve
-from mimir_fast.models import CLASSIFIER_ALIASES, CLASSIFIERS
+from mimir_fast.models.families import find
 from mimir_fast.training.layer_decay import build_optimizer
 from mimir_fast.training.optimizer import Updater
 from mimir_fast.training.precision import AUTOCAST
@@ -39,7 +39,7 @@ def random_batch(config: FinetuneConfig, device: torch.device) -> tuple[Tensor, 
 def textbook(config: FinetuneConfig, images: Tensor, labels: Tensor) -> Callable[[], None]:
     """PGD whatever the configuration says, as many steps as it says."""
     m, a = config.model, config.attack
-    sizes = CLASSIFIERS[CLASSIFIER_ALIASES.get(m.model, m.model)]
+    sizes = find(m.model, pretraining=False)[1]
     model = textbook_classifier(m.input_size, m.patch_size, m.nb_classes, m.drop_path, **sizes).to(images.device)
     updater = _updater(config, model, images.device)
     numbers = (a.eps / 255, a.alpha / 255, a.steps, config.augment.smoothing)

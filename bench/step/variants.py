@@ -23,7 +23,7 @@ from mimir_fast.cli.pretrain import PRETRAIN as COMMAND
 from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.config.pretraining import PretrainConfig
 from mimir_fast.config.resolve import resolve
-from mimir_fast.models import ALIASES, DECODER, MODELS
+from mimir_fast.models.families import find
 from mimir_fast.training.distributed import World
 from mimir_fast.training.engine import Engine
 from mimir_fast.training.finetuning import Finetuning
@@ -86,7 +86,7 @@ def textbook(config: PretrainConfig, images: torch.Tensor) -> Callable[[], None]
     m = config.model
     if config.attack.steps != 1:
         raise ValueError(f"steps: the textbook's pre-training step attacks once, got {config.attack.steps}")
-    sizes = {**MODELS[ALIASES.get(m.model, m.model)], **DECODER, "img_size": m.input_size, "patch_size": m.patch_size}
+    sizes = {**find(m.model, pretraining=True)[1], "img_size": m.input_size, "patch_size": m.patch_size}
     model = TextbookMAE(**sizes, norm_pix_loss=m.norm_pix_loss).to(images.device)
     updater = _updater(config, model, images.device)
     numbers = (config.attack.eps / 255, config.attack.alpha / 255, m.mask_ratio, config.penalty.mi_xpl)

@@ -23,18 +23,10 @@ from mimir_fast.checkpoints.robustbench import model_file
 from mimir_fast.checkpoints.trained_models import Trained, latent_tokens, load_classifier, load_encoder, training_eps
 from mimir_fast.config.export import ExportConfig
 from mimir_fast.data.datasets import INFO
-from mimir_fast.models import CLASSIFIERS, VisionTransformer
+from mimir_fast.models.families import family_of, is_classifier
+from mimir_fast.models.family import PREFIX, matches
 
-TIMM_NAMES = {
-    "vit_nano": "vit_tiny_patch16_224",  # with another width and depth
-    "vit_ti": "vit_tiny_patch16_224",
-    "vit_small": "vit_small_patch16_224",
-    "vit_small_ds": "vit_base_patch16_224",  # with another depth, heads and MLP
-    "vit_base": "vit_base_patch16_224",
-    "vit_large": "vit_large_patch16_224",
-}
-NAMED = {"img_size": 224, "patch_size": 16, "depth": 12, "mlp_ratio": 4.0}  # what such a name says; 24 blocks in large
-ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
+NO_HEAD = {"num_classes": 0, "global_pool": False}
 TOLERANCE = 1e-3  # of outputs of order 1: rounding is below 1e-5, a wrong architecture far above
 
 
@@ -74,16 +66,15 @@ def refused_by_disk(path: Path) -> Iterator[None]:
 
 def architecture(trained: Trained) -> Architecture:
     """How timm calls a model of ours; an encoder of pre-training has no classes and gives its class token."""
-    args, classifier = trained.args, isinstance(trained.model, VisionTransformer)
-    ours = args["model"].removeprefix("mae_")
-    sizes = {"img_size": args["input_size"], "patch_size": args["patch_size"], "mlp_ratio": 4.0, **CLASSIFIERS[ours]}
-    named = {**NAMED, "depth": 24 if ours == "vit_large" else 12}
-    named["embed_dim"] = 192 if ours == "vit_nano" else sizes["embed_dim"]
-    options = {"num_classes": args["nb_classes"] if classifier else 0}
-    options["global_pool"] = "avg" if classifier and args["global_pool"] else "token"
-    options |= {name: sizes[name] for name, value in named.items() if sizes[name] != value}
-    if "depth" in options and ours == "vit_small_ds":
-        options["num_heads"] = sizes["num_heads"]
+    args, family = trained.args, family_of(trained.model)
+    ours = args["model"].removeprefix(PREFIX)
+    head = (
+        {"num_classes": args["nb_classes"], "global_pool": args["global_pool"]}
+        if is_classifier(trained.model)
+        else NO_HEAD
+    )
+    size = {"img_size": args["input_size"], "patch_size": args["patch_size"]}
+    theirs = family.timm(ours, family.keywords(ours) | size | head)
     cropped = args["dataset"] in INFO and INFO[args["dataset"]].side is None
     cfg = {
         "input_size": (3, args["input_size"], args["input_size"]),
@@ -91,11 +82,20 @@ def architecture(trained: Trained) -> Architecture:
         "std": args["std"] or (1.0, 1.0, 1.0),
         "interpolation": "bicubic",
         "crop_pct": 0.875 if cropped else 1.0,
-        "num_classes": options["num_classes"],
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
+        "num_classes": theirs.options["num_classes"],
+        "first_conv": theirs.first_conv,
+        "classifier": theirs.head,
     }
-    return Architecture(TIMM_NAMES[ours], options, cfg)
+    return Architecture(theirs.name, theirs.options, cfg)
+
+
+def timm_tensors(trained: Trained) -> dict[str, Tensor]:
+    """The parameters under timm's names; of a masked autoencoder the encoder's alone."""
+    family, tensors = family_of(trained.model), trained.model.state_dict()
+    if not is_classifier(trained.model):
+        tensors = family.of_classifier(tensors)
+        tensors = {name: tensor for name, tensor in tensors.items() if matches(name, family.encoder)}
+    return {key: tensor for name, tensor in tensors.items() if (key := family.timm_key(name)) is not None}
 
 
 def export_timm(trained: Trained, path: Path, json_path: Path) -> list[str]:
@@ -103,9 +103,7 @@ def export_timm(trained: Trained, path: Path, json_path: Path) -> list[str]:
 
     Of a masked autoencoder the encoder alone is written.  Raises ValueError if timm gives other outputs.
     """
-    built, tensors = architecture(trained), trained.model.state_dict()
-    if not isinstance(trained.model, VisionTransformer):
-        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(ENCODER)}
+    built, tensors = architecture(trained), timm_tensors(trained)
     config = {
         "architecture": built.name,
         "num_classes": built.options["num_classes"],
@@ -162,7 +160,7 @@ def checked(trained: Trained, exported: nn.Module, path: Path) -> float:
     """Largest difference of outputs on two random images, relative to the largest output.  Raises ValueError if it matters."""
     size = trained.args["input_size"]
     images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    ours = trained.model(images) if isinstance(trained.model, VisionTransformer) else latent_tokens(trained, images)
+    ours = trained.model(images) if is_classifier(trained.model) else latent_tokens(trained, images)
     difference = ((exported(images) - ours).abs().max() / ours.abs().max().clamp_min(1e-12)).item()
     if not difference < TOLERANCE:
         raise ValueError(

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mimir_fast.checkpoints.trained_models import Trained
-from mimir_fast.models import CLASSIFIERS
+from mimir_fast.models.families import family_of
 
 ZOO_DATASETS = ("cifar10", "cifar100", "imagenet")  # those of RobustBench
 
@@ -21,14 +21,13 @@ in the table linf of robustbench/model_zoo/{dataset}.py.
 {imports}from pathlib import Path
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+{source}from torch import Tensor, nn
 
 SIZES = {sizes}
 MEAN, STD = {mean}, {std}  # of the images that the network itself sees
 
 
-class PixelViT(VisionTransformer):
+class {pixel}({base}):
     """{name} for images [B,3,{size},{size}] in [0,1]: logits [B,{classes}]."""
 
     def __init__(self):
@@ -47,7 +46,7 @@ def zoo_model() -> nn.Module:
 
 def load(path: str | Path = Path(__file__).with_suffix(".pt")) -> nn.Module:
     """The trained model."""
-    model = PixelViT()
+    model = {pixel}()
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
     return model.eval()
 '''
@@ -55,27 +54,27 @@ def load(path: str | Path = Path(__file__).with_suffix(".pt")) -> nn.Module:
 
 def model_file(trained: Trained, path: Path) -> str:
     """The text that belongs to the parameters in `path`."""
-    args = trained.args
-    sizes = {
-        "img_size": args["input_size"],
-        "patch_size": args["patch_size"],
-        "num_classes": args["nb_classes"],
-        "global_pool": "avg" if args["global_pool"] else "token",
-        **CLASSIFIERS[args["model"]],
-    }
+    args, family = trained.args, family_of(trained.model)
+    size = {"img_size": args["input_size"], "patch_size": args["patch_size"]}
+    head = {"num_classes": args["nb_classes"], "global_pool": args["global_pool"]}
+    theirs = family.network(args["model"], {**size, **head, **family.keywords(args["model"])})
+    pixel = f"Pixel{family.title}"
     dataset = args["dataset"] if args["dataset"] in ZOO_DATASETS else "DATASET"
-    on_imagenet = "nn.Sequential(OrderedDict(model=PixelViT()))"
+    on_imagenet = f"nn.Sequential(OrderedDict(model={pixel}()))"
     return TEXT.format(
         title=f"{args['model']} with patches of {args['patch_size']} pixels",
         name=args["model"],
         file=path.name,
         stem=path.stem,
         dataset=dataset,
-        sizes=repr(sizes).replace("'", '"'),
+        source=theirs.source,
+        base=theirs.name,
+        pixel=pixel,
+        sizes=repr(theirs.keywords).replace("'", '"'),
         mean=tuple(args["mean"] or (0.0, 0.0, 0.0)),
         std=tuple(args["std"] or (1.0, 1.0, 1.0)),
         size=args["input_size"],
         classes=args["nb_classes"],
         imports="from collections import OrderedDict\n" if dataset == "imagenet" else "",
-        zoo=on_imagenet if dataset == "imagenet" else "PixelViT()",
+        zoo=on_imagenet if dataset == "imagenet" else f"{pixel}()",
     )

@@ -3,7 +3,6 @@
 The tensors say what the model is; a checkpoint's `args` add what tensors cannot say (data set, normalisation, loss).
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -13,13 +12,9 @@ from mimir_fast.checkpoints.errors import CheckpointError
 from mimir_fast.checkpoints.matching import load_all
 from mimir_fast.checkpoints.reader import Contents, read
 from mimir_fast.data.datasets import INFO
-from mimir_fast.models import (
-    CLASSIFIERS,
-    MaskedAutoencoderViT,
-    VisionTransformer,
-    create_classifier,
-    create_model,
-)
+from mimir_fast.models import MaskedAutoencoderViT, VisionTransformer, create_classifier, create_model
+from mimir_fast.models.families import is_classifier, recognise
+from mimir_fast.models.family import PREFIX, Family
 
 __all__ = [
     "OVERRIDES",
@@ -43,6 +38,9 @@ OVERRIDES = (
     "use_normalize",
     "norm_pix_loss",
 )
+# keywords of a model's constructor and their flags, of every model and of a classifier
+SIZE = {"img_size": "input_size", "patch_size": "patch_size"}
+HEAD = {"num_classes": "nb_classes", "global_pool": "global_pool"}
 # what the tensors say about themselves, and whether a checkpoint's args must agree: the original's args hold the command
 # line's input_size and nb_classes even where the data set's own were used
 BINDING = {"model": True, "patch_size": True, "global_pool": True, "input_size": False, "nb_classes": False}
@@ -103,7 +101,7 @@ def latent_tokens(trained: Trained, images: Tensor) -> Tensor:
     The masked autoencoder's tokens are normalised (its last LayerNorm), the classifier's are those of its last block.
     """
     model = trained.model
-    if isinstance(model, VisionTransformer):
+    if is_classifier(model):
         return model.forward_features(images)
     images = normalised(trained, images)
     everything = torch.arange(model.num_patches, device=images.device).expand(len(images), -1).contiguous()
@@ -130,57 +128,53 @@ def training_eps(trained: Trained, otherwise: float | None = None) -> float | No
     return round(eps * 255, 4) if isinstance(eps, float) and eps > 0 else otherwise
 
 
-def _kind(contents: Contents) -> str:
-    """mae or classifier, from the tensors.  Raises CheckpointError for what is no Vision Transformer of ours."""
-    names = contents.tensors.keys()
-    needed = (
-        "cls_token",
-        "pos_embed",
-        "patch_embed.proj.weight",
-        "blocks.0.attn.qkv.weight",
-        "blocks.0.mlp.fc1.weight",
-    )
-    missing = [name for name in needed if name not in names]
-    if missing:
+def _family(contents: Contents) -> Family:
+    """Raises CheckpointError for what is no model of ours."""
+    try:
+        return recognise(contents.tensors)
+    except ValueError as error:
         said = f", and its args say {contents.args['model']}" if "model" in contents.args else ""
-        raise CheckpointError(f"checkpoint: {contents.source} holds no ViT of mimir_fast: no {missing[0]}{said}")
-    if "mask_token" in names:
+        raise CheckpointError(f"checkpoint: {contents.source} holds {error}{said}") from error
+
+
+def _kind(contents: Contents) -> str:
+    """mae or classifier, from the tensors.  Raises CheckpointError for what is neither of ours."""
+    _family(contents)
+    if "mask_token" in contents.tensors:
         return "mae"
-    if "head.weight" in names:
+    if "head.weight" in contents.tensors:
         return "classifier"
     raise CheckpointError(f"checkpoint: {contents.source} is an encoder alone: neither decoder (mask_token) nor head")
 
 
 def _classifier(contents: Contents, overrides: dict, device: str | torch.device) -> Trained:
-    tensors = contents.tensors
-    head = {"nb_classes": len(tensors["head.weight"]), "global_pool": "fc_norm.weight" in tensors}
-    args = _settled(contents, overrides, {**_encoder_facts(contents, ""), **head})
-    options = {"num_classes": args["nb_classes"], "global_pool": args["global_pool"]}
-    options |= {name: args[name] for name in ("mean", "std")}
-    return _filled(create_classifier(args["model"], **_size(args), **options), contents, args, device)
-
-
-def _mae(contents: Contents, overrides: dict, device: str | torch.device) -> Trained:
-    args = _settled(contents, overrides, _encoder_facts(contents, "mae_"))
-    args["norm_pix_loss"] = bool(args.get("norm_pix_loss", False))
-    model = create_model(args["model"], **_size(args), norm_pix_loss=args["norm_pix_loss"])
+    args = _settled(contents, overrides, _facts(contents))
+    normalisation = {name: args[name] for name in ("mean", "std")}
+    model = create_classifier(args["model"], **_keywords(args, SIZE | HEAD), **normalisation)
     return _filled(model, contents, args, device)
 
 
-def _encoder_facts(contents: Contents, family: str) -> dict:
-    """Flags that can be read off the tensors.  Raises CheckpointError for widths and depths without a name."""
-    tensors = contents.tensors
-    width, patch = tensors["cls_token"].shape[-1], tensors["patch_embed.proj.weight"].shape[-1]
-    depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
-    ratio = tensors["blocks.0.mlp.fc1.weight"].shape[0] / width
-    grid = math.isqrt(tensors["pos_embed"].shape[1] - 1)
-    for name, sizes in CLASSIFIERS.items():
-        if (width, depth, ratio) == (sizes["embed_dim"], sizes["depth"], sizes.get("mlp_ratio", 4.0)):
-            return {"model": family + name, "patch_size": patch, "input_size": patch * grid}
-    raise CheckpointError(
-        f"checkpoint: {contents.source} has width {width}, depth {depth}, MLP ratio {ratio:g}: "
-        f"none of {', '.join(family + name for name in CLASSIFIERS)}"
-    )
+def _mae(contents: Contents, overrides: dict, device: str | torch.device) -> Trained:
+    args = _settled(contents, overrides, _facts(contents, PREFIX))
+    args["norm_pix_loss"] = bool(args.get("norm_pix_loss", False))
+    model = create_model(args["model"], **_keywords(args, SIZE), norm_pix_loss=args["norm_pix_loss"])
+    return _filled(model, contents, args, device)
+
+
+def _keywords(args: dict, flags: dict) -> dict:
+    """Keywords of a constructor; what nobody knows stays at the constructor's default."""
+    return {keyword: args[name] for keyword, name in flags.items() if name in args}
+
+
+def _facts(contents: Contents, prefix: str = "") -> dict:
+    """Flags that can be read off the tensors.  Raises CheckpointError for sizes without a name."""
+    family = _family(contents)
+    found = family.read(family.of_classifier(contents.tensors))
+    name = family.named(found)
+    if name is None:
+        names = ", ".join(prefix + name for name in family.sizes)
+        raise CheckpointError(f"checkpoint: {contents.source} holds {family.in_words(found)}: none of {names}")
+    return {"model": prefix + name} | {flag: found[key] for key, flag in (SIZE | HEAD).items() if key in found}
 
 
 def _settled(contents: Contents, overrides: dict, facts: dict) -> dict:
@@ -189,20 +183,19 @@ def _settled(contents: Contents, overrides: dict, facts: dict) -> dict:
     if unknown:
         raise ValueError(f"{min(unknown)}: expected one of {', '.join(OVERRIDES)}")
     overrides = {name: value for name, value in overrides.items() if value is not None}
+    family = _family(contents)
     for name, fact in facts.items():
         for whose, given in (("the command line says", overrides), ("its own args say", contents.args)):
             binding = given is overrides or BINDING[name]
-            if name in given and binding and _canonical(name, given[name]) != fact:
+            if name in given and binding and _canonical(name, given[name], family) != fact:
                 raise CheckpointError(f"{name}: {contents.source} was trained with {fact}, {whose} {given[name]}")
     args = {"dataset": None, "use_normalize": False, **contents.args, **overrides, **facts}
     return args | _constants(args, contents.source)
 
 
-def _canonical(name: str, value):
-    """Model names without the suffixes that some of them may carry."""
-    if name != "model" or not isinstance(value, str):
-        return value
-    return value.removesuffix("_dec128d2b").removesuffix("_patch16")
+def _canonical(name: str, value, family: Family):
+    """Models by their own names, whatever suffix or alias they were asked for by."""
+    return family.bare(value) if name == "model" and isinstance(value, str) else value
 
 
 def _constants(args: dict, source: str) -> dict:
@@ -218,10 +211,6 @@ def _constants(args: dict, source: str) -> dict:
             f"expected one of {', '.join(INFO)}"
         )
     return {"dataset": dataset, "mean": INFO[dataset].mean, "std": INFO[dataset].std}
-
-
-def _size(args: dict) -> dict:
-    return {"img_size": args["input_size"], "patch_size": args["patch_size"]}
 
 
 def _filled(model: torch.nn.Module, contents: Contents, args: dict, device: str | torch.device) -> Trained:

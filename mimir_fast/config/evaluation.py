@@ -6,6 +6,7 @@ from mimir_fast.attacks.named import WORDS, parse_attacks
 from mimir_fast.config.choices import SPLITS
 from mimir_fast.config.fields import Configuration, flag, require
 from mimir_fast.data.datasets import DATASETS
+from mimir_fast.models.families import listed
 
 # radius in 1/255, where neither the flags nor the checkpoint say one
 USUAL_EPS = 8.0
@@ -18,9 +19,7 @@ class ModelConfig:
     checkpoint: str = flag(
         "", "file or https URL of a classifier: a checkpoint of ours or of the original, or a state dict"
     )
-    model: str | None = flag(
-        None, "vit_{nano,ti,small,small_ds,base,large}; default: what the checkpoint says", type=str
-    )
+    model: str | None = flag(None, f"{listed(pretraining=False)}; default: what the checkpoint says", type=str)
     use_normalize: bool | None = flag(
         None, "the model was trained on normalised images; default: what the checkpoint says, else not", type=bool
     )

@@ -12,15 +12,14 @@ from mimir_fast.config.choices import ALPHA_SCHEDULES, MI_LOSS, MIXUP_MODES, REM
 from mimir_fast.config.fields import Configuration, flag, inherited, require
 from mimir_fast.config.stages import ComputeConfig, DistConfig, check_shared
 from mimir_fast.data.datasets import INFO
+from mimir_fast.models.families import listed
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """What is trained."""
 
-    model: str = flag(
-        "vit_large_patch16", "model name: vit_{nano,ti,small,small_ds,base,large}; the default is vit_large"
-    )
+    model: str = flag("vit_large_patch16", f"model name: {listed(pretraining=False)}; the default is vit_large")
     finetune: str = flag("", "pre-trained checkpoint to start from, a path or an https URL; empty: train from scratch")
     input_size: int = inherited(
         pretraining.ModelConfig,

@@ -10,15 +10,14 @@ from mimir_fast.config import stages
 from mimir_fast.config.choices import ATTACKS, MI_TRAIN, PENALTIES
 from mimir_fast.config.fields import Configuration, flag, inherited, require
 from mimir_fast.config.stages import ComputeConfig, DistConfig, OptimConfig, RunConfig, check_shared
+from mimir_fast.models.families import listed
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """What is trained."""
 
-    model: str = flag(
-        "mae_vit_ti_patch16", "model name: mae_vit_{nano,ti,small,small_ds,base,large}; the default is mae_vit_ti"
-    )
+    model: str = flag("mae_vit_ti_patch16", f"model name: {listed(pretraining=True)}; the default is mae_vit_ti")
     input_size: int = flag(224, "side of the square input", "pixels")
     patch_size: int = flag(16, "side of a patch; must divide input_size", "pixels")
     mask_ratio: float = flag(0.75, "removed patches in the training pass", "share, 0 to 1")

@@ -3,35 +3,30 @@
 import torch
 
 from mimir_fast.models import VisionTransformer
+from mimir_fast.models.families import family_of
+from mimir_fast.models.family import matches
 from mimir_fast.training.optimizer import ADAM_EPS
 
 BETAS = (0.9, 0.999)
-TABLES = ("cls_token", "pos_embed")
-
-
-def layer_of(name: str, depth: int) -> int:
-    """0 for what comes before the blocks, i + 1 for block i, depth + 1 for what comes after them."""
-    if name in TABLES or name.startswith("patch_embed."):
-        return 0
-    if name.startswith("blocks."):
-        return int(name.split(".")[1]) + 1
-    return depth + 1
 
 
 def parameter_groups(model: VisionTransformer, weight_decay: float, layer_decay: float) -> list[dict]:
     """One group per layer and kind in order of first appearance, with lr_scale = layer_decay^(depth + 1 - layer).
 
-    Vectors, the class token and the positional table are not decayed.  Order and grouping are part of the checkpoint
-    format.  Raises ValueError unless 0 < layer_decay <= 1.
+    The layers are those of the model's family.  Vectors and what the family names (ViT: the class token and the positional
+    table) are not decayed.  Order and grouping are part of the checkpoint format.
+    Raises ValueError unless 0 < layer_decay <= 1.
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay: expected 0 < decay <= 1, got {layer_decay}")
-    depth = len(model.blocks)
+    family = family_of(model)
+    depth = family.depth(model)
     groups: dict[tuple[int, bool], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        layer, decayed = layer_of(name, depth), parameter.ndim > 1 and name not in TABLES
+        layer = family.layer_of(name, model)
+        decayed = parameter.ndim > 1 and not matches(name, family.undecayed)
         new = {
             "params": [],
             "weight_decay": weight_decay if decayed else 0.0,

@@ -17,7 +17,7 @@ from bench.step.roofline import price_all
 from bench.step.trace import record
 from bench.step.variants import build_step, configuration
 from mimir_fast.config.finetuning import FinetuneConfig
-from mimir_fast.models import CLASSIFIERS
+from mimir_fast.models.families.vit import VIT
 from tests.bench.records import step
 from tests.support.runs import make_images
 
@@ -52,7 +52,7 @@ def expected_flops(steps: int, attention: bool = True) -> int:
 @pytest.fixture
 def priced(monkeypatch):
     """What a step of the tiny model on the CPU costs."""
-    monkeypatch.setitem(CLASSIFIERS, "vit_ti", TINY)
+    monkeypatch.setitem(VIT.sizes, "vit_ti", TINY)
 
     def run(variant: str, *words: str) -> list:
         config = configuration(variant, [*WORDS.split(), *words], "finetune")
@@ -80,13 +80,13 @@ def test_the_textbook_does_the_same_work(priced):
 
 
 def test_flops_per_image_are_the_same_whatever_computes_them(monkeypatch):
-    monkeypatch.setitem(CLASSIFIERS, "vit_ti", TINY)
+    monkeypatch.setitem(VIT.sizes, "vit_ti", TINY)
     config = configuration("ours", [*WORDS.split(), "--activation_checkpointing", "--steps", "2"], "finetune")
     assert model_flops(config) == expected_flops(2) / 2
 
 
 def test_the_training_loop_is_the_fine_tuners(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(CLASSIFIERS, "vit_ti", TINY)
+    monkeypatch.setitem(VIT.sizes, "vit_ti", TINY)
     results = tmp_path / "train.jsonl"
     words = (
         "train --task finetune --model vit_ti --batch 4 --input_size 16 --patch_size 8 --warmup 1 --updates 3".split()

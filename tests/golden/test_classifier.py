@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from mimir_fast.attacks.pgd_mae import frozen_twin, linf_bounds
-from mimir_fast.checkpoints.transfer import load_pretrained, match_encoder, resize_positions
+from mimir_fast.checkpoints.transfer import load_pretrained, match_encoder
 from mimir_fast.models import VisionTransformer
+from mimir_fast.models.families.vit import resize_positions
 from mimir_fast.objectives.adversarial_losses import cross_entropy
 from mimir_fast.objectives.classification import Objective
 from mimir_fast.training.finetune_step import Attack, Noise, attack_images, finetune_step

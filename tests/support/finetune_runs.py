@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from mimir_fast import models
 from mimir_fast.cli.finetune import main
 from mimir_fast.models import create_model
+from mimir_fast.models.families.vit import VIT
 from tests.support.runs import lines, load, make_images
 
 SIZES = {"embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -25,8 +25,7 @@ __all__ = ["command", "finetune", "lines", "load", "make_data", "pretrained", "s
 
 def tiny_models(setitem) -> None:
     """Make the smallest models smaller: setitem(dictionary, key, value)."""
-    setitem(models.CLASSIFIERS, "vit_ti", SIZES)
-    setitem(models.MODELS, "mae_vit_ti", SIZES)
+    setitem(VIT.sizes, "vit_ti", SIZES)
 
 
 def make_data(folder: Path, images: int = 26, test_images: int = 9) -> Path:

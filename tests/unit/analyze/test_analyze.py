@@ -16,7 +16,8 @@ from mimir_fast.checkpoints.trained_models import latent_tokens, load_classifier
 from mimir_fast.cli.analyze import main
 from mimir_fast.config.analysis import AnalyzeConfig
 from mimir_fast.evaluate.progress import Bar
-from mimir_fast.models import CLASSIFIERS, MODELS, create_classifier, create_model
+from mimir_fast.models import create_classifier, create_model
+from mimir_fast.models.families.vit import VIT
 
 SIZE = {"img_size": 32, "patch_size": 8}
 EPS = 8 / 255
@@ -27,8 +28,7 @@ def _nano():
     """A named architecture that is quick to build."""
     sizes = {"embed_dim": 24, "depth": 2, "num_heads": 3}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(CLASSIFIERS, "vit_nano", sizes)
-        patch.setitem(MODELS, "mae_vit_nano", sizes)
+        patch.setitem(VIT.sizes, "vit_nano", sizes)
         yield
 
 

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from mimir_fast.checkpoints.errors import CheckpointError
 from mimir_fast.checkpoints.trained_models import latent_tokens, load_classifier, load_encoder, load_mae, normalised
 from mimir_fast.data.datasets import INFO
-from mimir_fast.models import CLASSIFIERS, MODELS, create_classifier, create_model
+from mimir_fast.models import create_classifier, create_model
+from mimir_fast.models.families.vit import VIT
 
 SIZE = {"img_size": 16, "patch_size": 4}
 IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -20,8 +21,7 @@ def _nano():
     """A named architecture that is quick to build."""
     sizes = {"embed_dim": 24, "depth": 2, "num_heads": 3}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(CLASSIFIERS, "vit_nano", sizes)
-        patch.setitem(MODELS, "mae_vit_nano", sizes)
+        patch.setitem(VIT.sizes, "vit_nano", sizes)
         yield
 
 

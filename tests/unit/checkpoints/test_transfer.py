@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import save_file
 
 from mimir_fast.checkpoints.errors import CheckpointError
-from mimir_fast.checkpoints.transfer import load_pretrained, resize_positions
+from mimir_fast.checkpoints.transfer import load_pretrained
 from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.models import VisionTransformer, create_classifier
+from mimir_fast.models.families.vit import resize_positions
 from mimir_fast.training.finetuning import start_from_pretrained
 from tests.golden.test_classifier import SIZES
 from tests.support.golden import load_golden, small_model
@@ -98,7 +99,9 @@ def test_a_16_bit_checkpoint():
 def test_the_wrong_architecture_is_named():
     with torch.device("meta"):
         small, tiny = (create_classifier(name, **TINY) for name in ("vit_small", "vit_ti"))
-    with pytest.raises(CheckpointError, match=r"x.pth holds vit_small \(width 384, depth 12\), --model is vit_ti \("):
+    with pytest.raises(
+        CheckpointError, match=r"x.pth holds vit_small \(width 384, depth 12, MLP width 1536\), --model is vit_ti \("
+    ):
         load(tiny, small.state_dict())
     with pytest.raises(CheckpointError, match=r"holds vit_ti .*--model is a ViT of width 192, depth 2, MLP width 768"):
         load(VisionTransformer(**TINY, embed_dim=192, depth=2, num_heads=3), tiny.state_dict())

@@ -1,0 +1,61 @@
+"""The families of models, and which of them a name, a model or a file belongs to."""
+
+from typing import Any
+
+from torch import nn
+
+from mimir_fast.models.families.vit import VIT
+from mimir_fast.models.family import PREFIX, Family, Tensors
+
+FAMILIES: tuple[Family, ...] = (VIT,)
+
+
+def model_names(pretraining: bool) -> list[str]:
+    """Names of the masked autoencoders, or of the classifiers."""
+    return [PREFIX * pretraining + name for family in FAMILIES for name in family.sizes]
+
+
+def listed(pretraining: bool) -> str:
+    """The same for a help text: mae_vit_{nano,ti,small}, one word per family."""
+    words = []
+    for family in FAMILIES:
+        sizes = ",".join(name.removeprefix(f"{family.name}_") for name in family.sizes)
+        words.append(f"{PREFIX * pretraining}{family.name}_{{{sizes}}}")
+    return ", ".join(words)
+
+
+def find(name: str, pretraining: bool) -> tuple[Family, dict[str, Any]]:
+    """The family of a masked autoencoder or classifier, and the keywords of its constructor.
+
+    Raises ValueError for an unknown name.
+    """
+    names = model_names(pretraining)
+    for family in FAMILIES:
+        if family.bare(name) in names:
+            return family, family.keywords(family.bare(name))
+    raise ValueError(f"model: unknown name {name!r}; choose one of {', '.join(names)}")
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of a model, its subclasses included.  Raises ValueError for a foreign one."""
+    for kind in type(model).__mro__:
+        for family in FAMILIES:
+            if kind in (family.autoencoder, family.classifier):
+                return family
+    known = ", ".join(kind.__name__ for family in FAMILIES for kind in (family.autoencoder, family.classifier))
+    raise ValueError(f"model: {type(model).__name__} is none of {known}")
+
+
+def is_classifier(model: nn.Module) -> bool:
+    """Whether a model is a classifier and no masked autoencoder."""
+    return isinstance(model, family_of(model).classifier)
+
+
+def recognise(tensors: Tensors) -> Family:
+    """The family of a file's tensors.  Raises ValueError that says what each family misses in them."""
+    lacking = {}
+    for family in FAMILIES:
+        lacking[family] = family.lacks(family.of_classifier(tensors))
+        if lacking[family] is None:
+            return family
+    raise ValueError("; ".join(f"no {family.title} of mimir_fast: no {name}" for family, name in lacking.items()))

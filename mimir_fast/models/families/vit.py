@@ -1,0 +1,142 @@
+"""The Vision Transformer: fixed sine-cosine positions in pre-training, trained ones after it, one class token."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mimir_fast.models.classifier import VisionTransformer
+from mimir_fast.models.family import Family, Network, Resized, Tensors, TimmModel
+from mimir_fast.models.mae import MaskedAutoencoderViT
+
+SIZES = {
+    # ours, for demonstrations on CPUs; the others are the original's
+    "vit_nano": {"embed_dim": 96, "depth": 4, "num_heads": 3},
+    "vit_ti": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "vit_small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "vit_small_ds": {"embed_dim": 768, "depth": 8, "num_heads": 8, "mlp_ratio": 3.0},
+    "vit_base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "vit_large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+}
+DECODER = {"decoder_embed_dim": 128, "decoder_depth": 2, "decoder_num_heads": 16}
+TABLES = ("cls_token", "pos_embed")
+# of every ViT: the patch projection is a convolution, attention has one packed projection, the MLP two layers
+MARKS = (*TABLES, "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight")
+# the model of timm whose name is nearest, and that model's sizes
+TIMM = {
+    "vit_nano": ("vit_tiny_patch16_224", {"depth": 12, "embed_dim": 192, "num_heads": 3}),
+    "vit_ti": ("vit_tiny_patch16_224", {"depth": 12, "embed_dim": 192, "num_heads": 3}),
+    "vit_small": ("vit_small_patch16_224", {"depth": 12, "embed_dim": 384, "num_heads": 6}),
+    "vit_small_ds": ("vit_base_patch16_224", {"depth": 12, "embed_dim": 768, "num_heads": 12}),
+    "vit_base": ("vit_base_patch16_224", {"depth": 12, "embed_dim": 768, "num_heads": 12}),
+    "vit_large": ("vit_large_patch16_224", {"depth": 24, "embed_dim": 1024, "num_heads": 16}),
+}
+
+
+def depth(model: nn.Module) -> int:
+    """Number of blocks."""
+    return len(model.blocks)
+
+
+def layer_of(name: str, model: nn.Module) -> int:
+    """0 for what comes before the blocks, i + 1 for block i, depth + 1 for what comes after them."""
+    if name in TABLES or name.startswith("patch_embed."):
+        return 0
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return depth(model) + 1
+
+
+def lacks(tensors: Tensors) -> str | None:
+    """The first of MARKS that is not there."""
+    return next((name for name in MARKS if name not in tensors), None)
+
+
+def read(tensors: Tensors) -> dict[str, Any]:
+    """embed_dim, depth, mlp_ratio, patch_size, img_size; num_classes and global_pool where there is a head."""
+    found: dict[str, Any] = {"depth": len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})}
+    if "cls_token" in tensors:
+        found["embed_dim"] = tensors["cls_token"].shape[-1]
+        if "blocks.0.mlp.fc1.weight" in tensors:
+            found["mlp_ratio"] = tensors["blocks.0.mlp.fc1.weight"].shape[0] / found["embed_dim"]
+    if "patch_embed.proj.weight" in tensors:
+        found["patch_size"] = tensors["patch_embed.proj.weight"].shape[-1]
+        if "pos_embed" in tensors and (side := grid(tuple(tensors["pos_embed"].shape))):
+            found["img_size"] = found["patch_size"] * side
+    if "head.weight" in tensors:
+        found |= {"num_classes": len(tensors["head.weight"]), "global_pool": "fc_norm.weight" in tensors}
+    return found
+
+
+def describe(read: dict[str, Any]) -> str:
+    """Width, depth and width of the MLP."""
+    width, ratio = read["embed_dim"], read["mlp_ratio"]
+    return f"width {width}, depth {read['depth']}, MLP width {round(width * ratio)}"
+
+
+def resize(table: Tensor, shape: tuple[int, ...]) -> Resized:
+    """Bicubic; the class row stays as it is."""
+    before, after = grid(tuple(table.shape)), grid(shape)
+    if not before or table.shape[2] != shape[2]:
+        raise ValueError(f"[1,1+L,{shape[2]}], a class row and a square grid of L patches")
+    return Resized(resize_positions(table, after), f"from {before} x {before} to {after} x {after} patches")
+
+
+def grid(shape: tuple[int, ...]) -> int:
+    """Side of the square grid of a positional table [1,1+L,D]; 0 for a table of another kind."""
+    patches = shape[1] - 1 if len(shape) == 3 else 0
+    side = math.isqrt(max(patches, 0))
+    return side if side**2 == patches else 0
+
+
+def resize_positions(table: Tensor, side: int) -> Tensor:
+    """Positional table [1,1+L,D], L a square number -> [1,1+side*side,D]: the class row as it is, the rest bicubic."""
+    old = grid(tuple(table.shape))
+    if old == side:
+        return table
+    patches = table[:, 1:].float().unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    patches = F.interpolate(patches, size=(side, side), mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
+
+
+def timm(name: str, keywords: dict[str, Any]) -> TimmModel:
+    """The nearest name; as options what differs from what timm has under it."""
+    theirs, sizes = TIMM[name]
+    theirs_all = {"img_size": 224, "patch_size": 16, "depth": sizes["depth"], "mlp_ratio": 4.0, **sizes}
+    ours = {"mlp_ratio": 4.0, **keywords}
+    options = {"num_classes": ours["num_classes"], "global_pool": "avg" if ours["global_pool"] else "token"}
+    options |= {key: ours[key] for key, value in theirs_all.items() if ours[key] != value}
+    return TimmModel(theirs, options, "patch_embed.proj", "head")
+
+
+def network(name: str, keywords: dict[str, Any]) -> Network:
+    """timm's VisionTransformer, whose parameters have the same names."""
+    source = "from timm.models.vision_transformer import VisionTransformer\n"
+    pooling = {"global_pool": "avg" if keywords["global_pool"] else "token"}
+    return Network(source, "VisionTransformer", keywords | pooling)
+
+
+VIT = Family(
+    name="vit",
+    title="ViT",
+    autoencoder=MaskedAutoencoderViT,
+    classifier=VisionTransformer,
+    sizes=SIZES,
+    decoder=DECODER,
+    suffixes=("_dec128d2b", "_patch16"),  # patches are 16 pixels wide unless patch_size says otherwise
+    masking="patches",
+    encoder=(*TABLES, "patch_embed.*", "blocks.*", "norm.*"),
+    fresh=("norm.*", "fc_norm.*", "head.*"),
+    undecayed=TABLES,
+    depth=depth,
+    layer_of=layer_of,
+    lacks=lacks,
+    read=read,
+    describe=describe,
+    tables=("pos_embed",),
+    resize=resize,
+    timm=timm,
+    network=network,
+)

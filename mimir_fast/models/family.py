@@ -1,0 +1,143 @@
+"""The record of a family of models: all that the rest of the house knows about it.
+
+A new family is one file in mimir_fast/models/families/ (its modules and one `Family`) and one entry of FAMILIES in
+mimir_fast/models/families/__init__.py; nothing else names it.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+PREFIX = "mae_"  # before a classifier's name: the masked autoencoder whose encoder it takes
+# what a classifier's tensors tell beside the sizes that belong to a name
+NO_SIZES = ("img_size", "patch_size", "num_classes", "global_pool")
+
+Tensors = Mapping[str, Tensor]
+
+
+class TimmModel(NamedTuple):
+    """timm's counterpart: its name, what timm.create_model is told beside it, the names of its first layer and its head."""
+
+    name: str
+    options: dict[str, Any]
+    first_conv: str
+    head: str
+
+
+class Network(NamedTuple):
+    """A classifier without mimir_fast: the lines of Python that bring a class, its name and the keywords of its constructor."""
+
+    source: str
+    name: str
+    keywords: dict[str, Any]
+
+
+class Resized(NamedTuple):
+    """A positional table for another grid, and in words from where to where."""
+
+    table: Tensor
+    change: str
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """One family of masked autoencoders and classifiers.
+
+    Names of parameters are a classifier's; patterns are those of a shell ("blocks.*") over whole names.
+
+    name, title     "vit", which every model's name begins with, and "ViT", for messages
+    autoencoder     the masked autoencoder: module of create_model; classifier: module of create_classifier
+    sizes           classifier's name -> keywords of both constructors; those that begin with `decoder_` are the
+                    autoencoder's alone, whose name is "mae_" and the classifier's
+    decoder         keywords of the autoencoder where `sizes` has none
+    aliases         other names, of autoencoders and classifiers; suffixes: what may stand behind any name
+    masking         "patches": the encoder is given the kept patches alone, cut along a grid, and the pixels of removed ones
+                    reach it nowhere; "images": it is given whole images and the ids of the patches to keep
+    encoder_prefix  what stands before the names of the encoder's parameters in an autoencoder's state dict
+    encoder         patterns of the encoder's parameters, the last normalisation included
+    fresh           patterns of what a classifier may start without
+    undecayed       patterns of what weight decay leaves alone in fine-tuning, beside vectors
+    depth           model -> number of layers that layer decay counts, L
+    layer_of        (name, model) -> 0 before the first of them, 1 to L in them, L + 1 after the last
+    lacks           tensors of a file -> the name of one that every model of the family has and the file lacks; None: it is one
+    read            tensors of a classifier or autoencoder -> keywords of the constructors as far as their shapes tell them:
+                    those of `sizes`, img_size, patch_size, and of a classifier num_classes and global_pool
+    describe        what `read` found, in words
+    tables          patterns of the positional tables, which may come from another grid
+    resize          (table, shape that the model has) -> the table in that shape; raises ValueError, saying what was
+                    expected, for a table that is no grid
+    timm            (name, keywords of the constructor) -> the same model in timm; timm_key: a name of ours -> timm's, None
+                    for what timm does not store
+    network         (name, keywords of the constructor) -> the classifier for a file that stands alone
+    """
+
+    name: str
+    title: str
+    autoencoder: type[nn.Module]
+    classifier: type[nn.Module]
+    sizes: dict[str, dict[str, Any]]
+    decoder: dict[str, Any]
+    masking: str
+    encoder: tuple[str, ...]
+    fresh: tuple[str, ...]
+    undecayed: tuple[str, ...]
+    depth: Callable[[nn.Module], int]
+    layer_of: Callable[[str, nn.Module], int]
+    lacks: Callable[[Tensors], str | None]
+    read: Callable[[Tensors], dict[str, Any]]
+    describe: Callable[[dict[str, Any]], str]
+    tables: tuple[str, ...]
+    resize: Callable[[Tensor, tuple[int, ...]], Resized]
+    timm: Callable[[str, dict[str, Any]], TimmModel]
+    network: Callable[[str, dict[str, Any]], Network]
+    timm_key: Callable[[str], str | None] = str
+    encoder_prefix: str = ""
+    aliases: dict[str, str] = field(default_factory=dict)
+    suffixes: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.masking not in ("patches", "images"):
+            raise ValueError(f"masking: expected patches or images, got {self.masking!r}")
+
+    def bare(self, name: str) -> str:
+        """A model's own name: aliases resolved, suffixes removed."""
+        while suffix := next((s for s in self.suffixes if name.endswith(s)), None):
+            name = name.removesuffix(suffix)
+        return self.aliases.get(name, name)
+
+    def keywords(self, name: str) -> dict[str, Any]:
+        """Keywords of the constructor of the model with this bare name.  Raises KeyError for another family's."""
+        if name.startswith(PREFIX):
+            return {**self.decoder, **self.sizes[name.removeprefix(PREFIX)]}
+        return {key: value for key, value in self.sizes[name].items() if not key.startswith("decoder_")}
+
+    def named(self, read: dict[str, Any]) -> str | None:
+        """The classifier's name for what `read` found; None if its sizes have no name."""
+        sizes = {key: value for key, value in read.items() if key not in NO_SIZES}
+        for name in self.sizes:
+            own = {**self._defaults, **self.keywords(name)}
+            if all(own[key] == value for key, value in sizes.items()):
+                return name
+        return None
+
+    def in_words(self, read: dict[str, Any]) -> str:
+        """What `read` found, as messages say it: by name, or as a model of such sizes."""
+        name, words = self.named(read), self.describe(read)
+        return f"{name} ({words})" if name else f"a {self.title} of {words}"
+
+    def of_classifier(self, tensors: Tensors) -> dict[str, Tensor]:
+        """A state dict with the encoder's parameters under their names in a classifier."""
+        return {key.removeprefix(self.encoder_prefix): tensor for key, tensor in tensors.items()}
+
+    @property
+    def _defaults(self) -> dict[str, Any]:
+        return {name: p.default for name, p in inspect.signature(self.classifier).parameters.items()}
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether one of the patterns is for this name."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
