@@ -56,5 +56,7 @@ def textbook(config: FinetuneConfig, images: Tensor, labels: Tensor) -> Callable
 
 def _updater(config: FinetuneConfig, model: torch.nn.Module, device: torch.device) -> Updater:
     o = config.optim
-    optimizer = build_optimizer(model, LEARNING_RATE, o.weight_decay, o.layer_decay)
+    optimizer = build_optimizer(
+        model, LEARNING_RATE, o.weight_decay, o.layer_decay, find(config.model.model, pretraining=False)[0]
+    )
     return Updater(optimizer, device, config.compute.precision == "fp16", max_norm=o.clip_grad)

@@ -1,25 +1,27 @@
 """Layer-wise learning-rate decay: the closer to the image, the smaller the step."""
 
 import torch
+from torch import nn
 
-from mimir_fast.models import VisionTransformer
 from mimir_fast.models.families import family_of
-from mimir_fast.models.family import matches
+from mimir_fast.models.family import Family, matches
 from mimir_fast.training.optimizer import ADAM_EPS
 
 BETAS = (0.9, 0.999)
 
 
-def parameter_groups(model: VisionTransformer, weight_decay: float, layer_decay: float) -> list[dict]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float, family: Family | None = None
+) -> list[dict]:
     """One group per layer and kind in order of first appearance, with lr_scale = layer_decay^(depth + 1 - layer).
 
-    The layers are those of the model's family.  Vectors and what the family names (ViT: the class token and the positional
+    The layers are those of the model's family; family: of a model by others with the same names of parameters.  Vectors and what the family names (ViT: the class token and the positional
     table) are not decayed.  Order and grouping are part of the checkpoint format.
     Raises ValueError unless 0 < layer_decay <= 1.
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay: expected 0 < decay <= 1, got {layer_decay}")
-    family = family_of(model)
+    family = family or family_of(model)
     depth = family.depth(model)
     groups: dict[tuple[int, bool], dict] = {}
     for name, parameter in model.named_parameters():
@@ -36,7 +38,9 @@ def parameter_groups(model: VisionTransformer, weight_decay: float, layer_decay:
     return list(groups.values())
 
 
-def build_optimizer(model: VisionTransformer, lr: float, weight_decay: float, layer_decay: float) -> torch.optim.AdamW:
+def build_optimizer(
+    model: nn.Module, lr: float, weight_decay: float, layer_decay: float, family: Family | None = None
+) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`; the fused implementation, which can skip a step without asking the host."""
-    groups = parameter_groups(model, weight_decay, layer_decay)
+    groups = parameter_groups(model, weight_decay, layer_decay, family)
     return torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=ADAM_EPS, fused=True)
