@@ -1,7 +1,7 @@
 """The closed sets of words that flags take.  Each stands at its flag once, and whoever acts on a word imports its set here.
 
 Sets that are a table's keys stand with it: data sets in mimir_fast/data/datasets.py, implementations of operations in
-kernels/_shared/registration.py, models in mimir_fast/models/__init__.py, formats of exports in mimir_fast/config/export.py.
+kernels/_shared/registration.py, models in mimir_fast/models/families/, formats of exports in mimir_fast/config/export.py.
 """
 
 # pre-training

@@ -15,8 +15,9 @@ def parameter_groups(
 ) -> list[dict]:
     """One group per layer and kind in order of first appearance, with lr_scale = layer_decay^(depth + 1 - layer).
 
-    The layers are those of the model's family; family: of a model by others with the same names of parameters.  Vectors and what the family names (ViT: the class token and the positional
-    table) are not decayed.  Order and grouping are part of the checkpoint format.
+    The layers are those of the model's family, or of `family` for a model by others with the same names of parameters.
+    Vectors and what the family names (ViT: the class token and the positional table) are not decayed.  Order and grouping are
+    part of the checkpoint format.
     Raises ValueError unless 0 < layer_decay <= 1.
     """
     if not 0 < layer_decay <= 1:
