@@ -6,7 +6,7 @@ from mimir_fast.attacks.named import WORDS, parse_attacks
 from mimir_fast.config.choices import SPLITS
 from mimir_fast.config.fields import Configuration, flag, require
 from mimir_fast.data.datasets import DATASETS
-from mimir_fast.models.families import listed
+from mimir_fast.models.families import find, listed
 
 # radius in 1/255, where neither the flags nor the checkpoint say one
 USUAL_EPS = 8.0
@@ -88,6 +88,8 @@ class EvaluateConfig(Configuration):
     def check(self) -> "EvaluateConfig":
         """Return self if every value is possible; raises ValueError naming the flag, its value and what is allowed."""
         super().check()
+        if self.model.model is not None:
+            find(self.model.model, pretraining=False)
         require(
             bool(self.model.checkpoint), "checkpoint", "none", "a file or URL: --checkpoint runs/my/checkpoint-99.pth"
         )

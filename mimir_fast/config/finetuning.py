@@ -12,7 +12,7 @@ from mimir_fast.config.choices import ALPHA_SCHEDULES, MI_LOSS, MIXUP_MODES, REM
 from mimir_fast.config.fields import Configuration, flag, inherited, require
 from mimir_fast.config.stages import ComputeConfig, DistConfig, check_shared
 from mimir_fast.data.datasets import INFO
-from mimir_fast.models.families import listed
+from mimir_fast.models.families import find, listed
 
 
 @dataclass(frozen=True)
@@ -194,6 +194,7 @@ class FinetuneConfig(Configuration):
     def check(self) -> "FinetuneConfig":
         """Return self if every value is possible; raises ValueError naming the flag, its value and what is allowed."""
         super().check()
+        find(self.model.model, pretraining=False)
         flat = self.flat()
         check_shared(flat)
         _check_numbers(flat)

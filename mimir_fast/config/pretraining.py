@@ -10,7 +10,7 @@ from mimir_fast.config import stages
 from mimir_fast.config.choices import ATTACKS, MI_TRAIN, PENALTIES
 from mimir_fast.config.fields import Configuration, flag, inherited, require
 from mimir_fast.config.stages import ComputeConfig, DistConfig, OptimConfig, RunConfig, check_shared
-from mimir_fast.models.families import listed
+from mimir_fast.models.families import find, listed
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ class PretrainConfig(Configuration):
     def check(self) -> "PretrainConfig":
         """Return self if every value is possible; raises ValueError naming the flag, its value and what is allowed."""
         super().check()
+        find(self.model.model, pretraining=True)
         flat = self.flat()
         check_shared(flat)
         for name in ("mask_ratio", "attack_mask_ratio"):

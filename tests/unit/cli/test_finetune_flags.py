@@ -75,6 +75,7 @@ ORIGINAL = {
     "dist_url": (str, "env://"),
 }
 SAMPLES = {
+    "model": "vit_base",
     "device": "cpu",
     "patch_size": "8",
     "input_size": "32",

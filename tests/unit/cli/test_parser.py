@@ -50,6 +50,7 @@ ORIGINAL = {
     "dist_url": (str, "env://"),
 }
 CHECKED = {
+    "model": ("mae_vit_base", "mae_vit_base"),
     "device": ("cpu", "cpu"),
     "patch_size": ("8", 8),
     "input_size": ("32", 32),

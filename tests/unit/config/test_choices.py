@@ -52,6 +52,12 @@ def test_the_originals_scripts_use_words_that_are_known(command, line):
             "--mi_train hscic",
             "mi_train: got 'hscic', expected plain or hsic or dib_mi or renyi2; did you mean",
         ),
+        (
+            PRETRAIN,
+            "--model mae_vit_smal",
+            "model: unknown name 'mae_vit_smal'; choose one of mae_vit_nano, mae_vit_ti",
+        ),
+        (FINETUNE, "--model mae_vit_small", "model: unknown name 'mae_vit_small'; choose one of vit_nano, vit_ti"),
         (PRETRAIN, "--precision bf61", "precision: got 'bf61', expected bf16 or fp16 or fp32; did you mean bf16?"),
         (PRETRAIN, "--dataset cifar", "did you mean cifar10?"),
         (PRETRAIN, "--dataset MNIST --compat original", "dataset: got 'MNIST', expected imagenet or"),
