@@ -64,7 +64,8 @@ def main(arguments: list[str]) -> int:
 
 def measured(args: argparse.Namespace, trainer: Loop, times: StageTimes) -> dict:
     """The record.  On a pretend GPU every time is None: there is none."""
-    config, device = trainer.config, device_name(trainer.world, args.gpu)
+    run = trainer.task.run
+    config, device = run.config.updated(run.flat()), device_name(trainer.world, args.gpu)
     images = config.optim.batch_size * config.optim.accum_iter
     record = {
         **heading(device),

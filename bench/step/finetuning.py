@@ -13,11 +13,10 @@ from bench.textbook import textbook_adversarial_step, textbook_classifier
 from mimir_fast.cli.finetune import FINETUNE
 from mimir_fast.cli.parser import parse_args
 from mimir_fast.config.finetuning import FinetuneConfig
-from mimir_fast.config.resolve import resolve
+from mimir_fast.config.resolve import DTYPES, resolve
 from mimir_fast.models.families import find
 from mimir_fast.training.layer_decay import build_optimizer
 from mimir_fast.training.optimizer import Updater
-from mimir_fast.training.precision import AUTOCAST
 
 RECIPE = "imagenet_vit_s"
 LEARNING_RATE = 1e-4
@@ -43,7 +42,7 @@ def textbook(config: FinetuneConfig, images: Tensor, labels: Tensor) -> Callable
     model = textbook_classifier(m.input_size, m.patch_size, m.nb_classes, m.drop_path, **sizes).to(images.device)
     updater = _updater(config, model, images.device)
     numbers = (a.eps / 255, a.alpha / 255, a.steps, config.augment.smoothing)
-    dtype = AUTOCAST[config.compute.precision]
+    dtype = DTYPES[config.compute.precision]
 
     def step() -> None:
         with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):

@@ -22,13 +22,12 @@ from mimir_fast.cli.parser import parse_args
 from mimir_fast.cli.pretrain import PRETRAIN as COMMAND
 from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.config.pretraining import PretrainConfig
-from mimir_fast.config.resolve import resolve
+from mimir_fast.config.resolve import DTYPES, resolve
 from mimir_fast.models.families import find
 from mimir_fast.training.distributed import World
 from mimir_fast.training.engine import Engine
 from mimir_fast.training.finetuning import Finetuning
 from mimir_fast.training.optimizer import Updater, build_optimizer
-from mimir_fast.training.precision import AUTOCAST
 from mimir_fast.training.pretraining import Pretraining
 
 VARIANTS = ("ours", "references", "textbook")
@@ -72,7 +71,8 @@ def build_step(variant: str, config: StepConfig, device: torch.device) -> Callab
 def trainers(config: StepConfig, images_u8: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
     """The trainers' own step, of either configuration."""
     world = World(device=images_u8.device)
-    engine = Engine((Finetuning if isinstance(config, FinetuneConfig) else Pretraining)(config, world), world)
+    task = Finetuning if isinstance(config, FinetuneConfig) else Pretraining
+    engine = Engine(task(resolve(config, set()), world), world)
 
     def step() -> None:
         engine.micro_step(images_u8, labels)
@@ -90,7 +90,7 @@ def textbook(config: PretrainConfig, images: torch.Tensor) -> Callable[[], None]
     model = TextbookMAE(**sizes, norm_pix_loss=m.norm_pix_loss).to(images.device)
     updater = _updater(config, model, images.device)
     numbers = (config.attack.eps / 255, config.attack.alpha / 255, m.mask_ratio, config.penalty.mi_xpl)
-    dtype = AUTOCAST[config.compute.precision]
+    dtype = DTYPES[config.compute.precision]
 
     def step() -> None:
         with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):

@@ -19,7 +19,6 @@ from mimir_fast.checkpoints import folder as ckpt
 from mimir_fast.checkpoints.atomic import write_text_atomically
 from mimir_fast.checkpoints.matching import load_model_state, load_optimizer_state
 from mimir_fast.checkpoints.reader import read
-from mimir_fast.config.fields import Configuration
 from mimir_fast.config.stages import RunConfig
 from mimir_fast.training.distributed import World
 from mimir_fast.training.optimizer import Updater
@@ -49,7 +48,7 @@ def checkpoint_state(
     moments: dict,
     updater: Updater,
     position: Position,
-    config: Configuration,
+    flat: dict,
     lr: float,
     dataset: str,
     own: dict,
@@ -57,11 +56,10 @@ def checkpoint_state(
     """The original's five entries, and ours under `mimir_fast`; only tensors, plain values and the args Namespace.
 
     As in the original, args holds eps and alpha divided by 255, the learning rate used and the data set's full name.
-    weights, moments: state dicts of the whole model and its optimizer
+    weights, moments: state dicts of the whole model and its optimizer; flat: the run's flags as recorded
     own: what else a run of this kind needs to go on; `geometry` is in it, what a position inside an epoch depends on.
     """
-    flat = config.flat()
-    flat |= {"eps": flat["eps"] / 255, "alpha": flat["alpha"] / 255, "lr": lr, "dataset": dataset}
+    flat = flat | {"eps": flat["eps"] / 255, "alpha": flat["alpha"] / 255, "lr": lr, "dataset": dataset}
     return {
         "model": weights,
         "optimizer": moments,

@@ -33,8 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build(run: Run[FinetuneConfig], world: World) -> Loop:
-    config = run.config.updated(run.flat())
-    return Loop(Finetuning(config, world, build_data(config, world)), world, list(run.notes))
+    return Loop(Finetuning(run, world, build_data(run, world)), world)
 
 
 def evaluated(run: Run[FinetuneConfig]) -> int | None:

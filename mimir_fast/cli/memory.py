@@ -10,6 +10,7 @@ from mimir_fast.cli.errors import guarded
 from mimir_fast.cli.parser import build_parser, canonical, configuration
 from mimir_fast.cli.pretrain import PRETRAIN
 from mimir_fast.config.pretraining import PretrainConfig
+from mimir_fast.config.resolve import Run
 from mimir_fast.memory.capacity import GPUS, Gpu, describe, needed, on_cuda
 from mimir_fast.memory.prediction import predict
 
@@ -27,16 +28,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def report(words: list[str]) -> int:
     """Predict and print; returns 0 if the batch fits, 1 if not.  Raises ValueError for wrong input."""
-    config, gpus = parse_memory_args(words)
-    prediction = predict(config)
-    for line in describe(config, prediction, gpus):
+    run, gpus = parse_memory_args(words)
+    prediction = predict(run)
+    for line in describe(run, prediction, gpus):
         print(line)
-    batch = config.optim.batch_size
+    batch = run.config.optim.batch_size
     return 0 if any(needed(prediction, gpu, batch) <= gpu.memory for gpu in gpus.values()) else 1
 
 
-def parse_memory_args(argv: list[str]) -> tuple[PretrainConfig, dict[str, Gpu]]:
-    """Command-line words -> the configuration as it would run on CUDA, and the GPUs it is held against.
+def parse_memory_args(argv: list[str]) -> tuple[Run[PretrainConfig], dict[str, Gpu]]:
+    """Command-line words -> the run as it would be on CUDA, and the GPUs it is held against.
 
     Exits with status 2 and one line on a wrong flag (argparse); raises ValueError on a wrong value.
     """
@@ -50,10 +51,10 @@ def parse_memory_args(argv: list[str]) -> tuple[PretrainConfig, dict[str, Gpu]]:
         raise ValueError(f"memory_gib: got {memory:g} beside --gpu {name}; pass one of the two")
     if memory is not None and not memory > 0:
         raise ValueError(f"memory_gib: got {memory:g}, expected more than 0")
-    config = on_cuda(*configuration(COMMAND, given))
+    run = on_cuda(*configuration(COMMAND, given))
     if memory is not None:
-        return config, {f"{memory:g} GiB": Gpu(memory, 32)}
-    return config, {name: GPUS[name]} if name else GPUS
+        return run, {f"{memory:g} GiB": Gpu(memory, 32)}
+    return run, {name: GPUS[name]} if name else GPUS
 
 
 if __name__ == "__main__":

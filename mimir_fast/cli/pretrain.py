@@ -29,8 +29,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build(run: Run[PretrainConfig], world: World) -> Loop:
-    config = run.config.updated(run.flat())
-    return Loop(Pretraining(config, world, build_data(config, world)), world, list(run.notes))
+    return Loop(Pretraining(run, world, build_data(run, world)), world)
 
 
 if __name__ == "__main__":

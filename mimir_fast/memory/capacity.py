@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from mimir_fast.config.pretraining import PretrainConfig
-from mimir_fast.config.resolve import Machine, resolve
+from mimir_fast.config.resolve import Machine, Run, resolve
 from mimir_fast.memory.prediction import Prediction
 from mimir_fast.models.attention import PACKAGES
 from mimir_fast.training.pretraining import penalty_name
@@ -31,8 +31,8 @@ GPUS = {
 }
 
 
-def on_cuda(config: PretrainConfig, explicit: set[str]) -> PretrainConfig:
-    """The configuration with the defaults it would have on a CUDA machine.
+def on_cuda(config: PretrainConfig, explicit: set[str]) -> Run[PretrainConfig]:
+    """The run that it would be on a CUDA machine.
 
     Raises ValueError if it asks for the CPU, for shards of the model or for a package's attention, or is wrong in itself.
     """
@@ -44,7 +44,7 @@ def on_cuda(config: PretrainConfig, explicit: set[str]) -> PretrainConfig:
         raise ValueError(f"attention: got {config.compute.attention}; memory predicts auto, short, sdpa and math")
     # compiled, whether this machine has a compiler or not
     pretended = Machine(cuda_devices=1, missing_compiler=lambda: None)
-    return config.updated(resolve(config.updated({"device": "cuda:0"}), explicit, pretended).flat())
+    return resolve(config.updated({"device": "cuda:0"}), explicit, pretended)
 
 
 def peak(prediction: Prediction, gpu: Gpu, batch: int) -> dict[str, float]:
@@ -68,16 +68,17 @@ def largest_batch(prediction: Prediction, gpu: Gpu) -> int:
     return low
 
 
-def describe(config: PretrainConfig, prediction: Prediction, gpus: dict[str, Gpu]) -> list[str]:
+def describe(run: Run[PretrainConfig], prediction: Prediction, gpus: dict[str, Gpu]) -> list[str]:
     """The lines of the report."""
-    m, c, a, batch = config.model, config.compute, config.attack, config.optim.batch_size
+    config, c, words = run.config, run.compute, run.compute.words()
+    m, a, batch = config.model, config.attack, config.optim.batch_size
     attack = "none" if a.attack == "plain" else f"{a.steps} step(s)"
     compiled = f"compiled by {c.compile_region}" if c.compile else "eager"
-    settings = [compiled, f"kernels {c.kernels}", f"attention {c.attention}", f"residual {c.residual_dtype}"]
+    settings = [compiled, f"kernels {c.kernels}", f"attention {c.attention}", f"residual {words['residual_dtype']}"]
     settings += ["activation checkpointing"] * c.activation_checkpointing
     kinds = peak(prediction, next(iter(gpus.values())), batch)
     lines = [
-        f"{m.model} at {m.input_size}/{m.patch_size}, {c.precision}, {', '.join(settings)}; "
+        f"{m.model} at {m.input_size}/{m.patch_size}, {words['precision']}, {', '.join(settings)}; "
         f"attack {attack}; penalty {penalty_name(config) or 'none'}",
         f"predicted peak at batch {batch} (one process; torch.cuda.max_memory_allocated):",
         *(f"  {kind:<28}{size:8.2f} GiB" for kind, size in kinds.items()),

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mimir_fast.config.pretraining import PretrainConfig
+from mimir_fast.config.resolve import Run
 from mimir_fast.memory.graphs import planning_backend
 from mimir_fast.memory.ledger import KINDS, Ledger, Moment
 from mimir_fast.models import MaskedAutoencoderViT
@@ -20,7 +21,7 @@ PRIMES = (509, 521, 523, 541, 547, 557)
 DEPTHS = (1, 2)  # encoder blocks traced when compiling: every stretch of the step grows linearly with the blocks
 
 
-class Run(NamedTuple):
+class Trace(NamedTuple):
     """A fake step's moments as arrays: segment [n], terms [n,kinds,3], scratch [n,2]."""
 
     segment: np.ndarray
@@ -28,7 +29,7 @@ class Run(NamedTuple):
     scratch: np.ndarray
 
     @classmethod
-    def of(cls, moments: list[Moment]) -> "Run":
+    def of(cls, moments: list[Moment]) -> "Trace":
         """From a ledger."""
         return cls(*(np.array(column) for column in zip(*moments)))
 
@@ -45,7 +46,7 @@ class Run(NamedTuple):
 class Prediction(NamedTuple):
     """What runs of fewer encoder blocks say about a model of `depth` blocks; a single run stands for itself."""
 
-    runs: list[Run]
+    traces: list[Trace]
     depths: list[int]
     depth: int
 
@@ -53,34 +54,34 @@ class Prediction(NamedTuple):
         """Bytes by kind at the step's peak, at this batch size; raises ValueError if it is below 1."""
         if batch < 1:
             raise ValueError(f"batch_size: got {batch}, expected 1 or more")
-        peaks = self.runs[0].peaks(batch)
-        if len(self.runs) > 1:
-            slope = (self.runs[1].peaks(batch) - peaks) / (self.depths[1] - self.depths[0])
+        peaks = self.traces[0].peaks(batch)
+        if len(self.traces) > 1:
+            slope = (self.traces[1].peaks(batch) - peaks) / (self.depths[1] - self.depths[0])
             peaks = peaks + slope * (self.depth - self.depths[0])
         return dict(zip(KINDS, peaks[peaks.sum(axis=1).argmax()]))
 
 
-def predict(config: PretrainConfig) -> Prediction:
-    """Follow one step of this configuration on CUDA; precision, compile, kernels and attention must be settled.
+def predict(run: Run[PretrainConfig]) -> Prediction:
+    """Follow one step of this run on CUDA; data parallelism and the data pipeline are not part of it.
 
-    Data parallelism and the data pipeline are not part of it.  Raises ValueError for a configuration that cannot be built.
+    Raises ValueError for a configuration that cannot be built.
     """
     with FakeTensorMode():
-        depth = len(build_model(config, CPU).blocks)
-    whole = config.compute.compile and config.compute.compile_region == "model"
+        depth = len(build_model(run, CPU).blocks)
+    whole = run.compute.compile and run.compute.compile_region == "model"
     depths = list(DEPTHS) if whole and depth > DEPTHS[-1] else [depth]
-    return Prediction([follow(config, blocks) for blocks in depths], depths, depth)
+    return Prediction([follow(run, blocks) for blocks in depths], depths, depth)
 
 
-def follow(config: PretrainConfig, depth: int) -> Run:
+def follow(run: Run[PretrainConfig], depth: int) -> Trace:
     """Run the step with `depth` encoder blocks on fake tensors, after a warm-up, under the ledger."""
     torch.compiler.reset()
     with FakeTensorMode():
-        task = Pretraining(config, World(device=CPU))
+        task = Pretraining(run, World(device=CPU))
         task.model.blocks = task.model.blocks[:depth]
-        ledger = Ledger(_prime(config, task.model))
+        ledger = Ledger(_prime(run.config, task.model))
         engine = Engine(task, task.world, backend=planning_backend(ledger))
-        side = config.model.input_size
+        side = run.config.model.input_size
         # this step's, the next one's
         ahead = [torch.empty(ledger.batch, 3, side, side, dtype=torch.uint8) for _ in range(2)]
         _warm_up(engine, ahead[0])
@@ -92,7 +93,7 @@ def follow(config: PretrainConfig, depth: int) -> Run:
         with ledger:
             _update(engine, ahead[0])
     torch.compiler.reset()
-    return Run.of(ledger.moments)
+    return Trace.of(ledger.moments)
 
 
 def _prime(config: PretrainConfig, model: MaskedAutoencoderViT) -> int:
@@ -113,7 +114,7 @@ def _parameters(engine: Engine) -> list[Tensor]:
 
 def _warm_up(engine: Engine, images_u8: Tensor) -> None:
     """Compile what will be compiled, and make the optimizer's state: an eager step needs no more than an update for it."""
-    if engine.task.config.compute.compile:
+    if engine.task.run.compute.compile:
         return _update(engine, images_u8)
     for p in engine.task.model.parameters():
         p.grad = torch.empty_like(p) if p.requires_grad else None

@@ -18,7 +18,7 @@ from mimir_fast.training.compilation import Compiler
 from mimir_fast.training.distributed import World, average_gradients
 from mimir_fast.training.moving_average import RunningAverage
 from mimir_fast.training.optimizer import Updater, peak_learning_rate
-from mimir_fast.training.precision import AUTOCAST, ComputeCopy
+from mimir_fast.training.precision import ComputeCopy
 from mimir_fast.training.seeds import step_seed
 from mimir_fast.training.stages import stage
 from mimir_fast.training.task import Output, Step
@@ -44,11 +44,11 @@ class Engine:
         backend: str | Callable = "inductor",
     ):
         """updater: of a resumed run, `task.updater` without; average: a resumed running average; backend: torch.compile's."""
-        optim, compute = task.config.optim, task.config.compute
-        self.task, self.world, self.seed, self.accum_iter = task, world, task.config.run.seed, optim.accum_iter
+        optim, compute = task.run.config.optim, task.run.compute
+        self.task, self.world, self.seed, self.accum_iter = task, world, task.run.config.run.seed, optim.accum_iter
         self.updater = updater or task.updater(peak_learning_rate(optim, world.size))
-        self.generator, self.dtype = torch.Generator(world.device), AUTOCAST[compute.precision]
-        self.sharded = world.size > 1 and compute.parallel == "fsdp"
+        self.generator, self.dtype = torch.Generator(world.device), compute.dtype
+        self.sharded = world.size > 1 and compute.fsdp
         self.shards = None
         world.share(task.model.parameters())
         self.average = self._start_average(average)
@@ -127,7 +127,7 @@ class Engine:
         return self.updater.compute.module
 
     def _compiler(self, backend: str | Callable) -> Compiler:
-        compute, model = self.task.config.compute, self.task.model
+        compute, model = self.task.run.compute, self.task.model
         reference = choose(model.kernels, next(model.parameters())) == "reference"
         how = (compute.compile, compute.compile_mode, compute.compile_region, backend, reference)
         return Compiler(*how, through=self._gathered if self.sharded else None)
@@ -139,7 +139,7 @@ class Engine:
         """The objective among processes."""
         if self.world.size == 1:
             return objective
-        compress = self.task.config.compute.grad_compression == "bf16"
+        compress = self.task.run.compute.compress_gradients
         if self.sharded:
             from mimir_fast.training.sharding import Shards  # slow to import: only where there are shards
 

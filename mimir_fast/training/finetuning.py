@@ -13,6 +13,7 @@ from mimir_fast.checkpoints.reader import read
 from mimir_fast.checkpoints.run_state import Position
 from mimir_fast.checkpoints.transfer import load_pretrained
 from mimir_fast.config.finetuning import FinetuneConfig
+from mimir_fast.config.resolve import Run
 from mimir_fast.data import Augment, BatchStream, build_train_data, dataset_info, mix, mixing_seed, to_float
 from mimir_fast.data.datasets import DatasetInfo
 from mimir_fast.models import VisionTransformer, create_classifier
@@ -52,11 +53,12 @@ class Finetuning:
 
     tags = {"loss": "loss", "lr": "lr"}  # noqa: RUF012 (the original's; nobody changes it)
 
-    def __init__(self, config: FinetuneConfig, world: World, stream: BatchStream | None = None):
+    def __init__(self, run: Run[FinetuneConfig], world: World, stream: BatchStream | None = None):
         if stream is not None:
-            config = config.updated({"nb_classes": stream.num_classes})
-        self.config, self.world, self.stream = config, world, stream
-        self.model = build_model(config, stream or dataset_info(config.data.dataset), world.device)
+            run = run.updated({"nb_classes": stream.num_classes})
+        self.run, self.world, self.stream = run, world, stream
+        self.config = config = run.config
+        self.model = build_model(run, stream or dataset_info(config.data.dataset), world.device)
         self.average_decay = config.optim.model_ema_decay if config.optim.model_ema else None
         self.start_epoch(config.optim.epochs - 1)
 
@@ -75,7 +77,7 @@ class Finetuning:
     def updater(self, lr: float) -> Updater:
         o = self.config.optim
         optimizer = build_optimizer(self.model, lr, o.weight_decay, o.layer_decay)
-        return Updater(optimizer, self.world.device, self.config.compute.precision == "fp16", max_norm=o.clip_grad)
+        return Updater(optimizer, self.world.device, self.run.compute.scaled, max_norm=o.clip_grad)
 
     def attack_functions(self, compiler: Compiler) -> AttackFunctions:
         return AttackFunctions(
@@ -115,7 +117,7 @@ class Finetuning:
     # ---- epochs
 
     def start_epoch(self, epoch: int) -> None:
-        self.attack = build_attack(self.config, epoch, self.world.device)
+        self.attack = build_attack(self.run, epoch, self.world.device)
         self.mixing = build_mixing(self.config, epoch)
 
     def end_epoch(self, engine, epoch: int, ends: Callable[[], bool]) -> Measured | None:
@@ -152,14 +154,15 @@ class Finetuning:
             say("model_ema: the resumed run kept no average; it starts from the parameters of now")
         elif self.average_decay is None and "model_ema" in state:
             say("model_ema: the resumed run kept an average; without the flag it ends here")
-        self.validator = Validator(self.config, self.world, best_so_far(own, self.config, say))
+        self.validator = Validator(self.run, self.world, best_so_far(own, self.config, say))
 
     def state(self) -> dict:
         return {"best": self.validator.best, "best_by": criterion(self.config)}
 
 
-def build_data(config: FinetuneConfig, world: World) -> BatchStream:
+def build_data(run: Run[FinetuneConfig], world: World) -> BatchStream:
     """This rank's share of the training images."""
+    config = run.config
     d, a = config.data, config.augment
     return build_train_data(
         d.dataset,
@@ -171,24 +174,24 @@ def build_data(config: FinetuneConfig, world: World) -> BatchStream:
         held_out=config.validation.held_out,
         edm_aug=d.edm_aug,
         warmup_aa=warms_up(config),
-        **stream_options(config, world),
+        **stream_options(run, world),
     )
 
 
-def build_model(config: FinetuneConfig, images: BatchStream | DatasetInfo, device: torch.device) -> VisionTransformer:
+def build_model(run: Run[FinetuneConfig], images: BatchStream | DatasetInfo, device: torch.device) -> VisionTransformer:
     """The classifier on its device, freshly initialised; images in [0,1] are normalised inside of it, if at all."""
-    m = config.model
-    constants = {"mean": images.mean, "std": images.std} if config.data.use_normalize else {}
+    m = run.config.model
+    constants = {"mean": images.mean, "std": images.std} if run.config.data.use_normalize else {}
     heads = {"num_classes": m.nb_classes, "global_pool": m.global_pool, "drop_path": m.drop_path}
-    return on_device(create_classifier(m.model, **heads, **constants, **model_options(config)), device)
+    return on_device(create_classifier(m.model, **heads, **constants, **model_options(run)), device)
 
 
-def build_attack(config: FinetuneConfig, epoch: int, device: torch.device) -> Attack:
+def build_attack(run: Run[FinetuneConfig], epoch: int, device: torch.device) -> Attack:
     """The training attack of an epoch, in pixels of [0,1]."""
-    a = config.attack
-    eps, alpha = radius_and_step(a, epoch, config.optim.epochs)
+    a = run.config.attack
+    eps, alpha = radius_and_step(a, epoch, run.config.optim.epochs)
     bounds = linf_bounds(eps / 255, alpha / 255, 0.0, 1.0, channels=3, device=device)
-    scale = FP16_ATTACK_SCALE if config.compute.precision == "fp16" else 1.0
+    scale = FP16_ATTACK_SCALE if run.compute.scaled else 1.0
     return Attack(a.attack_train, a.steps, bounds, scale, a.trades_beta)
 
 

@@ -26,16 +26,15 @@ Batch = tuple[Tensor, Tensor]  # images uint8 [B,3,H,W] and labels int64 [B], on
 class Loop:
     """One run of a task: resumes or starts it (raises ValueError where something does not fit), then `run()`."""
 
-    def __init__(self, task: Task, world: World, notes: list[str]):
-        """notes: lines to print before the run describes itself."""
-        self.task, self.world, self.config, self.stream = task, world, task.config, task.stream
+    def __init__(self, task: Task, world: World):
+        self.task, self.world, self.config, self.stream = task, world, task.run.config, task.stream
         o, r = self.config.optim, self.config.run
         if len(self.stream) < o.accum_iter:
             raise ValueError(f"accum_iter: {o.accum_iter} exceeds the {len(self.stream)} micro-batches of an epoch")
         self.updates_per_epoch = len(self.stream) // o.accum_iter
         self.lr = peak_learning_rate(o, world.size)
         self.folder = Path(r.output_dir) if r.output_dir else None
-        notes, updater = list(notes), task.updater(self.lr)
+        notes, updater = list(task.run.notes), task.updater(self.lr)
         start = Position(o.start_epoch, update=o.start_epoch * self.updates_per_epoch)
         entries = (task.model, updater, start, self._geometry(), self.updates_per_epoch)
         self.position, state, own = resume(r.resume, self.folder, world, *entries, notes.append)
@@ -49,14 +48,14 @@ class Loop:
         o, r, p = self.config.optim, self.config.run, self.position
         own = self.task.state()
         if self.folder and self.world.is_main:
-            notes += open_folder(self.folder, self.config.flat(), p)
+            notes += open_folder(self.folder, self.task.run.flat(), p)
             if "best" in own and own["best"] is None:
                 notes += ckpt.set_best_aside(self.folder)
         self.total_updates = o.epochs * self.updates_per_epoch
         if r.max_steps:
             self.total_updates = min(self.total_updates, r.max_steps)
         where = (p.epoch, p.update, int(1000 * (p.epoch + p.step / len(self.stream))))
-        self.log = RunLog(r, self.config.flat(), self.world, self.task.tags, self.total_updates, where)
+        self.log = RunLog(r, self.task.run.flat(), self.world, self.task.tags, self.total_updates, where)
         for line in [*notes, *describe(self.task, self.world, self.lr)]:
             self.log.say(line)
 
@@ -206,7 +205,7 @@ class Loop:
             self.position.sums = self.sums.means(self.world)
         if self.folder and self.world.is_main:
             weights, moments = states.pop("model"), states.pop("optimizer")
-            entries = (self.engine.updater, self.position, self.config, self.lr, self.stream.name)
+            entries = (self.engine.updater, self.position, self.task.run.flat(), self.lr, self.stream.name)
             state = checkpoint_state(weights, moments, *entries, own) | (extra or {}) | states
             ckpt.save_checkpoint(self.folder / name, state)
             ckpt.clean_folder(self.folder)

@@ -3,16 +3,16 @@
 import torch
 from torch import nn
 
-from mimir_fast.config.fields import Configuration
+from mimir_fast.config.resolve import Run
 from mimir_fast.training.distributed import World
 
 
-def stream_options(config: Configuration, world: World) -> dict:
+def stream_options(run: Run, world: World) -> dict:
     """This rank's share of the training images: arguments of build_pretrain_data and build_train_data alike."""
-    d, o = config.data, config.optim
+    d, o = run.config.data, run.config.optim
     return {
         "accum_iter": o.accum_iter,
-        "seed": config.run.seed,
+        "seed": run.config.run.seed,
         "rank": world.rank,
         "world_size": world.size,
         "num_workers": d.num_workers,
@@ -23,16 +23,16 @@ def stream_options(config: Configuration, world: World) -> dict:
     }
 
 
-def model_options(config: Configuration) -> dict:
+def model_options(run: Run) -> dict:
     """Size of the input, and how a model computes: arguments of create_model and create_classifier alike."""
-    m, c = config.model, config.compute
+    m, c = run.config.model, run.compute
     return {
         "img_size": m.input_size,
         "patch_size": m.patch_size,
         "kernels": c.kernels,
         "attention": c.attention,
         "mlp": c.mlp,
-        "residual_dtype": torch.bfloat16 if c.residual_dtype == "bf16" else None,
+        "residual_dtype": c.residual_dtype,
         "activation_checkpointing": c.activation_checkpointing,
     }
 

@@ -5,8 +5,6 @@ import copy
 import torch
 from torch import nn
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
 
 class ComputeCopy:
     """A model whose linear layers hold 16-bit copies of the fp32 model's; every other parameter is the same object.

@@ -10,6 +10,7 @@ from mimir_fast.attacks.pgd_mae import AttackFunctions, linf_bounds, reconstruct
 from mimir_fast.checkpoints.run_state import Position
 from mimir_fast.config.choices import PENALTIES
 from mimir_fast.config.pretraining import PretrainConfig
+from mimir_fast.config.resolve import Run
 from mimir_fast.data import BatchStream, build_pretrain_data, dataset_info, to_float
 from mimir_fast.data.datasets import DatasetInfo
 from mimir_fast.kernels import linf_patch_step
@@ -35,12 +36,13 @@ class Pretraining:
 
     average_decay = None
 
-    def __init__(self, config: PretrainConfig, world: World, stream: BatchStream | None = None):
-        self.config, self.world, self.stream = config, world, stream
+    def __init__(self, run: Run[PretrainConfig], world: World, stream: BatchStream | None = None):
+        self.run, self.world, self.stream = run, world, stream
+        self.config = config = run.config
         images = stream or dataset_info(config.data.dataset)
         self.constants = (images.mean, images.std) if config.data.use_normalize else (None, None)
-        self.model = build_model(config, world.device)
-        self.attack = build_attack(config, images, world.device)
+        self.model = build_model(run, world.device)
+        self.attack = build_attack(run, images, world.device)
         self.penalty = penalty_name(config)
         self.tags = {"train_loss": "loss", "lr": "lr"} | ({"mi": "mi"} if self.penalty else {})
         self.skipped_penalties = torch.zeros((), dtype=torch.float64, device=world.device)
@@ -56,7 +58,7 @@ class Pretraining:
     def updater(self, lr: float) -> Updater:
         o = self.config.optim
         optimizer = build_optimizer(self.model, lr, o.weight_decay)
-        return Updater(optimizer, self.world.device, self.config.compute.precision == "fp16")
+        return Updater(optimizer, self.world.device, self.run.compute.scaled)
 
     def attack_functions(self, compiler: Compiler) -> AttackFunctions:
         return AttackFunctions(
@@ -136,29 +138,29 @@ class Pretraining:
         return {"skipped_penalties": self.world.total(self.skipped_penalties)}
 
 
-def build_data(config: PretrainConfig, world: World) -> BatchStream:
+def build_data(run: Run[PretrainConfig], world: World) -> BatchStream:
     """This rank's share of the training images."""
-    d = config.data
-    sizes = (config.model.input_size, config.optim.batch_size)
-    return build_pretrain_data(d.dataset, d.data_root, *sizes, **stream_options(config, world))
+    d = run.config.data
+    sizes = (run.config.model.input_size, run.config.optim.batch_size)
+    return build_pretrain_data(d.dataset, d.data_root, *sizes, **stream_options(run, world))
 
 
-def build_model(config: PretrainConfig, device: torch.device) -> MaskedAutoencoderViT:
+def build_model(run: Run[PretrainConfig], device: torch.device) -> MaskedAutoencoderViT:
     """The model on its device, freshly initialised."""
-    m = config.model
-    return on_device(create_model(m.model, norm_pix_loss=m.norm_pix_loss, **model_options(config)), device)
+    m = run.config.model
+    return on_device(create_model(m.model, norm_pix_loss=m.norm_pix_loss, **model_options(run)), device)
 
 
-def build_attack(config: PretrainConfig, images: BatchStream | DatasetInfo, device: torch.device) -> Attack:
+def build_attack(run: Run[PretrainConfig], images: BatchStream | DatasetInfo, device: torch.device) -> Attack:
     """The attack in the images' units: flags in 1/255, divided by each channel's deviation for normalised images."""
-    a = config.attack
+    a = run.config.attack
     if a.attack == "plain":
         return Attack()
     bounds = a.eps / 255, a.alpha / 255, 0.0, 1.0
-    if config.data.use_normalize:
+    if run.config.data.use_normalize:
         mean, std = torch.tensor(images.mean), torch.tensor(images.std)
         bounds = a.eps / 255 / std, a.alpha / 255 / std, (0.0 - mean) / std, (1.0 - mean) / std
-    scale = FP16_ATTACK_SCALE if config.compute.precision == "fp16" else 1.0
+    scale = FP16_ATTACK_SCALE if run.compute.scaled else 1.0
     return Attack(a.steps, linf_bounds(*bounds, channels=3, device=device), a.attack_mask_ratio, scale)
 
 

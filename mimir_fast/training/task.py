@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.checkpoints.run_state import Position
-from mimir_fast.config.fields import Configuration
+from mimir_fast.config.resolve import Run
 from mimir_fast.data import BatchStream
 from mimir_fast.training.compilation import Compiler
 from mimir_fast.training.optimizer import Updater
@@ -34,12 +34,12 @@ class Measured(NamedTuple):
 class Step(Protocol):
     """What a micro-step computes.
 
-    config         stages `optim`, `compute` and `run` are read
+    run            what was asked, and how it is computed here
     model          the fp32 model; the engine trains it
     average_decay  share of a running average that stays at an update; None: no average is kept
     """
 
-    config: Configuration
+    run: Run
     model: nn.Module
     average_decay: float | None
 

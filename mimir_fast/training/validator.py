@@ -4,11 +4,11 @@ from collections.abc import Callable
 from functools import partial
 
 from mimir_fast.config.finetuning import FinetuneConfig
+from mimir_fast.config.resolve import Run
 from mimir_fast.data import DataError, EvalStream, eval_batches
 from mimir_fast.models import VisionTransformer
 from mimir_fast.training.distributed import World
 from mimir_fast.training.finetune_step import FP16_ATTACK_SCALE, AttackFunctions
-from mimir_fast.training.precision import AUTOCAST
 from mimir_fast.training.validation import Scores, build_validation_attack, validate
 
 
@@ -55,10 +55,11 @@ class Validator:
     is_best   whether the epoch rated last was it; without --val_attack clean accuracy decides
     """
 
-    def __init__(self, config: FinetuneConfig, world: World, best: list[float] | None):
-        v = config.validation
-        self.config, self.world, self.best, self.is_best = config, world, best, False
-        scale = FP16_ATTACK_SCALE if config.compute.precision == "fp16" else 1.0
+    def __init__(self, run: Run[FinetuneConfig], world: World, best: list[float] | None):
+        config, v = run.config, run.config.validation
+        self.config, self.compute, self.world = config, run.compute, world
+        self.best, self.is_best = best, False
+        scale = FP16_ATTACK_SCALE if run.compute.scaled else 1.0
         self.attack = build_validation_attack(v.val_attack, config.attack.eps, world.device, scale)
         tests = v.test_every or (self.attack and not v.held_out)
         self.test = self._test_images(config, world) if tests else None
@@ -110,9 +111,9 @@ class Validator:
         images: EvalStream,
         attacked: bool,
     ) -> Scores | None:
-        c = self.config.compute
-        attack, fill = self.attack if attacked else None, self.config.optim.batch_size if c.compile else 0
-        return validate(model, images, self.world, AUTOCAST[c.precision], attack, ends, functions, fill)
+        attack = self.attack if attacked else None
+        fill = self.config.optim.batch_size if self.compute.compile else 0
+        return validate(model, images, self.world, self.compute.dtype, attack, ends, functions, fill)
 
     def _compare(self, scores: Scores, epoch: int) -> None:
         robust = scores.acc1 if scores.robust_acc1 is None else scores.robust_acc1

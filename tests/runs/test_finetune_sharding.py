@@ -20,7 +20,7 @@ from tests.support.tasks import classifier_task
 from tests.unit.training.test_finetune_step import BOUNDS, classifier
 
 FLAGS = {"lr": LR, "accum_iter": 2, "clip_grad": 0.5, "model_ema": True, "model_ema_decay": 0.5}
-SHARDS = {"parallel": "fsdp", "compile_region": "block"}
+SHARDS = {"parallel": "fsdp"}
 RUNS = {
     "pgd ddp": {},
     "pgd fsdp": SHARDS,

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mimir_fast import cli
 from mimir_fast.cli.parser import parse_args
 from mimir_fast.cli.pretrain import PRETRAIN, main
+from mimir_fast.config.resolve import resolve
 from mimir_fast.objectives import reconstruction as objective_module
 from mimir_fast.training.logs import drop_lines
 from mimir_fast.training.pretraining import build_attack
@@ -220,7 +221,7 @@ def test_fp16_attack_is_scaled_and_normalised_bounds_are_per_channel(data):
     config, _ = parse_args(
         PRETRAIN, ["--attack", "pgd_mae", "--precision", "fp16", "--use_normalize", "--attack_mask_ratio", "0.5"]
     )
-    attack = build_attack(config, stream, torch.device("cpu"))
+    attack = build_attack(resolve(config, set()), stream, torch.device("cpu"))
     assert (attack.loss_scale, attack.mask_ratio, attack.steps) == (65536.0, 0.5, 1)
     expected = [
         [8 / 255 / s for s in stream.std],
@@ -230,7 +231,7 @@ def test_fp16_attack_is_scaled_and_normalised_bounds_are_per_channel(data):
     ]
     assert torch.allclose(attack.bounds, torch.tensor(expected))
     config, _ = parse_args(PRETRAIN, ["--attack", "pgd_mae", "--precision", "bf16"])
-    assert build_attack(config, stream, torch.device("cpu")).loss_scale == 1.0
+    assert build_attack(resolve(config, set()), stream, torch.device("cpu")).loss_scale == 1.0
 
 
 def test_corrupt_image_is_counted_and_two_are_too_many(data, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.config.pretraining import PretrainConfig
+from mimir_fast.config.resolve import resolve
 from mimir_fast.models import MaskedAutoencoderViT, VisionTransformer
 from mimir_fast.training.distributed import World
 from mimir_fast.training.finetune_step import Attack as ClassifierAttack
@@ -21,7 +22,8 @@ def mae_task(
     **flags,
 ) -> Pretraining:
     """Pre-training of this model under this attack."""
-    task = Pretraining(PretrainConfig().updated(SIZES | PLAIN | {"attack": "pgd_mae"} | flags), world)
+    config = PretrainConfig().updated(SIZES | PLAIN | {"attack": "pgd_mae"} | flags)
+    task = Pretraining(resolve(config, set()), world)
     task.model, task.attack = model, attack
     return task
 
@@ -34,6 +36,6 @@ def classifier_task(
 ) -> Finetuning:
     """Fine-tuning of this model under this attack."""
     own = {"model": "vit_ti", "nb_classes": 2, "attack_train": attack.kind, "smoothing": 0.0}
-    task = Finetuning(FinetuneConfig().updated(SIZES | PLAIN | own | flags), world)
+    task = Finetuning(resolve(FinetuneConfig().updated(SIZES | PLAIN | own | flags), set()), world)
     task.model, task.attack = model, attack
     return task

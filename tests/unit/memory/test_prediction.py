@@ -17,11 +17,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mimir_fast.cli.memory import main
 from mimir_fast.config.pretraining import PretrainConfig
+from mimir_fast.config.resolve import Machine, Run, resolve
 from mimir_fast.memory.capacity import GPUS, Gpu, largest_batch, needed, peak
 from mimir_fast.memory.cuda import Scratch
 from mimir_fast.memory.graphs import kernels
 from mimir_fast.memory.ledger import KINDS, Ledger, Moment, growth, tensor_growth
-from mimir_fast.memory.prediction import Prediction, Run, predict
+from mimir_fast.memory.prediction import Prediction, Trace, predict
 from mimir_fast.models import create_model
 from mimir_fast.training.engine import Engine
 from tests.support.runs import make_images, run
@@ -52,10 +53,15 @@ RECORDED = {
 }
 
 
+def on_gpu(flags: dict) -> Run:
+    """A run of the full configuration with these flags, as it would be on a GPU."""
+    return resolve(PretrainConfig().updated(FULL | flags), set(), Machine(1, lambda: None))
+
+
 @functools.cache
 def prediction(model: str, compiled: bool, residual: str, again: bool) -> Prediction:
     flags = {"model": f"mae_vit_{model}", "compile": compiled, "residual_dtype": residual}
-    return predict(PretrainConfig().updated(FULL | flags | {"activation_checkpointing": again}))
+    return predict(on_gpu(flags | {"activation_checkpointing": again}))
 
 
 def step_mib(predicted: Prediction, batch: int) -> float:
@@ -99,7 +105,7 @@ def test_grows_with_the_batch_and_a_step_with_one_image_holds_the_gradients():
 
 def test_accumulation_keeps_gradients():
     flags = {"model": "mae_vit_ti", "input_size": 32, "patch_size": 8, "compile": False}
-    once, twice = (predict(PretrainConfig().updated(FULL | flags | {"accum_iter": n})).at(256) for n in (1, 2))
+    once, twice = (predict(on_gpu(flags | {"accum_iter": n})).at(256) for n in (1, 2))
     more = twice["activations and gradients"] - once["activations and gradients"]
     assert more == pytest.approx(twice["optimizer state"] / 2, rel=0.05)
 
@@ -149,7 +155,7 @@ def graph_size(graph, key: int) -> int:
 def _by_hand(constant: float, per_image: float) -> Prediction:
     terms = np.zeros((len(KINDS), 3))
     terms[0, 0], terms[-1, 1] = constant, per_image
-    return Prediction([Run.of([Moment(0, terms, Scratch())])], [1], 1)
+    return Prediction([Trace.of([Moment(0, terms, Scratch())])], [1], 1)
 
 
 def test_largest_batch_leaves_the_reserve():
@@ -160,7 +166,7 @@ def test_largest_batch_leaves_the_reserve():
 
 
 def test_fewer_blocks_speak_for_more():
-    runs = [_by_hand(10.0 * depth, 5.0).runs[0] for depth in (2, 3)]
+    runs = [_by_hand(10.0 * depth, 5.0).traces[0] for depth in (2, 3)]
     assert Prediction(runs, [2, 3], 12).at(4) == {
         "parameters": 120, "optimizer state": 0, "uint8 images": 0, "activations and gradients": 20
     }  # fmt: skip

@@ -7,6 +7,7 @@ import torch
 
 from mimir_fast.attacks.pgd_mae import ascend_reconstruction, frozen_twin, linf_bounds
 from mimir_fast.config.pretraining import PretrainConfig
+from mimir_fast.config.resolve import resolve
 from mimir_fast.models import create_model
 from mimir_fast.training.pretraining import build_model
 
@@ -72,6 +73,6 @@ def test_blocks_run_twice_and_the_attack_benefits():
 
 
 def test_flag_reaches_the_model():
-    config = PretrainConfig().updated({"input_size": 32, "patch_size": 8, "activation_checkpointing": True})
-    assert build_model(config, torch.device("cpu")).activation_checkpointing
-    assert not build_model(PretrainConfig().updated({"input_size": 32}), torch.device("cpu")).activation_checkpointing
+    for flag in (True, False):
+        config = PretrainConfig().updated({"input_size": 32, "patch_size": 8, "activation_checkpointing": flag})
+        assert build_model(resolve(config, set()), torch.device("cpu")).activation_checkpointing == flag
