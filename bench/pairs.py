@@ -17,14 +17,14 @@ import torch
 
 from bench.records import RESULTS, append, heading
 from bench.textbook import TextbookMAE, textbook_step
-from mimir_fast.attacks.pgd_mae import AttackFunctions, frozen_twin, linf_bounds, reconstruction, starting_point
+from mimir_fast.attacks.pgd_mae import MaeAttackFunctions, frozen_twin, linf_bounds, reconstruction, starting_point
 from mimir_fast.config.resolve import missing_compiler
 from mimir_fast.kernels import linf_patch_step
 from mimir_fast.models import create_model
 from mimir_fast.models.families import find, model_names
-from mimir_fast.objectives.reconstruction import Objective
+from mimir_fast.objectives.reconstruction import ReconstructionObjective
 from mimir_fast.training.compilation import Compiler
-from mimir_fast.training.pretrain_step import Attack, draw_noise, pretrain_step
+from mimir_fast.training.pretrain_step import MaeAttack, draw_noise, pretrain_step
 
 EPS, ALPHA, RATIO, WEIGHT = 8 / 255, 10 / 255, 0.75, 1e-5
 
@@ -49,16 +49,16 @@ def build_steps(args: argparse.Namespace, device: torch.device):
     textbook.load_state_dict(ours.state_dict())
     images = torch.rand(args.batch_size, 3, args.input_size, args.input_size, device=device)
     generator = torch.Generator(device).manual_seed(0)
-    attack = Attack(1, linf_bounds(EPS, ALPHA, 0.0, 1.0, 3, device))
+    attack = MaeAttack(1, linf_bounds(EPS, ALPHA, 0.0, 1.0, 3, device))
     twin, compiler = frozen_twin(ours), Compiler(args.compile)
     encode, reconstruct = compiler.trained(ours.encode), compiler.trained(ours.reconstruct)
-    objective = Objective(ours, RATIO, "hsic", WEIGHT, encode, reconstruct)
+    objective = ReconstructionObjective(ours, RATIO, "hsic", WEIGHT, encode, reconstruct)
     pieces = (
         compiler.attacked(reconstruction),
         compiler.operation(starting_point),
         compiler.operation(linf_patch_step),
     )
-    functions = AttackFunctions(*pieces)
+    functions = MaeAttackFunctions(*pieces)
 
     def our_step() -> None:
         noise = draw_noise(generator, len(images), ours.num_patches, attack)

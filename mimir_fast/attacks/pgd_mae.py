@@ -17,7 +17,7 @@ from mimir_fast.kernels.linf_patch_step.op import Bound
 from mimir_fast.models import MaskedAutoencoderViT
 
 __all__ = [
-    "AttackFunctions",
+    "MaeAttackFunctions",
     "ascend_reconstruction",
     "frozen_twin",
     "linf_bounds",
@@ -51,7 +51,7 @@ def starting_point(images: Tensor, bounds: Tensor, start: Tensor, kernels: str =
     return torch.clamp(images + start, lo, hi)
 
 
-class AttackFunctions(NamedTuple):
+class MaeAttackFunctions(NamedTuple):
     """What an attack computes with: as they are, or compiled (mimir_fast.training.compilation)."""
 
     loss: Callable[..., tuple[Tensor, Tensor]] = reconstruction
@@ -105,7 +105,7 @@ def ascend_reconstruction(
     start: Tensor | None = None,
     mask_noise: Sequence[Tensor] | Tensor | None = None,
     loss_scale: float = 1.0,
-    functions: AttackFunctions = AttackFunctions(),  # noqa: B008 (immutable)
+    functions: MaeAttackFunctions = MaeAttackFunctions(),  # noqa: B008 (immutable)
 ) -> Tensor:
     """PGD-MAE with everything decided by the caller: what the training step and `pgd_mae` run.
 

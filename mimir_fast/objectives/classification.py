@@ -20,7 +20,7 @@ class FinetuneOutput(NamedTuple):
     adv: Tensor
 
 
-class Objective(nn.Module):
+class ClassificationObjective(nn.Module):
     """The loss of a classifier on attacked images: the module that is trained, and that DDP wraps.
 
     kind         plain, pgd, apgd: the criterion on the images given; trades, mart: their loss on clean and adversarial

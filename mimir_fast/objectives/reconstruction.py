@@ -14,7 +14,7 @@ from mimir_fast.objectives.information import penalty_value
 from mimir_fast.training.stages import stage
 
 
-class StepOutput(NamedTuple):
+class PretrainOutput(NamedTuple):
     """Results of a micro-step, tensors on the device.
 
     loss           recon + weight * mi, scalar
@@ -33,7 +33,7 @@ class StepOutput(NamedTuple):
     ids_removed: Tensor
 
 
-class Objective(nn.Module):
+class ReconstructionObjective(nn.Module):
     """Reconstruction loss + weight * penalty of a masked autoencoder: the module that is trained, and that DDP wraps.
 
     penalty               hsic, dib_mi, renyi2 or None; used with an attack only, as in the original
@@ -56,7 +56,7 @@ class Objective(nn.Module):
         on_cuda = model.mask_token.is_cuda
         self.side = torch.cuda.Stream(model.mask_token.device) if on_cuda and penalty else None
 
-    def forward(self, images: Tensor, adv: Tensor | None, noise_BL: Tensor) -> StepOutput:
+    def forward(self, images: Tensor, adv: Tensor | None, noise_BL: Tensor) -> PretrainOutput:
         """images [B,C,H,W]; adv, their adversarial version or None; noise [B,L] decides the mask."""
         seen = images if adv is None else adv
         with stage("encoder"):
@@ -67,7 +67,7 @@ class Objective(nn.Module):
             with stage("decoder"):
                 recon, pred = self.reconstruct(latent, ids_shuffle, images)
             none, used = torch.zeros_like(recon), torch.ones_like(recon, dtype=torch.bool)
-            return StepOutput(recon, recon.detach(), none, used, seen, pred.detach(), ids_removed)
+            return PretrainOutput(recon, recon.detach(), none, used, seen, pred.detach(), ids_removed)
         with self._on_the_side(), stage("penalty"):
             mi, used, grad = guarded_penalty(self.penalty, latent, images, adv, self.model.kernels)
         with stage("decoder"):
@@ -75,7 +75,7 @@ class Objective(nn.Module):
         if self.side:
             torch.cuda.current_stream().wait_stream(self.side)
         term = torch.where(used, mi, 0) + InjectGradient.apply(latent, grad)
-        return StepOutput(recon + self.weight * term, recon.detach(), mi, used, adv, pred.detach(), ids_removed)
+        return PretrainOutput(recon + self.weight * term, recon.detach(), mi, used, adv, pred.detach(), ids_removed)
 
     def _on_the_side(self) -> torch.cuda.StreamContext:
         """Context whose work runs on the side stream, after all work so far."""

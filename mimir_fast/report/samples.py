@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mimir_fast.checkpoints.atomic import write_atomically
 from mimir_fast.kernels.masked_patch_loss.reference import patch_statistics, predicted_image, target_patches
-from mimir_fast.training.pretrain_step import StepOutput
+from mimir_fast.training.pretrain_step import PretrainOutput
 
 SAMPLES = 8
 
@@ -31,7 +31,7 @@ def reconstruct(pred_BMP: Tensor, ids_BM: Tensor, images_BCHW: Tensor, patch_siz
 def save_samples(
     path: Path,
     images: Tensor,
-    output: StepOutput,
+    output: PretrainOutput,
     patch_size: int,
     norm_pix_loss: bool,
     mean: tuple[float, ...] | None,

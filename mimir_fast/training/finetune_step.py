@@ -16,13 +16,21 @@ from mimir_fast.objectives.adversarial_losses import TWO_BRANCHES, attack_losses
 from mimir_fast.objectives.classification import FinetuneOutput
 from mimir_fast.training.stages import stage
 
-__all__ = ["Attack", "AttackFunctions", "FinetuneOutput", "Noise", "attack_images", "draw_noise", "finetune_step"]
+__all__ = [
+    "ClassifierAttack",
+    "ClassifierAttackFunctions",
+    "ClassifierNoise",
+    "FinetuneOutput",
+    "attack_images",
+    "draw_noise",
+    "finetune_step",
+]
 
 JITTER = 0.001  # deviation of trades' and mart's start, as a share of the valid range
 FP16_ATTACK_SCALE = 1024.0  # of the sum over the batch: its gradient in a logit is at most 1
 
 
-class Attack(NamedTuple):
+class ClassifierAttack(NamedTuple):
     """How training images are attacked.
 
     kind         plain: not at all; pgd: from uniform noise; apgd: from the images; trades (ascends the divergence from the
@@ -38,7 +46,7 @@ class Attack(NamedTuple):
     beta: float = 6.0
 
 
-class Noise(NamedTuple):
+class ClassifierNoise(NamedTuple):
     """Every random draw of a step.
 
     start   pgd: a seed (one int64 number) of uniform noise, or that noise [B,C,H,W]; trades, mart: normal noise [B,C,H,W]
@@ -49,7 +57,9 @@ class Noise(NamedTuple):
     drop: Tensor | None = None
 
 
-def draw_noise(generator: torch.Generator, model: VisionTransformer, images: Tensor, attack: Attack) -> Noise:
+def draw_noise(
+    generator: torch.Generator, model: VisionTransformer, images: Tensor, attack: ClassifierAttack
+) -> ClassifierNoise:
     """Draw a step's randomness for images [B,C,H,W] on the generator's device (seeded by mimir_fast.training.seeds)."""
     options = {"device": generator.device, "generator": generator}
     start = drop = None
@@ -60,7 +70,7 @@ def draw_noise(generator: torch.Generator, model: VisionTransformer, images: Ten
     if any(model.drop_rates):
         passes = 2 if attack.kind in TWO_BRANCHES else 1
         drop = torch.rand(len(model.blocks), 2, passes * len(images), **options)
-    return Noise(start, drop)
+    return ClassifierNoise(start, drop)
 
 
 def image_losses(model: VisionTransformer, adv: Tensor, targets: Tensor) -> Tensor:
@@ -78,7 +88,7 @@ def jitter(images: Tensor, bounds: Tensor, start: Tensor) -> Tensor:
     return images + JITTER * (bounds[3] - bounds[2])[:, None, None] * start
 
 
-class AttackFunctions(NamedTuple):
+class ClassifierAttackFunctions(NamedTuple):
     """What an attack computes with: as they are, or compiled (mimir_fast.training.compilation)."""
 
     losses: Callable[..., Tensor] = image_losses
@@ -93,8 +103,8 @@ def attack_images(
     images: Tensor,
     targets: Tensor,
     start: Tensor | None,
-    attack: Attack,
-    functions: AttackFunctions = AttackFunctions(),  # noqa: B008 (immutable)
+    attack: ClassifierAttack,
+    functions: ClassifierAttackFunctions = ClassifierAttackFunctions(),  # noqa: B008 (immutable)
 ) -> Tensor:
     """Adversarial versions [B,C,H,W] of the images; nothing is left out by stochastic depth.
 
@@ -119,13 +129,13 @@ def finetune_step(
     attacked: VisionTransformer,
     images: Tensor,
     targets: Tensor,
-    noise: Noise,
-    attack: Attack,
-    functions: AttackFunctions = AttackFunctions(),  # noqa: B008 (immutable)
+    noise: ClassifierNoise,
+    attack: ClassifierAttack,
+    functions: ClassifierAttackFunctions = ClassifierAttackFunctions(),  # noqa: B008 (immutable)
 ) -> FinetuneOutput:
     """Attack, forward passes and loss of one micro-batch; the caller runs the backward pass.
 
-    objective    an Objective of the attack's kind, possibly wrapped in DDP
+    objective    a ClassificationObjective of the attack's kind, possibly wrapped in DDP
     attacked     what the attack runs on: frozen_twin(the objective's model).eval()
     images       [B,C,H,W] float, clean; targets: labels [B] int64 or probabilities [B,O]
     """

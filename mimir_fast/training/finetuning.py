@@ -18,16 +18,16 @@ from mimir_fast.data import Augment, BatchStream, build_train_data, dataset_info
 from mimir_fast.data.datasets import DatasetInfo
 from mimir_fast.models import VisionTransformer, create_classifier
 from mimir_fast.objectives.adversarial_losses import cross_entropy
-from mimir_fast.objectives.classification import Objective
+from mimir_fast.objectives.classification import ClassificationObjective
 from mimir_fast.training.compilation import Compiler
 from mimir_fast.training.distributed import World
 from mimir_fast.training.finetune_schedule import build_mixing, radius_and_step, warms_up
 from mimir_fast.training.finetune_step import (
     FP16_ATTACK_SCALE,
-    Attack,
-    AttackFunctions,
+    ClassifierAttack,
+    ClassifierAttackFunctions,
+    ClassifierNoise,
     FinetuneOutput,
-    Noise,
     draw_noise,
     finetune_step,
     image_logits,
@@ -79,8 +79,8 @@ class Finetuning:
         optimizer = build_optimizer(self.model, lr, o.weight_decay, o.layer_decay)
         return Updater(optimizer, self.world.device, self.run.compute.scaled, max_norm=o.clip_grad)
 
-    def attack_functions(self, compiler: Compiler) -> AttackFunctions:
-        return AttackFunctions(
+    def attack_functions(self, compiler: Compiler) -> ClassifierAttackFunctions:
+        return ClassifierAttackFunctions(
             losses=compiler.attacked(image_losses),
             logits=compiler.attacked(image_logits),
             begin=partial(compiler.operation(starting_point), kernels=self.model.kernels),
@@ -88,12 +88,12 @@ class Finetuning:
             move=compiler.pixels(momentum_step),
         )
 
-    def objective(self, model: VisionTransformer, compiler: Compiler) -> Objective:
+    def objective(self, model: VisionTransformer, compiler: Compiler) -> ClassificationObjective:
         a, p = self.config.attack, self.config.penalty
         criterion = partial(cross_entropy, smoothing=self.config.augment.smoothing)
         information = (p.mi_xz, p.mi_yz) if p.mi_loss == "dib_mi" else None
         features = compiler.trained(model.forward_features)
-        return Objective(model, a.attack_train, criterion, a.trades_beta, information, features)
+        return ClassificationObjective(model, a.attack_train, criterion, a.trades_beta, information, features)
 
     def prepare(self, images_u8: Tensor, labels: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         images = to_float(images_u8)
@@ -101,16 +101,16 @@ class Finetuning:
             return images, labels
         return mix(self.mixing, images, labels, mixing_seed(self.config.run.seed, self.world.rank, epoch, step))
 
-    def draw_noise(self, generator: torch.Generator, batch: tuple[Tensor, Tensor]) -> Noise:
+    def draw_noise(self, generator: torch.Generator, batch: tuple[Tensor, Tensor]) -> ClassifierNoise:
         return draw_noise(generator, self.model, batch[0], self.attack)
 
     def step(
         self,
         objective: nn.Module,
         attacked: VisionTransformer,
-        functions: AttackFunctions,
+        functions: ClassifierAttackFunctions,
         batch: tuple[Tensor, Tensor],
-        noise: Noise,
+        noise: ClassifierNoise,
     ) -> FinetuneOutput:
         return finetune_step(objective, attacked, *batch, noise, self.attack, functions)
 
@@ -186,13 +186,13 @@ def build_model(run: Run[FinetuneConfig], images: BatchStream | DatasetInfo, dev
     return on_device(create_classifier(m.model, **heads, **constants, **model_options(run)), device)
 
 
-def build_attack(run: Run[FinetuneConfig], epoch: int, device: torch.device) -> Attack:
+def build_attack(run: Run[FinetuneConfig], epoch: int, device: torch.device) -> ClassifierAttack:
     """The training attack of an epoch, in pixels of [0,1]."""
     a = run.config.attack
     eps, alpha = radius_and_step(a, epoch, run.config.optim.epochs)
     bounds = linf_bounds(eps / 255, alpha / 255, 0.0, 1.0, channels=3, device=device)
     scale = FP16_ATTACK_SCALE if run.compute.scaled else 1.0
-    return Attack(a.attack_train, a.steps, bounds, scale, a.trades_beta)
+    return ClassifierAttack(a.attack_train, a.steps, bounds, scale, a.trades_beta)
 
 
 def start_from_pretrained(model: VisionTransformer, config: FinetuneConfig, say: Callable[[str], None]) -> None:

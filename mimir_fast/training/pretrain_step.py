@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.attacks.pgd_mae import AttackFunctions, ascend_reconstruction
+from mimir_fast.attacks.pgd_mae import MaeAttackFunctions, ascend_reconstruction
 from mimir_fast.models import MaskedAutoencoderViT
-from mimir_fast.objectives.reconstruction import StepOutput
+from mimir_fast.objectives.reconstruction import PretrainOutput
 from mimir_fast.training.stages import stage
 
 
-class Noise(NamedTuple):
+class MaeNoise(NamedTuple):
     """Every random draw of a step.
 
     start        a seed (one int64 number) of the attack's start noise, or that noise itself [B,C,H,W]
@@ -26,7 +26,7 @@ class Noise(NamedTuple):
     train_mask: Tensor
 
 
-class Attack(NamedTuple):
+class MaeAttack(NamedTuple):
     """PGD-MAE; bounds [4,C]: eps, alpha, lo, hi of every channel, from linf_bounds.  steps None: no attack, a plain MAE."""
 
     steps: int | None = None
@@ -35,25 +35,25 @@ class Attack(NamedTuple):
     loss_scale: float = 1.0
 
 
-def draw_noise(generator: torch.Generator, batch: int, num_patches: int, attack: Attack) -> Noise:
+def draw_noise(generator: torch.Generator, batch: int, num_patches: int, attack: MaeAttack) -> MaeNoise:
     """Draw a step's randomness for `batch` images on the generator's device: start, attack masks, training mask."""
     device = generator.device
     start = torch.randint(2**63 - 1, (), device=device, generator=generator)
     masks = torch.rand((attack.steps or 0) + 1, batch, num_patches, device=device, generator=generator)
-    return Noise(start, list(masks[:-1]), masks[-1])
+    return MaeNoise(start, list(masks[:-1]), masks[-1])
 
 
 def pretrain_step(
     objective: nn.Module,
     model: MaskedAutoencoderViT,
     images: Tensor,
-    noise: Noise,
-    attack: Attack,
-    functions: AttackFunctions = AttackFunctions(),  # noqa: B008 (immutable)
-) -> StepOutput:
+    noise: MaeNoise,
+    attack: MaeAttack,
+    functions: MaeAttackFunctions = MaeAttackFunctions(),  # noqa: B008 (immutable)
+) -> PretrainOutput:
     """Attack, encode, decode, loss and penalty of one micro-batch; the caller runs the backward pass.
 
-    objective    an Objective, possibly wrapped in DDP
+    objective    a ReconstructionObjective, possibly wrapped in DDP
     model        what the attack runs on: the objective's model, or its frozen_twin where the functions are compiled
     images       [B,C,H,W] float, clean; the loss reconstructs them from their adversarial version
     """

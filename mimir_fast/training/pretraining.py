@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.attacks.pgd_mae import AttackFunctions, linf_bounds, reconstruction, starting_point
+from mimir_fast.attacks.pgd_mae import MaeAttackFunctions, linf_bounds, reconstruction, starting_point
 from mimir_fast.checkpoints.run_state import Position
 from mimir_fast.config.choices import PENALTIES
 from mimir_fast.config.pretraining import PretrainConfig
@@ -15,13 +15,13 @@ from mimir_fast.data import BatchStream, build_pretrain_data, dataset_info, to_f
 from mimir_fast.data.datasets import DatasetInfo
 from mimir_fast.kernels import linf_patch_step
 from mimir_fast.models import MaskedAutoencoderViT, create_model
-from mimir_fast.objectives.reconstruction import Objective, StepOutput
+from mimir_fast.objectives.reconstruction import PretrainOutput, ReconstructionObjective
 from mimir_fast.report.samples import SAMPLES, save_samples
 from mimir_fast.training.compilation import Compiler
 from mimir_fast.training.distributed import World
 from mimir_fast.training.optimizer import Updater, build_optimizer
 from mimir_fast.training.options import model_options, on_device, stream_options
-from mimir_fast.training.pretrain_step import Attack, Noise, draw_noise, pretrain_step
+from mimir_fast.training.pretrain_step import MaeAttack, MaeNoise, draw_noise, pretrain_step
 from mimir_fast.training.task import Measured
 
 CHECKPOINT_EVERY = 20  # epochs, the original's cadence
@@ -60,32 +60,32 @@ class Pretraining:
         optimizer = build_optimizer(self.model, lr, o.weight_decay)
         return Updater(optimizer, self.world.device, self.run.compute.scaled)
 
-    def attack_functions(self, compiler: Compiler) -> AttackFunctions:
-        return AttackFunctions(
+    def attack_functions(self, compiler: Compiler) -> MaeAttackFunctions:
+        return MaeAttackFunctions(
             loss=compiler.attacked(reconstruction),
             start=compiler.operation(starting_point),
             step=compiler.operation(linf_patch_step),
         )
 
-    def objective(self, model: MaskedAutoencoderViT, compiler: Compiler) -> Objective:
+    def objective(self, model: MaskedAutoencoderViT, compiler: Compiler) -> ReconstructionObjective:
         c = self.config
         pieces = compiler.trained(model.encode), compiler.trained(model.reconstruct)
-        return Objective(model, c.model.mask_ratio, self.penalty, c.penalty.mi_xpl, *pieces)
+        return ReconstructionObjective(model, c.model.mask_ratio, self.penalty, c.penalty.mi_xpl, *pieces)
 
     def prepare(self, images_u8: Tensor, labels: Tensor, epoch: int, step: int) -> Tensor:
         return to_float(images_u8, *self.constants)
 
-    def draw_noise(self, generator: torch.Generator, images: Tensor) -> Noise:
+    def draw_noise(self, generator: torch.Generator, images: Tensor) -> MaeNoise:
         return draw_noise(generator, len(images), self.model.num_patches, self.attack)
 
     def step(
         self,
         objective: nn.Module,
         attacked: MaskedAutoencoderViT,
-        functions: AttackFunctions,
+        functions: MaeAttackFunctions,
         images: Tensor,
-        noise: Noise,
-    ) -> StepOutput:
+        noise: MaeNoise,
+    ) -> PretrainOutput:
         output = pretrain_step(objective, attacked, images, noise, self.attack, functions)
         self.skipped_penalties += ~output.penalty_used
         return output
@@ -104,10 +104,10 @@ class Pretraining:
 
     # ---- what is told
 
-    def terms(self, output: StepOutput) -> dict[str, Tensor]:
+    def terms(self, output: PretrainOutput) -> dict[str, Tensor]:
         return {"mi": torch.where(output.penalty_used, output.mi, 0), "mi_used": output.penalty_used}
 
-    def scalars(self, output: StepOutput) -> dict[str, Tensor]:
+    def scalars(self, output: PretrainOutput) -> dict[str, Tensor]:
         return {
             "recon": output.recon,
             "mi": output.mi if self.penalty else torch.full_like(output.mi, torch.nan),
@@ -121,7 +121,7 @@ class Pretraining:
             "skipped_penalties": self.world.total(self.skipped_penalties),
         }
 
-    def save_samples(self, folder: Path, position: Position, images_u8: Tensor, output: StepOutput) -> None:
+    def save_samples(self, folder: Path, position: Position, images_u8: Tensor, output: PretrainOutput) -> None:
         m = self.config.model
         where = {"epoch": position.epoch, "update": position.update, "eps_255": self.config.attack.eps}
         images = to_float(images_u8[:SAMPLES], *self.constants)
@@ -151,17 +151,17 @@ def build_model(run: Run[PretrainConfig], device: torch.device) -> MaskedAutoenc
     return on_device(create_model(m.model, norm_pix_loss=m.norm_pix_loss, **model_options(run)), device)
 
 
-def build_attack(run: Run[PretrainConfig], images: BatchStream | DatasetInfo, device: torch.device) -> Attack:
+def build_attack(run: Run[PretrainConfig], images: BatchStream | DatasetInfo, device: torch.device) -> MaeAttack:
     """The attack in the images' units: flags in 1/255, divided by each channel's deviation for normalised images."""
     a = run.config.attack
     if a.attack == "plain":
-        return Attack()
+        return MaeAttack()
     bounds = a.eps / 255, a.alpha / 255, 0.0, 1.0
     if run.config.data.use_normalize:
         mean, std = torch.tensor(images.mean), torch.tensor(images.std)
         bounds = a.eps / 255 / std, a.alpha / 255 / std, (0.0 - mean) / std, (1.0 - mean) / std
     scale = FP16_ATTACK_SCALE if run.compute.scaled else 1.0
-    return Attack(a.steps, linf_bounds(*bounds, channels=3, device=device), a.attack_mask_ratio, scale)
+    return MaeAttack(a.steps, linf_bounds(*bounds, channels=3, device=device), a.attack_mask_ratio, scale)
 
 
 def penalty_name(config: PretrainConfig) -> str | None:

@@ -16,7 +16,7 @@ from mimir_fast.config.finetuning import validation_steps
 from mimir_fast.data import DataError, EvalStream, to_float
 from mimir_fast.models import VisionTransformer
 from mimir_fast.training.distributed import World
-from mimir_fast.training.finetune_step import AttackFunctions
+from mimir_fast.training.finetune_step import ClassifierAttackFunctions
 from mimir_fast.training.seeds import step_seed
 
 START_SEED = 1  # of the attack's starts, the same in every validation of every run
@@ -61,7 +61,7 @@ def validate(
     dtype: torch.dtype,
     attack: ValidationAttack | None = None,
     ends: Callable[[], bool] = lambda: False,
-    functions: AttackFunctions = AttackFunctions(),  # noqa: B008 (immutable)
+    functions: ClassifierAttackFunctions = ClassifierAttackFunctions(),  # noqa: B008 (immutable)
     fill: int = 0,
 ) -> Scores | None:
     """Accuracy on clean images, and under the attack if there is one; None if `ends` says so before all are seen.
@@ -119,7 +119,7 @@ def _batch_sums(
     count: int,
     attack: ValidationAttack | None,
     position: tuple[int, int],
-    functions: AttackFunctions,
+    functions: ClassifierAttackFunctions,
 ) -> Tensor:
     """[5] float64 on the device, of the first `count` images: loss, right at first guess, among five guesses, right under
     attack, how many they are."""
@@ -143,7 +143,7 @@ def _attacked(
     labels: Tensor,
     attack: ValidationAttack,
     position: tuple[int, int],
-    functions: AttackFunctions,
+    functions: ClassifierAttackFunctions,
 ) -> Tensor:
     start = None
     if attack.steps:

@@ -10,8 +10,8 @@ from mimir_fast.checkpoints.transfer import load_pretrained, match_encoder
 from mimir_fast.models import VisionTransformer
 from mimir_fast.models.families.vit import resize_positions
 from mimir_fast.objectives.adversarial_losses import cross_entropy
-from mimir_fast.objectives.classification import Objective
-from mimir_fast.training.finetune_step import Attack, Noise, attack_images, finetune_step
+from mimir_fast.objectives.classification import ClassificationObjective
+from mimir_fast.training.finetune_step import ClassifierAttack, ClassifierNoise, attack_images, finetune_step
 from mimir_fast.training.layer_decay import parameter_groups
 from tests.support.golden import golden_images, load_golden
 
@@ -80,7 +80,7 @@ def test_pgd_to_the_last_pixel(kind):
     mean, std = (torch.tensor(c) if record["normalised"] else torch.tensor(d) for c, d in zip(CIFAR10, (0.0, 1.0)))
     eps, alpha, lo, hi = record["eps_255"] / 255 / std, record["alpha_255"] / 255 / std, -mean / std, (1 - mean) / std
     images = (golden_images()[0][:1] - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
-    attack = Attack("pgd", record["steps"], linf_bounds(eps, alpha, lo, hi, 3, "cpu"))
+    attack = ClassifierAttack("pgd", record["steps"], linf_bounds(eps, alpha, lo, hi, 3, "cpu"))
     model = frozen_twin(recorded_classifier()).eval()
     adv = attack_images(model, images, labels()[:1], tensors["start_noise"], attack)
     eps, alpha, lo, hi = (t.view(-1, 1, 1) for t in (eps, alpha, lo, hi))
@@ -96,9 +96,11 @@ def test_trades_and_mart(kind, loss_bound, grad_bound):
     tensors, record = load_golden(f"vit_{kind}")
     model, images = recorded_classifier(), golden_images()[0]
     eps, alpha = record["epsilon_255"] / 255, record["step_size_255"] / 255
-    attack = Attack(kind, record["perturb_steps"], linf_bounds(eps, alpha, 0.0, 1.0, 3, "cpu"), beta=record["beta"])
-    noise = Noise(tensors["start_randn_x28"].float() / 28)
-    objective = Objective(model, kind, beta=attack.beta)
+    attack = ClassifierAttack(
+        kind, record["perturb_steps"], linf_bounds(eps, alpha, 0.0, 1.0, 3, "cpu"), beta=record["beta"]
+    )
+    noise = ClassifierNoise(tensors["start_randn_x28"].float() / 28)
+    objective = ClassificationObjective(model, kind, beta=attack.beta)
     output = finetune_step(objective, frozen_twin(model).eval(), images, labels(), noise, attack)
     expected = (images + 0.001 * noise.start)[:2]
     for sign in signs(tensors["signs"], expected.shape):

@@ -9,11 +9,11 @@ from torch._dynamo.utils import counters
 
 from mimir_fast.attacks.pgd_mae import frozen_twin, linf_bounds, pgd_mae
 from mimir_fast.objectives.information import bandwidth, nhsic, renyi_mi
-from mimir_fast.objectives.reconstruction import Objective
+from mimir_fast.objectives.reconstruction import ReconstructionObjective
 from mimir_fast.training.distributed import World
 from mimir_fast.training.engine import Engine
 from mimir_fast.training.optimizer import build_optimizer, learning_rate, parameter_groups, set_learning_rate
-from mimir_fast.training.pretrain_step import Attack, Noise, draw_noise, pretrain_step
+from mimir_fast.training.pretrain_step import MaeAttack, MaeNoise, draw_noise, pretrain_step
 from tests.support.golden import golden_images, load_golden, relative_error, small_model
 from tests.support.interpreter import Sanitizer, interpret
 from tests.support.tasks import mae_task
@@ -166,7 +166,7 @@ def replay(name: str, model, compile: bool):
         record = load_golden("attack_norm_1step")[1]
         mean, std = (torch.tensor(record[k]).view(3, 1, 1) for k in ("mean", "std"))
         images, eps, alpha, lo, hi = (images - mean) / std, eps / std, alpha / std, (0 - mean) / std, (1 - mean) / std
-    attack = Attack(r["steps"], linf_bounds(eps, alpha, lo, hi, 3, "cpu"))
+    attack = MaeAttack(r["steps"], linf_bounds(eps, alpha, lo, hi, 3, "cpu"))
     names = {"mask_ratio": "mask_ratio", "mi_train": "mi_train", "mi_xpl": "mi_xpl", "lr": "lr", "accum": "accum_iter"}
     flags = {flag: r[name] for name, flag in names.items()}
     engine = Engine(mae_task(model, attack, compile=compile, weight_decay=r["weight_decay"], **flags), World())
@@ -175,7 +175,7 @@ def replay(name: str, model, compile: bool):
         if step % r["accum"] == 0:
             lr = learning_rate(where, r["lr"], r["min_lr"], r["warm"], r["epochs"])
             set_learning_rate(engine.updater.optimizer, lr)
-        noise = Noise(
+        noise = MaeNoise(
             tensors["start_noise"][step], list(tensors["attack_mask_noise"][step]), tensors["train_mask_noise"][step]
         )
         updates = (step + 1) % r["accum"] == 0
@@ -247,10 +247,10 @@ def follow(
 
 def test_a_step_runs_every_kernel():
     model, images = small_model(kernels="triton"), golden_images()[0, :2]
-    attack = Attack(1, linf_bounds(8 / 255, 10 / 255, 0.0, 1.0, 3, "cpu"))
+    attack = MaeAttack(1, linf_bounds(8 / 255, 10 / 255, 0.0, 1.0, 3, "cpu"))
     noise = draw_noise(torch.Generator().manual_seed(0), 2, model.num_patches, attack)
     with interpret(Sanitizer()) as s:
-        objective = Objective(model, 0.75, "hsic", 1e-5)
+        objective = ReconstructionObjective(model, 0.75, "hsic", 1e-5)
         pretrain_step(objective, frozen_twin(model), images, noise, attack).loss.backward()
     assert not s.errors
     expected = {name: 2 for name in ("mask_indices", "gather", "restore", "patch_error", "grad_pred")}

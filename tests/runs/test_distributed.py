@@ -9,16 +9,16 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from mimir_fast.config.pretraining import DistConfig
-from mimir_fast.objectives.reconstruction import Objective
+from mimir_fast.objectives.reconstruction import ReconstructionObjective
 from mimir_fast.training.distributed import World, find_rank
 from mimir_fast.training.engine import Engine
 from mimir_fast.training.optimizer import Updater, build_optimizer
-from mimir_fast.training.pretrain_step import Attack, Noise, draw_noise, pretrain_step
+from mimir_fast.training.pretrain_step import MaeAttack, MaeNoise, draw_noise, pretrain_step
 from tests.support.golden import BOUNDS, golden_images, small_model
 from tests.support.runs import finish, load, make_images, run, same_state, start, two_processes
 from tests.support.tasks import mae_task
 
-ATTACK = Attack(1, BOUNDS)
+ATTACK = MaeAttack(1, BOUNDS)
 CPU = torch.device("cpu")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
@@ -44,12 +44,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def half(noise: Noise, rank: int) -> Noise:
+def half(noise: MaeNoise, rank: int) -> MaeNoise:
     part = slice(4 * rank, 4 * rank + 4)
-    return Noise(noise.start[part], [m[part] for m in noise.attack_masks], noise.train_mask[part])
+    return MaeNoise(noise.start[part], [m[part] for m in noise.attack_masks], noise.train_mask[part])
 
 
-def the_noise() -> Noise:
+def the_noise() -> MaeNoise:
     drawn = draw_noise(torch.Generator().manual_seed(7), 8, 64, ATTACK)
     return drawn._replace(start=0.01 * torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(8)))
 
@@ -61,7 +61,7 @@ def ddp_worker(rank: int, port: int, penalty: str | None, folder: str) -> None:
     if rank == 1:
         with torch.no_grad():
             model.norm.weight += 1  # DDP starts everybody from rank 0's parameters
-    objective = Objective(model, 0.75, penalty, 1e-2)
+    objective = ReconstructionObjective(model, 0.75, penalty, 1e-2)
     wrapped = DistributedDataParallel(objective, gradient_as_bucket_view=True)
     images = golden_images()[0][4 * rank : 4 * rank + 4]
     out = pretrain_step(wrapped, model, images, half(the_noise(), rank), ATTACK)
@@ -78,7 +78,7 @@ def ddp_worker(rank: int, port: int, penalty: str | None, folder: str) -> None:
 def test_two_processes_have_the_gradients_of_one(tmp_path, penalty):
     two_processes(ddp_worker, free_port(), penalty, str(tmp_path))
     model, images = small_model(), golden_images()[0]
-    objective = Objective(model, 0.75, penalty, 1e-2)
+    objective = ReconstructionObjective(model, 0.75, penalty, 1e-2)
     if penalty is None:
         pretrain_step(objective, model, images, the_noise(), ATTACK).loss.backward()
     else:  # the penalty is defined on each process's own batch
@@ -121,7 +121,7 @@ def test_two_processes_in_bf16_stay_the_same(tmp_path, compression):
     ours, theirs = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert all(torch.equal(ours["model"][n], theirs["model"][n]) for n in ours["model"])
     model = small_model()
-    objective = Objective(model, 0.75)
+    objective = ReconstructionObjective(model, 0.75)
     for i in range(2):
         (pretrain_step(objective, model, golden_images()[i], the_noise(), ATTACK).loss / 2).backward()
     for name, p in model.named_parameters():

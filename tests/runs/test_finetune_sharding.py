@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from mimir_fast.training.distributed import World
 from mimir_fast.training.engine import Engine
-from mimir_fast.training.finetune_step import Attack
+from mimir_fast.training.finetune_step import ClassifierAttack
 from mimir_fast.training.validation import Scores, build_validation_attack, validate
 from tests.golden.test_classifier import labels
 from tests.runs.test_distributed import CPU, TORCHRUN, free_port
@@ -39,7 +39,7 @@ def build(rank: int, name: str, states: dict | None = None) -> Engine:
     if rank == 1:
         with torch.no_grad():
             model.head.weight += 1  # everybody starts from rank 0's parameters
-    task = classifier_task(model, Attack(name.split()[0], 2, BOUNDS), world, **FLAGS | RUNS[name])
+    task = classifier_task(model, ClassifierAttack(name.split()[0], 2, BOUNDS), world, **FLAGS | RUNS[name])
     updater = task.updater(LR)
     if states:
         model.load_state_dict(states["model"])

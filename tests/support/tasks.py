@@ -5,9 +5,9 @@ from mimir_fast.config.pretraining import PretrainConfig
 from mimir_fast.config.resolve import resolve
 from mimir_fast.models import MaskedAutoencoderViT, VisionTransformer
 from mimir_fast.training.distributed import World
-from mimir_fast.training.finetune_step import Attack as ClassifierAttack
+from mimir_fast.training.finetune_step import ClassifierAttack
 from mimir_fast.training.finetuning import Finetuning
-from mimir_fast.training.pretrain_step import Attack as MaeAttack
+from mimir_fast.training.pretrain_step import MaeAttack
 from mimir_fast.training.pretraining import Pretraining
 
 SIZES = {"input_size": 16, "patch_size": 4}  # of the model that the task makes and that is then replaced

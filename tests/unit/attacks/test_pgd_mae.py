@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mimir_fast.attacks.pgd_mae import (
-    AttackFunctions,
+    MaeAttackFunctions,
     ascend_reconstruction,
     linf_bounds,
     reconstruction,
@@ -81,7 +81,7 @@ def test_mask_ratio_is_its_own():
         return reconstruction(model, patches, *rest)
 
     ascend_reconstruction(
-        small_model(), golden_images()[0], BOUNDS, steps=2, mask_ratio=0.5, functions=AttackFunctions(spy)
+        small_model(), golden_images()[0], BOUNDS, steps=2, mask_ratio=0.5, functions=MaeAttackFunctions(spy)
     )
     assert seen == [32, 32]
 
@@ -116,7 +116,7 @@ def visible_agreement(loss_scale: float) -> float:
     full = ascend_reconstruction(model, images, WHOLE_STEP, **draws)
     with torch.autocast("cpu", dtype=torch.float16):
         half = ascend_reconstruction(
-            model, images, WHOLE_STEP, **draws, loss_scale=loss_scale, functions=AttackFunctions(small_gradients)
+            model, images, WHOLE_STEP, **draws, loss_scale=loss_scale, functions=MaeAttackFunctions(small_gradients)
         )
     visible = (model(images, noise=noise)[2] == 0).view(8, 1, 8, 8).repeat_interleave(4, 2).repeat_interleave(4, 3)
     agree = ((half - images).sign() == (full - images).sign()) & ((half - images).abs() > 0.5 * EPS)

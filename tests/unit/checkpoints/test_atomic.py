@@ -25,7 +25,7 @@ from mimir_fast.checkpoints.trained_models import load_classifier
 from mimir_fast.config.analysis import AnalyzeConfig
 from mimir_fast.evaluate.records import Record, Results
 from mimir_fast.models import create_classifier
-from mimir_fast.objectives.reconstruction import StepOutput
+from mimir_fast.objectives.reconstruction import PretrainOutput
 from mimir_fast.report import page
 from mimir_fast.report.samples import save_samples
 from mimir_fast.training.logs import drop_lines
@@ -84,7 +84,7 @@ def _picture(folder: Path, version: int) -> None:
 def _samples(folder: Path, version: int) -> None:
     images, ids = torch.full((2, 3, 8, 8), 0.25 * version), torch.zeros(2, 1, dtype=torch.long)
     nothing = torch.zeros(())
-    output = StepOutput(nothing, nothing, nothing, nothing, images, torch.zeros(2, 1, 48), ids)
+    output = PretrainOutput(nothing, nothing, nothing, nothing, images, torch.zeros(2, 1, 48), ids)
     save_samples(folder / "samples.npz", images, output, 4, False, None, None, {"update": version})
 
 

@@ -10,7 +10,7 @@ from mimir_fast.training import compilation as compiling
 from mimir_fast.training.compilation import CompileClock
 from mimir_fast.training.distributed import World
 from mimir_fast.training.engine import Engine
-from mimir_fast.training.pretrain_step import Attack, draw_noise
+from mimir_fast.training.pretrain_step import MaeAttack, draw_noise
 from tests.support.golden import BOUNDS, SMALL, golden_images, small_model
 from tests.support.tasks import mae_task
 
@@ -18,12 +18,12 @@ from tests.support.tasks import mae_task
 @pytest.mark.parametrize("region", ["model", "block"])
 def test_compiled_step_is_the_eager_step_and_compiles_once(region):
     torch._dynamo.reset()
-    noise = draw_noise(torch.Generator().manual_seed(1), 8, 64, Attack(1, BOUNDS))
+    noise = draw_noise(torch.Generator().manual_seed(1), 8, 64, MaeAttack(1, BOUNDS))
     losses, grads, clock = [], [], CompileClock()
     for compile in (False, True):
         model = small_model()
         flags = {"compile": compile, "compile_region": region, "mi_train": "hsic", "mi_xpl": 1e-3}
-        engine = Engine(mae_task(model, Attack(1, BOUNDS), **flags), World(), backend="aot_eager")
+        engine = Engine(mae_task(model, MaeAttack(1, BOUNDS), **flags), World(), backend="aot_eager")
         clock.start()
         for i in range(2 + compile):
             model.zero_grad()
@@ -61,8 +61,8 @@ def test_deep_decoders_compile_by_block(monkeypatch):
 
 
 def _train_by_block(model: MaskedAutoencoderViT) -> None:
-    engine = Engine(mae_task(model, Attack(1, BOUNDS), compile=True, compile_region="block"), World())
-    noise = draw_noise(torch.Generator().manual_seed(1), 8, 64, Attack(1, BOUNDS))
+    engine = Engine(mae_task(model, MaeAttack(1, BOUNDS), compile=True, compile_region="block"), World())
+    noise = draw_noise(torch.Generator().manual_seed(1), 8, 64, MaeAttack(1, BOUNDS))
     for _ in range(2):
         engine.compute(golden_images()[0], noise)
 

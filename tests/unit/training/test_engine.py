@@ -11,7 +11,7 @@ from mimir_fast.training.distributed import World
 from mimir_fast.training.engine import Engine
 from mimir_fast.training.finetune_step import (
     FP16_ATTACK_SCALE,
-    Attack,
+    ClassifierAttack,
     FinetuneOutput,
     attack_images,
 )
@@ -30,7 +30,7 @@ def build(kind: str, backend="aot_eager", **flags) -> Engine:
     if flags.get("compile_region", "model") == "model":
         del model.blocks[0]
         model.drop_rates = model.drop_rates[1:]
-    return Engine(classifier_task(model, Attack(kind, 2, BOUNDS), **flags), World(), backend=backend)
+    return Engine(classifier_task(model, ClassifierAttack(kind, 2, BOUNDS), **flags), World(), backend=backend)
 
 
 def train(kind: str, backend="aot_eager", after=lambda: None, **flags) -> list[FinetuneOutput]:
@@ -39,7 +39,7 @@ def train(kind: str, backend="aot_eager", after=lambda: None, **flags) -> list[F
     generator, outputs = torch.Generator().manual_seed(1), []
     for i in range(STEPS):
         batch = golden_images()[i][:2], labels()[:2]
-        engine.task.attack = Attack(kind, 2, linf_bounds((4 + i) / 255, 2 / 255, 0.0, 1.0, 3, "cpu"))
+        engine.task.attack = ClassifierAttack(kind, 2, linf_bounds((4 + i) / 255, 2 / 255, 0.0, 1.0, 3, "cpu"))
         outputs.append(engine.compute(batch, engine.task.draw_noise(generator, batch)))
         engine.update()
         after()
@@ -132,7 +132,7 @@ def test_the_attack_costs_two_forward_passes_a_step():
     assert forward.count > 0
     for steps in (0, 1, 2):
         with Products() as attack:
-            attack_images(model, images, labels()[:2], torch.tensor(1), Attack("pgd", steps, BOUNDS))
+            attack_images(model, images, labels()[:2], torch.tensor(1), ClassifierAttack("pgd", steps, BOUNDS))
         assert attack.count == 2 * steps * forward.count
 
 
@@ -156,7 +156,7 @@ def test_16_bit_copies_follow_the_parameters():
 def test_fp16_finds_the_same_signs():
     """The sum's gradient, scaled, stays inside of fp16 at both ends."""
     model, images = frozen_twin(classifier()).eval(), golden_images()[0].clamp(0.2, 0.8)
-    attack = Attack("pgd", 1, BOUNDS)
+    attack = ClassifierAttack("pgd", 1, BOUNDS)
     full = attack_images(model, images, labels(), None, attack)
     with torch.autocast("cpu", dtype=torch.float16):
         half = attack_images(model, images, labels(), None, attack._replace(loss_scale=FP16_ATTACK_SCALE))

@@ -7,11 +7,11 @@ from torch import Tensor
 from mimir_fast.attacks.pgd_mae import frozen_twin, linf_bounds
 from mimir_fast.models import VisionTransformer
 from mimir_fast.objectives.adversarial_losses import KINDS
-from mimir_fast.objectives.classification import Objective, information_term
+from mimir_fast.objectives.classification import ClassificationObjective, information_term
 from mimir_fast.objectives.information import renyi_mi
 from mimir_fast.training.finetune_step import (
-    Attack,
-    AttackFunctions,
+    ClassifierAttack,
+    ClassifierAttackFunctions,
     attack_images,
     draw_noise,
     finetune_step,
@@ -32,10 +32,12 @@ def classifier(drop_path: float = 0.0, **options) -> VisionTransformer:
 
 
 def step(model: VisionTransformer, kind: str, seed: int = 0, batch: int = 0, targets: Tensor | None = None):
-    images, attack = golden_images()[batch], Attack(kind, 2, BOUNDS)
+    images, attack = golden_images()[batch], ClassifierAttack(kind, 2, BOUNDS)
     noise = draw_noise(torch.Generator().manual_seed(seed), model, images, attack)
     targets = labels() if targets is None else targets
-    return finetune_step(Objective(model, kind), frozen_twin(model).eval(), images, targets, noise, attack)
+    return finetune_step(
+        ClassificationObjective(model, kind), frozen_twin(model).eval(), images, targets, noise, attack
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -90,7 +92,7 @@ def test_draws():
     images, generator = golden_images()[0], torch.Generator().manual_seed(0)
     shapes = {}
     for kind in KINDS:
-        noise = draw_noise(generator, classifier(0.1), images, Attack(kind, 2, BOUNDS))
+        noise = draw_noise(generator, classifier(0.1), images, ClassifierAttack(kind, 2, BOUNDS))
         shapes[kind] = (None if noise.start is None else tuple(noise.start.shape), tuple(noise.drop.shape))
     one, both, whole = (2, 2, 8), (2, 2, 16), (8, 3, 32, 32)
     assert shapes == {
@@ -100,18 +102,20 @@ def test_draws():
         "trades": (whole, both),
         "mart": (whole, both),
     }
-    assert draw_noise(generator, classifier(), images, Attack("pgd", 2, BOUNDS)).drop is None
+    assert draw_noise(generator, classifier(), images, ClassifierAttack("pgd", 2, BOUNDS)).drop is None
 
 
 @pytest.mark.parametrize("kind", ATTACKED)
 def test_stochastic_depth_trains_and_does_not_attack(kind):
-    images, attack = golden_images()[0], Attack(kind, 2, BOUNDS)
+    images, attack = golden_images()[0], ClassifierAttack(kind, 2, BOUNDS)
     outputs = []
     for rate in (0.0, 0.9):
         model = classifier(rate)
         noise = draw_noise(torch.Generator().manual_seed(0), model, images, attack)
         outputs.append(
-            finetune_step(Objective(model, kind), frozen_twin(model).eval(), images, labels(), noise, attack)
+            finetune_step(
+                ClassificationObjective(model, kind), frozen_twin(model).eval(), images, labels(), noise, attack
+            )
         )
     assert torch.equal(outputs[0].adv, outputs[1].adv)
     assert outputs[0].loss != outputs[1].loss
@@ -123,11 +127,13 @@ def test_normalised_images_are_attacked_as_pixels(kind):
     images, mean, std = golden_images()[0], *(torch.tensor(c) for c in CIFAR10)
     start = torch.randn(images.shape) * (8 / 255 / 3 if kind == "pgd" else 1)
     inside = classifier(mean=CIFAR10[0], std=CIFAR10[1])
-    adv = attack_images(frozen_twin(inside), images, labels(), start, Attack(kind, 3, BOUNDS))
+    adv = attack_images(frozen_twin(inside), images, labels(), start, ClassifierAttack(kind, 3, BOUNDS))
     bounds = linf_bounds(8 / 255 / std, 4 / 255 / std, (0 - mean) / std, (1 - mean) / std, 3, "cpu")
     mean, std = mean.view(-1, 1, 1), std.view(-1, 1, 1)
     outside = start / std if kind == "pgd" else start
-    other = attack_images(frozen_twin(classifier()), (images - mean) / std, labels(), outside, Attack(kind, 3, bounds))
+    other = attack_images(
+        frozen_twin(classifier()), (images - mean) / std, labels(), outside, ClassifierAttack(kind, 3, bounds)
+    )
     assert ((other * std + mean - adv).abs() > 1e-5).float().mean() < 0.01
     assert ((adv - images).abs() > 2 / 255).float().mean() > 0.5
 
@@ -139,9 +145,9 @@ def test_trades_computes_the_clean_prediction_once():
         calls.append(images)
         return image_logits(model, images)
 
-    images, attack = golden_images()[0], Attack("trades", 4, BOUNDS)
+    images, attack = golden_images()[0], ClassifierAttack("trades", 4, BOUNDS)
     start = torch.randn(images.shape)
-    attack_images(frozen_twin(classifier()), images, labels(), start, attack, AttackFunctions(logits=spy))
+    attack_images(frozen_twin(classifier()), images, labels(), start, attack, ClassifierAttackFunctions(logits=spy))
     assert len(calls) == 1
     assert torch.equal(calls[0], images)
 
@@ -164,7 +170,7 @@ def test_information_term_has_a_gradient():
     assert information_term((0.3, 0.2), images, tokens, logits).item() == pytest.approx(want.item(), rel=1e-6)
     losses, gradients = [], []
     for information in (None, (0.3, 0.2)):
-        loss = Objective(model, information=information)(images, images, labels()).loss
+        loss = ClassificationObjective(model, information=information)(images, images, labels()).loss
         losses.append(loss.item())
         gradients.append(torch.autograd.grad(loss, model.cls_token)[0])
     assert losses[1] - losses[0] == pytest.approx(want.item(), rel=1e-4)
@@ -173,8 +179,13 @@ def test_information_term_has_a_gradient():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_waits_for_the_device(kind):
-    model, images, attack, generator = classifier(0.1), golden_images()[0], Attack(kind, 2, BOUNDS), torch.Generator()
-    objective, attacked, targets = Objective(model, kind), frozen_twin(model).eval(), labels()
+    model, images, attack, generator = (
+        classifier(0.1),
+        golden_images()[0],
+        ClassifierAttack(kind, 2, BOUNDS),
+        torch.Generator(),
+    )
+    objective, attacked, targets = ClassificationObjective(model, kind), frozen_twin(model).eval(), labels()
     with no_waiting():
         noise = draw_noise(generator, model, images, attack)
         finetune_step(objective, attacked, images, targets, noise, attack).loss.backward()

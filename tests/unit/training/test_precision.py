@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from mimir_fast.attacks.pgd_mae import frozen_twin
-from mimir_fast.objectives.reconstruction import Objective
+from mimir_fast.objectives.reconstruction import ReconstructionObjective
 from mimir_fast.training.optimizer import Updater, build_optimizer
 from mimir_fast.training.precision import ComputeCopy
-from mimir_fast.training.pretrain_step import Attack, draw_noise, pretrain_step
+from mimir_fast.training.pretrain_step import MaeAttack, draw_noise, pretrain_step
 from tests.support.golden import BOUNDS, golden_images, small_model
 
 CPU = torch.device("cpu")
@@ -59,10 +59,12 @@ def test_updates_reach_the_copies_and_the_attacks_twin():
     twin = frozen_twin(compute.module)
     updater = Updater(build_optimizer(model, 1e-2, 0.05), CPU, False, compute)
     before = model.decoder_pred.weight.clone()
-    attack = Attack(1, BOUNDS)
+    attack = MaeAttack(1, BOUNDS)
     noise = draw_noise(torch.Generator().manual_seed(0), 4, 64, attack)
     with torch.autocast("cpu", torch.bfloat16):
-        out = pretrain_step(Objective(compute.module, 0.75, "hsic", 1e-5), twin, golden_images()[0, :4], noise, attack)
+        out = pretrain_step(
+            ReconstructionObjective(compute.module, 0.75, "hsic", 1e-5), twin, golden_images()[0, :4], noise, attack
+        )
     updater.backward(out.loss, 1)
     assert updater.update().isfinite()
     assert not torch.equal(before, model.decoder_pred.weight)

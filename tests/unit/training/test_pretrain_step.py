@@ -9,7 +9,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from bench.textbook import textbook_step
 from mimir_fast.attacks.pgd_mae import (
-    AttackFunctions,
+    MaeAttackFunctions,
     ascend_reconstruction,
     frozen_twin,
     linf_bounds,
@@ -17,18 +17,18 @@ from mimir_fast.attacks.pgd_mae import (
     starting_point,
 )
 from mimir_fast.objectives import reconstruction as objective_module
-from mimir_fast.objectives.reconstruction import Objective
+from mimir_fast.objectives.reconstruction import ReconstructionObjective
 from mimir_fast.training.optimizer import Updater, build_optimizer
-from mimir_fast.training.pretrain_step import Attack, Noise, draw_noise, pretrain_step
+from mimir_fast.training.pretrain_step import MaeAttack, MaeNoise, draw_noise, pretrain_step
 from mimir_fast.training.seeds import step_seed
 from tests.support.golden import BOUNDS, golden_images, small_model
 
-ATTACK = Attack(1, BOUNDS)
+ATTACK = MaeAttack(1, BOUNDS)
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 CPU = torch.device("cpu")
 
 
-def noise_of(seed: int, attack: Attack = ATTACK, batch: int = 8):
+def noise_of(seed: int, attack: MaeAttack = ATTACK, batch: int = 8):
     return draw_noise(torch.Generator().manual_seed(seed), batch, 64, attack)
 
 
@@ -38,7 +38,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
 
 def run_step(model, images, penalty="hsic", weight=1e-3, attack=ATTACK, seed=1):
     noise = noise_of(seed, attack, len(images))
-    out = pretrain_step(Objective(model, 0.75, penalty, weight), model, images, noise, attack)
+    out = pretrain_step(ReconstructionObjective(model, 0.75, penalty, weight), model, images, noise, attack)
     model.zero_grad()
     out.loss.backward()
     return out
@@ -88,8 +88,8 @@ def test_penalty_with_a_bad_gradient_is_left_out(monkeypatch):
 
 def test_plain_attack_is_a_clean_autoencoder_without_penalty():
     model, images = small_model(), golden_images()[0]
-    noise = noise_of(1, Attack())
-    out = pretrain_step(Objective(model, 0.75, "hsic", 1.0), model, images, noise, Attack())
+    noise = noise_of(1, MaeAttack())
+    out = pretrain_step(ReconstructionObjective(model, 0.75, "hsic", 1.0), model, images, noise, MaeAttack())
     assert out.loss.item() == model(images, noise=noise.train_mask)[0].item()
     assert torch.equal(out.adv, images)
     assert out.penalty_used
@@ -146,7 +146,7 @@ def test_infinite_value_with_finite_gradients_is_caught_too():
 def test_accumulation_equals_the_average_of_gradients():
     images = golden_images()
     model = small_model()
-    objective, noises = Objective(model, 0.75, "hsic", 1e-3), [noise_of(i) for i in range(2)]
+    objective, noises = ReconstructionObjective(model, 0.75, "hsic", 1e-3), [noise_of(i) for i in range(2)]
     expected = []
     for i in range(2):
         model.zero_grad()
@@ -199,7 +199,7 @@ def test_compiled_attack_has_the_same_result_and_no_weight_gradient():
 
     compiled = torch.compile(reconstruction, fullgraph=True, backend=aot_autograd(fw_compiler=recording))
     twin = frozen_twin(model)
-    ours = ascend_reconstruction(twin, images, BOUNDS, **noise, functions=AttackFunctions(compiled))
+    ours = ascend_reconstruction(twin, images, BOUNDS, **noise, functions=MaeAttackFunctions(compiled))
     assert ((ours - eager).abs() > 1e-6).sum() <= 4  # pixels whose gradient is rounding noise
     products = [sum(node.target in PRODUCTS for node in graph.graph.nodes) for graph in graphs]
     linears = sum(isinstance(m, torch.nn.Linear) for m in model.modules()) + 1
@@ -224,8 +224,10 @@ def test_textbook_rival_computes_the_same_step():
     theirs = textbook_step(model, golden_images()[0], 8 / 255, 10 / 255, 0.75, 1e-3)
     torch.manual_seed(5)
     start = (2 * torch.rand(8, 3, 32, 32) - 1) * 8 / 255
-    noise = Noise(start, [torch.rand(8, 64)], torch.rand(8, 64))
-    ours = pretrain_step(Objective(model, 0.75, "hsic", 1e-3), model, golden_images()[0], noise, ATTACK).loss
+    noise = MaeNoise(start, [torch.rand(8, 64)], torch.rand(8, 64))
+    ours = pretrain_step(
+        ReconstructionObjective(model, 0.75, "hsic", 1e-3), model, golden_images()[0], noise, ATTACK
+    ).loss
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
 
 
@@ -263,7 +265,7 @@ def test_penalty_runs_beside_the_decoder_between_two_waits(monkeypatch):
         told.append("decoder")
         return model.reconstruct(*arguments)
 
-    objective = Objective(model, 0.75, "hsic", 1e-3, reconstruct=reconstruct)
+    objective = ReconstructionObjective(model, 0.75, "hsic", 1e-3, reconstruct=reconstruct)
     objective.side = side
     out = pretrain_step(objective, model, golden_images()[0], noise_of(1), ATTACK)
     assert told == ["side waits for main", "on side", "penalty", "off side", "decoder", "main waits for side"]
