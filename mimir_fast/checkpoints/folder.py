@@ -1,4 +1,4 @@
-"""Checkpoints: the original's format, written so that a kill or a full disk never spoils one."""
+"""The checkpoints in a run's folder: saving, finding the newest, moving aside, removing."""
 
 import re
 from collections.abc import Callable
@@ -84,8 +84,13 @@ def read_newest(folder: Path, say: Callable[[str], None] = print) -> Contents | 
 
 
 def clean_folder(folder: Path) -> None:
-    """Remove temporary files that a kill left behind, and all but the newest two resume points."""
+    """Before a run writes: remove what a kill left behind, temporary files and resume points."""
     remove_temporaries(folder)
+    drop_resume_points(folder)
+
+
+def drop_resume_points(folder: Path) -> None:
+    """Remove all but the newest two resume points."""
     resume_points = [path for path in find_checkpoints(folder) if RESUME_FILE.fullmatch(path.name)]
     for path in resume_points[KEPT_RESUME_POINTS:]:
         path.unlink(missing_ok=True)

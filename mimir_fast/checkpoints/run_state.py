@@ -115,11 +115,15 @@ def restore(
         return Position(epoch=epoch, update=epoch * updates_per_epoch), {}
     total, in_a_row, _ = own["counters"]
     updater.counters = torch.tensor([total, in_a_row, in_a_row], device=updater.counters.device)
-    position = Position(epoch=own["epoch"], step=own["step"], update=own["update"], sums=dict(own["sums"]))
-    if position.step and own["geometry"] != geometry:
+    return _position(own, geometry, say), own
+
+
+def _position(own: dict, geometry: list[int], say: Callable[[str], None]) -> Position:
+    """Where our own entry says that a run stands."""
+    if own["step"] and own["geometry"] != geometry:
         say("resume: batch size, processes or seed changed; the interrupted epoch starts again from its beginning")
-        position = Position(epoch=own["epoch"], update=own["update"])
-    return position, own
+        return Position(epoch=own["epoch"], update=own["update"])
+    return Position(epoch=own["epoch"], step=own["step"], update=own["update"], sums=dict(own["sums"]))
 
 
 def resume(

@@ -208,7 +208,8 @@ class Loop:
             entries = (self.engine.updater, self.position, self.task.run.flat(), self.lr, self.stream.name)
             state = checkpoint_state(weights, moments, *entries, own) | (extra or {}) | states
             ckpt.save_checkpoint(self.folder / name, state)
-            ckpt.clean_folder(self.folder)
+            # no temporary files: a report of the run may be writing its own
+            ckpt.drop_resume_points(self.folder)
             if output is not None:
                 self.task.save_samples(self.folder, self.position, batch[0], output)
         self.world.barrier()

@@ -11,6 +11,7 @@ import torch
 from mimir_fast.checkpoints.errors import CheckpointError
 from mimir_fast.checkpoints.folder import (
     clean_folder,
+    drop_resume_points,
     find_checkpoints,
     read_newest,
     save_checkpoint,
@@ -40,6 +41,9 @@ def test_order_of_checkpoints_and_rotation(tmp_path):
         "resume-3-9.pth",
         "checkpoint-0.pth",
     ]
+    drop_resume_points(tmp_path)
+    assert (tmp_path / "resume-21-80.pth.tmp").exists()
+    assert not (tmp_path / "resume-3-9.pth").exists()
     clean_folder(tmp_path)
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {
