@@ -4,6 +4,7 @@ Only tensors, plain values and argparse.Namespace are read; nothing in a file is
 """
 
 import argparse
+import errno
 import json
 import pickle
 import re
@@ -126,6 +127,9 @@ def _parsed(path: Path) -> object:
         why = f"it holds {found[1]}" if found else "it is damaged, or no checkpoint, or holds something else"
         raise CheckpointError(f"is refused: {why}; only tensors and plain values are read") from error
     except OSError as error:
+        # torch's reader seeks before the beginning of an archive that was cut off
+        if error.errno == errno.EINVAL:
+            raise CheckpointError("is damaged or no checkpoint") from error
         raise CheckpointError(f"cannot be read ({error})") from error
     # bytes that are no pickle make torch's reader fail in any way, KeyError and IndexError among them
     except Exception as error:
