@@ -148,14 +148,14 @@ def _kind(contents: Contents) -> str:
 
 
 def _classifier(contents: Contents, overrides: dict, device: str | torch.device) -> Trained:
-    args = _settled(contents, overrides, _facts(contents))
+    args = _resolved(contents, overrides, _facts(contents))
     normalisation = {name: args[name] for name in ("mean", "std")}
     model = create_classifier(args["model"], **_keywords(args, SIZE | HEAD), **normalisation)
     return _filled(model, contents, args, device)
 
 
 def _mae(contents: Contents, overrides: dict, device: str | torch.device) -> Trained:
-    args = _settled(contents, overrides, _facts(contents, PREFIX))
+    args = _resolved(contents, overrides, _facts(contents, PREFIX))
     args["norm_pix_loss"] = bool(args.get("norm_pix_loss", False))
     model = create_model(args["model"], **_keywords(args, SIZE), norm_pix_loss=args["norm_pix_loss"])
     return _filled(model, contents, args, device)
@@ -177,7 +177,7 @@ def _facts(contents: Contents, prefix: str = "") -> dict:
     return {"model": prefix + name} | {flag: found[key] for key, flag in (SIZE | HEAD).items() if key in found}
 
 
-def _settled(contents: Contents, overrides: dict, facts: dict) -> dict:
+def _resolved(contents: Contents, overrides: dict, facts: dict) -> dict:
     """args, overrides and what the tensors say in one dictionary.  Raises CheckpointError where they contradict each other."""
     unknown = overrides.keys() - set(OVERRIDES)
     if unknown:

@@ -7,20 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-KINDS = ("plain", "pgd", "apgd", "trades", "mart")
 # Losses on clean and adversarial images.
 TWO_BRANCHES = ("trades", "mart")
-
-
-def check_kind(kind: str, mixing: bool) -> None:
-    """Raise ValueError for an unknown kind of training, and for mart with mixed labels."""
-    if kind not in KINDS:
-        raise ValueError(f"attack_train: unknown kind {kind!r}; choose one of {', '.join(KINDS)}")
-    if kind == "mart" and mixing:
-        raise ValueError(
-            "attack_train: mart needs one label per image; leave out --mixup, --cutmix, --cutmix_minmax and --warmup_aa, "
-            "or choose another of " + ", ".join(k for k in KINDS if k != "mart")
-        )
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:

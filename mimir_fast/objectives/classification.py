@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mimir_fast.config.choices import TRAINING_ATTACKS
 from mimir_fast.models import VisionTransformer
-from mimir_fast.objectives.adversarial_losses import TWO_BRANCHES, check_kind, cross_entropy, mart_loss, trades_loss
+from mimir_fast.objectives.adversarial_losses import TWO_BRANCHES, cross_entropy, mart_loss, trades_loss
 from mimir_fast.objectives.information import renyi_mi
 from mimir_fast.training.stages import stage
 
@@ -44,7 +45,8 @@ class ClassificationObjective(nn.Module):
         features: Callable[..., Tensor] | None = None,
     ):
         super().__init__()
-        check_kind(kind, mixing=False)
+        if kind not in TRAINING_ATTACKS:
+            raise ValueError(f"attack_train: got {kind!r}, expected {' or '.join(TRAINING_ATTACKS)}")
         self.model, self.kind, self.criterion, self.beta = model, kind, criterion, beta
         self.information, self.features = information, features or model.forward_features
 

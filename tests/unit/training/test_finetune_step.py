@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from mimir_fast.attacks.pgd_mae import frozen_twin, linf_bounds
+from mimir_fast.config.choices import TRAINING_ATTACKS
 from mimir_fast.models import VisionTransformer
-from mimir_fast.objectives.adversarial_losses import KINDS
 from mimir_fast.objectives.classification import ClassificationObjective, information_term
 from mimir_fast.objectives.information import renyi_mi
 from mimir_fast.training.finetune_step import (
@@ -22,7 +22,7 @@ from tests.support.golden import golden_images
 from tests.support.waiting import no_waiting
 
 BOUNDS = linf_bounds(8 / 255, 4 / 255, 0.0, 1.0, 3, "cpu")
-ATTACKED = KINDS[1:]
+ATTACKED = TRAINING_ATTACKS[1:]
 
 
 def classifier(drop_path: float = 0.0, **options) -> VisionTransformer:
@@ -40,7 +40,7 @@ def step(model: VisionTransformer, kind: str, seed: int = 0, batch: int = 0, tar
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRAINING_ATTACKS)
 def test_trains_everything_and_adds_to_gradients_that_are_there(kind):
     """The original's TRADES and MART clear the gradients: two micro-batches would count as the second alone."""
     model, single = classifier(0.1), []
@@ -78,7 +78,7 @@ def test_plain_is_the_clean_loss():
     assert output.loss.item() == pytest.approx(torch.nn.functional.cross_entropy(model(output.adv), labels()).item())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRAINING_ATTACKS)
 def test_a_step_is_a_function_of_its_seed(kind):
     model = classifier(0.5)
     first, again, other = (step(model, kind, seed) for seed in (3, 3, 4))
@@ -91,7 +91,7 @@ def test_a_step_is_a_function_of_its_seed(kind):
 def test_draws():
     images, generator = golden_images()[0], torch.Generator().manual_seed(0)
     shapes = {}
-    for kind in KINDS:
+    for kind in TRAINING_ATTACKS:
         noise = draw_noise(generator, classifier(0.1), images, ClassifierAttack(kind, 2, BOUNDS))
         shapes[kind] = (None if noise.start is None else tuple(noise.start.shape), tuple(noise.drop.shape))
     one, both, whole = (2, 2, 8), (2, 2, 16), (8, 3, 32, 32)
@@ -177,7 +177,7 @@ def test_information_term_has_a_gradient():
     assert not torch.allclose(*gradients, rtol=1e-2)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRAINING_ATTACKS)
 def test_nothing_waits_for_the_device(kind):
     model, images, attack, generator = (
         classifier(0.1),
