@@ -61,7 +61,7 @@ def build_steps(args: argparse.Namespace, device: torch.device):
     functions = MaeAttackFunctions(*pieces)
 
     def our_step() -> None:
-        noise = draw_noise(generator, len(images), ours.num_patches, attack)
+        noise = draw_noise(generator, *ours.noise_shape(len(images)), attack)
         pretrain_step(objective, twin, images, noise, attack, functions).loss.backward()
         ours.zero_grad(set_to_none=True)
 

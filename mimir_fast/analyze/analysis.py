@@ -27,7 +27,7 @@ from mimir_fast.config.fields import require
 from mimir_fast.config.resolve import resolve_device
 from mimir_fast.data import EvalStream, eval_batches, subset_indices
 from mimir_fast.evaluate.progress import Bar
-from mimir_fast.models import VisionTransformer
+from mimir_fast.models import Classifier
 
 
 def analyze(config: AnalyzeConfig, explicit: set[str]) -> int:
@@ -117,7 +117,7 @@ def analyzed(config: AnalyzeConfig, source: str, device: str, left: TimeLeft) ->
 
 def perturbation(config: AnalyzeConfig, trained: Trained) -> Perturbation:
     """The attack, with defaults that depend on the checkpoint: its training's eps, and steps by its task."""
-    classifier = isinstance(trained.model, VisionTransformer)
+    classifier = isinstance(trained.model, Classifier)
     given = config.attack
     eps = (training_eps(trained) or USUAL_EPS) if given.eps is None else given.eps
     alpha = (eps / 4 if classifier else 1.25 * eps) if given.alpha is None else given.alpha

@@ -15,7 +15,7 @@ from mimir_fast.attacks.pgd_mae import ascend_reconstruction
 from mimir_fast.checkpoints.trained_models import Trained, latent_tokens, normalised
 from mimir_fast.data import to_float
 from mimir_fast.kernels import linf_bounds
-from mimir_fast.models import MaskedAutoencoderViT, VisionTransformer
+from mimir_fast.models import Classifier, MaskedAutoencoder
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,14 @@ def look(
 def _look_at_batch(trained: Trained, x: Tensor, labels: Tensor, indices: Tensor, how: Perturbation) -> Seen:
     model = trained.model
     right = right_adv = None
-    if isinstance(model, VisionTransformer):
+    if isinstance(model, Classifier):
         attack = Attack("pgd", how.steps, how.eps, how.alpha)
         x_adv = gradient_attack(cross_entropy(model, labels), x, indices, attack, how.seed, 0)
     else:
         x_adv = attack_reconstruction(trained, x, indices, how)
     with torch.no_grad():
         latent = latent_tokens(trained, x_adv)
-        if isinstance(model, VisionTransformer):
+        if isinstance(model, Classifier):
             right, right_adv = (model(images).argmax(1).eq(labels).cpu() for images in (x, x_adv))
     rows = (tensor.flatten(1).float().cpu() for tensor in (x, x_adv, latent))
     return Seen._make((*rows, labels.cpu(), right, right_adv))
@@ -90,7 +90,7 @@ def _look_at_batch(trained: Trained, x: Tensor, labels: Tensor, indices: Tensor,
 def attack_reconstruction(trained: Trained, x: Tensor, indices: Tensor, how: Perturbation) -> Tensor:
     """PGD-MAE as in pre-training, on the images as the training saw them; returns pixels [B,C,H,W] in [0,1]."""
     model, device, args = trained.model, x.device, trained.args
-    assert isinstance(model, MaskedAutoencoderViT)
+    assert isinstance(model, MaskedAutoencoder)
     mean, std = args["mean"] or (0.0,) * 3, args["std"] or (1.0,) * 3
     # Pixels in [0,1] become (x - mean) / std: so do the bounds, in fp64 until linf_bounds rounds them.
     mean_C, std_C = (torch.tensor(values, dtype=torch.float64) for values in (mean, std))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mimir_fast.kernels import linf_bounds, linf_patch_step, linf_start
 from mimir_fast.kernels.linf_patch_step.op import Bound
-from mimir_fast.models import MaskedAutoencoderViT
+from mimir_fast.models import MaskedAutoencoder
 
 __all__ = [
     "MaeAttackFunctions",
@@ -34,7 +34,7 @@ def frozen_twin(model: nn.Module) -> nn.Module:
 
 
 def reconstruction(
-    model: MaskedAutoencoderViT, patches: Tensor, ids_shuffle: Tensor, images: Tensor
+    model: MaskedAutoencoder, patches: Tensor, ids_shuffle: Tensor, images: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Loss and predictions [B,L-K,P] from the kept patches [B,K,P] of images [B,C,H,W]; compile this one."""
     return model.reconstruct(model.encode(patches, ids_shuffle[:, : patches.shape[1]]), ids_shuffle, images)
@@ -60,7 +60,7 @@ class MaeAttackFunctions(NamedTuple):
 
 
 def pgd_mae(
-    model: MaskedAutoencoderViT,
+    model: MaskedAutoencoder,
     images: Tensor,
     eps: Bound = 8 / 255,
     alpha: Bound = 10 / 255,
@@ -97,7 +97,7 @@ def pgd_mae(
 
 
 def ascend_reconstruction(
-    model: MaskedAutoencoderViT,
+    model: MaskedAutoencoder,
     images: Tensor,
     bounds: Tensor,
     steps: int = 1,
@@ -120,7 +120,7 @@ def ascend_reconstruction(
     if steps < 0:
         raise ValueError(f"steps: expected 0 or more, got {steps}")
     if mask_noise is None:
-        mask_noise = [torch.rand(len(images), model.num_patches, device=images.device) for _ in range(steps)]
+        mask_noise = [torch.rand(model.noise_shape(len(images)), device=images.device) for _ in range(steps)]
     if len(mask_noise) != steps:
         raise ValueError(f"mask_noise: expected one [B,L] tensor for each of {steps} steps, got {len(mask_noise)}")
     if start is None:

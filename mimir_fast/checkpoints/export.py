@@ -23,7 +23,8 @@ from mimir_fast.checkpoints.robustbench import model_file
 from mimir_fast.checkpoints.trained_models import Trained, latent_tokens, load_classifier, load_encoder, training_eps
 from mimir_fast.config.export import ExportConfig
 from mimir_fast.data.datasets import INFO
-from mimir_fast.models.families import family_of, is_classifier
+from mimir_fast.models import Classifier
+from mimir_fast.models.families import family_of
 from mimir_fast.models.family import PREFIX, matches
 
 NO_HEAD = {"num_classes": 0, "global_pool": False}
@@ -70,7 +71,7 @@ def architecture(trained: Trained) -> Architecture:
     ours = args["model"].removeprefix(PREFIX)
     head = (
         {"num_classes": args["nb_classes"], "global_pool": args["global_pool"]}
-        if is_classifier(trained.model)
+        if isinstance(trained.model, Classifier)
         else NO_HEAD
     )
     size = {"img_size": args["input_size"], "patch_size": args["patch_size"]}
@@ -92,7 +93,7 @@ def architecture(trained: Trained) -> Architecture:
 def timm_tensors(trained: Trained) -> dict[str, Tensor]:
     """The parameters under timm's names; of a masked autoencoder the encoder's alone."""
     family, tensors = family_of(trained.model), trained.model.state_dict()
-    if not is_classifier(trained.model):
+    if not isinstance(trained.model, Classifier):
         tensors = family.of_classifier(tensors)
         tensors = {name: tensor for name, tensor in tensors.items() if matches(name, family.encoder)}
     return {key: tensor for name, tensor in tensors.items() if (key := family.timm_key(name)) is not None}
@@ -160,7 +161,7 @@ def checked(trained: Trained, exported: nn.Module, path: Path) -> float:
     """Largest difference of outputs on two random images, relative to the largest output.  Raises ValueError if it matters."""
     size = trained.args["input_size"]
     images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    ours = trained.model(images) if is_classifier(trained.model) else latent_tokens(trained, images)
+    ours = trained.model(images) if isinstance(trained.model, Classifier) else latent_tokens(trained, images)
     difference = ((exported(images) - ours).abs().max() / ours.abs().max().clamp_min(1e-12)).item()
     if not difference < TOLERANCE:
         raise ValueError(

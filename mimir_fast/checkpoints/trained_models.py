@@ -12,8 +12,8 @@ from mimir_fast.checkpoints.errors import CheckpointError
 from mimir_fast.checkpoints.matching import load_all
 from mimir_fast.checkpoints.reader import Contents, read
 from mimir_fast.data.datasets import INFO
-from mimir_fast.models import MaskedAutoencoderViT, VisionTransformer, create_classifier, create_model
-from mimir_fast.models.families import is_classifier, recognise
+from mimir_fast.models import Classifier, MaskedAutoencoder, create_classifier, create_model
+from mimir_fast.models.families import recognise
 from mimir_fast.models.family import PREFIX, Family
 
 __all__ = [
@@ -56,7 +56,7 @@ class Trained(NamedTuple):
     source  the file's name and which entry was taken
     """
 
-    model: VisionTransformer | MaskedAutoencoderViT
+    model: Classifier | MaskedAutoencoder
     args: dict
     epoch: int | None
     source: str
@@ -101,11 +101,11 @@ def latent_tokens(trained: Trained, images: Tensor) -> Tensor:
     The masked autoencoder's tokens are normalised (its last LayerNorm), the classifier's are those of its last block.
     """
     model = trained.model
-    if is_classifier(model):
+    if isinstance(model, Classifier):
         return model.forward_features(images)
     images = normalised(trained, images)
     everything = torch.arange(model.num_patches, device=images.device).expand(len(images), -1).contiguous()
-    return model.encode(model.patchify(images, everything), everything)
+    return model.encode(model.visible(images, everything), everything)
 
 
 def normalised(trained: Trained, images: Tensor) -> Tensor:

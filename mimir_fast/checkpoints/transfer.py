@@ -6,13 +6,13 @@ from torch import Tensor, nn
 
 from mimir_fast.checkpoints.errors import CheckpointError
 from mimir_fast.checkpoints.matching import Match, compare
-from mimir_fast.models import VisionTransformer
+from mimir_fast.models import Classifier
 from mimir_fast.models.families import family_of
 from mimir_fast.models.family import NO_SIZES, Family, Resized, matches
 
 
 def load_pretrained(
-    model: VisionTransformer, given: dict[str, Tensor], source: str, say: Callable[[str], None], head_std: float
+    model: Classifier, given: dict[str, Tensor], source: str, say: Callable[[str], None], head_std: float
 ) -> None:
     """Start a classifier from a checkpoint of ours or of the original, of pre-training or of a classifier.
 
@@ -38,7 +38,7 @@ def load_pretrained(
         say(f"  positional table resized {change}")
 
 
-def match_encoder(model: VisionTransformer, given: dict, source: str) -> Match:
+def match_encoder(model: Classifier, given: dict, source: str) -> Match:
     """Compare a checkpoint's parameters with the model's; see `load_pretrained` for the errors.
 
     The head is never taken over: it is missing, and unexpected where the checkpoint has one.  Positions of another grid are

@@ -11,7 +11,7 @@ from mimir_fast.config.pretraining import PretrainConfig
 from mimir_fast.config.resolve import Run
 from mimir_fast.memory.graphs import planning_backend
 from mimir_fast.memory.ledger import KINDS, Ledger, Moment
-from mimir_fast.models import MaskedAutoencoderViT
+from mimir_fast.models import MaskedAutoencoder
 from mimir_fast.training.distributed import World
 from mimir_fast.training.engine import Engine
 from mimir_fast.training.pretraining import Pretraining, build_model
@@ -96,7 +96,7 @@ def follow(run: Run[PretrainConfig], depth: int) -> Trace:
     return Trace.of(ledger.moments)
 
 
-def _prime(config: PretrainConfig, model: MaskedAutoencoderViT) -> int:
+def _prime(config: PretrainConfig, model: MaskedAutoencoder) -> int:
     """A batch size that divides no other size of the step."""
     L = model.num_patches
     ratios = (config.model.mask_ratio, config.attack.attack_mask_ratio)

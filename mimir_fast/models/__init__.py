@@ -1,14 +1,21 @@
 """Models by name: `create_model("mae_vit_small", img_size=224, patch_size=16, norm_pix_loss=True)` for pre-training,
 `create_classifier("vit_small", img_size=224, patch_size=16, num_classes=1000)` for what comes after."""
 
-from mimir_fast.models.classifier import VisionTransformer
+from mimir_fast.models.autoencoder import MaskedAutoencoder, MaskedAutoencoderViT
+from mimir_fast.models.classifier import Classifier, VisionTransformer
 from mimir_fast.models.families import find
-from mimir_fast.models.mae import MaskedAutoencoderViT
 
-__all__ = ["MaskedAutoencoderViT", "VisionTransformer", "create_classifier", "create_model"]
+__all__ = [
+    "Classifier",
+    "MaskedAutoencoder",
+    "MaskedAutoencoderViT",
+    "VisionTransformer",
+    "create_classifier",
+    "create_model",
+]
 
 
-def create_model(name: str, **options) -> MaskedAutoencoderViT:
+def create_model(name: str, **options) -> MaskedAutoencoder:
     """A masked autoencoder for pre-training, freshly initialised, in fp32 on the default device.
 
     name      one of mimir_fast.models.families.model_names(True), such as mae_vit_small; names of the original with their
@@ -23,7 +30,7 @@ def create_model(name: str, **options) -> MaskedAutoencoderViT:
     return family.autoencoder(**{**sizes, **options})
 
 
-def create_classifier(name: str, **options) -> VisionTransformer:
+def create_classifier(name: str, **options) -> Classifier:
     """A classifier, freshly initialised, in fp32 on the default device.
 
     name      one of mimir_fast.models.families.model_names(False), such as vit_small, or vit_large_patch16, which is vit_large

@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from mimir_fast.models.autoencoder import MaskedAutoencoder
+from mimir_fast.models.classifier import Classifier
+
 PREFIX = "mae_"  # before a classifier's name: the masked autoencoder whose encoder it takes
 # what a classifier's tensors tell beside the sizes that belong to a name
 NO_SIZES = ("img_size", "patch_size", "num_classes", "global_pool")
@@ -77,8 +80,8 @@ class Family:
 
     name: str
     title: str
-    autoencoder: type[nn.Module]
-    classifier: type[nn.Module]
+    autoencoder: type[MaskedAutoencoder]
+    classifier: type[Classifier]
     sizes: dict[str, dict[str, Any]]
     decoder: dict[str, Any]
     masking: str

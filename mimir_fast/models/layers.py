@@ -130,3 +130,9 @@ def sincos_table(width: int, grid: int) -> Tensor:
     columns, rows = axis.repeat(grid, 1), axis.repeat_interleave(grid, dim=0)
     table = torch.cat([columns, rows], dim=1)
     return torch.cat([torch.zeros(1, width, dtype=torch.float64), table]).float()
+
+
+def check_images(name: str, images: Tensor, channels: int, side: int) -> None:
+    """Raises ValueError unless images are [B,channels,side,side]; `name` is the argument's."""
+    if images.ndim != 4 or images.shape[1:] != (channels, side, side):
+        raise ValueError(f"{name}: expected [B,{channels},{side},{side}], got {tuple(images.shape)}")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.config.choices import TRAINING_ATTACKS
-from mimir_fast.models import VisionTransformer
+from mimir_fast.models import Classifier
 from mimir_fast.objectives.adversarial_losses import TWO_BRANCHES, cross_entropy, mart_loss, trades_loss
 from mimir_fast.objectives.information import renyi_mi
 from mimir_fast.training.stages import stage
@@ -37,7 +37,7 @@ class ClassificationObjective(nn.Module):
 
     def __init__(
         self,
-        model: VisionTransformer,
+        model: Classifier,
         kind: str = "plain",
         criterion: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
         beta: float = 6.0,

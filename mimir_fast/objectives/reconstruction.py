@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.models import MaskedAutoencoderViT
+from mimir_fast.models import MaskedAutoencoder
 from mimir_fast.objectives.information import penalty_value
 from mimir_fast.training.stages import stage
 
@@ -42,7 +42,7 @@ class ReconstructionObjective(nn.Module):
 
     def __init__(
         self,
-        model: MaskedAutoencoderViT,
+        model: MaskedAutoencoder,
         mask_ratio: float = 0.75,
         penalty: str | None = None,
         weight: float = 0.0,
@@ -53,8 +53,8 @@ class ReconstructionObjective(nn.Module):
         self.model, self.mask_ratio, self.penalty, self.weight = model, mask_ratio, penalty, weight
         self.encode, self.reconstruct = encode or model.encode, reconstruct or model.reconstruct
         # The penalty needs the latent alone, and has too little work for a GPU: it runs beside the decoder.
-        on_cuda = model.mask_token.is_cuda
-        self.side = torch.cuda.Stream(model.mask_token.device) if on_cuda and penalty else None
+        device = next(model.parameters()).device
+        self.side = torch.cuda.Stream(device) if device.type == "cuda" and penalty else None
 
     def forward(self, images: Tensor, adv: Tensor | None, noise_BL: Tensor) -> PretrainOutput:
         """images [B,C,H,W]; adv, their adversarial version or None; noise [B,L] decides the mask."""
@@ -62,7 +62,7 @@ class ReconstructionObjective(nn.Module):
         with stage("encoder"):
             ids_shuffle, _, keep = self.model.random_masking(noise_BL, self.mask_ratio)
             ids_keep, ids_removed = ids_shuffle[:, :keep], ids_shuffle[:, keep:]
-            latent = self.encode(self.model.patchify(seen, ids_keep), ids_keep)
+            latent = self.encode(self.model.visible(seen, ids_keep), ids_keep)
         if self.penalty is None or adv is None:
             with stage("decoder"):
                 recon, pred = self.reconstruct(latent, ids_shuffle, images)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mimir_fast.attacks.linf import apgd, linf_step, momentum_step, pgd
 from mimir_fast.attacks.pgd_mae import starting_point
-from mimir_fast.models import VisionTransformer
+from mimir_fast.models import Classifier
 from mimir_fast.objectives.adversarial_losses import TWO_BRANCHES, attack_losses
 from mimir_fast.objectives.classification import FinetuneOutput
 from mimir_fast.training.stages import stage
@@ -58,7 +58,7 @@ class ClassifierNoise(NamedTuple):
 
 
 def draw_noise(
-    generator: torch.Generator, model: VisionTransformer, images: Tensor, attack: ClassifierAttack
+    generator: torch.Generator, model: Classifier, images: Tensor, attack: ClassifierAttack
 ) -> ClassifierNoise:
     """Draw a step's randomness for images [B,C,H,W] on the generator's device (seeded by mimir_fast.training.seeds)."""
     options = {"device": generator.device, "generator": generator}
@@ -69,16 +69,16 @@ def draw_noise(
         start = torch.randn(images.shape, **options)
     if any(model.drop_rates):
         passes = 2 if attack.kind in TWO_BRANCHES else 1
-        drop = torch.rand(len(model.blocks), 2, passes * len(images), **options)
+        drop = torch.rand(len(model.drop_rates), 2, passes * len(images), **options)
     return ClassifierNoise(start, drop)
 
 
-def image_losses(model: VisionTransformer, adv: Tensor, targets: Tensor) -> Tensor:
+def image_losses(model: Classifier, adv: Tensor, targets: Tensor) -> Tensor:
     """The images' losses [B] that the attack ascends; compile this one."""
     return attack_losses(model(adv), targets)
 
 
-def image_logits(model: VisionTransformer, images: Tensor) -> Tensor:
+def image_logits(model: Classifier, images: Tensor) -> Tensor:
     """Logits [B,O] without stochastic depth."""
     return model(images)
 
@@ -99,7 +99,7 @@ class ClassifierAttackFunctions(NamedTuple):
 
 
 def attack_images(
-    model: VisionTransformer,
+    model: Classifier,
     images: Tensor,
     targets: Tensor,
     start: Tensor | None,
@@ -126,7 +126,7 @@ def attack_images(
 
 def finetune_step(
     objective: nn.Module,
-    attacked: VisionTransformer,
+    attacked: Classifier,
     images: Tensor,
     targets: Tensor,
     noise: ClassifierNoise,

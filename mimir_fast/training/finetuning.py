@@ -16,7 +16,7 @@ from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.config.resolve import Run
 from mimir_fast.data import Augment, BatchStream, build_train_data, dataset_info, mix, mixing_seed, to_float
 from mimir_fast.data.datasets import DatasetInfo
-from mimir_fast.models import VisionTransformer, create_classifier
+from mimir_fast.models import Classifier, create_classifier
 from mimir_fast.objectives.adversarial_losses import cross_entropy
 from mimir_fast.objectives.classification import ClassificationObjective
 from mimir_fast.training.compilation import Compiler
@@ -88,7 +88,7 @@ class Finetuning:
             move=compiler.pixels(momentum_step),
         )
 
-    def objective(self, model: VisionTransformer, compiler: Compiler) -> ClassificationObjective:
+    def objective(self, model: Classifier, compiler: Compiler) -> ClassificationObjective:
         a, p = self.config.attack, self.config.penalty
         criterion = partial(cross_entropy, smoothing=self.config.augment.smoothing)
         information = (p.mi_xz, p.mi_yz) if p.mi_loss == "dib_mi" else None
@@ -107,7 +107,7 @@ class Finetuning:
     def step(
         self,
         objective: nn.Module,
-        attacked: VisionTransformer,
+        attacked: Classifier,
         functions: ClassifierAttackFunctions,
         batch: tuple[Tensor, Tensor],
         noise: ClassifierNoise,
@@ -178,7 +178,7 @@ def build_data(run: Run[FinetuneConfig], world: World) -> BatchStream:
     )
 
 
-def build_model(run: Run[FinetuneConfig], images: BatchStream | DatasetInfo, device: torch.device) -> VisionTransformer:
+def build_model(run: Run[FinetuneConfig], images: BatchStream | DatasetInfo, device: torch.device) -> Classifier:
     """The classifier on its device, freshly initialised; images in [0,1] are normalised inside of it, if at all."""
     m = run.config.model
     constants = {"mean": images.mean, "std": images.std} if run.config.data.use_normalize else {}
@@ -195,7 +195,7 @@ def build_attack(run: Run[FinetuneConfig], epoch: int, device: torch.device) -> 
     return ClassifierAttack(a.attack_train, a.steps, bounds, scale, a.trades_beta)
 
 
-def start_from_pretrained(model: VisionTransformer, config: FinetuneConfig, say: Callable[[str], None]) -> None:
+def start_from_pretrained(model: Classifier, config: FinetuneConfig, say: Callable[[str], None]) -> None:
     """Load --finetune; raises CheckpointError if it does not fit."""
     source = config.model.finetune
     if not source:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.attacks.pgd_mae import MaeAttackFunctions, ascend_reconstruction
-from mimir_fast.models import MaskedAutoencoderViT
+from mimir_fast.models import MaskedAutoencoder
 from mimir_fast.objectives.reconstruction import PretrainOutput
 from mimir_fast.training.stages import stage
 
@@ -35,17 +35,20 @@ class MaeAttack(NamedTuple):
     loss_scale: float = 1.0
 
 
-def draw_noise(generator: torch.Generator, batch: int, num_patches: int, attack: MaeAttack) -> MaeNoise:
-    """Draw a step's randomness for `batch` images on the generator's device: start, attack masks, training mask."""
+def draw_noise(generator: torch.Generator, rows: int, num_patches: int, attack: MaeAttack) -> MaeNoise:
+    """Draw a step's randomness on the generator's device: start, attack masks, training mask.
+
+    rows, num_patches: noise_shape of the model, a row per image or one for all.
+    """
     device = generator.device
     start = torch.randint(2**63 - 1, (), device=device, generator=generator)
-    masks = torch.rand((attack.steps or 0) + 1, batch, num_patches, device=device, generator=generator)
+    masks = torch.rand((attack.steps or 0) + 1, rows, num_patches, device=device, generator=generator)
     return MaeNoise(start, list(masks[:-1]), masks[-1])
 
 
 def pretrain_step(
     objective: nn.Module,
-    model: MaskedAutoencoderViT,
+    model: MaskedAutoencoder,
     images: Tensor,
     noise: MaeNoise,
     attack: MaeAttack,

@@ -14,7 +14,7 @@ from mimir_fast.config.resolve import Run
 from mimir_fast.data import BatchStream, build_pretrain_data, dataset_info, to_float
 from mimir_fast.data.datasets import DatasetInfo
 from mimir_fast.kernels import linf_patch_step
-from mimir_fast.models import MaskedAutoencoderViT, create_model
+from mimir_fast.models import MaskedAutoencoder, create_model
 from mimir_fast.objectives.reconstruction import PretrainOutput, ReconstructionObjective
 from mimir_fast.report.samples import SAMPLES, save_samples
 from mimir_fast.training.compilation import Compiler
@@ -67,7 +67,7 @@ class Pretraining:
             step=compiler.operation(linf_patch_step),
         )
 
-    def objective(self, model: MaskedAutoencoderViT, compiler: Compiler) -> ReconstructionObjective:
+    def objective(self, model: MaskedAutoencoder, compiler: Compiler) -> ReconstructionObjective:
         c = self.config
         pieces = compiler.trained(model.encode), compiler.trained(model.reconstruct)
         return ReconstructionObjective(model, c.model.mask_ratio, self.penalty, c.penalty.mi_xpl, *pieces)
@@ -76,12 +76,12 @@ class Pretraining:
         return to_float(images_u8, *self.constants)
 
     def draw_noise(self, generator: torch.Generator, images: Tensor) -> MaeNoise:
-        return draw_noise(generator, len(images), self.model.num_patches, self.attack)
+        return draw_noise(generator, *self.model.noise_shape(len(images)), self.attack)
 
     def step(
         self,
         objective: nn.Module,
-        attacked: MaskedAutoencoderViT,
+        attacked: MaskedAutoencoder,
         functions: MaeAttackFunctions,
         images: Tensor,
         noise: MaeNoise,
@@ -145,7 +145,7 @@ def build_data(run: Run[PretrainConfig], world: World) -> BatchStream:
     return build_pretrain_data(d.dataset, d.data_root, *sizes, **stream_options(run, world))
 
 
-def build_model(run: Run[PretrainConfig], device: torch.device) -> MaskedAutoencoderViT:
+def build_model(run: Run[PretrainConfig], device: torch.device) -> MaskedAutoencoder:
     """The model on its device, freshly initialised."""
     m = run.config.model
     return on_device(create_model(m.model, norm_pix_loss=m.norm_pix_loss, **model_options(run)), device)

@@ -14,7 +14,7 @@ from mimir_fast.attacks.linf import pgd
 from mimir_fast.attacks.pgd_mae import linf_bounds
 from mimir_fast.config.finetuning import validation_steps
 from mimir_fast.data import DataError, EvalStream, to_float
-from mimir_fast.models import VisionTransformer
+from mimir_fast.models import Classifier
 from mimir_fast.training.distributed import World
 from mimir_fast.training.finetune_step import ClassifierAttackFunctions
 from mimir_fast.training.seeds import step_seed
@@ -55,7 +55,7 @@ def build_validation_attack(
 
 
 def validate(
-    model: VisionTransformer,
+    model: Classifier,
     images: EvalStream,
     world: World,
     dtype: torch.dtype,
@@ -101,7 +101,7 @@ def _in_step(images: EvalStream, world: World) -> Iterator[tuple[Tensor, Tensor]
         yield batch
 
 
-def _blank(model: VisionTransformer) -> tuple[Tensor, Tensor]:
+def _blank(model: Classifier) -> tuple[Tensor, Tensor]:
     """A batch for a process that has none left: every process takes part in gathering the parameters of a sharded model."""
     return torch.zeros(1, 3, model.img_size, model.img_size, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
 
@@ -113,7 +113,7 @@ def _filled(part: Tensor, size: int) -> Tensor:
 
 
 def _batch_sums(
-    model: VisionTransformer,
+    model: Classifier,
     images_u8: Tensor,
     labels: Tensor,
     count: int,
@@ -138,7 +138,7 @@ def _batch_sums(
 
 
 def _attacked(
-    model: VisionTransformer,
+    model: Classifier,
     images: Tensor,
     labels: Tensor,
     attack: ValidationAttack,

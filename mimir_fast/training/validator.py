@@ -6,7 +6,7 @@ from functools import partial
 from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.config.resolve import Run
 from mimir_fast.data import DataError, EvalStream, eval_batches
-from mimir_fast.models import VisionTransformer
+from mimir_fast.models import Classifier
 from mimir_fast.training.distributed import World
 from mimir_fast.training.finetune_step import FP16_ATTACK_SCALE, ClassifierAttackFunctions
 from mimir_fast.training.validation import Scores, build_validation_attack, validate
@@ -66,7 +66,7 @@ class Validator:
         self.held_out = build_eval_data(config, world, "held_out") if v.held_out else None
 
     def rate(
-        self, model: VisionTransformer, functions: ClassifierAttackFunctions, epoch: int, ends: Callable[[], bool]
+        self, model: Classifier, functions: ClassifierAttackFunctions, epoch: int, ends: Callable[[], bool]
     ) -> dict | None:
         """Measure what is due after an epoch, the rest being None; returns None if `ends` asks to end before that.
 
@@ -105,7 +105,7 @@ class Validator:
 
     def _validate(
         self,
-        model: VisionTransformer,
+        model: Classifier,
         functions: ClassifierAttackFunctions,
         ends: Callable[[], bool],
         images: EvalStream,

@@ -46,11 +46,6 @@ def family_of(model: nn.Module) -> Family:
     raise ValueError(f"model: {type(model).__name__} is none of {known}")
 
 
-def is_classifier(model: nn.Module) -> bool:
-    """Whether a model is a classifier and no masked autoencoder."""
-    return isinstance(model, family_of(model).classifier)
-
-
 def recognise(tensors: Tensors) -> Family:
     """The family of a file's tensors.  Raises ValueError that says what each family misses in them."""
     lacking = {}

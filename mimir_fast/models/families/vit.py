@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mimir_fast.models.autoencoder import MaskedAutoencoderViT
 from mimir_fast.models.classifier import VisionTransformer
 from mimir_fast.models.family import Family, Network, Resized, Tensors, TimmModel
-from mimir_fast.models.mae import MaskedAutoencoderViT
 
 SIZES = {
     # ours, for demonstrations on CPUs; the others are the original's
