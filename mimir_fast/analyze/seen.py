@@ -98,7 +98,8 @@ def attack_reconstruction(trained: Trained, x: Tensor, indices: Tensor, how: Per
     bounds = linf_bounds(eps_C, alpha_C, (0.0 - mean_C) / std_C, (1.0 - mean_C) / std_C, x.shape[1], device)
     start = start_noise(indices, x.shape[1:], how.seed) * bounds[0, :, None, None]
     # Masks come from the same generator as the start, as if they were further restarts.
-    masks = [start_noise(indices, torch.Size([model.num_patches]), how.seed, 1 + step) for step in range(how.steps)]
+    rows, patches = model.noise_shape(len(x))
+    masks = [start_noise(indices[:rows], torch.Size([patches]), how.seed, 1 + step) for step in range(how.steps)]
     ratio = args.get("attack_mask_ratio", 0.75)
     adv = ascend_reconstruction(model, normalised(trained, x), bounds, how.steps, ratio, start, masks)
     means, stds = (x.new_tensor(values)[:, None, None] for values in (mean, std))

@@ -9,14 +9,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mimir_fast.attacks.pgd_mae import starting_point
+from mimir_fast.kernels import linf_start
 
-__all__ = ["apgd", "linf_step", "momentum_step", "pgd"]
+__all__ = ["apgd", "linf_step", "momentum_step", "pgd", "starting_point"]
 
 # Weight of the new direction; the rest is that of the last move.
 MOMENTUM = 0.75
 # Fraction of steps that must raise the loss, or the step is halved.
 RISES = 0.75
+
+
+def starting_point(images: Tensor, bounds: Tensor, start: Tensor, kernels: str = "auto") -> Tensor:
+    """Where the attack starts, [B,C,H,W] within the valid range.
+
+    start: a seed (one int64 number) of uniform noise in the ball, or the additive noise itself [B,C,H,W].
+    """
+    if not start.is_floating_point():
+        return linf_start(images, bounds, start, impl=kernels)
+    lo, hi = bounds[2:, :, None, None].to(images.dtype)
+    return torch.clamp(images + start, lo, hi)
 
 
 def project(images: Tensor, adv: Tensor, bounds: Tensor) -> Tensor:

@@ -1,27 +1,33 @@
 """PGD-MAE: the L-infinity attack on the reconstruction.  Shapes: B batch, C channels, H W sides, L patches, K kept.
 
 The loss of reconstructing an image from itself has two gradients: through the encoder for the kept patches, through the
-target for the removed ones.  Only the first is differentiated by autograd, on the kept patches alone; the second has a
-closed form, taken where the pixels are moved (mimir_fast.kernels.linf_patch_step).  No gradient image exists.
+target for the removed ones.  Where the encoder is given the kept patches alone (masking "patches" in the family's record), only
+the first is differentiated by autograd, on these patches; the second has a closed form, taken where the pixels are moved
+(mimir_fast.kernels.linf_patch_step).  No gradient image exists.  Where it is given whole images, both gradients may meet in a
+pixel: autograd differentiates the whole image.
 """
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.kernels import linf_bounds, linf_patch_step, linf_start
+from mimir_fast.attacks.linf import gradient, linf_step, starting_point
+from mimir_fast.kernels import linf_bounds, linf_patch_step
 from mimir_fast.kernels.linf_patch_step.op import Bound
 from mimir_fast.models import MaskedAutoencoder
+from mimir_fast.models.families import family_of
 
 __all__ = [
     "MaeAttackFunctions",
     "ascend_reconstruction",
     "frozen_twin",
+    "image_reconstruction",
     "linf_bounds",
     "pgd_mae",
+    "plain_functions",
     "reconstruction",
     "starting_point",
 ]
@@ -40,23 +46,34 @@ def reconstruction(
     return model.reconstruct(model.encode(patches, ids_shuffle[:, : patches.shape[1]]), ids_shuffle, images)
 
 
-def starting_point(images: Tensor, bounds: Tensor, start: Tensor, kernels: str = "auto") -> Tensor:
-    """Where the attack starts, [B,C,H,W] within the valid range.
-
-    start: a seed (one int64 number) of uniform noise in the ball, or the additive noise itself [B,C,H,W].
-    """
-    if not start.is_floating_point():
-        return linf_start(images, bounds, start, impl=kernels)
-    lo, hi = bounds[2:, :, None, None].to(images.dtype)
-    return torch.clamp(images + start, lo, hi)
+def image_reconstruction(model: MaskedAutoencoder, images: Tensor, ids_shuffle: Tensor, keep: int) -> Tensor:
+    """The same loss from whole images [B,C,H,W], of whose patches the first `keep` of ids_shuffle [B,L] are kept."""
+    ids_keep = ids_shuffle[:, :keep]
+    latent = model.encode(model.visible(images, ids_keep), ids_keep)
+    return model.reconstruct(latent, ids_shuffle, images)[0]
 
 
 class MaeAttackFunctions(NamedTuple):
-    """What an attack computes with: as they are, or compiled (mimir_fast.training.compilation)."""
+    """What an attack computes with: as they are, or compiled (mimir_fast.training.compilation).
 
-    loss: Callable[..., tuple[Tensor, Tensor]] = reconstruction
+    loss   `reconstruction` or `image_reconstruction`; step, accordingly: linf_patch_step or linf_step
+    """
+
+    loss: Callable[..., Any] = reconstruction
     start: Callable[..., Tensor] = starting_point
     step: Callable[..., Tensor] = linf_patch_step
+
+
+def by_patches(model: MaskedAutoencoder) -> bool:
+    """Whether the attack differentiates the kept patches of this model's family, and not whole images."""
+    return family_of(model).masking == "patches"
+
+
+def plain_functions(model: MaskedAutoencoder) -> MaeAttackFunctions:
+    """The attack's functions for a model, as they are."""
+    if by_patches(model):
+        return MaeAttackFunctions()
+    return MaeAttackFunctions(loss=image_reconstruction, step=linf_step)
 
 
 def pgd_mae(
@@ -105,7 +122,7 @@ def ascend_reconstruction(
     start: Tensor | None = None,
     mask_noise: Sequence[Tensor] | Tensor | None = None,
     loss_scale: float = 1.0,
-    functions: MaeAttackFunctions = MaeAttackFunctions(),  # noqa: B008 (immutable)
+    functions: MaeAttackFunctions | None = None,
 ) -> Tensor:
     """PGD-MAE with everything decided by the caller: what the training step and `pgd_mae` run.
 
@@ -113,8 +130,8 @@ def ascend_reconstruction(
                    numbers are copied from the host
     start          see `starting_point` (default: a seed drawn from torch's generator); mask_noise: one [B,L] per step
     loss_scale     multiplies the loss before its backward pass: fp16 gradients underflow without; the sign ignores it
-    functions      plain or compiled.  A compiled loss computes every gradient that it could be asked for: give it a model
-                   without trainable parameters (`frozen_twin`), or weight gradients are built in vain
+    functions      default: `plain_functions` of the model.  A compiled loss computes every gradient that it could be asked
+                   for: give it a model without trainable parameters (`frozen_twin`), or weight gradients are built in vain
     Returns [B,C,H,W], detached.  Raises ValueError if steps < 0 or mask_noise does not hold one entry per step.
     """
     if steps < 0:
@@ -125,14 +142,46 @@ def ascend_reconstruction(
         raise ValueError(f"mask_noise: expected one [B,L] tensor for each of {steps} steps, got {len(mask_noise)}")
     if start is None:
         start = torch.randint(2**63 - 1, (), device=images.device)
+    functions = functions or plain_functions(model)
     images = images.detach()
     adv = functions.start(images, bounds, start, model.kernels)
+    ascend = _ascend_patches if by_patches(model) else _ascend_images
     for noise in mask_noise:
-        ids_shuffle, ids_restore, keep = model.random_masking(noise, mask_ratio)
-        patches = model.patchify(adv, ids_shuffle[:, :keep]).requires_grad_(True)
-        with torch.enable_grad():
-            loss, pred = functions.loss(model, patches, ids_shuffle, adv)
-            (grad,) = torch.autograd.grad(loss * loss_scale, patches)
-        shape = (model.patch_size, model.norm_pix_loss)
-        adv = functions.step(images, adv, grad, pred.detach(), ids_restore, bounds, *shape, impl=model.kernels)
+        adv = ascend(model, functions, images, adv, bounds, noise, mask_ratio, loss_scale)
     return adv
+
+
+def _ascend_patches(
+    model: MaskedAutoencoder,
+    functions: MaeAttackFunctions,
+    images: Tensor,
+    adv: Tensor,
+    bounds: Tensor,
+    noise: Tensor,
+    mask_ratio: float,
+    loss_scale: float,
+) -> Tensor:
+    """A step that differentiates the kept patches; noise [B,L] decides which they are."""
+    ids_shuffle, ids_restore, keep = model.random_masking(noise, mask_ratio)
+    patches = model.visible(adv, ids_shuffle[:, :keep]).requires_grad_(True)
+    with torch.enable_grad():
+        loss, pred = functions.loss(model, patches, ids_shuffle, adv)
+        (grad,) = torch.autograd.grad(loss * loss_scale, patches)
+    shape = (model.patch_size, model.norm_pix_loss)
+    return functions.step(images, adv, grad, pred.detach(), ids_restore, bounds, *shape, impl=model.kernels)
+
+
+def _ascend_images(
+    model: MaskedAutoencoder,
+    functions: MaeAttackFunctions,
+    images: Tensor,
+    adv: Tensor,
+    bounds: Tensor,
+    noise: Tensor,
+    mask_ratio: float,
+    loss_scale: float,
+) -> Tensor:
+    """The same step by the gradient of whole images."""
+    ids_shuffle, _, keep = model.random_masking(noise, mask_ratio)
+    _, grad = gradient(lambda leaf: functions.loss(model, leaf, ids_shuffle, keep), adv, loss_scale)
+    return functions.step(images, adv, grad, bounds)

@@ -12,6 +12,7 @@ from mimir_fast.config.resolve import Run
 from mimir_fast.memory.graphs import planning_backend
 from mimir_fast.memory.ledger import KINDS, Ledger, Moment
 from mimir_fast.models import MaskedAutoencoder
+from mimir_fast.models.families import family_of
 from mimir_fast.training.distributed import World
 from mimir_fast.training.engine import Engine
 from mimir_fast.training.pretraining import Pretraining, build_model
@@ -67,18 +68,21 @@ def predict(run: Run[PretrainConfig]) -> Prediction:
     Raises ValueError for a configuration that cannot be built.
     """
     with FakeTensorMode():
-        depth = len(build_model(run, CPU).blocks)
+        model = build_model(run, CPU)
+    trunk = family_of(model).trunk
+    depth = len(getattr(model, trunk)) if trunk else 1
     whole = run.compute.compile and run.compute.compile_region == "model"
     depths = list(DEPTHS) if whole and depth > DEPTHS[-1] else [depth]
     return Prediction([follow(run, blocks) for blocks in depths], depths, depth)
 
 
 def follow(run: Run[PretrainConfig], depth: int) -> Trace:
-    """Run the step with `depth` encoder blocks on fake tensors, after a warm-up, under the ledger."""
+    """Run the step on fake tensors, after a warm-up, under the ledger; with `depth` encoder blocks where they are alike."""
     torch.compiler.reset()
     with FakeTensorMode():
         task = Pretraining(run, World(device=CPU))
-        task.model.blocks = task.model.blocks[:depth]
+        if trunk := family_of(task.model).trunk:
+            setattr(task.model, trunk, getattr(task.model, trunk)[:depth])
         ledger = Ledger(_prime(run.config, task.model))
         engine = Engine(task, task.world, backend=planning_backend(ledger))
         side = run.config.model.input_size

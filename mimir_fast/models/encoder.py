@@ -89,8 +89,8 @@ class Encoder(nn.Module):
 
     def embed(self, patches: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """Patches [B,K,P] and where they were [B,K] (None: all, in raster order) -> tokens [B,1+K,D], class token first."""
-        positions = self.pos_embed[:, 1:] if ids_keep is None else self.pos_embed[0, 1:][ids_keep]
-        tokens = self.patch_embed(patches) + positions
+        tokens = self.patch_embed(patches)
+        tokens = tokens + (self.pos_embed[:, 1:] if ids_keep is None else self.pos_embed[0, 1:][ids_keep])
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
         return self.residual(torch.cat([cls_token, tokens], dim=1))
 

@@ -64,6 +64,8 @@ class Family:
     encoder         patterns of the encoder's parameters, the last normalisation included
     fresh           patterns of what a classifier may start without
     undecayed       patterns of what weight decay leaves alone in fine-tuning, beside vectors
+    blocks          classes of the blocks, which are compiled, sharded and gathered one by one
+    trunk           name of a model's list of encoder blocks if they are all alike: what one of them costs, all cost
     depth           model -> number of layers that layer decay counts, L
     layer_of        (name, model) -> 0 before the first of them, 1 to L in them, L + 1 after the last
     lacks           tensors of a file -> the name of one that every model of the family has and the file lacks; None: it is one
@@ -88,6 +90,7 @@ class Family:
     encoder: tuple[str, ...]
     fresh: tuple[str, ...]
     undecayed: tuple[str, ...]
+    blocks: tuple[type[nn.Module], ...]
     depth: Callable[[nn.Module], int]
     layer_of: Callable[[str, nn.Module], int]
     lacks: Callable[[Tensors], str | None]
@@ -98,6 +101,7 @@ class Family:
     timm: Callable[[str, dict[str, Any]], TimmModel]
     network: Callable[[str, dict[str, Any]], Network]
     timm_key: Callable[[str], str | None] = str
+    trunk: str | None = None
     encoder_prefix: str = ""
     aliases: dict[str, str] = field(default_factory=dict)
     suffixes: tuple[str, ...] = ()
@@ -105,6 +109,10 @@ class Family:
     def __post_init__(self):
         if self.masking not in ("patches", "images"):
             raise ValueError(f"masking: expected patches or images, got {self.masking!r}")
+
+    def names(self, pretraining: bool) -> list[str]:
+        """The autoencoders' names, or the classifiers'."""
+        return [PREFIX * pretraining + name for name in self.sizes]
 
     def bare(self, name: str) -> str:
         """A model's own name: aliases resolved, suffixes removed."""

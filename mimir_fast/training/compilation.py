@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mimir_fast.models.layers import Block
+from mimir_fast.models.families import family_of
 
 BLOCK_GRAPHS = 32  # that one block may have; torch's own limit is 8
 CACHE = Path.home() / ".cache" / "mimir_fast" / "inductor"
@@ -71,7 +71,8 @@ class Compiler:
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The Transformer blocks of a model, in its order."""
-    return [module for module in model.modules() if isinstance(module, Block)]
+    kinds = family_of(model).blocks
+    return [module for module in model.modules() if isinstance(module, kinds)]
 
 
 class CompileClock:

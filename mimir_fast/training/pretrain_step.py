@@ -52,7 +52,7 @@ def pretrain_step(
     images: Tensor,
     noise: MaeNoise,
     attack: MaeAttack,
-    functions: MaeAttackFunctions = MaeAttackFunctions(),  # noqa: B008 (immutable)
+    functions: MaeAttackFunctions | None = None,
 ) -> PretrainOutput:
     """Attack, encode, decode, loss and penalty of one micro-batch; the caller runs the backward pass.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.attacks.pgd_mae import MaeAttackFunctions, linf_bounds, reconstruction, starting_point
+from mimir_fast.attacks.pgd_mae import MaeAttackFunctions, linf_bounds, plain_functions
 from mimir_fast.checkpoints.run_state import Position
 from mimir_fast.config.choices import PENALTIES
 from mimir_fast.config.pretraining import PretrainConfig
@@ -61,11 +61,10 @@ class Pretraining:
         return Updater(optimizer, self.world.device, self.run.compute.scaled)
 
     def attack_functions(self, compiler: Compiler) -> MaeAttackFunctions:
-        return MaeAttackFunctions(
-            loss=compiler.attacked(reconstruction),
-            start=compiler.operation(starting_point),
-            step=compiler.operation(linf_patch_step),
-        )
+        plain = plain_functions(self.model)
+        # linf_patch_step is an operation of ours, a kernel where there is a GPU; linf_step is plain PyTorch
+        step = compiler.operation if plain.step is linf_patch_step else compiler.pixels
+        return MaeAttackFunctions(compiler.attacked(plain.loss), compiler.operation(plain.start), step(plain.step))
 
     def objective(self, model: MaskedAutoencoder, compiler: Compiler) -> ReconstructionObjective:
         c = self.config

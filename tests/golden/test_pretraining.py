@@ -1,6 +1,7 @@
 """Numbers recorded from the original code: forwards, gradients, attacks, penalties, whole training trajectories."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from mimir_fast.attacks.pgd_mae import frozen_twin, linf_bounds, pgd_mae
+from mimir_fast.models import families
+from mimir_fast.models.families.vit import VIT
 from mimir_fast.objectives.information import bandwidth, nhsic, renyi_mi
 from mimir_fast.objectives.reconstruction import ReconstructionObjective
 from mimir_fast.training.distributed import World
@@ -88,13 +91,28 @@ def test_every_parameter_gradient(name, dtype, bound):
     indirect=["kernels"],
 )
 def test_attack(name, kernels):
+    assert_recorded_attack(name, attacked(name, kernels))
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attack_on_whole_images(name, monkeypatch):
+    """The way of families whose encoder is given whole images leads to the same adversarial images."""
+    by_patches = attacked(name)
+    monkeypatch.setattr(families, "FAMILIES", (replace(VIT, masking="images"),))
+    adv = attacked(name)
+    assert_recorded_attack(name, adv)
+    assert (adv - by_patches).abs().gt(1e-6).sum() <= 4
+
+
+def attacked(name: str, kernels: str = "reference") -> torch.Tensor:
+    """The attack of a recording, on the recorded model and images, with the recorded draws."""
     tensors, r = load_golden(name)
     images, eps, alpha, lo, hi = golden_images()[0], r["eps_255"] / 255, r["alpha_255"] / 255, 0.0, 1.0
     if r["normalised"]:
         mean, std = (torch.tensor(r[k]).view(3, 1, 1) for k in ("mean", "std"))
         images, lo, hi = (images - mean) / std, (0 - mean) / std, (1 - mean) / std
         eps, alpha = (torch.tensor(r[f"{k}_per_channel"]).view(3, 1, 1) for k in ("eps", "alpha"))
-    adv = pgd_mae(
+    return pgd_mae(
         small_model(r["norm_pix_loss"], kernels=kernels),
         images,
         eps,
@@ -105,7 +123,11 @@ def test_attack(name, kernels):
         start_noise=tensors["start_noise"],
         mask_noise=[tensors[f"step{i}_mask_noise"] for i in range(r["steps"])],
     )
-    assert ((adv - tensors["adv"]).abs() > 1e-6).sum() <= 4  # pixels whose gradient is rounding noise
+
+
+def assert_recorded_attack(name: str, adv: torch.Tensor) -> None:
+    """Equal but for pixels whose gradient is rounding noise."""
+    assert ((adv - load_golden(name)[0]["adv"]).abs() > 1e-6).sum() <= 4
 
 
 @pytest.mark.parametrize("name", ["hsic_gauss", "hsic_latent_like", "hsic_linear_y", "hsic_offset"])

@@ -12,15 +12,15 @@ FAMILIES: tuple[Family, ...] = (VIT,)
 
 def model_names(pretraining: bool) -> list[str]:
     """Names of the masked autoencoders, or of the classifiers."""
-    return [PREFIX * pretraining + name for family in FAMILIES for name in family.sizes]
+    return [name for family in FAMILIES for name in family.names(pretraining)]
 
 
 def listed(pretraining: bool) -> str:
     """The same for a help text: mae_vit_{nano,ti,small}, one word per family."""
     words = []
     for family in FAMILIES:
-        sizes = ",".join(name.removeprefix(f"{family.name}_") for name in family.sizes)
-        words.append(f"{PREFIX * pretraining}{family.name}_{{{sizes}}}")
+        prefix = f"{PREFIX * pretraining}{family.name}_"
+        words.append(f"{prefix}{{{','.join(name.removeprefix(prefix) for name in family.names(pretraining))}}}")
     return ", ".join(words)
 
 
@@ -29,11 +29,11 @@ def find(name: str, pretraining: bool) -> tuple[Family, dict[str, Any]]:
 
     Raises ValueError for an unknown name.
     """
-    names = model_names(pretraining)
     for family in FAMILIES:
-        if family.bare(name) in names:
-            return family, family.keywords(family.bare(name))
-    raise ValueError(f"model: unknown name {name!r}; choose one of {', '.join(names)}")
+        bare = family.bare(name)
+        if bare in family.names(pretraining):
+            return family, family.keywords(bare)
+    raise ValueError(f"model: unknown name {name!r}; choose one of {', '.join(model_names(pretraining))}")
 
 
 def family_of(model: nn.Module) -> Family:

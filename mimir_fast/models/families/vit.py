@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mimir_fast.models.autoencoder import MaskedAutoencoderViT
 from mimir_fast.models.classifier import VisionTransformer
 from mimir_fast.models.family import Family, Network, Resized, Tensors, TimmModel
+from mimir_fast.models.layers import Block
 
 SIZES = {
     # ours, for demonstrations on CPUs; the others are the original's
@@ -130,6 +131,8 @@ VIT = Family(
     encoder=(*TABLES, "patch_embed.*", "blocks.*", "norm.*"),
     fresh=("norm.*", "fc_norm.*", "head.*"),
     undecayed=TABLES,
+    blocks=(Block,),
+    trunk="blocks",
     depth=depth,
     layer_of=layer_of,
     lacks=lacks,
