@@ -3,29 +3,55 @@
 kernels   every operation against its rivals at the shapes of the recipes, checked, then timed
 compile   every kernel compiled for A100 and H100, its machine code read (no GPU needed)
 step      one step of pre-training or fine-tuning priced against a GPU's limits, and measured where the GPU is there
-pairs     images per second of the step against the textbook step, in pairs in one process
-losses    the training loss in fp32, over seeds, and with the 16-bit options, on real images
 train     images per second of the real training loop from a folder of images, and the share of every stage
 profile   a trace of some updates, their ten most expensive kernels, and commands for NVIDIA's profilers
-compare   what got faster or slower between two files of records, beyond the noise
-report    the tables and plots of README.md and docs/performance.md, drawn from bench/results
-gpu       tests, step, training loop and profile in one go on one GPU, with a summary: what to run there first
+gpu       tests, kernels, step, training loop and profile in one go on one GPU: what to run there first
+
+--simulate h100 (or h200, a100) runs a verb on a simulated GPU (bench/simulated_gpu): calls and memory are exact, times do not
+exist.
 """
 
 import importlib
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
-VERBS = {"kernels": "bench.kernels.command"}
-VERBS |= {"compile": "bench.compile", "step": "bench.step.command", "pairs": "bench.pairs", "losses": "bench.losses"}
-VERBS |= {"train": "bench.train", "profile": "bench.profile", "gpu": "bench.gpu.command"}
-VERBS |= {"compare": "bench.compare", "report": "bench.report.command"}
+from bench import simulated_gpu
+from bench.simulated_gpu.build import unsuitable
+
+VERBS = {"kernels": "bench.kernels.command", "step": "bench.step.command"}
+VERBS |= {name: f"bench.{name}" for name in ("compile", "train", "profile", "gpu")}
 
 
 def main(arguments: list[str]) -> int:
+    """Each verb's module has build_parser() and run(args, the trainer's flags after --) -> exit status.
+
+    Returns that status, or 2 with one line on wrong input.
+    """
     if not arguments or arguments[0] not in VERBS:
         print(f"usage: python -m bench {{{','.join(VERBS)}}} ...\n{__doc__.split(chr(10), 1)[1]}", file=sys.stderr)
         return 2
-    return importlib.import_module(VERBS[arguments[0]]).main(arguments[1:])
+    verb, *words = arguments
+    where = words.index("--") if "--" in words else len(words)
+    module = importlib.import_module(VERBS[verb])
+    args = module.build_parser().parse_args(words[:where])
+    try:
+        if getattr(args, "simulate", None) and not simulated_gpu.marker():
+            return start_again(args.simulate, arguments)
+        return module.run(args, words[where + 1 :])
+    except ValueError as error:
+        print(f"python -m bench {verb}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def start_again(gpu: str, arguments: list[str]) -> int:
+    """This same command in a process that finds the simulated GPU.  Raises ValueError if that cannot be had here."""
+    if reason := unsuitable():
+        raise ValueError(reason)
+    with tempfile.TemporaryDirectory() as folder:
+        environment = simulated_gpu.environment(gpu, Path(folder) / "calls.log")
+        return subprocess.run([sys.executable, "-m", "bench", *arguments], env=environment, check=False).returncode
 
 
 if __name__ == "__main__":

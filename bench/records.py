@@ -1,5 +1,6 @@
 """Records of measurements and of prices: one JSON line each, headed by where and when they come from."""
 
+import argparse
 import ctypes
 import datetime
 import json
@@ -10,9 +11,32 @@ from pathlib import Path
 import torch
 import triton
 
+from bench.peaks import PEAKS, peak_of
+from bench.simulated_gpu import marker
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-PRETEND = "pretend"  # how the device of a record begins where nothing was measured
+SIMULATED = "simulated-"  # how a device is called where nothing was measured; "pretend-" in records of before
+
+
+def parser(verb: str, doc: str, epilog: str, file: str | None = None) -> argparse.ArgumentParser:
+    """A verb's parser, with the flags that all verbs have.  file: of its records in bench/results, if it keeps any."""
+    found = argparse.ArgumentParser(
+        prog=f"python -m bench {verb}",
+        description=doc.split(": ", 1)[1],
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    found.add_argument("--simulate", choices=list(PEAKS), help="run on a simulated GPU, which has no times")
+    if file:
+        default = str(RESULTS / file)
+        found.add_argument("--results", default=default, metavar="FILE", help="JSON lines to append to (%(default)s)")
+    return found
+
+
+def words(text: str) -> list[str]:
+    """ "a,b" -> ["a", "b"]."""
+    return [word for word in text.split(",") if word]
 
 
 def heading(device: str) -> dict:
@@ -25,13 +49,16 @@ def heading(device: str) -> dict:
         "triton": triton.__version__,
         "python": platform.python_version(),
         "device": device,
-        "driver": None if device == "cpu" or is_pretend(device) else driver(),
+        "driver": None if device == "cpu" or device.startswith(SIMULATED) else driver(),
     }
 
 
-def is_pretend(device: str) -> bool:
-    """Whether a record comes from a pretend GPU, which has no times."""
-    return device.startswith(PRETEND)
+def device_name(device: torch.device) -> str:
+    """As records call it: cpu, the GPU's own name, or simulated-NAME."""
+    if device.type == "cpu":
+        return "cpu"
+    name = torch.cuda.get_device_name(device)
+    return f"{SIMULATED}{peak_of(name)}" if marker() else name
 
 
 def driver() -> str | None:
@@ -46,19 +73,14 @@ def driver() -> str | None:
     return f"{version.value // 1000}.{version.value % 1000 // 10}"
 
 
-def append(record: dict, results: Path) -> None:
+def append(record: dict, results: Path | str) -> None:
     """One more line of JSON."""
+    results = Path(results)
     results.parent.mkdir(parents=True, exist_ok=True)
     with results.open("a") as file:
         file.write(json.dumps(record) + "\n")
 
 
-def partition(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """A command's own words, and the trainer's after --."""
-    where = arguments.index("--") if "--" in arguments else len(arguments)
-    return arguments[:where], arguments[where + 1 :]
-
-
-def _git(*words: str) -> str:
-    done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
     return done.stdout.strip()

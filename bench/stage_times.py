@@ -27,7 +27,7 @@ class Range(NamedTuple):
 
 
 class StageTimes:
-    """Collects ranges and updates; `open` goes to mimir_fast.training.stages.listening, `updated` is called after every update.
+    """Collects ranges and updates; `open` goes to mimir_fast's `listening`, `updated` is called after every update.
 
     Everything up to the update number `warmup` (1 or more) is left out.
     """
@@ -38,10 +38,6 @@ class StageTimes:
         self.ranges: list[Range] = []
         self.ends: list[float | torch.cuda.Event] = []  # of the updates from `warmup` on
         self.waited = self.began = self.ended = 0.0  # host seconds: in `data`; at both ends of the observed updates
-
-    @property
-    def observed(self) -> bool:
-        return bool(self.ends)
 
     @contextmanager
     def open(self, name: str) -> Iterator[None]:
@@ -55,7 +51,7 @@ class StageTimes:
             yield
         finally:
             self.around.pop()
-        if self.observed:
+        if self.ends:
             self.ranges.append(Range(name, outer, start, self._now()))
             self.waited += (time.perf_counter() - asked) * (name == "data")
 
@@ -107,9 +103,7 @@ class StageTimes:
 
 def percentiles(values: list[float]) -> dict[str, float]:
     """The 20th and the 80th; of one value, that value."""
-    if len(values) == 1:
-        return {"20": values[0], "80": values[0]}
-    cuts = statistics.quantiles(values, n=5, method="inclusive")
+    cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values
     return {"20": cuts[0], "80": cuts[-1]}
 
 

@@ -7,15 +7,13 @@ from pathlib import Path
 
 import torch
 
-from bench.model_flops import model_flops
-from bench.peaks import PEAKS
-from bench.records import RESULTS, append, heading, partition
+from bench import loop, records
+from bench.peaks import PEAKS, peak_of
+from bench.simulated_gpu import marker
 from bench.stage_times import BESIDE, StageTimes, percentiles
-from bench.step.counts import pretend_gpu
-from bench.training import EndedEarlyError, add_arguments, check, device_name, open_trainer, peaks_name, run
+from bench.steps import model_flops
 from mimir_fast.training import stages
 from mimir_fast.training.logs import peak_memory_gib
-from mimir_fast.training.loop import Loop
 
 EPILOG = f"""Trainer flags may follow --, for instance: python -m bench train --data_root FOLDER -- --num_workers 8
 Nothing is saved unless --output_dir is among them.  Stages (mimir_fast/training/stages.py):
@@ -27,76 +25,67 @@ pass, without the penalty, against the dense peak of the arithmetic used."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench train",
-        description=__doc__.split(": ", 1)[1],
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_arguments(parser, updates=50, warmup=10)
-    default = str(RESULTS / "train.jsonl")
-    parser.add_argument(
-        "--results", default=default, metavar="FILE", help="JSON lines to append to (default: %(default)s)"
-    )
+    parser = records.parser("train", __doc__, EPILOG, "train.jsonl")
+    loop.add_arguments(parser, updates=50, warmup=10)
     return parser
 
 
-def main(arguments: list[str]) -> int:
-    """Train, print, append the record; returns the exit status: 0, 1 if the training failed, 2 with one line on wrong input."""
-    own, flags = partition(arguments)
-    args = build_parser().parse_args(own)
-    try:
-        check(args)
-        with open_trainer(args, flags) as trainer:
-            times = StageTimes(trainer.world.device, args.warmup)
-            run(trainer, times.open, times.updated)
-            record = measured(args, trainer, times)
-    except ValueError as error:
-        print(f"python -m bench train: error: {error}", file=sys.stderr)
-        return 2
-    except EndedEarlyError as error:
-        print(f"python -m bench train: error: {error}", file=sys.stderr)
-        return 1
+def run(args: argparse.Namespace, flags: list[str]) -> int:
+    """Train, print, append the record; returns the exit status: 0, or 1 if the training ended early."""
+    with loop.open_trainer(args, flags) as trainer:
+        times = StageTimes(trainer.world.device, args.warmup)
+        if why := loop.run(trainer, times.open, times.updated):
+            print(f"python -m bench train: error: {why}", file=sys.stderr)
+            return 1
+        record = measured(args, trainer, times)
     print(*lines(record), sep="\n")
-    append(record, Path(args.results))
+    records.append(record, args.results)
     return 0
 
 
-def measured(args: argparse.Namespace, trainer: Loop, times: StageTimes) -> dict:
-    """The record.  On a pretend GPU every time is None: there is none."""
-    run = trainer.task.run
-    config, device = run.config.updated(run.flat()), device_name(trainer.world, args.gpu)
-    images = config.optim.batch_size * config.optim.accum_iter
+def measured(args: argparse.Namespace, trainer: loop.Loop, times: StageTimes) -> dict:
+    """The record.  On a simulated GPU every time is None: there is none."""
+    device, run = records.device_name(trainer.world.device), trainer.task.run
+    config = run.config.flat() | run.flat()
     record = {
-        **heading(device),
+        **records.heading(device),
         "task": args.task,
         "threads": torch.get_num_threads(),
-        "peaks": peaks_name(device, args.gpu),
-        "config": config.flat() | {"data_root": Path(config.data.data_root).name},
+        "peaks": peaks_of(device, args.gpu),
+        "config": config | {"data_root": Path(config["data_root"]).name},
         "updates": args.updates,
         "warmup": args.warmup,
         "images": trainer.stream.num_images,
         "peak GiB": peak_memory_gib(trainer.world.device),
-        "model GFLOP per image": model_flops(config) / 1e9,
+        "model GFLOP per image": model_flops(run.config.updated(run.flat())) / 1e9,
     }
-    if pretend_gpu():
+    if marker():
         nothing = dict.fromkeys(("images/s", "percentiles", "mfu", "data wait"))
         return record | nothing | {"stages": dict.fromkeys(times.shares())}
     seconds = times.updates()
-    rate = images / statistics.mean(seconds)
+    rate = config["batch_size"] * config["accum_iter"] / statistics.mean(seconds)
     return record | {
         "images/s": rate,
         "percentiles": percentiles(seconds),
-        "mfu": mfu(record, rate, config.compute.precision),
+        "mfu": mfu(record, rate),
         "data wait": times.data_wait(),
         "stages": times.shares(),
     }
 
 
-def mfu(record: dict, rate: float, precision: str) -> float | None:
+def peaks_of(device: str, gpu: str | None) -> str | None:
+    """Key of PEAKS for the record's device, None where they are not known: on any CPU."""
+    try:
+        return None if device == "cpu" else gpu or peak_of(device)
+    except ValueError:
+        return None
+
+
+def mfu(record: dict, rate: float) -> float | None:
     """Model FLOP/s over the peak of the arithmetic used; None where the peak is not known."""
     if record["peaks"] is None:
         return None
+    precision = record["config"]["precision"]
     tf32 = precision == "fp32" and torch.get_float32_matmul_precision() != "highest"
     peak = PEAKS[record["peaks"]].flops["tf32" if tf32 else precision]
     return record["model GFLOP per image"] * 1e9 * rate / peak
@@ -105,16 +94,16 @@ def mfu(record: dict, rate: float, precision: str) -> float | None:
 def lines(record: dict) -> list[str]:
     """The record for people."""
     config, device = record["config"], record["device"]
-    size = f"{config['model']} {config['input_size']}/{config['patch_size']}, batch {config['batch_size']}"
     times_what = f" x {config['accum_iter']}" if config["accum_iter"] > 1 else ""
     found = [
-        f"{size}{times_what}, {config['precision']}, compile {'on' if config['compile'] else 'off'}; {device}; "
+        "{model} {input_size}/{patch_size}, batch {batch_size}".format(**config) + times_what
+        + f", {config['precision']}, compile {'on' if config['compile'] else 'off'}; {device}; "
         f"{record['images']} images ({config['data_root']}); {record['updates']} updates after {record['warmup']}",
         f"model {record['model GFLOP per image']:.2f} GFLOP per image; peak {record['peak GiB']:.2f} GiB"
         + (" (resident memory of the process)" if device == "cpu" else ""),
-    ]
+    ]  # fmt: skip
     if record["images/s"] is None:
-        return [*found, f"a pretend GPU: no times; the run went through, stages {', '.join(record['stages'])}"]
+        return [*found, f"a simulated GPU: no times; the run went through, stages {', '.join(record['stages'])}"]
     fast, slow = (record["percentiles"][key] * 1e3 for key in ("20", "80"))
     ratio = "unknown" if record["mfu"] is None else f"{record['mfu']:.1%}"
     found.append(

@@ -3,7 +3,7 @@
 import torch
 
 from bench.kernels.case import DTYPES, Case
-from bench.kernels.sizes import Size
+from bench.kernels.suite import Size
 from mimir_fast.kernels import add_layer_norm
 
 

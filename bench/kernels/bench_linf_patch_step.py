@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bench.kernels.case import DTYPES, Case, random_order
-from bench.kernels.sizes import Size
+from bench.kernels.suite import Size
 from mimir_fast.kernels import linf_bounds, linf_patch_step
 
 EPS = 8 / 255

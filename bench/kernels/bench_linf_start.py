@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bench.kernels.case import DTYPES, Case
-from bench.kernels.sizes import Size
+from bench.kernels.suite import Size
 from mimir_fast.kernels import linf_bounds, linf_start
 
 EPS = 8 / 255

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from bench.kernels.case import DTYPES, Case
-from bench.kernels.sizes import Size
-from bench.step.counts import pretend_gpu
+from bench.kernels.suite import Size
+from bench.simulated_gpu import marker
 from mimir_fast.kernels import nhsic
 from mimir_fast.kernels.nhsic.reference import RIDGE, center_rows, ridge_inverse
 
@@ -42,5 +42,5 @@ def cases(size: Size, dtype: str) -> list[Case]:
         return "" if error <= CLOSE[dtype] else f"off by {error:.3g} relative, {CLOSE[dtype]:g} is allowed"
 
     shape = {"m": size.B, "d": d, "e": e}
-    rivals = {} if pretend_gpu() else {"cdist": by_cdist}  # a pretend GPU has no float64 solver for Cholesky's gradient
+    rivals = {} if marker() else {"cdist": by_cdist}  # a simulated GPU has no float64 solver for Cholesky's gradient
     return [Case("nhsic", shape, dtype, draw, nhsic, rivals, judge=close, usual="fp32")]

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.kernels.case import DTYPES, Case
-from bench.kernels.sizes import Size
-from bench.step.counts import pretend_gpu
+from bench.kernels.suite import Size
+from bench.simulated_gpu import marker
 from mimir_fast.kernels import short_attention
 from mimir_fast.kernels.short_attention.op import supported
 from mimir_fast.models.attention import PACKAGES, attention
@@ -33,7 +33,7 @@ def rivals(dtype: str) -> dict:
     if not torch.cuda.is_available() or dtype not in HALF:
         return {}
     found = {"sdpa flash": by_sdpa(SDPBackend.FLASH_ATTENTION)}
-    if not pretend_gpu():  # it has no cuDNN
+    if not marker():  # it has no cuDNN
         found["sdpa cudnn"] = by_sdpa(SDPBackend.CUDNN_ATTENTION)
     return found | {name: by_package(name) for name in PACKAGES if find_spec(name)}
 

@@ -1,7 +1,8 @@
-"""One operation at one shape in one dtype."""
+"""One operation at one shape in one dtype, and whether an implementation of it is right."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -63,3 +64,64 @@ def outputs(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def random_order(B: int, L: int, device: torch.device) -> Tensor:
     """Patches [B,L] in random order, int64."""
     return torch.rand(B, L, device=device).argsort(dim=1)
+
+
+@dataclass
+class Drawn:
+    """A case's inputs with a random gradient for each floating-point output, and what is true of them in float64."""
+
+    case: Case
+    device: torch.device
+
+    def __post_init__(self):
+        torch.manual_seed(0)
+        self.inputs = self.case.draw(self.device)
+        results = outputs(self.case.reference(**self.inputs))
+        self.upstream = [torch.randn_like(r) if r.is_floating_point() else None for r in results]
+
+    def values(self, function: Callable, inputs: Inputs | None = None) -> dict[str, Tensor]:
+        """Outputs and the gradient of every leaf, by name."""
+        inputs = self.inputs if inputs is None else inputs
+        results, wanted = outputs(function(**inputs)), leaves(inputs)
+        found = {f"output {number}": result.detach() for number, result in enumerate(results)}
+        if wanted:
+            upstream = [g.to(r.dtype) for g, r in zip(self.upstream, results)]
+            grads = torch.autograd.grad(results, list(wanted.values()), upstream)
+            found |= {f"gradient of {name}": grad for name, grad in zip(wanted, grads)}
+        return found
+
+    @cached_property
+    def truth(self) -> dict[str, Tensor]:
+        """Of the same numbers in float64."""
+        wide = dict(self.inputs)
+        for name, tensor in self.inputs.items():
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                wide[name] = tensor.detach().double().requires_grad_(tensor.requires_grad)
+        return self.values(self.case.reference, wide)
+
+    @cached_property
+    def eager(self) -> dict[str, Tensor]:
+        return self.values(self.case.reference)
+
+    def wrong(self, name: str, function: Callable) -> str:
+        """What is wrong with an implementation's values; "" if nothing is."""
+        found = self.values(function)
+        if name in self.case.own_judges:
+            return self.case.own_judges[name](found["output 0"], self.inputs)
+        for part, truth in self.truth.items():
+            value, eager = found[part], self.eager[part]
+            if value.dtype != eager.dtype:
+                return f"{part}: {value.dtype}, expected {eager.dtype}"
+            if complaint := self.case.judge(value, eager, truth):
+                return f"{part}: {complaint}"
+        return ""
+
+    def call(self, function: Callable, direction: str) -> Callable[[], object]:
+        """What is timed.  backward starts from outputs that are kept."""
+        wanted = list(leaves(self.inputs).values())
+        if direction == "forward":
+            return lambda: function(**self.inputs)
+        if direction == "both":
+            return lambda: torch.autograd.grad(outputs(function(**self.inputs)), wanted, self.upstream)
+        kept = outputs(function(**self.inputs))
+        return lambda: torch.autograd.grad(kept, wanted, self.upstream, retain_graph=True)

@@ -4,7 +4,9 @@ import importlib
 from dataclasses import dataclass
 
 from bench.kernels.case import DTYPES, Case
-from bench.kernels.sizes import SIZES
+from mimir_fast.config.pretraining import PretrainConfig
+from mimir_fast.config.pretraining_recipes import cifar10_vit_s, imagenet_vit_b, imagenet_vit_s
+from mimir_fast.models.families import find
 
 # by what is at stake in a step; tests/test_layout.py holds the list to the folders of kernels/
 OPS = (
@@ -19,6 +21,49 @@ OPS = (
     "token_restore",
     "mask_indices",
 )
+
+
+@dataclass(frozen=True)
+class Size:
+    """B images of `side` pixels in patches of p; D, N width and heads of the encoder, E, R of the decoder.
+
+    Of L patches K are kept and M removed; each has P numbers.
+    """
+
+    B: int
+    side: int
+    p: int
+    L: int
+    K: int
+    M: int
+    P: int
+    D: int
+    N: int
+    E: int
+    R: int
+
+
+def size_of(config: PretrainConfig, **changes) -> Size:
+    """The size of one micro-batch of a run."""
+    flat = config.updated(changes).flat()
+    side, p, wide = flat["input_size"], flat["patch_size"], find(flat["model"], pretraining=True)[1]
+    L = (side // p) ** 2
+    K = int(L * (1 - flat["mask_ratio"]))
+    encoder, decoder = (
+        (wide["embed_dim"], wide["num_heads"]),
+        (wide["decoder_embed_dim"], wide["decoder_num_heads"]),
+    )
+    return Size(flat["batch_size"], side, p, L, K, L - K, 3 * p**2, *encoder, *decoder)
+
+
+SIZES: dict[str, Size] = {  # the most important first
+    "imagenet_vit_b": size_of(imagenet_vit_b()),
+    "imagenet_vit_s": size_of(imagenet_vit_s()),
+    "cifar10_vit_s": size_of(cifar10_vit_s()),
+    "imagenet_vit_l": size_of(imagenet_vit_s(), model="mae_vit_large"),
+    "small": size_of(cifar10_vit_s(), model="mae_vit_ti", patch_size=4, batch_size=8),  # for CPUs
+}
+ON_GPU, ON_CPU = (list(SIZES)[:-1], list(DTYPES)), (["small"], ["fp32"])  # recipes and dtypes by default
 
 
 @dataclass(frozen=True)

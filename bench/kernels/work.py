@@ -1,16 +1,16 @@
 """Bytes and FLOPs that a case cannot avoid: the contracts of the operators that our implementation calls, without data."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch._subclasses import FakeTensorMode
 
 from bench.kernels.case import Case, leaves, outputs
-from bench.step.pricing import Price, Setting, price
-from bench.step.trace import Recorder
+from bench.step.prices import price
+from bench.step.trace import record
 
-COUNTED = ("ours", "GEMM", "attention")  # classes of bench.step.pricing: not the views and copies around them
-CPU = torch.device("cpu")
+COUNTED = ("ours", "GEMM", "attention")  # classes of bench/step/prices.py: not the views and copies around them
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,10 @@ class Work:
     bytes: float
     flops: dict[str, float]
 
-    def __add__(self, other: "Work") -> "Work":
-        names = [*self.flops, *(name for name in other.flops if name not in self.flops)]
-        flops = {name: self.flops.get(name, 0.0) + other.flops.get(name, 0.0) for name in names}
-        return Work(self.bytes + other.bytes, flops)
-
-    def bound_ms(self, reached: dict[str, float | None]) -> float | None:
+    def bound_ms(self, reached: dict[str, float]) -> float | None:
         """The least time at measured peaks ("copy GB/s", "bf16 TFLOP/s", ...); None where one that is needed is missing."""
         peaks = [reached.get(f"{name} TFLOP/s") for name in self.flops]
-        if reached.get("copy GB/s") is None or None in peaks:
+        if "copy GB/s" not in reached or None in peaks:
             return None
         compute = sum(count / peak / 1e9 for count, peak in zip(self.flops.values(), peaks))
         return max(compute, self.bytes / reached["copy GB/s"] / 1e6)
@@ -39,23 +34,21 @@ def work(case: Case) -> dict[str, Work]:
     if case.refused:
         return {}
     with FakeTensorMode():
-        inputs = case.draw(CPU)
-        with Recorder(CPU.type) as forward:
-            results = outputs(case.ours(**inputs))
-        found = {"forward": _sum(forward)}
+        inputs, results = case.draw(torch.device("cpu")), []
+        found = {"forward": _counted(lambda: results.extend(outputs(case.ours(**inputs))))}
         if leaves(inputs):
             upstream = [torch.ones_like(result) for result in results]
-            with Recorder(CPU.type) as backward:
-                torch.autograd.grad(results, list(leaves(inputs).values()), upstream)
-            found["backward"] = _sum(backward)
-            found["both"] = found["forward"] + found["backward"]
+            found["backward"] = _counted(lambda: torch.autograd.grad(results, list(leaves(inputs).values()), upstream))
+            found["both"] = _sum(*found.values())
     return found
 
 
-def _sum(recorder: Recorder) -> Work:
-    prices: list[Price] = [p for call in recorder.calls for p in price(call, Setting(tf32=True))]
-    total = Work(0.0, {})
-    for p in prices:
-        if p.kind in COUNTED:
-            total += Work(p.bytes, p.flops)
-    return total
+def _counted(call: Callable[[], object]) -> Work:
+    prices = [p for called in record(call, "cpu") for p in price(called, tf32=True)]
+    return _sum(*(Work(p.bytes, p.flops) for p in prices if p.kind in COUNTED))
+
+
+def _sum(*parts: Work) -> Work:
+    names = dict.fromkeys(name for part in parts for name in part.flops)
+    flops = {name: sum(part.flops.get(name, 0.0) for part in parts) for name in names}
+    return Work(sum(part.bytes for part in parts), flops)

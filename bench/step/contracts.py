@@ -1,16 +1,17 @@
 """The bytes and FLOPs of our own operations: the `bytes` line of each docstring under kernels/ as a formula.
 
-Shapes: B batch, L patches, M removed, P numbers per patch, m samples, d numbers per sample.  Bytes are those
-that must come from or go to memory, not what is read again from cache.
+Shapes: B batch, M patches removed, P numbers per patch, m samples, d numbers per sample.  Bytes are those that must come from
+or go to memory, not what is read again from cache.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
-from bench.step.trace import Call, Spec
+from bench.step.trace import Call
 
 FLOPS_OF = {"bfloat16": "bf16", "float16": "fp16", "float32": "tf32"}  # whose peak prices a product
-INDEX = 8  # bytes of an int64
+WIDTH = {"uint8": 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}  # bytes per number
 TF32_PRODUCTS = 3  # nhsic's fp32 products are three tf32 ones
 SQUARES = 5  # [m,m] fp32 matrices of one side of nhsic that are written and read: kernel, ridged, factor, inverse, P
 
@@ -25,71 +26,31 @@ class Contract:
     kind: str = "ours"
 
 
-def _written(call: Call) -> int:
+def read(call: Call, *names: str) -> int:
+    """Bytes of arguments (all of them, if none is named) read whole, once."""
+    return sum(call.read(name).bytes for name in names or call.reads)
+
+
+def written(call: Call) -> int:
     return sum(spec.bytes for spec in call.writes)
 
 
-def _once(call: Call, *names: str) -> int:
-    """Arguments read whole, once."""
-    return sum(call.read(name).bytes for name in names)
-
-
-def mask_indices(call: Call) -> Contract:
-    return Contract(_once(call, "noise") + _written(call))
+def once(call: Call) -> Contract:
+    """Every argument is read once, every result written once."""
+    return Contract(read(call) + written(call))
 
 
 def patch_gather(call: Call) -> Contract:
-    """The kept patches read in the images' storage and written in the output's, the indices once."""
-    (patches,), images = call.writes, call.read("images")
-    count = patches.shape[0] * patches.shape[1] * patches.shape[2]
-    return Contract(count * _width(images) + patches.bytes + _once(call, "ids_keep"))
+    """The kept patches are read in the images' storage and written in the output's, the indices read once."""
+    B, K, P = call.writes[0].shape
+    return Contract(B * K * P * WIDTH[call.read("images").dtype] + written(call) + read(call, "ids_keep"))
 
 
-def patch_gather_grad(call: Call) -> Contract:
-    return Contract(_once(call, "grad", "ids_keep") + _written(call))
-
-
-def linf_start(call: Call) -> Contract:
-    return Contract(_once(call, "images") + _written(call))
-
-
-def linf_patch_step(call: Call) -> Contract:
-    return Contract(_once(call, "images", "adv", "grad_visible", "pred", "ids_restore") + _written(call))
-
-
-def masked_patch_loss(call: Call) -> Contract:
-    """pred, as many numbers of the images, ids; one fp32 per patch written and read."""
-    B, M, _ = call.read("pred").shape
-    return Contract(_predicted(call) + 2 * 4 * B * M)
-
-
-def masked_patch_loss_grad_pred(call: Call) -> Contract:
-    return Contract(_predicted(call) + _written(call))
-
-
-def masked_patch_loss_grad_images(call: Call) -> Contract:
-    """The images' gradient is cleared, then written where patches are predicted."""
+def masked_patch_loss(call: Call, extra: Callable[[int, int], float]) -> Contract:
+    """pred, as many numbers of the images, ids; extra(B * M, bytes of those numbers): what comes on top."""
     B, M, P = call.read("pred").shape
-    return Contract(_predicted(call) + _written(call) + B * M * P * _width(call.read("images")))
-
-
-def _predicted(call: Call) -> int:
-    B, M, P = call.read("pred").shape
-    return _once(call, "pred", "ids") + B * M * P * _width(call.read("images"))
-
-
-def token_restore(call: Call) -> Contract:
-    return Contract(_once(call, "tokens", "mask_token", "pos_embed", "ids_shuffle") + _written(call))
-
-
-def token_restore_grad(call: Call) -> Contract:
-    """The gradient of removed patches only; how many is not among the tensors, so all rows are counted: a bound from above."""
-    return Contract(_once(call, "grad") + _written(call))
-
-
-def add_layer_norm(call: Call) -> Contract:
-    """x and delta read, the sum (if there is a delta), the normalised sum and the statistics written; the parameters once."""
-    return Contract(_once(call, *call.reads) + _written(call))
+    pixels = B * M * P * WIDTH[call.read("images").dtype]
+    return Contract(read(call, "pred", "ids") + pixels + extra(B * M, pixels))
 
 
 def add_layer_norm_grad(call: Call) -> Contract:
@@ -98,7 +59,7 @@ def add_layer_norm_grad(call: Call) -> Contract:
 
     sums = sum(spec.shape[0] for spec in call.writes[2:])  # numbers of the column sums that are asked for
     rows, width = call.read("statistics").shape[1], call.read("weight").shape[0]
-    return Contract(_once(call, *call.reads) + _written(call) + 2 * 4 * sums * groups(rows, width, sums > 0))
+    return Contract(read(call) + written(call) + 2 * 4 * sums * groups(rows, width, sums > 0))
 
 
 def nhsic(call: Call) -> Contract:
@@ -106,7 +67,7 @@ def nhsic(call: Call) -> Contract:
     data, flops, solves = 0, 0.0, []
     for name in ("x", "y"):
         m, d = call.read(name).shape
-        data += call.read(name).bytes + 2 * 4 * m * d + SQUARES * 2 * 4 * m * m
+        data += read(call, name) + 2 * 4 * m * d + SQUARES * 2 * 4 * m * m
         flops += TF32_PRODUCTS * m * m * d  # symmetric: half of 2 m m d
         solves += [("linalg_cholesky_ex", m), ("cholesky_inverse", m)]
     return Contract(data, {"tf32": flops}, solves)
@@ -115,13 +76,13 @@ def nhsic(call: Call) -> Contract:
 def nhsic_grad(call: Call) -> Contract:
     """Centred rows once, the gradient once, k and both P; two [m,m] products and one with the rows."""
     m, d = call.read("rows").shape
-    data = _once(call, "rows", "k", "p_self", "p_other") + SQUARES * 2 * 4 * m * m + _written(call)
+    data = read(call, "rows", "k", "p_self", "p_other") + SQUARES * 2 * 4 * m * m + written(call)
     return Contract(data, {"tf32": TF32_PRODUCTS * (2 * 2.0 * m**3 + 2.0 * m * m * d)})
 
 
 def linear_gelu(call: Call) -> Contract:
     """One product: its two factors and the bias read, GELU's input and output written."""
-    return Contract(_once(call, *call.reads) + _written(call), _multiplied(call, "x"), kind="GEMM")
+    return Contract(read(call) + written(call), _multiplied(call, "x"), kind="GEMM")
 
 
 def gelu_linear_grad(call: Call) -> Contract:
@@ -129,7 +90,7 @@ def gelu_linear_grad(call: Call) -> Contract:
     from mimir_fast.kernels.mlp.kernel import HOPPER
 
     sums = -(-call.read("grad").shape[0] // HOPPER["BLOCK_M"]) * call.writes[1].shape[0]
-    return Contract(_once(call, *call.reads) + _written(call) + 2 * 4 * sums, _multiplied(call, "grad"), kind="GEMM")
+    return Contract(read(call) + written(call) + 2 * 4 * sums, _multiplied(call, "grad"), kind="GEMM")
 
 
 def _multiplied(call: Call, rows: str) -> dict[str, float]:
@@ -137,43 +98,29 @@ def _multiplied(call: Call, rows: str) -> dict[str, float]:
     return {FLOPS_OF[call.read(rows).dtype]: 2.0 * m * d * f}
 
 
-def short_attention(call: Call) -> Contract:
-    """q, k, v read and the output written; two products per head and pair of tokens."""
-    return Contract(_once(call, "qkv") + _written(call), _attended(call, 4), kind="attention")
+def short_attention(call: Call, flops: int) -> Contract:
+    """q, k, v (and the gradient) read once; `flops` per head's number and pair of tokens."""
+    qkv = call.read("qkv")
+    B, T, width = qkv.shape
+    return Contract(read(call) + written(call), {FLOPS_OF[qkv.dtype]: flops * B * T * T * width / 3}, kind="attention")
 
 
-def short_attention_grad(call: Call) -> Contract:
-    """q, k, v and the gradient read, dq, dk and dv written; the scores again and four products more."""
-    return Contract(_once(call, "qkv", "grad") + _written(call), _attended(call, 10), kind="attention")
-
-
-def _attended(call: Call, flops: int) -> dict[str, float]:
-    B, T, width = call.read("qkv").shape
-    return {FLOPS_OF[call.read("qkv").dtype]: flops * B * T * T * width / 3}
-
-
-def _width(spec: Spec) -> int:
-    """Bytes per number."""
-    return {"uint8": 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "int64": INDEX}[spec.dtype]
-
-
+SIMPLE = "mask_indices patch_gather_grad linf_start linf_patch_step token_restore token_restore_grad add_layer_norm"
 CONTRACTS: dict[str, Callable[[Call], Contract]] = {
-    "mask_indices": mask_indices,
+    **dict.fromkeys(SIMPLE.split(), once),
     "patch_gather": patch_gather,
-    "patch_gather_grad": patch_gather_grad,
-    "linf_start": linf_start,
-    "linf_patch_step": linf_patch_step,
-    "masked_patch_loss": masked_patch_loss,
-    "masked_patch_loss_grad_pred": masked_patch_loss_grad_pred,
-    "masked_patch_loss_grad_images": masked_patch_loss_grad_images,
-    "token_restore": token_restore,
-    "token_restore_grad": token_restore_grad,
-    "add_layer_norm": add_layer_norm,
+    # one fp32 number per patch, written and read
+    "masked_patch_loss": partial(masked_patch_loss, extra=lambda patches, pixels: 2 * 4 * patches),
+    "masked_patch_loss_grad_pred": lambda call: masked_patch_loss(call, lambda patches, pixels: written(call)),
+    # the images' gradient is cleared, then written where patches are predicted
+    "masked_patch_loss_grad_images": lambda call: masked_patch_loss(
+        call, lambda patches, pixels: written(call) + pixels
+    ),
     "add_layer_norm_grad": add_layer_norm_grad,
     "nhsic": nhsic,
-    "short_attention": short_attention,
-    "short_attention_grad": short_attention_grad,
     "nhsic_grad": nhsic_grad,
+    "short_attention": partial(short_attention, flops=4),  # two products
+    "short_attention_grad": partial(short_attention, flops=10),  # the scores again, and four products
     "linear_gelu": linear_gelu,
     "gelu_linear_grad": gelu_linear_grad,
 }

@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 
 @dataclass(frozen=True)
@@ -27,15 +28,16 @@ class Call:
 
     reads     argument name -> its tensors; arguments that are only overwritten are not here
     writes    the tensors written: results, and arguments changed in place
-    gb        Inductor's own byte count in GB, flop its own FLOPs (matrix templates only), file the name of the kernel's file
+    flops     of matrix products and attention (torch.utils.flop_counter; of an Inductor kernel its own count)
+    gb        Inductor's own byte count in GB, file the name of the kernel's file
     """
 
     kind: str
     name: str
     reads: dict[str, list[Spec]] = field(default_factory=dict)
     writes: list[Spec] = field(default_factory=list)
+    flops: float = 0.0
     gb: float | None = None
-    flop: float | None = None
     file: str = ""
 
     @property
@@ -99,6 +101,8 @@ def describe(func, args: tuple, kwargs: dict, result, device_type: str) -> Call:
             call.reads[argument.name] = [spec(t) for t in found]
     new = [t for t in tensors(result, device_type) if not any(t is other for other in changed)]
     call.writes = [spec(t) for t in (*changed, *new)]
+    if func._overloadpacket in flop_registry:
+        call.flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
     return call
 
 
@@ -131,14 +135,11 @@ def inductor_kernels(recorder: Recorder) -> Iterator[None]:
 
     def run(self, *args, **kwargs):
         meta = self.inductor_meta
-        touched = [spec(t) for t in tensors(args, recorder.device_type)]
-        counted = {
-            "gb": meta.get("kernel_num_gb"),
-            "flop": meta.get("kernel_flop"),
-            "file": Path(self.filename or "").stem,
-        }
-        call = Call("inductor", self.fn.__name__, reads={"arguments": touched}, **counted)
+        touched = {"arguments": [spec(t) for t in tensors(args, recorder.device_type)]}
+        file = Path(self.filename or "").stem
         recorder.mark(len(recorder.calls))
+        call = Call("inductor", self.fn.__name__, touched, gb=meta.get("kernel_num_gb"), file=file)
+        call.flops = meta.get("kernel_flop") or 0.0
         recorder.calls.append(call)
         result = launch(self, *args, **kwargs)
         recorder.mark(-1)
@@ -148,7 +149,9 @@ def inductor_kernels(recorder: Recorder) -> Iterator[None]:
         yield
 
 
-def record(step: Callable[[], None], device_type: str, mark: Callable[[int], None] = lambda number: None) -> list[Call]:
+def record(
+    step: Callable[[], object], device_type: str, mark: Callable[[int], None] = lambda number: None
+) -> list[Call]:
     """Run the step once and return its calls in order."""
     recorder = Recorder(device_type, mark)
     with inductor_kernels(recorder), recorder:

@@ -1,10 +1,7 @@
-"""The step's recorder, table and command: recorded traces, the whole step, wrong arguments, the pretend GPU."""
+"""python -m bench step: what is recorded and counted, products counted by hand, the record, the simulated GPU."""
 
 import json
-import math
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,33 +9,49 @@ from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
 from bench.__main__ import main
 from bench.peaks import PEAKS, peak_of
-from bench.step import counts, table
-from bench.step.pricing import Price
-from bench.step.roofline import from_launches, price_all
+from bench.step import launches, roofline, table
+from bench.step.prices import Price
 from bench.step.trace import record
-from bench.step.variants import build_step, configuration
+from bench.steps import FINETUNE, PRETRAIN, build_step, configuration, model_flops
+from mimir_fast.models.families.vit import VIT
+from tests.support.simulation import needs_simulated_gpu, run_simulated
 
-ROOT = Path(__file__).parents[2]
-WRAPPER = ROOT.parent / "shared" / "tools" / "drygpu" / "drygpu"  # an outside program, where it is there
-H100 = PEAKS["h100"]
+CPU = torch.device("cpu")
+TINY = {"embed_dim": 48, "depth": 2, "num_heads": 3}
+CLASSIFIER = "--model vit_ti --batch_size 2 --input_size 32 --patch_size 8 --nb_classes 7 --device cpu --attention math"
+
+
+# ---- what is recorded
 
 
 def test_inductor_launches_are_recorded(monkeypatch):
-    launched = []
+    launched, marks = [], []
     monkeypatch.setattr(CachingAutotuner, "run", lambda self, *args, **kwargs: launched.append(args))
     kernel = object.__new__(CachingAutotuner)
     kernel.inductor_meta = {"kernel_num_gb": 1.5}
     kernel.fn = type("Source", (), {"__name__": "triton_red_fused_7", "fn": None})()  # as Inductor's cache returns it
     kernel.filename = "/cache/abc/cabcdef.py"
-    marks = []
     x = torch.zeros(3)
     calls = record(lambda: (x + 1, kernel.run(x, 3, stream=0)), "cpu", marks.append)
     assert [(c.name, c.gb, c.file) for c in calls] == [
         ("aten.add.Tensor", None, ""),
         ("triton_red_fused_7", 1.5, "cabcdef"),
     ]
-    assert marks == [0, -1, 1, -1]
-    assert len(launched) == 1
+    assert (marks, len(launched)) == ([0, -1, 1, -1], 1)
+
+
+def test_compiled_code_stays_compiled_while_recorded():
+    runs = []
+
+    def backend(graph, _):
+        return lambda *inputs: runs.append(1) or graph(*inputs)
+
+    compiled = torch.compile(lambda x: x.sin() + 1, backend=backend)
+    x = torch.zeros(3)
+    compiled(x)
+    calls = record(lambda: compiled(x), "cpu")
+    assert len(runs) == 2
+    assert [call.op for call in calls] == ["sin", "add"]
 
 
 STEP = """MARK|step
@@ -71,183 +84,208 @@ MARK|end
 """
 
 
-def test_log_of_the_pretend_gpu(tmp_path):
-    log = tmp_path / "log"
-    log.write_text("KERNEL|warm_up|1,1,1|1,1,1|0\n" + STEP + TRACE + "KERNEL|after|1,1,1|1,1,1|0\n")
-    counted = counts.from_log(log)
-    assert counted == counts.Counts(kernels=3, gemms=1, memsets=2, syncs=1, to_host=1)
-    assert counted.launches == 6
+def test_the_log_of_a_simulated_gpu(tmp_path):
+    log, other = tmp_path / "log", "MARK|step\nSYNC|stream\nMARK|end\nMARK|trace\nMARK|end\n"  # of a step before
+    log.write_text(other + "KERNEL|warm_up|1,1,1|1,1,1|0\n" + STEP + TRACE + "KERNEL|after|1,1,1|1,1,1|0\n")
+    counted = launches.from_log(log)
+    assert counted == launches.Counts(kernels=3, gemms=1, memsets=2, syncs=1, to_host=1)
+    assert counted.as_dict()["launches"] == 6
     calls = [[Price("other ATen", "aten.add.Tensor", 8)], [Price("copies", "aten.zero_.default", 32)]]
-    extra, outside = from_launches(calls, counts.launches_by_call(log))
+    extra, outside = roofline.beyond_the_calls(calls, launches.launches_by_call(log))
     assert [(p.kind, p.name, p.bytes) for p in extra] == [("copies", "memset", 64), ("copies", "memcpy D2D", 200)]
     assert outside in ({"strange": 1}, {"_Z7strangeiPf": 1})
     log.write_text(STEP + TRACE.replace("TRITON|triton_0|1,1,1|1,1,1|0|16\n", ""))
     with pytest.raises(RuntimeError, match="tracing changed the step"):
-        counts.from_log(log)
+        launches.from_log(log)
     log.write_text((STEP + TRACE).replace("SYNC|stream", "GRAPH|launch|0x1"))
     with pytest.raises(RuntimeError, match="CUDA graph"):
-        counts.from_log(log)
+        launches.from_log(log)
 
 
-def test_compiled_code_stays_compiled_while_recorded():
-    runs = []
-
-    def backend(graph, _):
-        return lambda *inputs: runs.append(1) or graph(*inputs)
-
-    compiled = torch.compile(lambda x: x.sin() + 1, backend=backend)
-    x = torch.zeros(3)
-    compiled(x)
-    calls = record(lambda: compiled(x), "cpu")
-    assert len(runs) == 2
-    assert [call.op for call in calls] == ["sin", "add"]
+# ---- the steps
 
 
-def test_the_references_are_the_references_in_every_part(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    ours, references = (
-        configuration(variant, ["--residual_dtype", "bf16"]).compute for variant in ("ours", "references")
-    )
-    assert (ours.kernels, ours.attention, ours.mlp) == ("triton", "short", "triton")
-    assert (references.kernels, references.attention, references.mlp) == ("reference", "sdpa", "reference")
+def tuning_flops(steps: int, attention: bool = True) -> int:
+    """Products of a fine-tuning step of the tiny model by hand; a multiply-add is two.
+
+    The attack: per step a forward pass and the input's gradient, once more the same, for attention (whose products have two
+    factors that depend on the input) twice.  Training: a forward pass and both gradients, of the patches' projection the
+    weight's only.
+    """
+    B, L, T, D, F, P, classes, depth = 2, 16, 17, 48, 192, 3 * 8 * 8, 7, 2
+    linear = depth * (2 * T * D * 3 * D + 2 * T * D * D + 2 * 2 * T * D * F) + 2 * D * classes
+    patches, attended = 2 * L * P * D, depth * 2 * 2 * T * T * D
+    passes = (2 * steps + 3) * linear + (2 * steps + 2) * patches
+    return B * (passes + attention * (3 * steps + 3) * attended)
+
+
+@pytest.mark.parametrize(
+    ("variant", "words", "attention"),
+    [
+        ("ours", "--no_compile --steps 1", True),
+        ("ours", "--no_compile --steps 3", True),
+        ("textbook", "--steps 2", False),
+    ],
+)
+def test_products_of_fine_tuning_are_those_counted_by_hand(variant, words, attention, monkeypatch):
+    """Of the textbook, which computes attention by a kernel of its own on a CPU, without it."""
+    monkeypatch.setitem(VIT.sizes, "vit_ti", TINY)
+    config = configuration(FINETUNE, [*CLASSIFIER.split(), *words.split()], variant)
+    prices = [p for parts in roofline.price_all(record(build_step(variant, config, CPU), "cpu")) for p in parts]
+    steps = int(words.split()[-1])
+    assert sum(sum(p.flops.values()) for p in prices) == tuning_flops(steps, attention)
+    assert {p.kind for p in prices} == {"GEMM", "AdamW", "copies", "other ATen"}
+    assert [p.name for p in prices if p.why] == []
 
 
 @pytest.mark.parametrize("variant", ["references", "textbook"])
-def test_a_whole_step_on_the_cpu_leaves_nothing_unpriced(variant):
+def test_a_whole_pretraining_step_on_the_cpu_leaves_nothing_unpriced(variant):
     words = "--model mae_vit_ti --batch_size 2 --input_size 32 --patch_size 8 --device cpu --no_compile".split()
-    config = configuration(variant, words)
-    calls = record(build_step(variant, config, torch.device("cpu")), "cpu")
-    prices = [p for parts in price_all(calls) for p in parts]
-    kinds = {p.kind for p in prices}
-    assert kinds >= {"GEMM", "AdamW", "solves", "copies", "other ATen"}
-    roofline = table.Roofline(prices, H100, counts.Counts(0, 0, 0, 0, 0), 0.0, 2)
-    assert roofline.unpriced() == []
+    config = configuration(PRETRAIN, words, variant)
+    prices = [p for parts in roofline.price_all(record(build_step(variant, config, CPU), "cpu")) for p in parts]
+    assert {p.kind for p in prices} >= {"GEMM", "AdamW", "solves", "copies", "other ATen"}
+    assert [p.name for p in prices if p.why] == []
     # 12 blocks of width 192, 5 tokens; 5 forwards' worth in all: 4 products of 12 D^2 in sum, forward 2, backward 3
     blocks = 5 * 12 * 2 * (2 * 5) * 12 * 192**2
-    assert blocks < roofline.classes()["GEMM"]["tflop"] * 1e12 < 1.5 * blocks
+    assert blocks < sum(sum(p.flops.values()) for p in prices if p.kind == "GEMM") < 1.5 * blocks
+
+
+def test_flops_per_image_are_the_same_whatever_computes_them(monkeypatch):
+    words = "--model mae_vit_ti --input_size 32 --patch_size 8 --batch_size 7 --device cpu --activation_checkpointing"
+    D, E, L, K, P = 192, 128, 16, 4, 192
+    embed, encoder = K * P * D, 12 * 12 * (1 + K) * D * D
+    last = (3 * (1 + L) + 9 * (L - K)) * E * E  # the decoder's last block answers for removed patches only
+    linear = embed + encoder + (1 + K) * D * E + 12 * (1 + L) * E * E + last + (L - K) * E * P
+    products = 12 * 2 * (1 + K) ** 2 * D + 2 * (1 + L) ** 2 * E + 2 * (L - K) * (1 + L) * E
+    # attack: forward and gradient of the inputs; training: forward and both gradients, but none of the pixels
+    assert model_flops(configuration(PRETRAIN, words.split())) == 2 * (5 * linear - embed + 6 * products)
+    monkeypatch.setitem(VIT.sizes, "vit_ti", TINY)
+    config = configuration(FINETUNE, [*CLASSIFIER.split(), "--activation_checkpointing", "--steps", "2"])
+    assert model_flops(config) == tuning_flops(2) / 2
+
+
+def test_configurations_are_the_recipes(monkeypatch):
+    config = configuration(FINETUNE, ["--device", "cpu", "--model", "vit_base"]).flat()
+    wanted = {"attack_train": "pgd", "steps": 1, "eps": 4.0, "smoothing": 0.1, "drop_path": 0.1, "layer_decay": 0.65}
+    assert wanted.items() <= config.items()
+    textbook = configuration(FINETUNE, ["--device", "cpu", "--compile"], "textbook")
+    assert not textbook.flat()["compile"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    ours, references = (configuration(PRETRAIN, [], variant).flat() for variant in ("ours", "references"))
+    parts = ("kernels", "attention", "mlp")
+    assert [ours[name] for name in parts] == ["triton", "short", "triton"]
+    assert [references[name] for name in parts] == ["reference", "sdpa", "reference"]
+    with pytest.raises(ValueError, match=r"steps: .* got 2"):
+        build_step("textbook", configuration(PRETRAIN, ["--device", "cpu", "--steps", "2"]), CPU)
+
+
+# ---- the record
 
 
 def test_table_and_record():
     prices = [
-        Price("GEMM", "aten.mm.out", 1e9, {"bf16": 989e9}),
-        Price("GEMM", "aten.mm.out", 1e9, {"bf16": 989e9}),
+        *[Price("GEMM", "aten.mm.out", 1e9, {"bf16": 989e9})] * 2,
         Price("attention", "flash", 1e9),
-        Price("Inductor", "triton_poi_0", 3.35e9, file="ca"),
-        Price("Inductor", "triton_poi_0", 3.35e9, file="ca"),
-        Price("Inductor", "triton_poi_0", 3.35e9, file="cb"),  # the same name in another graph
+        *[
+            Price("Inductor", "triton_poi_0", 3.35e9, file=file) for file in ("ca", "ca", "cb")
+        ],  # one name in two graphs
         Price("other ATen", "aten.sign.default", 67e9),
         Price("solves", "aten.inverse", 0, solve=2e-3),
         Price("ours", "mimir_fast.new", 1e9, why="no contract"),
     ]
-    counted = counts.Counts(10, 2, 3, 1, 4)
-    shared = {"outside": {"strange": 2}, "nodes": {"ca": "[gelu] gelu"}}
-    record = table.Roofline(prices, H100, counted, 1.5, 64, **shared, ms=50.0).record()
-    assert json.loads(json.dumps(record)) == record
-    assert record["classes"]["GEMM"] == pytest.approx({"count": 2, "gb": 2, "tflop": 1.978, "bound_ms": 2})
-    totals = record["totals"]
-    assert (totals["launches"], totals["syncs"], totals["to_host"], totals["peak_gib"]) == (15, 1, 4, 1.5)
+    counted, shared = launches.Counts(10, 2, 3, 1, 4), {"outside": {"strange": 2}, "nodes": {"ca": "[gelu] gelu"}}
+    found = roofline.Roofline(prices, PEAKS["h100"], counted, 1.5, 64, **shared, ms=50.0).record()
+    assert json.loads(json.dumps(found)) == found
+    assert found["classes"]["GEMM"] == pytest.approx({"count": 2, "gb": 2, "tflop": 1.978, "bound_ms": 2})
+    totals = found["totals"]
+    assert [totals[name] for name in ("launches", "syncs", "to_host", "peak_gib")] == [15, 1, 4, 1.5]
     assert totals["gb"] == pytest.approx(2 + 1 + 3 * 3.35 + 67 + 1)
     assert totals["gb_outside_gemm_attention"] == pytest.approx(3 * 3.35 + 67 + 1)
     assert totals["bound_ms"] == pytest.approx(2 + 3 + 20 + 2 + 2 / 3.35)
     assert totals["bound_without_solves_ms"] == pytest.approx(totals["bound_ms"] - 2)
-    assert [(t["count"], t["nodes"]) for t in record["top"]] == [(2, "[gelu] gelu"), (1, "")]
-    assert {u["name"]: u["count"] for u in record["unpriced"]} == {"mimir_fast.new": 1, "strange": 2}
-    assert record["remainder"] == [{"name": "aten.sign.default", "count": 1, "gb": 67.0}]
-    measured = record["measured"]
-    assert measured["images_per_s"] == pytest.approx(64 / 0.050)
-    assert measured["mfu"] == pytest.approx(2 * 989e9 / (0.050 * 989e12))
-    assert measured["share_of_bound"] == pytest.approx(totals["bound_ms"] / 50)
-    text = "\n".join(table.lines(record))
-    for word in (
-        "10 + 2 + 3 = 15",
-        "syncs 1",
-        "measured 50.00 ms, 1280 images/s",
-        "aten.sign.default",
-        "strange",
-        "[gelu] gelu",
-    ):
+    assert [(t["count"], t["nodes"]) for t in found["top"]] == [(2, "[gelu] gelu"), (1, "")]
+    assert {u["name"]: u["count"] for u in found["unpriced"]} == {"mimir_fast.new": 1, "strange": 2}
+    assert found["remainder"] == [{"name": "aten.sign.default", "count": 1, "gb": 67.0}]
+    measured = {"ms": 50.0, "images_per_s": 64 / 0.050, "mfu": 2 / 50, "share_of_bound": totals["bound_ms"] / 50}
+    assert found["measured"] == pytest.approx(measured)
+    text = "\n".join(table.lines(found))
+    for word in ("10 + 2 + 3 = 15", "syncs 1", "measured 50.00 ms, 1280 images/s", "aten.sign.default", "strange"):
         assert word in text, word
 
 
 def test_peaks():
-    assert peak_of("NVIDIA H100 80GB HBM3") == "h100"
-    assert peak_of("NVIDIA A100-SXM4-80GB") == "a100"
+    assert [peak_of(peak.device) for peak in PEAKS.values()] == list(PEAKS)
     with pytest.raises(ValueError, match=r"gpu: .*RTX 3090.*--gpu"):
         peak_of("NVIDIA GeForce RTX 3090")
-    assert all(math.isclose(p.flops["tf32"] * 2, p.flops["bf16"]) for p in PEAKS.values())
+    assert all(p.flops["tf32"] * 2 == p.flops["bf16"] for p in PEAKS.values())
 
 
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        ("--batch 0", "batch: expected 1 or more, got 0"),
-        ("--pretend /no/such/wrapper", "pretend: no file /no/such/wrapper"),
-        ("extra", "'extra' is not known"),
+        ("step --batch 0", "python -m bench step: error: batch: expected 1 or more, got 0"),
+        ("step --task finetune --steps 0", "steps: expected 1 or more, got 0"),
+        ("step -- --mask_ratio 2", "no CUDA device" if not torch.cuda.is_available() else "mask_ratio"),
+        ("steps", "usage: python -m bench {kernels,step,compile,train,profile,gpu}"),
     ],
 )
 def test_wrong_arguments(words, complaint, capsys):
-    assert main(["step", *words.split()]) == 2
+    assert main(words.split()) == 2
     assert complaint in capsys.readouterr().err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
-def test_without_a_gpu_it_says_what_to_do(capsys):
-    assert main(["step"]) == 2
-    assert "no CUDA device here; --pretend WRAPPER" in capsys.readouterr().err
+def test_a_torch_that_is_not_known_gets_no_simulation(monkeypatch, capsys):
+    monkeypatch.setattr("bench.__main__.unsuitable", lambda: "simulated_gpu: held against")
+    assert main(["step", "--simulate", "h100"]) == 2
+    assert capsys.readouterr().err == "python -m bench step: error: simulated_gpu: held against\n"
 
 
-def test_unknown_verb_and_model(capsys):
-    assert main(["steps"]) == 2
-    assert "step " in capsys.readouterr().err
-    with pytest.raises(ValueError, match="mask_ratio"):
-        configuration("ours", ["--mask_ratio", "2"])
+# ---- on the simulated GPU
 
 
-def test_on_the_pretend_gpu(tmp_path):
-    if not WRAPPER.exists():
-        pytest.skip(f"no pretend GPU at {WRAPPER}")
-    record, printed = on_the_pretend_gpu(tmp_path, "textbook", "--gpu a100")
-    assert (record["device"], record["variant"], record["measured"]) == ("pretend-a100", "textbook", None)
-    assert record["config"]["batch_size"] == 2
-    assert record["unpriced"] == []
-    assert record["totals"]["gemms"] == record["classes"]["GEMM"]["count"]
-    assert record["totals"]["kernels"] > 500
-    assert "nothing" in printed
+@needs_simulated_gpu
+@pytest.mark.parametrize(
+    ("task", "variant", "gpu", "words"),
+    [
+        (PRETRAIN, "ours", "h100", "-- --no_compile --residual_dtype bf16"),
+        (PRETRAIN, "textbook", "a100", ""),
+        (FINETUNE, "ours", "h100", "--steps 2 -- --no_compile --residual_dtype bf16"),
+    ],
+)
+def test_on_a_simulated_gpu(task, variant, gpu, words, tmp_path, capfd):
+    """Ours never waits for the device."""
+    size = f"--model {'mae_' * (task == PRETRAIN)}vit_ti --batch 2 --input_size 32 --patch_size 8"
+    results = tmp_path / "step.jsonl"
+    command = f"step --simulate {gpu} --task {task} --variant {variant} {size} --results {results} {words}"
+    assert main(command.split()) == 0
+    (found,) = map(json.loads, results.read_text().splitlines())
+    assert (found["device"], found["task"], found["variant"]) == (f"simulated-{gpu}", task, variant)
+    assert (found["measured"], found["unpriced"], found["driver"]) == (None, [], None)
+    assert found["totals"]["bound_ms"] > 0
+    printed = capfd.readouterr().out
+    assert f"{task}, {variant}: " in printed
+    assert "unpriced in part or in whole: nothing" in printed
+    if variant == "textbook":
+        assert found["totals"]["gemms"] == found["classes"]["GEMM"]["count"]
+        assert found["totals"]["kernels"] > 500
+        return
+    assert found["totals"]["syncs"] == found["totals"]["to_host"] == 0
+    expected = {"linf_start", "add_layer_norm", "short_attention", "linear_gelu"}
+    if task == PRETRAIN:
+        expected |= {
+            "mask_indices",
+            "patch_gather",
+            "token_restore",
+            "masked_patch_loss",
+            "masked_patch_loss_grad_pred",
+        }
+        expected |= {"linf_patch_step", "nhsic", "nhsic_grad", "short_attention_grad"}
+    assert expected <= set(found["ours"])
 
 
-def test_our_kernels_on_the_pretend_gpu_without_waiting_for_them(tmp_path):
-    if not WRAPPER.exists():
-        pytest.skip(f"no pretend GPU at {WRAPPER}")
-    record, _ = on_the_pretend_gpu(tmp_path, "ours", "-- --no_compile --residual_dtype bf16")
-    assert record["totals"]["syncs"] == record["totals"]["to_host"] == 0
-    assert record["unpriced"] == []
-    launched = set(record["ours"])
-    assert {
-        "mask_indices",
-        "patch_gather",
-        "token_restore",
-        "masked_patch_loss",
-        "masked_patch_loss_grad_pred",
-    } <= launched
-    assert {
-        "linf_start",
-        "linf_patch_step",
-        "nhsic",
-        "nhsic_grad",
-        "short_attention",
-        "short_attention_grad",
-    } <= launched
-
-
-def on_the_pretend_gpu(folder, variant: str, words: str) -> tuple[dict, str]:
-    """The record and the text of a small step."""
-    own, _, flags = words.partition("--" if words.startswith("-- ") else "-- ")
-    size = "--model mae_vit_ti --batch 2 --input_size 32 --patch_size 8".split()
-    results = folder / "step.jsonl"
-    command = [sys.executable, "-m", "bench", "step", "--variant", variant, *size, *own.split()]
-    command += ["--pretend", str(WRAPPER), "--results", str(results), "--", *flags.split()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    (record,) = map(json.loads, results.read_text().splitlines())
-    return record, done.stdout
+@needs_simulated_gpu
+def test_a_command_on_a_simulated_gpu_finds_it_and_does_not_start_again(tmp_path):
+    command = [sys.executable, "-m", "bench", "step", "--simulate", "a100", "--batch", "0"]
+    with pytest.raises(AssertionError, match="batch: expected 1 or more, got 0"):
+        run_simulated(command)

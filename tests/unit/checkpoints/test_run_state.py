@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bench.textbook import TextbookMAE
 from mimir_fast.checkpoints.folder import (
     save_checkpoint,
 )
@@ -14,6 +13,7 @@ from mimir_fast.checkpoints.reader import read
 from mimir_fast.checkpoints.run_state import Position, checkpoint_state, find_state, restore
 from mimir_fast.config.pretraining import PretrainConfig
 from mimir_fast.training.optimizer import Updater, build_optimizer
+from tests.oracles.textbook import TextbookMAE
 from tests.support.golden import golden_images, small_model
 
 CPU = torch.device("cpu")

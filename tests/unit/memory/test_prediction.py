@@ -1,12 +1,10 @@
-"""mimir-fast memory: what it counts, how it grows, what was recorded on a pretend GPU, and its errors."""
+"""mimir-fast memory: what it counts, how it grows, what was recorded on a simulated GPU, and its errors."""
 
 import functools
 import itertools
 import json
-import subprocess
 import sys
 import weakref
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,9 +24,8 @@ from mimir_fast.memory.prediction import Prediction, Trace, predict
 from mimir_fast.models import create_model
 from mimir_fast.training.engine import Engine
 from tests.support.runs import make_images, run
+from tests.support.simulation import needs_simulated_gpu, run_simulated
 
-REPOSITORY = Path(__file__).parents[3]
-PRETEND_GPU = REPOSITORY.parent / "shared" / "tools" / "drygpu" / "drygpu"
 P = 509
 FULL = {
     "attack": "pgd_mae",
@@ -230,12 +227,10 @@ def test_the_loop_lets_go_of_the_last_step(tmp_path, monkeypatch):
 
 STEP = """
 import json, torch
-from bench.step.variants import trainers
+from bench.steps import build_step, leave_cudnn_out
 from mimir_fast.config.pretraining import PretrainConfig
-torch.backends.cuda.enable_cudnn_sdp(False)
-flags = json.loads({flags!r})
-images = torch.empty(flags["batch_size"], 3, 224, 224, dtype=torch.uint8, device="cuda")
-step = trainers(PretrainConfig().updated(flags), images, torch.empty(len(images), dtype=torch.int64, device="cuda"))
+leave_cudnn_out()
+step = build_step("ours", PretrainConfig().updated(json.loads({flags!r})), torch.device("cuda"))
 step()
 torch.cuda.reset_peak_memory_stats()
 step()
@@ -243,10 +238,8 @@ print(torch.cuda.max_memory_allocated())
 """
 
 
-@pytest.mark.skipif(not PRETEND_GPU.exists(), reason=f"no pretend GPU at {PRETEND_GPU}")
-def test_within_three_percent_of_the_pretend_gpu(tmp_path):
+@needs_simulated_gpu
+def test_within_three_percent_of_the_simulated_gpu():
     flags = FULL | {"model": "mae_vit_ti", "compile": False, "residual_dtype": "bf16", "batch_size": 128}
-    words = [PRETEND_GPU, "--log", tmp_path / "log", sys.executable, "-c", STEP.format(flags=json.dumps(flags))]
-    result = subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=REPOSITORY)
-    assert result.returncode == 0, result.stderr
-    assert step_mib(prediction(*TI), 128) * 2**20 == pytest.approx(int(result.stdout), rel=0.03)
+    printed = run_simulated([sys.executable, "-c", STEP.format(flags=json.dumps(flags))])
+    assert step_mib(prediction(*TI), 128) * 2**20 == pytest.approx(int(printed), rel=0.03)

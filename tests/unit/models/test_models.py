@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from bench.textbook import TextbookMAE
 from mimir_fast.models import MaskedAutoencoderViT, create_model
 from mimir_fast.models.families import model_names
+from tests.oracles.textbook import TextbookMAE
 from tests.support.golden import SMALL, small_model
 
 PARAMETERS_224 = {"nano": 1.07, "ti": 6.07, "small": 22.24, "small_ds": 48.56, "base": 86.42, "large": 303.95}

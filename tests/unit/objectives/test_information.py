@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from bench.textbook import textbook_hsic
 from mimir_fast.objectives.information import nhsic, penalty_value, renyi_mi
+from tests.oracles.textbook import textbook_hsic
 
 SHAPES = [(2, 3, 5), (5, 1, 7), (16, 40, 33), (33, 200, 12)]
 

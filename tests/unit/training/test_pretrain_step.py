@@ -7,7 +7,6 @@ import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
-from bench.textbook import textbook_step
 from mimir_fast.attacks.pgd_mae import (
     MaeAttackFunctions,
     ascend_reconstruction,
@@ -21,6 +20,7 @@ from mimir_fast.objectives.reconstruction import ReconstructionObjective
 from mimir_fast.training.optimizer import Updater, build_optimizer
 from mimir_fast.training.pretrain_step import MaeAttack, MaeNoise, draw_noise, pretrain_step
 from mimir_fast.training.seeds import step_seed
+from tests.oracles.textbook import textbook_step
 from tests.support.golden import BOUNDS, golden_images, small_model
 
 ATTACK = MaeAttack(1, BOUNDS)

@@ -1,6 +1,5 @@
-"""How often a step launches, waits and copies: from the log of a pretend GPU, or from torch's profiler on a real one."""
+"""How often a step launches, waits and copies: from the log of a simulated GPU, or from torch's profiler on a real one."""
 
-import ctypes
 import itertools
 import statistics
 import subprocess
@@ -14,6 +13,7 @@ import torch
 
 STEP, TRACE, END = "step", "trace", "end"  # marks in the log
 OUTSIDE = -1
+WORK = ("KERNEL", "TRITON", "GEMM", "SOLVER", "MEMSET", "MEMCPY", "MEMCPY2D")
 
 
 @dataclass(frozen=True)
@@ -26,26 +26,15 @@ class Counts:
     syncs: int
     to_host: int
 
-    @property
-    def launches(self) -> int:
-        return self.kernels + self.gemms + self.memsets
-
     def as_dict(self) -> dict[str, int]:
-        return {**asdict(self), "launches": self.launches}
-
-
-def pretend_gpu() -> Callable[[str], None] | None:
-    """The function that writes a mark into the pretend GPU's log; None on a real GPU or without one."""
-    mark = getattr(ctypes.CDLL(None), "gpudry_mark", None)
-    return None if mark is None else lambda text: mark(text.encode())
+        return {**asdict(self), "launches": self.kernels + self.gemms + self.memsets}
 
 
 def region(log: Path, start: str) -> list[list[str]]:
-    """The log's lines after the mark `start` up to the mark `end`, each split at |."""
+    """The log's lines after the last mark `start` up to the mark `end` after it, each split at |."""
     rows = [line.split("|") for line in log.read_text(errors="replace").splitlines()]
-    first = rows.index(["MARK", start])
-    last = rows.index(["MARK", END], first)
-    return rows[first + 1 : last]
+    first = len(rows) - rows[::-1].index(["MARK", start])
+    return rows[first : rows.index(["MARK", END], first)]
 
 
 def from_log(log: Path) -> Counts:
@@ -74,7 +63,7 @@ def launches_by_call(log: Path) -> dict[int, list[list[str]]]:
     for row in region(log, TRACE):
         if row[0] == "MARK":
             number = int(row[1])
-        elif row[0] in ("KERNEL", "TRITON", "GEMM", "SOLVER", "MEMSET", "MEMCPY", "MEMCPY2D"):
+        elif row[0] in WORK:
             found.setdefault(number, []).append(row)
     return found
 
@@ -88,7 +77,7 @@ def plain_name(symbol: str) -> str:
     return done.stdout.strip().split("(")[0].split("<")[0].removeprefix("void ")
 
 
-def from_profiler(step: Callable[[], None], gemms: int) -> Counts:
+def from_profiler(step: Callable[[], object], gemms: int) -> Counts:
     """Counts of one step on a real GPU; `gemms`: how many of its kernels are matrix products (known from the trace)."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()
@@ -103,7 +92,7 @@ def from_profiler(step: Callable[[], None], gemms: int) -> Counts:
     return Counts(len(names) - memsets - copies - gemms, gemms, memsets, synchronisations(step), to_host)
 
 
-def synchronisations(step: Callable[[], None]) -> int:
+def synchronisations(step: Callable[[], object]) -> int:
     """How often torch makes the host wait for the device during a step."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -115,7 +104,7 @@ def synchronisations(step: Callable[[], None]) -> int:
     return sum("synchronizing CUDA operation" in str(w.message) for w in caught)
 
 
-def measure(step: Callable[[], None], rounds: int) -> float:
+def measure(step: Callable[[], object], rounds: int) -> float:
     """Median milliseconds of a step between CUDA events; the host is not waited for in between."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
     events[0].record()
