@@ -213,7 +213,9 @@ def _constants(args: dict, source: str) -> dict:
     return {"dataset": dataset, "mean": INFO[dataset].mean, "std": INFO[dataset].std}
 
 
-def _filled(model: torch.nn.Module, contents: Contents, args: dict, device: str | torch.device) -> Trained:
+def _filled(
+    model: Classifier | MaskedAutoencoder, contents: Contents, args: dict, device: str | torch.device
+) -> Trained:
     load_all(model, contents.tensors, f"checkpoint: {contents.source} is no {args['model']}")
     model = model.float().to(device).eval().requires_grad_(False)
     return Trained(model, args, contents.epoch, contents.source)

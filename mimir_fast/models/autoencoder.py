@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.kernels import mask_indices, masked_patch_loss, token_restore
-from mimir_fast.models.encoder import Encoder
+from mimir_fast.models.encoder import Encoder, Stream
 from mimir_fast.models.layers import Block, add_and_norm, check_images, sincos_table
 from mimir_fast.training.stages import stage
 
@@ -184,7 +184,7 @@ class MaskedAutoencoderViT(Encoder, MaskedAutoencoder):
         tokens = self.decoder_embed(latent)
         pos_embed = self.decoder_pos_embed[0]
         tokens = token_restore(tokens, self.mask_token[0, 0], pos_embed, ids_shuffle, impl=self.kernels)
-        stream = (self.residual(tokens), None, None)
+        stream: Stream = (self.residual(tokens), None, None)
         for block in self.decoder_blocks[:-1]:
             stream = block(*stream)
         stream = self.decoder_blocks[-1](*stream, query_start)

@@ -59,6 +59,10 @@ class VisionTransformer(Encoder, Classifier):
     Source: Dosovitskiy et al., An Image is Worth 16x16 Words, 2021.
     """
 
+    # one of the two is there
+    norm: nn.LayerNorm
+    fc_norm: nn.LayerNorm
+
     def __init__(
         self,
         img_size: int = 224,
@@ -120,11 +124,14 @@ class VisionTransformer(Encoder, Classifier):
         Raises ValueError for images of another size.
         """
         check_images("images", images, self.in_chans, self.img_size)
-        if self.mean is not None:
+        if self.mean is not None and self.std is not None:
             images = (images - self.mean) / self.std
         tokens = self.embed(self.patchify(images))
         keep = None if drop_noise is None else self.drop_factors(drop_noise)
         tokens, delta, bias = self.run_blocks(tokens, keep)
+        # there is a last block, whose addition is left to do
+        assert delta is not None
+        assert bias is not None
         delta = delta + bias.to(delta.dtype)
         return tokens + (delta if keep is None else delta * keep[-1, :, None, None].to(delta.dtype))
 

@@ -59,6 +59,8 @@ class Encoder(nn.Module):
         super().__init__()
         if patch_size < 1 or img_size % patch_size:
             raise ValueError(f"patch_size: {patch_size} does not divide the image side {img_size}")
+        if depth < 1:
+            raise ValueError(f"depth: expected 1 or more, got {depth}")
         if (mean is None) != (std is None):
             raise ValueError("mean, std: give both or neither")
         self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans

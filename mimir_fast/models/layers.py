@@ -96,7 +96,7 @@ def add_and_norm(
     keep_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """add_layer_norm with a module's parameters; the bias is rounded to delta's type, as the linear layer would do it."""
-    bias_D = None if delta_bias_D is None else delta_bias_D.to(delta_BTD.dtype)
+    bias_D = None if delta_bias_D is None or delta_BTD is None else delta_bias_D.to(delta_BTD.dtype)
     return add_layer_norm(x_BTD, delta_BTD, bias_D, norm.weight, norm.bias, norm.eps, out_dtype, kernels, keep_B)
 
 

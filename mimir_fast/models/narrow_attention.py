@@ -10,6 +10,7 @@ and what belongs to them are [B,N,d,tokens], so that neighbouring tokens are nei
 import math
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ def _compiled(function: Callable, *shapes: torch.Size) -> Callable:
     from torch._dynamo.callback import CallbackTrigger, callback_handler
 
     with callback_handler.install_callbacks(CallbackTrigger.DYNAMO, function.__name__), FakeTensorMode():
-        inputs = [torch.empty(shape) for shape in shapes]
+        inputs: list[Any] = [torch.empty(shape) for shape in shapes]
         return torch._inductor.compile(make_fx(function)(*inputs), inputs, INLINE)
 
 

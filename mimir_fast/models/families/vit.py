@@ -5,14 +5,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mimir_fast.models.autoencoder import MaskedAutoencoderViT
 from mimir_fast.models.classifier import VisionTransformer
+from mimir_fast.models.encoder import Encoder
 from mimir_fast.models.family import Family, Network, Resized, Tensors, TimmModel
 from mimir_fast.models.layers import Block
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     # ours, for demonstrations on CPUs; the others are the original's
     "vit_nano": {"embed_dim": 96, "depth": 4, "num_heads": 3},
     "vit_ti": {"embed_dim": 192, "depth": 12, "num_heads": 3},
@@ -36,12 +37,12 @@ TIMM = {
 }
 
 
-def depth(model: nn.Module) -> int:
+def depth(model: Encoder) -> int:
     """Number of blocks."""
     return len(model.blocks)
 
 
-def layer_of(name: str, model: nn.Module) -> int:
+def layer_of(name: str, model: Encoder) -> int:
     """0 for what comes before the blocks, i + 1 for block i, depth + 1 for what comes after them."""
     if name in TABLES or name.startswith("patch_embed."):
         return 0
