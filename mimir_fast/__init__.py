@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mimir_fast.models import create_model as create_model
     from mimir_fast.objectives.information import nhsic as nhsic
     from mimir_fast.objectives.information import renyi_mi as renyi_mi
+    from mimir_fast.training.train import train as train
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ _HOMES = {
     "nhsic": "mimir_fast.objectives.information",
     "pgd_mae": "mimir_fast.attacks.pgd_mae",
     "renyi_mi": "mimir_fast.objectives.information",
+    "train": "mimir_fast.training.train",
 }
 __all__ = [
     "MaskedAutoencoderViT",
@@ -36,6 +38,7 @@ __all__ = [
     "nhsic",
     "pgd_mae",
     "renyi_mi",
+    "train",
 ]
 
 

@@ -14,9 +14,8 @@ from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.config.finetuning_recipes import RECIPES
 from mimir_fast.config.resolve import Run
 from mimir_fast.evaluate.finetune_eval import evaluate
-from mimir_fast.training.distributed import World, find_rank
-from mimir_fast.training.finetuning import Finetuning, build_data
-from mimir_fast.training.loop import Loop
+from mimir_fast.training.distributed import find_rank
+from mimir_fast.training.train import build_loop
 
 FINETUNE = Command(
     "mimir-fast finetune",
@@ -29,11 +28,7 @@ FINETUNE = Command(
 
 def main(argv: list[str] | None = None) -> int:
     """Run a fine-tuning; returns the exit status: 0 done or stopped by SIGTERM, 1 failed, 2 wrong input, 130 Ctrl-C."""
-    return train(FINETUNE, argv, build, instead=evaluated)
-
-
-def build(run: Run[FinetuneConfig], world: World) -> Loop:
-    return Loop(Finetuning(run, world, build_data(run, world)), world)
+    return train(FINETUNE, argv, build_loop, instead=evaluated)
 
 
 def evaluated(run: Run[FinetuneConfig]) -> int | None:

@@ -9,10 +9,7 @@ from mimir_fast.cli.parser import Command
 from mimir_fast.cli.training import train
 from mimir_fast.config.pretraining import PretrainConfig
 from mimir_fast.config.pretraining_recipes import RECIPES
-from mimir_fast.config.resolve import Run
-from mimir_fast.training.distributed import World
-from mimir_fast.training.loop import Loop
-from mimir_fast.training.pretraining import Pretraining, build_data
+from mimir_fast.training.train import build_loop
 
 PRETRAIN = Command(
     "mimir-fast pretrain",
@@ -25,11 +22,7 @@ PRETRAIN = Command(
 
 def main(argv: list[str] | None = None) -> int:
     """Run a pre-training; returns the exit status: 0 done or stopped by SIGTERM, 1 failed, 2 wrong input, 130 Ctrl-C."""
-    return train(PRETRAIN, argv, build)
-
-
-def build(run: Run[PretrainConfig], world: World) -> Loop:
-    return Loop(Pretraining(run, world, build_data(run, world)), world)
+    return train(PRETRAIN, argv, build_loop)
 
 
 if __name__ == "__main__":

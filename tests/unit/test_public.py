@@ -4,14 +4,17 @@ import inspect
 import json
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
 import mimir_fast
-from mimir_fast import create_classifier, create_model, evaluate, nhsic, pgd_mae, renyi_mi
+from mimir_fast import create_classifier, create_model, evaluate, nhsic, pgd_mae, renyi_mi, train
 from mimir_fast.attacks.pgd_mae import ascend_reconstruction, linf_bounds
 from mimir_fast.config.evaluation import EvaluateConfig
+from mimir_fast.config.finetuning import FinetuneConfig
+from mimir_fast.config.pretraining import PretrainConfig
 from tests.support.golden import golden_images, small_model
 
 SIGNATURES = {
@@ -21,6 +24,7 @@ SIGNATURES = {
     "renyi_mi": "(x_md, z_me, alpha=1.01, sigma_x=None, sigma_z=None)",
     "create_model": "(name, **options)",
     "create_classifier": "(name, **options)",
+    "train": "(config)",
 }
 
 
@@ -116,3 +120,36 @@ def test_evaluate_takes_a_configuration(tmp_path):
     assert evaluate(config) == results
     with pytest.raises(ValueError, match="attacks: 'pdg' is no attack"):
         evaluate(config.updated({"attacks": "pdg"}))
+
+
+def test_train_takes_a_configuration_twice_in_one_process(tmp_path):
+    """Also in a thread of its own, as in a notebook's or a web server's: signals are then left alone."""
+    shared = {"dataset": "digits", "input_size": 16, "patch_size": 4, "device": "cpu", "num_workers": 0, "max_steps": 2}
+    shared |= {"batch_size": 8, "epochs": 1, "warmup_epochs": 0, "lr": 1e-3, "log_dir": ""}
+    config = PretrainConfig().updated({**shared, "model": "mae_vit_nano", "attack": "pgd_mae", "mi_train": "hsic"})
+    folders = [tmp_path / "first", tmp_path / "second"]
+    results = [train(config.updated({"output_dir": str(folders[0])}))]
+    thread = threading.Thread(target=lambda: results.append(train(config.updated({"output_dir": str(folders[1])}))))
+    thread.start()
+    thread.join()
+    assert [(r.status, r.epoch, r.update, r.output_dir) for r in results] == [(0, 0, 2, folder) for folder in folders]
+    first, second = (torch.load(f / "resume-0-2.pth", weights_only=False)["model"] for f in folders)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    tuning = {
+        **shared,
+        "model": "vit_nano",
+        "finetune": str(folders[0] / "resume-0-2.pth"),
+        "aa": "noaug",
+        "test_every": 0,
+    }
+    tuned = FinetuneConfig().updated(
+        {**tuning, "attack_train": "pgd", "steps": 1, "output_dir": str(tmp_path / "tuned")}
+    )
+    assert train(tuned).update == 2
+
+
+def test_train_names_what_is_wrong():
+    with pytest.raises(ValueError, match="attack: got 'plian', expected"):
+        train(PretrainConfig().updated({"attack": "plian", "device": "cpu"}))
+    with pytest.raises(ValueError, match="eval: got True"):
+        train(FinetuneConfig().updated({"eval": True}))
