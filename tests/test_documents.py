@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")])
 FOLDERS = "mimir_fast|kernels|bench|tests|docs|examples"
 # flags of other programs, and of the verbs that have no configuration
-ELSEWHERE = {"nproc_per_node", "gpu", "memory_gib", "seed", "recipe", "config", "aa_images"}
+ELSEWHERE = {"nproc_per_node", "gpu", "memory_gib", "task", "seed", "recipe", "config", "aa_images"}
 CONFIGURATIONS = (PretrainConfig, FinetuneConfig, EvaluateConfig, AnalyzeConfig, ExportConfig)
 
 

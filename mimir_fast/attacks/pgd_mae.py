@@ -36,7 +36,7 @@ __all__ = [
 def frozen_twin(model: nn.Module) -> nn.Module:
     """The same module over the same memory with nothing to train: it follows every in-place update of `model`."""
     shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
-    return copy.deepcopy(model, memo=shared)
+    return copy.deepcopy(model, memo=shared | {id(b): b for b in model.buffers()})
 
 
 def reconstruction(

@@ -1,1 +1,1 @@
-"""Peak GPU memory of a pre-training step, predicted without a GPU."""
+"""Peak GPU memory of a training step, predicted without a GPU."""

@@ -2,11 +2,12 @@
 
 from typing import NamedTuple
 
-from mimir_fast.config.pretraining import PretrainConfig
-from mimir_fast.config.resolve import Machine, Run, resolve
+from mimir_fast.config.finetuning import FinetuneConfig
+from mimir_fast.config.resolve import Config, Machine, Run, resolve
 from mimir_fast.memory.prediction import Prediction
 from mimir_fast.models.attention import PACKAGES
-from mimir_fast.training.pretraining import penalty_name
+from mimir_fast.training import finetuning, pretraining
+from mimir_fast.training.describe import arithmetic
 
 GIB = 2**30
 CONTEXT = 1.0  # GiB kept free for the CUDA context, loaded kernels and libraries
@@ -31,7 +32,7 @@ GPUS = {
 }
 
 
-def on_cuda(config: PretrainConfig, explicit: set[str]) -> Run[PretrainConfig]:
+def on_cuda(config: Config, explicit: set[str]) -> Run[Config]:
     """The run that it would be on a CUDA machine.
 
     Raises ValueError if it asks for the CPU, for shards of the model or for a package's attention, or is wrong in itself.
@@ -40,6 +41,8 @@ def on_cuda(config: PretrainConfig, explicit: set[str]) -> Run[PretrainConfig]:
         raise ValueError(f"device: got {config.run.device}, expected cuda: memory predicts GPU memory")
     if config.compute.parallel == "fsdp" and config.dist.world_size > 1:
         raise ValueError("parallel: got fsdp; memory predicts a process that has the whole model, expected ddp")
+    if isinstance(config, FinetuneConfig) and config.model.nb_classes is None:
+        raise ValueError(f"nb_classes: memory reads no data; say how many classes {config.data.dataset} has")
     if config.compute.attention in PACKAGES:
         raise ValueError(f"attention: got {config.compute.attention}; memory predicts auto, short, sdpa and math")
     # compiled, whether this machine has a compiler or not
@@ -68,18 +71,14 @@ def largest_batch(prediction: Prediction, gpu: Gpu) -> int:
     return low
 
 
-def describe(run: Run[PretrainConfig], prediction: Prediction, gpus: dict[str, Gpu]) -> list[str]:
-    """The lines of the report."""
-    config, c, words = run.config, run.compute, run.compute.words()
-    m, a, batch = config.model, config.attack, config.optim.batch_size
-    attack = "none" if a.attack == "plain" else f"{a.steps} step(s)"
-    compiled = f"compiled by {c.compile_region}" if c.compile else "eager"
-    settings = [compiled, f"kernels {c.kernels}", f"attention {c.attention}", f"residual {words['residual_dtype']}"]
-    settings += ["activation checkpointing"] * c.activation_checkpointing
+def report(run: Run, prediction: Prediction, gpus: dict[str, Gpu]) -> list[str]:
+    """The lines that say what was predicted of what."""
+    config, c, batch = run.config, run.compute, run.config.optim.batch_size
+    words = arithmetic(c) + ", activation checkpointing" * c.activation_checkpointing
+    summary = (finetuning if isinstance(config, FinetuneConfig) else pretraining).summary(config)
     kinds = peak(prediction, next(iter(gpus.values())), batch)
     lines = [
-        f"{m.model} at {m.input_size}/{m.patch_size}, {words['precision']}, {', '.join(settings)}; "
-        f"attack {attack}; penalty {penalty_name(config) or 'none'}",
+        f"{config.model.model} at {config.model.input_size}/{config.model.patch_size}, {words}; {summary}",
         f"predicted peak at batch {batch} (one process; torch.cuda.max_memory_allocated):",
         *(f"  {kind:<28}{size:8.2f} GiB" for kind, size in kinds.items()),
         f"  {'sum':<28}{sum(kinds.values()):8.2f} GiB",

@@ -1,4 +1,4 @@
-"""Peak memory of a pre-training step on one GPU, predicted without one: the real step, run on fake tensors."""
+"""Peak memory of a training step on one GPU, predicted without one: the real step, run on fake tensors."""
 
 from typing import NamedTuple
 
@@ -6,16 +6,18 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mimir_fast.config.pretraining import PretrainConfig
+from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.config.resolve import Run
 from mimir_fast.memory.graphs import planning_backend
 from mimir_fast.memory.ledger import KINDS, Ledger, Moment
-from mimir_fast.models import MaskedAutoencoder
+from mimir_fast.models import Classifier, MaskedAutoencoder
 from mimir_fast.models.families import family_of
 from mimir_fast.training.distributed import World
 from mimir_fast.training.engine import Engine
-from mimir_fast.training.pretraining import Pretraining, build_model
+from mimir_fast.training.finetuning import Finetuning
+from mimir_fast.training.pretraining import Pretraining
 
 CPU = torch.device("cpu")
 PRIMES = (509, 521, 523, 541, 547, 557)
@@ -62,13 +64,13 @@ class Prediction(NamedTuple):
         return dict(zip(KINDS, peaks[peaks.sum(axis=1).argmax()]))
 
 
-def predict(run: Run[PretrainConfig]) -> Prediction:
-    """Follow one step of this run on CUDA; data parallelism and the data pipeline are not part of it.
+def predict(run: Run) -> Prediction:
+    """Follow one step of this pre-training or fine-tuning on CUDA; parallelism and the data pipeline are not part of it.
 
     Raises ValueError for a configuration that cannot be built.
     """
     with FakeTensorMode():
-        model = build_model(run, CPU)
+        model = build_task(run).model
     trunk = family_of(model).trunk
     depth = len(getattr(model, trunk)) if trunk else 1
     whole = run.compute.compile and run.compute.compile_region == "model"
@@ -76,14 +78,26 @@ def predict(run: Run[PretrainConfig]) -> Prediction:
     return Prediction([follow(run, blocks) for blocks in depths], depths, depth)
 
 
-def follow(run: Run[PretrainConfig], depth: int) -> Trace:
+def build_task(run: Run) -> Pretraining | Finetuning:
+    """The task, without data, on the CPU; inside of a FakeTensorMode its parameters are fake."""
+    with _Answers():
+        return (Finetuning if isinstance(run.config, FinetuneConfig) else Pretraining)(run, World(device=CPU))
+
+
+class _Answers(TorchDispatchMode):
+    """Says no to every question about a fake tensor's value: truncated normal draws ask whether any fell outside."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return False if func is torch.ops.aten._local_scalar_dense.default else func(*args, **(kwargs or {}))
+
+
+def follow(run: Run, depth: int) -> Trace:
     """Run the step on fake tensors, after a warm-up, under the ledger; with `depth` encoder blocks where they are alike."""
     torch.compiler.reset()
     with FakeTensorMode():
-        task = Pretraining(run, World(device=CPU))
-        if trunk := family_of(task.model).trunk:
-            setattr(task.model, trunk, getattr(task.model, trunk)[:depth])
-        ledger = Ledger(_prime(run.config, task.model))
+        task = build_task(run)
+        _shorten(task.model, depth)
+        ledger = Ledger(_prime(run, task.model))
         engine = Engine(task, task.world, backend=planning_backend(ledger))
         side = run.config.model.input_size
         # this step's, the next one's
@@ -100,20 +114,31 @@ def follow(run: Run[PretrainConfig], depth: int) -> Trace:
     return Trace.of(ledger.moments)
 
 
-def _prime(config: PretrainConfig, model: MaskedAutoencoder) -> int:
+def _shorten(model: MaskedAutoencoder | Classifier, depth: int) -> None:
+    """Keep the encoder's last blocks, which a classifier's stochastic depth leaves out the most."""
+    if not (trunk := family_of(model).trunk):
+        return
+    blocks = getattr(model, trunk)
+    setattr(model, trunk, blocks[len(blocks) - depth :])
+    if any(getattr(model, "drop_rates", ())):
+        model.drop_rates, model.rates = model.drop_rates[-depth:], model.rates[-depth:]
+
+
+def _prime(run: Run, model: MaskedAutoencoder | Classifier) -> int:
     """A batch size that divides no other size of the step."""
-    L = model.num_patches
-    ratios = (config.model.mask_ratio, config.attack.attack_mask_ratio)
-    kept = [int(L * (1 - ratio)) for ratio in ratios]
-    sizes = {L, L + 1, config.model.input_size, *kept, *(K + 1 for K in kept), *(L - K for K in kept)}
+    L, flags = model.num_patches, run.flat()
+    kept = [int(L * (1 - flags[name])) for name in ("mask_ratio", "attack_mask_ratio") if name in flags]
+    sizes = {L, L + 1, flags["input_size"], *kept, *(K + 1 for K in kept), *(L - K for K in kept)}
     sizes |= {n for p in model.parameters() for n in p.shape}
     return next(prime for prime in PRIMES if all(n % prime for n in sizes))
 
 
 def _parameters(engine: Engine) -> list[Tensor]:
-    """The parameters, and the 16-bit copies if there are any."""
-    model, compute = engine.task.model, engine.updater.compute
-    return [*model.parameters(), *model.buffers(), *(compute.copies if compute else [])]
+    """The parameters, the 16-bit copies if there are any, and the running average if one is kept."""
+    compute, average = engine.updater.compute, engine.average
+    models = [engine.task.model, *([average.module] if average else [])]
+    own = [t for model in models for t in (*model.parameters(), *model.buffers())]
+    return [*own, *(compute.copies if compute else [])]
 
 
 def _warm_up(engine: Engine, images_u8: Tensor) -> None:

@@ -60,17 +60,8 @@ class Finetuning:
         self.config = config = run.config
         self.model = build_model(run, stream or dataset_info(config.data.dataset), world.device)
         self.average_decay = config.optim.model_ema_decay if config.optim.model_ema else None
+        self.summary = summary(config)
         self.start_epoch(config.optim.epochs - 1)
-
-    @property
-    def summary(self) -> str:
-        a, v, o = self.config.attack, self.config.validation, self.config.optim
-        attack = "none" if a.attack_train == "plain" else f"{a.attack_train}, {a.steps} step(s), eps {a.eps:g}/255"
-        average = f"{o.model_ema_decay:g}" if o.model_ema else "none"
-        return (
-            f"{self.config.model.nb_classes} classes, {v.held_out} images held out; attack {attack}; "
-            f"validation attack {v.val_attack}; layer decay {o.layer_decay:g}; average {average}"
-        )
 
     # ---- the step
 
@@ -210,3 +201,14 @@ def start_from_pretrained(model: Classifier, config: FinetuneConfig, say: Callab
         say(
             f"use_normalize: {source} was trained {seen} it, this run is {'with' if now else 'without'}; is that meant?"
         )
+
+
+def summary(config: FinetuneConfig) -> str:
+    """What a fine-tuning does, in a line."""
+    a, v, o = config.attack, config.validation, config.optim
+    attack = "none" if a.attack_train == "plain" else f"{a.attack_train}, {a.steps} step(s), eps {a.eps:g}/255"
+    average = f"{o.model_ema_decay:g}" if o.model_ema else "none"
+    return (
+        f"{config.model.nb_classes} classes, {v.held_out} images held out; attack {attack}; "
+        f"validation attack {v.val_attack}; layer decay {o.layer_decay:g}; average {average}"
+    )

@@ -9,7 +9,7 @@ from torch import nn
 class RunningAverage:
     """average <- d * average + (1 - d) * parameters, after every optimizer update.
 
-    module       a frozen copy of the model that holds the average, for validation and checkpoints
+    module       a frozen copy of the model that holds the average, for validation and checkpoints; it shares buffers
     decay        d, but at most (1 + n) / (10 + n) at update n, so that short runs forget where they began; 0 <= decay < 1,
                  raises ValueError otherwise
     Make it after the processes agreed on the parameters.  Its state is the module's state dict: the number of the update is
@@ -20,7 +20,8 @@ class RunningAverage:
         if not 0 <= decay < 1:
             raise ValueError(f"model_ema_decay: expected 0 <= decay < 1, got {decay}")
         self.decay = decay
-        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        own = {id(p): nn.Parameter(p.detach().clone(), requires_grad=False) for p in model.parameters()}
+        self.module = copy.deepcopy(model, memo=own | {id(b): b for b in model.buffers()}).eval()
         self.averages, self.parameters = list(self.module.parameters()), list(model.parameters())
 
     @torch.no_grad()

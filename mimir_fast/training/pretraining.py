@@ -44,14 +44,9 @@ class Pretraining:
         self.model = build_model(run, world.device)
         self.attack = build_attack(run, images, world.device)
         self.penalty = penalty_name(config)
+        self.summary = summary(config)
         self.tags = {"train_loss": "loss", "lr": "lr"} | ({"mi": "mi"} if self.penalty else {})
         self.skipped_penalties = torch.zeros((), dtype=torch.float64, device=world.device)
-
-    @property
-    def summary(self) -> str:
-        a = self.config.attack
-        attack = "none" if a.attack == "plain" else f"{a.steps} step(s), eps {a.eps:g}/255"
-        return f"attack {attack}; penalty {self.penalty or 'none'}"
 
     # ---- the step
 
@@ -167,3 +162,10 @@ def penalty_name(config: PretrainConfig) -> str | None:
     """hsic, dib_mi or renyi2; None without an attack or with any other word, as in the original."""
     chosen = config.penalty.mi_train
     return chosen if chosen in PENALTIES and config.attack.attack != "plain" else None
+
+
+def summary(config: PretrainConfig) -> str:
+    """What a pre-training does beside reconstructing."""
+    a = config.attack
+    attack = "none" if a.attack == "plain" else f"{a.steps} step(s), eps {a.eps:g}/255"
+    return f"attack {attack}; penalty {penalty_name(config) or 'none'}"

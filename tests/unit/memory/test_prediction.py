@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import json
 import sys
 import weakref
 
@@ -13,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mimir_fast.cli.memory import main
+from mimir_fast.cli.memory import main, parse_memory_args
 from mimir_fast.config.pretraining import PretrainConfig
 from mimir_fast.config.resolve import Machine, Run, resolve
 from mimir_fast.memory.capacity import GPUS, Gpu, largest_batch, needed, peak
@@ -70,6 +69,34 @@ def step_mib(predicted: Prediction, batch: int) -> float:
 def test_within_three_percent_of_the_recorded_peak(configuration):
     for batch, recorded in RECORDED[configuration].items():
         assert step_mib(prediction(*configuration), batch) == pytest.approx(recorded, rel=0.03), batch
+
+
+# fine-tuning at 224/16 under the same simulated GPU, one batch of uint8 images and its labels included: flags, peak in MiB
+FINETUNED = {
+    "pgd": ("--model vit_small --attack_train pgd --steps 2 --batch_size 256", 9154.0),
+    "small batch": ("--model vit_small --attack_train pgd --steps 2 --batch_size 8", 647.7),
+    "trades, average": ("--model vit_small --attack_train trades --steps 2 --batch_size 128 --model_ema", 9182.4),
+    "mixed, accumulated": (
+        "--model vit_small --attack_train apgd --steps 2 --batch_size 256 --mixup 0.8 --cutmix 1 --accum_iter 2 "
+        "--residual_dtype bf16",
+        8313.3,
+    ),
+    "pgd-10, checkpointing": (
+        "--model vit_base --attack_train pgd --steps 10 --batch_size 128 --activation_checkpointing",
+        3742.2,
+    ),
+    "plain, fp32": ("--model vit_ti --attack_train plain --batch_size 256 --precision fp32", 7801.6),
+    "compiled": ("--model vit_small --attack_train pgd --steps 2 --batch_size 128 --compile", 4707.8),
+}
+
+
+@pytest.mark.parametrize("name", FINETUNED)
+def test_fine_tuning_within_three_percent_of_the_recorded_peak(name):
+    flags, recorded = FINETUNED[name]
+    words = ["--task", "finetune", "--no_compile", *flags.split()]
+    run, gpus = parse_memory_args([*words, "--gpu", "h100-80"])
+    kinds = peak(predict(run), gpus["h100-80"], run.config.optim.batch_size)
+    assert 1024 * (sum(kinds.values()) - kinds["uint8 images"] / 2) == pytest.approx(recorded, rel=0.03)
 
 
 TI = ("ti", False, "bf16", False)
@@ -175,7 +202,8 @@ TINY = "--model mae_vit_ti --input_size 32 --patch_size 8 --attack pgd_mae --mi_
 def test_command_line(capsys):
     assert main([*TINY.split(), "--gpu", "a100-40"]) == 0
     text = capsys.readouterr().out
-    assert "mae_vit_ti at 32/8, bf16, eager, kernels triton, attention short, residual fp32; attack 1" in text
+    assert "mae_vit_ti at 32/8, bf16, compile off, kernels triton, attention short, mlp triton" in text
+    assert "attack 1 step(s), eps 8/255; penalty hsic" in text
     assert "a100-40" in text
     assert "h100-80" not in text
     lines = {line[:30].strip(): float(line.split()[-2]) for line in text.splitlines() if line.endswith(" GiB")}
@@ -204,6 +232,23 @@ def test_wrong_input_is_named(words, message, capsys):
     assert message in error
 
 
+def test_command_line_of_a_fine_tuning(capsys):
+    flags = "--dataset cifar10 --model vit_ti --patch_size 4 --attack_train pgd --no_compile --batch_size 64"
+    words = f"--task finetune {flags} --gpu a100-40"
+    assert main(words.split()) == 0
+    text = capsys.readouterr().out
+    assert "10 classes" in text
+    assert "attack pgd, " in text
+    assert main(["--task", "finetune", "--dataset", "imagefolder", "--no_compile"]) == 2
+    assert "nb_classes: memory reads no data" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--task", "finetune", "-h"])
+    assert "--attack_train" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["-h"])
+    assert "--mask_ratio" in capsys.readouterr().out
+
+
 def test_unknown_gpu_is_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--gpu", "abacus"])
@@ -226,20 +271,29 @@ def test_the_loop_lets_go_of_the_last_step(tmp_path, monkeypatch):
 
 
 STEP = """
-import json, torch
+import sys, torch
 from bench.steps import build_step, leave_cudnn_out
-from mimir_fast.config.pretraining import PretrainConfig
+from mimir_fast.cli.memory import COMMANDS
+from mimir_fast.cli.parser import parse_args
 leave_cudnn_out()
-step = build_step("ours", PretrainConfig().updated(json.loads({flags!r})), torch.device("cuda"))
+step = build_step("ours", parse_args(COMMANDS[sys.argv[1]], sys.argv[2:])[0], torch.device("cuda"))
 step()
 torch.cuda.reset_peak_memory_stats()
 step()
 print(torch.cuda.max_memory_allocated())
 """
+PRETRAINED = (
+    "--model mae_vit_ti --attack pgd_mae --mi_train hsic --norm_pix_loss --residual_dtype bf16 --batch_size 128"
+)
 
 
 @needs_simulated_gpu
-def test_within_three_percent_of_the_simulated_gpu():
-    flags = FULL | {"model": "mae_vit_ti", "compile": False, "residual_dtype": "bf16", "batch_size": 128}
-    printed = run_simulated([sys.executable, "-c", STEP.format(flags=json.dumps(flags))])
-    assert step_mib(prediction(*TI), 128) * 2**20 == pytest.approx(int(printed), rel=0.03)
+@pytest.mark.parametrize(
+    ("task", "flags"), [("pretrain", PRETRAINED), ("finetune", FINETUNED["pgd"][0])], ids=("mae", "classifier")
+)
+def test_within_three_percent_of_the_simulated_gpu(task, flags):
+    words = [*flags.split(), "--no_compile"]
+    printed = run_simulated([sys.executable, "-c", STEP, task, *words])
+    run, _ = parse_memory_args(["--task", task, *words, "--gpu", "h100-80"])
+    predicted = step_mib(predict(run), run.config.optim.batch_size)
+    assert predicted * 2**20 == pytest.approx(int(printed), rel=0.03)
