@@ -116,8 +116,8 @@ def normalised(trained: Trained, images: Tensor) -> Tensor:
     return (images - mean) / std
 
 
-def training_eps(trained: Trained, otherwise: float | None = None) -> float | None:
-    """Radius of the adversarial training in 1/255, from a checkpoint's args, where it is a share; `otherwise` if they do not
+def training_eps(trained: Trained) -> float | None:
+    """Radius of the adversarial training in 1/255, from a checkpoint's args, where it is a share; None if they do not
     say.
 
     The original's args with --use_normalize hold a tensor [C,1,1], divided by each channel's deviation.
@@ -125,7 +125,7 @@ def training_eps(trained: Trained, otherwise: float | None = None) -> float | No
     eps, std = trained.args.get("eps"), trained.args.get("std")
     if isinstance(eps, Tensor) and std is not None and eps.numel() == len(std):
         eps = (eps.flatten().cpu().double() * torch.tensor(std, dtype=torch.float64)).mean().item()
-    return round(eps * 255, 4) if isinstance(eps, float) and eps > 0 else otherwise
+    return round(eps * 255, 4) if isinstance(eps, float) and eps > 0 else None
 
 
 def _family(contents: Contents) -> Family:

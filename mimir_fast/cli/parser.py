@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 
 import yaml
 
-from mimir_fast.config.fields import Configuration
+from mimir_fast.config.fields import Configuration, in_words
 
 Config = TypeVar("Config", bound=Configuration)
 
@@ -157,6 +157,6 @@ def _one(path: str, name: str, value, meta):
         with contextlib.suppress(ValueError):  # reported below
             value = float(value)  # YAML reads 1e-5 as a word
     if type(value) is not wanted:
-        expected = " or ".join(meta["choices"]) if meta["choices"] else wanted.__name__
+        expected = in_words(meta["choices"]) if meta["choices"] else wanted.__name__
         raise ValueError(f"config: {path}: {name}: got {value!r}, expected {expected}")
     return value

@@ -2,6 +2,7 @@
 of flags, and a flag's name is used once in it."""
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import TypeVar, cast
 
@@ -93,9 +94,14 @@ def check_words(flags: dict[str, Field], values: dict) -> None:
         if not choices or value is None or value in choices or (compat and values["compat"] == "original"):
             continue
         near = difflib.get_close_matches(str(value), choices, n=1)
-        message = f"{name}: got {value!r}, expected {' or '.join(choices)}"
+        message = f"{name}: got {value!r}, expected {in_words(choices)}"
         message += f"; did you mean {near[0]}?" if near else ""
         raise ValueError(message + (f" (--compat original: any other word {compat})" if compat else ""))
+
+
+def in_words(choices: Sequence[str]) -> str:
+    """For a sentence: a or b; one of a, b, c."""
+    return " or ".join(choices) if len(choices) < 3 else f"one of {', '.join(choices)}"
 
 
 def require(ok: bool, name: str, value, allowed: str) -> None:

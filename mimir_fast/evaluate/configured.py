@@ -32,7 +32,7 @@ def evaluate(config: EvaluateConfig, explicit: set[str] | None = None) -> dict:
     if config.model.use_normalize:  # whose constants
         overrides["dataset"] = config.data.dataset
     trained = load_classifier(config.model.checkpoint, overrides=overrides, device=device)
-    eps = training_eps(trained, USUAL_EPS) if config.attack.eps is None else config.attack.eps
+    eps = config.attack.eps or training_eps(trained) or USUAL_EPS
     alpha = eps / 4 if config.attack.alpha is None else config.attack.alpha
     print(f"{trained.source}: {trained.args['model']}, eps {eps:g}/255, alpha {alpha:g}/255, on {device}")
     return run_evaluation(

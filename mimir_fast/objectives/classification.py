@@ -46,7 +46,7 @@ class ClassificationObjective(nn.Module):
     ):
         super().__init__()
         if kind not in TRAINING_ATTACKS:
-            raise ValueError(f"attack_train: got {kind!r}, expected {' or '.join(TRAINING_ATTACKS)}")
+            raise ValueError(f"attack_train: got {kind!r}, expected one of {', '.join(TRAINING_ATTACKS)}")
         self.model, self.kind, self.criterion, self.beta = model, kind, criterion, beta
         self.information, self.features = information, features or model.forward_features
 

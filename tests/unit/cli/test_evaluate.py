@@ -10,7 +10,6 @@ import torch
 
 from mimir_fast.checkpoints.trained_models import Trained, training_eps
 from mimir_fast.cli import evaluate as command
-from mimir_fast.config.evaluation import USUAL_EPS
 from mimir_fast.models import create_classifier
 from tests.support.classifiers import one_thread  # noqa: F401
 from tests.support.runs import make_images
@@ -75,8 +74,8 @@ def test_ctrl_c_says_how_to_go_on(checkpoint, capsys, monkeypatch, tmp_path):
         ("--attacks ,", "attacks: '' is no attack"),
         ("--num_images -1", "num_images: got -1, expected 0 or more"),
         ("--batch_size 0", "batch_size: got 0, expected 1 or more"),
-        ("--dataset mnist", "dataset: got 'mnist', expected imagenet or"),
-        ("--split test", "split: got 'test', expected val or train or held_out"),
+        ("--dataset mnist", "dataset: got 'mnist', expected one of imagenet, "),
+        ("--split test", "split: got 'test', expected one of val, train, held_out"),
         ("--num_images 99999", "num_images: 99999, expected"),
         ("--device cuda", "device: got cuda, no CUDA device"),
     ],
@@ -121,10 +120,10 @@ def test_folders_and_lists_that_do_not_fit(checkpoint, tmp_path, capsys):
     ("eps", "std", "expected"),
     [
         (4 / 255, None, 4),
-        (None, None, 8),
+        (None, None, None),
         (4 / 255 / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), (0.229, 0.224, 0.225), 4),  # the original's
     ],
 )
 def test_the_radius_of_the_training(eps, std, expected):
     trained = Trained(torch.nn.Identity(), {"eps": eps, "std": std}, None, "x.pth")
-    assert training_eps(trained, USUAL_EPS) == expected
+    assert training_eps(trained) == expected

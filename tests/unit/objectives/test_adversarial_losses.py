@@ -89,7 +89,7 @@ def test_certain_predictions_stay_finite():
 
 
 def test_what_does_not_go_together():
-    with pytest.raises(ValueError, match="attack_train: got 'free', expected plain or pgd"):
+    with pytest.raises(ValueError, match="attack_train: got 'free', expected one of plain, pgd"):
         ClassificationObjective(torch.nn.Identity(), "free")
     with pytest.raises(ValueError, match="mart needs one label"):
         mart_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.full((2, 3), 1 / 3), BETA)
