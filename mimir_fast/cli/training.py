@@ -18,8 +18,7 @@ def train(
 ) -> int:
     """Run a training; returns the exit status: 0 done or stopped by SIGTERM, 1 failed, 2 wrong input, 130 Ctrl-C.
 
-    build    from the run and this process's place among all to the training
-    instead  what flags may ask for in place of it; returns its exit status, or None to train
+    instead: what flags may ask for in place of a training; returns its exit status, or None to train
     """
     began, words = False, sys.argv[1:] if argv is None else argv
     try:
