@@ -29,9 +29,8 @@ from mimir_fast.models.families import find
 from mimir_fast.training import layer_decay, optimizer
 from mimir_fast.training.distributed import World
 from mimir_fast.training.engine import Engine
-from mimir_fast.training.finetuning import Finetuning
 from mimir_fast.training.optimizer import Updater
-from mimir_fast.training.pretraining import Pretraining
+from mimir_fast.training.train import build_task
 
 VARIANTS = ("ours", "references", "textbook")
 PRETRAIN, FINETUNE = "pretrain", "finetune"
@@ -110,8 +109,7 @@ def build_step(variant: str, config: StepConfig, device: torch.device) -> Callab
 def product(config: StepConfig, images_u8: Tensor, labels: Tensor) -> Callable[[], object]:
     """The trainer's own: noise, attack, forward, backward and update of a batch that is prepared once."""
     world = World(device=images_u8.device)
-    task = Finetuning if isinstance(config, FinetuneConfig) else Pretraining
-    engine = Engine(task(resolve(config, set()), world), world)
+    engine = Engine(build_task(resolve(config, set()), world), world)
     batch = engine.task.prepare(images_u8, labels, 0, 0)
     # what the step returned is alive during the update, as in the loop
     return lambda: (engine.compute(batch, engine.task.draw_noise(engine.generator, batch)), engine.update())

@@ -8,7 +8,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.config.resolve import Run
 from mimir_fast.memory.graphs import planning_backend
 from mimir_fast.memory.ledger import KINDS, Ledger, Moment
@@ -18,6 +17,7 @@ from mimir_fast.training.distributed import World
 from mimir_fast.training.engine import Engine
 from mimir_fast.training.finetuning import Finetuning
 from mimir_fast.training.pretraining import Pretraining
+from mimir_fast.training.train import build_task
 
 CPU = torch.device("cpu")
 PRIMES = (509, 521, 523, 541, 547, 557)
@@ -70,7 +70,7 @@ def predict(run: Run) -> Prediction:
     Raises ValueError for a configuration that cannot be built.
     """
     with FakeTensorMode():
-        model = build_task(run).model
+        model = _fake_task(run).model
     trunk = family_of(model).trunk
     depth = len(getattr(model, trunk)) if trunk else 1
     whole = run.compute.compile and run.compute.compile_region == "model"
@@ -78,10 +78,10 @@ def predict(run: Run) -> Prediction:
     return Prediction([follow(run, blocks) for blocks in depths], depths, depth)
 
 
-def build_task(run: Run) -> Pretraining | Finetuning:
+def _fake_task(run: Run) -> Pretraining | Finetuning:
     """The task, without data, on the CPU; inside of a FakeTensorMode its parameters are fake."""
     with _Answers():
-        return (Finetuning if isinstance(run.config, FinetuneConfig) else Pretraining)(run, World(device=CPU))
+        return build_task(run, World(device=CPU))
 
 
 class _Answers(TorchDispatchMode):
@@ -95,7 +95,7 @@ def follow(run: Run, depth: int) -> Trace:
     """Run the step on fake tensors, after a warm-up, under the ledger; with `depth` encoder blocks where they are alike."""
     torch.compiler.reset()
     with FakeTensorMode():
-        task = build_task(run)
+        task = _fake_task(run)
         _shorten(task.model, depth)
         ledger = Ledger(_prime(run, task.model))
         engine = Engine(task, task.world, backend=planning_backend(ledger))

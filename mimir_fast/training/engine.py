@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mimir_fast.attacks.pgd_mae import frozen_twin
-from mimir_fast.kernels._shared.registration import choose
 from mimir_fast.training.compilation import Compiler
 from mimir_fast.training.distributed import World, average_gradients
 from mimir_fast.training.moving_average import RunningAverage
@@ -127,9 +126,8 @@ class Engine:
         return self.updater.compute.module
 
     def _compiler(self, backend: str | Callable) -> Compiler:
-        compute, model = self.task.run.compute, self.task.model
-        reference = choose(model.kernels, next(model.parameters())) == "reference"
-        how = (compute.compile, compute.compile_mode, compute.compile_region, backend, reference)
+        compute = self.task.run.compute
+        how = (compute.compile, compute.compile_mode, compute.compile_region, backend, compute.kernels == "reference")
         return Compiler(*how, through=self._gathered if self.sharded else None)
 
     def _gathered(self, function: Callable) -> Callable:

@@ -54,8 +54,13 @@ def train(config: Config) -> TrainResult:
 
 def build_loop(run: Run, world: World) -> Loop:
     """The loop of a run, with its task and this process's images.  Raises ValueError for what cannot be built."""
+    return Loop(build_task(run, world, data=True), world)
+
+
+def build_task(run: Run, world: World, data: bool = False) -> Pretraining | Finetuning:
+    """The task of a run, with or without images to train on.  Raises ValueError for what cannot be built."""
     if isinstance(run.config, PretrainConfig):
         asked = cast(Run[PretrainConfig], run)
-        return Loop(Pretraining(asked, world, pretraining.build_data(asked, world)), world)
+        return Pretraining(asked, world, pretraining.build_data(asked, world) if data else None)
     tuned = cast(Run[FinetuneConfig], run)
-    return Loop(Finetuning(tuned, world, finetuning.build_data(tuned, world)), world)
+    return Finetuning(tuned, world, finetuning.build_data(tuned, world) if data else None)

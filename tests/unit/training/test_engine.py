@@ -1,4 +1,7 @@
-"""What a fine-tuning step runs: compiled it is the same step, nothing is compiled twice, the attack trains nothing."""
+"""The engine: position decides a micro-step, averages follow, the host does not wait; compiled it is the same step, nothing is
+compiled twice, the attack trains nothing."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,10 +18,14 @@ from mimir_fast.training.finetune_step import (
     FinetuneOutput,
     attack_images,
 )
+from mimir_fast.training.pretrain_step import MaeAttack
 from mimir_fast.training.validation import build_validation_attack, validate
 from tests.golden.test_classifier import labels
-from tests.support.golden import golden_images
-from tests.support.tasks import classifier_task
+from tests.support.golden import BOUNDS as MAE_BOUNDS
+from tests.support.golden import golden_images, small_model
+from tests.support.tasks import classifier_task, mae_task
+from tests.support.toy_task import ToyStream, ToyTask, toy_run
+from tests.support.waiting import no_waiting
 from tests.unit.training.test_finetune_step import BOUNDS, classifier
 
 STEPS = 3
@@ -162,3 +169,74 @@ def test_fp16_finds_the_same_signs():
         half = attack_images(model, images, labels(), None, attack._replace(loss_scale=FP16_ATTACK_SCALE))
     assert half.isfinite().all()
     assert ((half - full).abs() < 1e-6).float().mean() > 0.97
+
+
+def toy_engine(**flags) -> Engine:
+    torch.manual_seed(3)
+    return Engine(ToyTask(toy_run(**flags), average_decay=0.5), World())
+
+
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return next(ToyStream().epoch(0, step))
+
+
+def test_a_micro_step_is_a_function_of_its_position():
+    engine = toy_engine()
+    first, again, other = (engine.micro_step(*batch(0), epoch=1, step=step) for step in (2, 2, 3))
+    assert torch.equal(first.noise, again.noise)
+    assert not torch.equal(first.noise, other.noise)
+    assert not torch.equal(first.noise, toy_engine(seed=1).micro_step(*batch(0), epoch=1, step=2).noise)
+    second = Engine(engine.task, replace(engine.world, rank=1))
+    assert not torch.equal(first.noise, second.micro_step(*batch(0), epoch=1, step=2).noise)
+
+
+def test_gradients_of_micro_steps_are_averaged_and_an_update_clears_them():
+    engine = toy_engine()
+    model, singles = engine.task.model, []
+    for step in (0, 1):
+        prepared, noise = engine.prepare(*batch(step), 0, step)
+        loss = engine.task.step(engine.objective, None, None, prepared, noise).loss
+        singles.append(torch.autograd.grad(loss, model.weight)[0])
+    for step in (0, 1):
+        engine.micro_step(*batch(step), step=step)
+    assert torch.allclose(model.weight.grad, sum(singles) / 2)
+    norm = torch.cat([model.weight.grad.flatten(), model.bias.grad]).norm()
+    assert engine.update() == pytest.approx(norm.item())
+    assert model.weight.grad is None
+
+
+def test_the_average_follows_every_update_and_is_what_is_rated_and_saved():
+    engine = toy_engine(lr=0.5)
+    assert engine.rated is engine.average.module
+    assert not any(p.requires_grad for p in engine.rated.parameters())
+    expected = engine.task.model.weight.detach().clone()
+    for number in (1, 2):
+        engine.micro_step(*batch(0))
+        engine.update(number)
+        share = min(0.5, (1 + number) / (10 + number))
+        expected = share * expected + (1 - share) * engine.task.model.weight.detach()
+    states = engine.states()
+    assert torch.allclose(states["model_ema"]["weight"], expected)
+    assert torch.equal(states["model"]["weight"], engine.task.model.weight)
+    assert list(states) == ["model", "optimizer", "model_ema"]
+    resumed = Engine(engine.task, World(), average=states["model_ema"])
+    assert torch.allclose(resumed.rated.weight, expected)
+
+
+@pytest.mark.parametrize("task", ["mae", "classifier"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_after_prepare_the_host_neither_waits_nor_decides(task, precision):
+    """What a CUDA graph could hold."""
+    if task == "mae":
+        built = mae_task(small_model(), MaeAttack(1, MAE_BOUNDS), mi_train="hsic", precision=precision)
+    else:
+        built = classifier_task(
+            classifier(0.1), ClassifierAttack("pgd", 2, BOUNDS), precision=precision, model_ema=True
+        )
+    engine, images_u8 = Engine(built, World()), (255 * golden_images()[0]).byte()
+    engine.micro_step(images_u8, labels())
+    engine.update()  # makes the optimizer's state
+    prepared = engine.prepare(images_u8, labels(), 0, 1)
+    with no_waiting():
+        engine.compute(*prepared)
+        engine.update(2)
