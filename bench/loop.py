@@ -8,10 +8,10 @@ from pathlib import Path
 
 from bench import steps
 from bench.images import write_images
-from mimir_fast.cli import finetune, pretrain
 from mimir_fast.training.loop import Loop
 from mimir_fast.training.running import running
 from mimir_fast.training.stages import listening
+from mimir_fast.training.train import build_loop
 
 # as little beside the step as possible; flags after -- win
 QUIET = "--dataset imagefolder --output_dir= --log_dir= --checkpoint_steps 0".split()
@@ -38,14 +38,13 @@ def open_trainer(args: argparse.Namespace, flags: list[str]) -> Iterator[Loop]:
     if args.task == steps.FINETUNE:
         words = ["--test_every", "0", *words]
     run = steps.asked(args.task, words)
-    build = finetune.build if args.task == steps.FINETUNE else pretrain.build
     with tempfile.TemporaryDirectory() as folder:
         flat = run.config.flat()
         if not flat["data_root"] and flat["dataset"] == "imagefolder":  # enough that no epoch ends
             images = (count + 1) * flat["batch_size"] * flat["accum_iter"]
             run = run.updated({"data_root": str(write_images(Path(folder) / "synthetic", images))})
         steps.leave_cudnn_out()
-        with running(run, build) as trainer:
+        with running(run, build_loop) as trainer:
             if trainer.world.size > 1:
                 raise ValueError(f"processes: expected one, got {trainer.world.size}; start it without torchrun")
             yield whole(trainer, count)

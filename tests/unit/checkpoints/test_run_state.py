@@ -6,9 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mimir_fast.checkpoints.folder import (
-    save_checkpoint,
-)
+from mimir_fast.checkpoints.folder import save_checkpoint
 from mimir_fast.checkpoints.reader import read
 from mimir_fast.checkpoints.run_state import Position, checkpoint_state, find_state, restore
 from mimir_fast.config.pretraining import PretrainConfig
@@ -35,7 +33,7 @@ def state_of(model, updater, position=None) -> dict:
         updater.optimizer.state_dict(),
         updater,
         position or Position(epoch=3),
-        config,
+        config.flat(),
         3e-4,
         "cifar10s",
         {"skipped_penalties": 1, "geometry": [1, 8, 1, 10, 0]},
