@@ -74,6 +74,7 @@ def ddp_worker(rank: int, port: int, penalty: str | None, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("penalty", [None, "hsic"])
 def test_two_processes_have_the_gradients_of_one(tmp_path, penalty):
     two_processes(ddp_worker, free_port(), penalty, str(tmp_path))
@@ -115,6 +116,7 @@ def computation_worker(rank: int, port: int, compression: str, folder: str) -> N
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compression", ["none", "bf16"])
 def test_two_processes_in_bf16_stay_the_same(tmp_path, compression):
     two_processes(computation_worker, free_port(), compression, str(tmp_path))
@@ -129,6 +131,7 @@ def test_two_processes_in_bf16_stay_the_same(tmp_path, compression):
             assert (ours["grads"][name] - p.grad).norm() < 0.1 * p.grad.norm() + 1e-5, name
 
 
+@pytest.mark.slow
 def test_non_finite_loss_on_one_rank_skips_the_step_on_all(tmp_path):
     two_processes(bad_worker, free_port(), str(tmp_path))
     for rank in range(2):
@@ -157,6 +160,7 @@ def data(tmp_path_factory):
     return make_images(tmp_path_factory.mktemp("images"))
 
 
+@pytest.mark.slow
 def test_torchrun_one_writer_and_resume(data, tmp_path):
     extra = "--batch_size 2 --mi_train renyi2 --accum_iter 2 --epochs 1 --warmup_epochs 0"
     whole, broken = tmp_path / "whole", tmp_path / "broken"

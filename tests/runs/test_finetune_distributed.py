@@ -11,6 +11,8 @@ from tests.runs.test_distributed import CPU, free_port
 from tests.support.finetune_runs import finetune, lines, load, make_data, same_run, start, tiny_models
 from tests.support.runs import finish, two_processes
 
+pytestmark = pytest.mark.slow
+
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 EXTRA = "--batch_size 2 --accum_iter 2 --epochs 1 --warmup_epochs 0 --held_out 5 --val_attack fgsm --model_ema --drop_path 0"
 

@@ -93,6 +93,7 @@ def test_a_best_epoch_chosen_by_something_else_does_not_count():
     assert "trained on are now held out" in said[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("updates", [2, 7])
 def test_sigkill_and_resume_is_exact(data, whole, tmp_path, updates):
     """Killed as soon as that many updates are on disk, wherever the process is by then, validation and saving included."""
@@ -111,6 +112,7 @@ def test_sigkill_and_resume_is_exact(data, whole, tmp_path, updates):
     assert load(tmp_path / "best.pth")["mimir_fast"]["best_by"] == ["pgd2", 8.0, 2]
 
 
+@pytest.mark.slow
 def test_signals_save_and_end_within_a_step(data, tmp_path):
     child = start(data, tmp_path, "--epochs 1000 --log_every 1 --num_workers 1")
     seen = ""

@@ -19,6 +19,8 @@ from tests.support.runs import finish, two_processes
 from tests.support.tasks import classifier_task
 from tests.unit.training.test_finetune_step import BOUNDS, classifier
 
+pytestmark = pytest.mark.slow
+
 FLAGS = {"lr": LR, "accum_iter": 2, "clip_grad": 0.5, "model_ema": True, "model_ema_decay": 0.5}
 SHARDS = {"parallel": "fsdp"}
 RUNS = {

@@ -50,6 +50,7 @@ def test_larger_batches_from_a_later_epoch_on_do_not_end_the_run(data, whole, tm
     assert [row["epoch"] for row in lines(tmp_path / "log.txt")] == [1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("updates", [1, 7])
 def test_sigkill_and_resume_is_exact(data, whole, tmp_path, updates):
     """Killed as soon as that many updates are on disk, wherever the process is by then, saving included."""
@@ -69,6 +70,7 @@ def test_sigkill_and_resume_is_exact(data, whole, tmp_path, updates):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)])
 def test_signals_save_and_end_within_a_step(data, tmp_path, number, status):
     child = start(data, tmp_path, "--epochs 1000 --log_every 1 --num_workers 1")

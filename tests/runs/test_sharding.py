@@ -16,6 +16,8 @@ from tests.support.golden import golden_images, small_model
 from tests.support.runs import finish, make_images, run, start, two_processes
 from tests.support.tasks import mae_task
 
+pytestmark = pytest.mark.slow
+
 LR = 1e-3
 FLAGS = {"mi_train": "hsic", "mi_xpl": 1e-2, "lr": LR, "accum_iter": 2}
 BLOCKS = {"compile": True, "compile_region": "block"}

@@ -287,6 +287,7 @@ PRETRAINED = (
 )
 
 
+@pytest.mark.slow
 @needs_simulated_gpu
 @pytest.mark.parametrize(
     ("task", "flags"), [("pretrain", PRETRAINED), ("finetune", FINETUNED["pgd"][0])], ids=("mae", "classifier")
