@@ -1,7 +1,7 @@
 """What a training is about: the two contracts that pre-training and fine-tuning fill in.
 
 `Step` is what the engine asks, `Task` is what the loop asks on top of it.  A task is a plain class with these names; nothing is
-inherited.  tests/unit/training/test_loop.py holds the smallest one.
+inherited.  tests/support/toy_task.py is the smallest one.
 """
 
 from collections.abc import Callable
