@@ -26,6 +26,7 @@ from mimir_fast.config.evaluation import USUAL_EPS
 from mimir_fast.config.fields import require
 from mimir_fast.config.resolve import resolve_device
 from mimir_fast.data import EvalStream, eval_batches, subset_indices
+from mimir_fast.evaluate.configured import dataset_of, overrides_of
 from mimir_fast.evaluate.progress import Bar
 from mimir_fast.models import Classifier
 
@@ -96,10 +97,7 @@ def output_folder(config: AnalyzeConfig) -> Path:
 
 def analyzed(config: AnalyzeConfig, source: str, device: str, left: TimeLeft) -> dict:
     """Analyse one checkpoint; returns its entry in analysis.json."""
-    overrides: dict[str, object] = {"model": config.model.model, "use_normalize": config.model.use_normalize}
-    # Which constants images were normalised with is a property of the data set.
-    if config.model.use_normalize:
-        overrides["dataset"] = config.data.dataset
+    overrides = overrides_of(config.model.model, config.model.use_normalize, config.data.dataset)
     trained = load_encoder(source, overrides=overrides, device=device)
     how = perturbation(config, trained)
     left.begin()
@@ -131,10 +129,7 @@ def images(config: AnalyzeConfig, trained: Trained) -> tuple[EvalStream, torch.T
     Raises ValueError if no data set is named or it is too small.
     """
     data = config.data
-    dataset = data.dataset or trained.args["dataset"]
-    if not dataset:
-        raise ValueError(f"dataset: {trained.source} does not say what it was trained on; pass --dataset")
-    where = (dataset, data.data_root, trained.args["input_size"], config.run.batch_size)
+    where = (dataset_of(trained, data.dataset), data.data_root, trained.args["input_size"], config.run.batch_size)
     stream = partial(eval_batches, *where, split=data.split, held_out=data.held_out)
     total = stream().num_images
     require(total >= 2 * GROUPS, "num_images", f"{total} images in all", f"{2 * GROUPS} or more")

@@ -1,4 +1,4 @@
-"""mimir-fast VERB [flags]: one command for everything; each verb's module also runs by itself."""
+"""The command line, `mimir-fast VERB [flags]`; each verb's module also runs by itself."""
 
 import importlib
 import sys
@@ -13,8 +13,7 @@ VERBS = {
     "memory": ("mimir_fast.cli.memory", "peak memory of a pre-training and the largest batch that fits; needs no GPU"),
     "report": ("mimir_fast.cli.report", "HTML report of a run's folder"),
 }
-
-
+# Verbs of earlier versions and what they are called now.
 RENAMED = {"fit": "memory"}
 
 
@@ -27,6 +26,7 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Dispatch to a verb; returns its exit status, 2 for a word that is no verb."""
     argv = sys.argv[1:] if argv is None else argv
+    # A verb is imported when it is called: importing all of them takes seconds.
     if argv and argv[0] in VERBS:
         return importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
     if argv and argv[0] in ("-h", "--help"):

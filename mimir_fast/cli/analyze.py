@@ -1,4 +1,4 @@
-"""mimir-fast analyze: what a checkpoint's features tell about images and perturbations.
+"""mimir-fast analyze: mutual information of a checkpoint's features with images and perturbations.
 
 Also `python -m mimir_fast.analyze`.
 """

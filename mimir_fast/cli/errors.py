@@ -1,4 +1,4 @@
-"""How a verb ends: its errors as one line on stderr, and its exit status."""
+"""Errors of a verb: one line on stderr, and the exit status."""
 
 import sys
 from collections.abc import Callable
@@ -8,13 +8,14 @@ import torch
 from mimir_fast.checkpoints.errors import CheckpointError
 from mimir_fast.data import DataError
 
-# what may go wrong while a run is under way: exit status 1
+# Errors of the disk, the memory or the data while a run is under way: exit status 1.
 RUN_ERRORS = (CheckpointError, DataError, OSError, torch.OutOfMemoryError)
 
 
 def complain(prog: str, error: Exception) -> None:
     """Print `prog: error: ...`, one line, with advice where the error itself has none."""
     text = str(error)
+    # torch's message is a paragraph about its allocator and names no flag.
     if isinstance(error, torch.OutOfMemoryError):
         first = text.split(". ")[0].splitlines()[0]
         text = f"batch_size: {first}; pass a smaller one, with --accum_iter or --activation_checkpointing where there is one"
@@ -22,10 +23,11 @@ def complain(prog: str, error: Exception) -> None:
 
 
 def guarded(prog: str, body: Callable[[], int], stopped: str) -> int:
-    """Run a verb's body; returns its exit status, or 2 wrong input, 1 the disk or memory refused, 130 Ctrl-C.
+    """Run a verb's body; returns its exit status, or 2 for wrong input, 1 if disk or memory refused, 130 for Ctrl-C.
 
-    stopped: what a person who pressed Ctrl-C should know.
+    stopped   printed after Ctrl-C: what was saved and how to continue
     """
+    # Other exceptions are bugs, and keep their tracebacks.
     try:
         return body()
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""mimir-fast finetune: a pre-trained encoder becomes a robust classifier.
+"""mimir-fast finetune: adversarial fine-tuning of a pre-trained encoder to a robust classifier.
 
 Also `python -m mimir_fast.finetune`, alone or under torchrun.
 """

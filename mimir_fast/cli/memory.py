@@ -1,4 +1,4 @@
-"""mimir-fast memory: what a training needs in GPU memory, and the largest batch that fits; no GPU needed.
+"""mimir-fast memory: predicted peak GPU memory of a training and the largest batch that fits; needs no GPU.
 
 Also `python -m mimir_fast.memory`.  Takes every flag of `mimir-fast pretrain`, or with `--task finetune` of `mimir-fast
 finetune`: try a command line as it stands.

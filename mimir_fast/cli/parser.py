@@ -1,12 +1,13 @@
-"""The command line, generated from the dataclasses of a configuration (mimir_fast/config).
+"""Command-line parser, generated from the dataclasses of a configuration (mimir_fast/config).
 
 Flags may be written with `_` or `-`, and shortened to any unambiguous beginning, as the original's argparse allows.
-Values come from, in rising order: defaults, --recipe, --config, flags.
+Values come from defaults, --recipe, --config and flags; each overrides those before it.
 """
 
 import argparse
 import contextlib
 import difflib
+import inspect
 from collections.abc import Callable
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
@@ -21,7 +22,10 @@ Config = TypeVar("Config", bound=Configuration)
 
 @dataclass(frozen=True)
 class Command(Generic[Config]):
-    """A verb whose flags are a configuration's.  original: the original has it too, so that flags of ours are marked."""
+    """A verb whose flags are those of a configuration.
+
+    original   whether it stands for a script of the original; its help then marks flags that are new
+    """
 
     prog: str
     description: str
@@ -31,7 +35,7 @@ class Command(Generic[Config]):
 
 
 def parse_args(command: Command[Config], argv: list[str]) -> tuple[Config, set[str]]:
-    """Command-line words -> the checked configuration, and the names of the flags that were set anywhere.
+    """Parse command-line words to the checked configuration and the names of the flags that were set anywhere.
 
     Exits with status 2 and one line on a wrong flag (argparse); raises ValueError on a wrong value or configuration file.
     """
@@ -40,7 +44,7 @@ def parse_args(command: Command[Config], argv: list[str]) -> tuple[Config, set[s
 
 
 def configuration(command: Command[Config], given: dict) -> tuple[Config, set[str]]:
-    """What build_parser's parser found -> the checked configuration, and the names of the flags that were set anywhere.
+    """The checked configuration and the names of the flags that were set anywhere, from what build_parser's parser returned.
 
     Raises ValueError on a wrong value or configuration file.
     """
@@ -57,29 +61,32 @@ def configuration(command: Command[Config], given: dict) -> tuple[Config, set[st
 
 
 def build_parser(command: Command) -> argparse.ArgumentParser:
-    """One argument group per stage; every default is left out of the result, so that only given flags appear in it."""
+    """An argparse parser with one argument group per stage; its result holds only the flags that were given."""
     parser = argparse.ArgumentParser(
         prog=command.prog,
         description=command.description,
         epilog="Flags take _ or - and any unambiguous beginning."
         + (" (new) marks flags the original does not have." if command.original else ""),
+        # Which flags were given must be known: defaults that depend on other flags fill in the rest.
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120),
     )
     new = " (new)" if command.original else ""
     if command.recipes:
-        named = (
-            f"{name}: {(recipe.__doc__ or name).splitlines()[0].rstrip('.')}"
-            for name, recipe in command.recipes.items()
-        )
+        named = (f"{name}: {_summary(recipe)}" for name, recipe in command.recipes.items())
         text = f"start from a named run{new}. {'; '.join(named)}".replace("%", "%%")
         parser.add_argument("--recipe", choices=list(command.recipes), help=text)
     parser.add_argument("--config", metavar="FILE.yaml", help=f"read flags from a file of `flag: value` lines{new}")
     for kind in command.config.stages().values():
-        group = parser.add_argument_group(kind.__doc__.strip().rstrip("."))
+        group = parser.add_argument_group(_summary(kind))
         for f in fields(kind):
             _add_flag(group, f, command.original)
     return parser
+
+
+def _summary(documented: object) -> str:
+    """The first line of a docstring, without its full stop."""
+    return (inspect.getdoc(documented) or "").partition("\n")[0].rstrip(".")
 
 
 def _add_flag(group, f: Field, mark_new: bool) -> None:
@@ -93,7 +100,7 @@ def _add_flag(group, f: Field, mark_new: bool) -> None:
         words.append("(new)")
     text = " ".join(words).replace("%", "%%")
     if meta["type"] is not bool:
-        # words are checked with the configuration (check_words), wherever they come from
+        # No `choices` here: words are checked with the configuration (check_words), whether they come from flags or a file.
         metavar = f"{{{','.join(meta['choices'])}}}" if meta["choices"] else meta["type"].__name__.upper()
         several = {"nargs": "+"} if meta["several"] else {}
         group.add_argument(f"--{f.name}", type=meta["type"], help=text, metavar=metavar, **several)
@@ -104,16 +111,18 @@ def _add_flag(group, f: Field, mark_new: bool) -> None:
 
 
 def _negative(f: Field) -> str:
-    """How a switch that is not off by default is turned off, in the original's spelling; empty where there is nothing."""
+    """Name of the flag that turns a switch off, in the original's spelling; empty for other flags and for switches that are
+    off by default."""
     return "" if f.metadata["type"] is not bool or f.default is False else f.metadata["negative"] or f"no_{f.name}"
 
 
 def _switch(default: object) -> str:
+    """A switch's default in words; None: another flag or the machine decides, and the help says how."""
     return "see above" if default is None else "on" if default else "off"
 
 
 def canonical(word: str, command: Command) -> str:
-    """--local-rank=3 -> --local_rank=3; a beginning shared by one original flag means that flag, whatever is new."""
+    """A word with its flag in full: --local-rank=3 -> --local_rank=3."""
     if not word.startswith("--"):
         return word
     name, equals, value = word[2:].partition("=")
@@ -121,6 +130,7 @@ def canonical(word: str, command: Command) -> str:
     flags = command.config.flags()
     exact = {*flags, *map(_negative, flags.values())}
     known = {n for f in flags.values() if not f.metadata["new"] for n in (f.name, _negative(f)) if n}
+    # A beginning that is unambiguous among the original's flags means that flag: new flags must not break old command lines.
     original = [n for n in known if n.startswith(name)]
     if len(original) == 1 and name not in exact and not name.startswith("no_"):
         name = original[0]
@@ -153,9 +163,11 @@ def _typed(path: str, name: str, value, known: dict[str, Field]):
 
 def _one(path: str, name: str, value, meta):
     wanted = meta["type"]
+    # YAML reads 1e-5 as a word, and 8 as an integer.
     if wanted is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):  # reported below
-            value = float(value)  # YAML reads 1e-5 as a word
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    # Exactly this type: a bool is an int to isinstance.
     if type(value) is not wanted:
         expected = in_words(meta["choices"]) if meta["choices"] else wanted.__name__
         raise ValueError(f"config: {path}: {name}: got {value!r}, expected {expected}")

@@ -1,4 +1,4 @@
-"""A verb that trains: words -> configuration -> run -> training -> exit status."""
+"""Verbs that train: from command-line words to the exit status."""
 
 import sys
 from collections.abc import Callable
@@ -28,7 +28,8 @@ def train(
         with running(run, build) as loop:
             began = True
             return loop.run()
-    except KeyboardInterrupt:  # before the loop's own handling of signals, or the second one
+    # Before the loop handles signals itself, or a second Ctrl-C.
+    except KeyboardInterrupt:
         if not began:
             print(f"{command.prog}: stopped before the first update", file=sys.stderr)
         return 130
@@ -36,6 +37,7 @@ def train(
         complain(command.prog, error)
         return 1 if began else 2
     except ValueError as error:
+        # Once training has begun, a ValueError is a bug and not wrong input.
         if began:
             raise
         complain(command.prog, error)

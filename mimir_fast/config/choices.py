@@ -1,15 +1,15 @@
-"""The closed sets of words that flags take.  Each stands at its flag once, and whoever acts on a word imports its set here.
+"""Choices of flags: the closed sets of words that they take, each defined once, for the flag and for the code that acts on it.
 
-Sets that are a table's keys stand with it: data sets in mimir_fast/data/datasets.py, implementations of operations in
-kernels/_shared/registration.py, models in mimir_fast/models/families/, formats of exports in mimir_fast/config/export.py.
+Sets that are the keys of a table are defined with it: data sets in mimir_fast/data/datasets.py, implementations of operations
+in kernels/_shared/registration.py, models in mimir_fast/models/families/, formats of exports in mimir_fast/config/export.py.
 """
 
-# pre-training
+# Pre-training.
 ATTACKS = ("plain", "pgd_mae")
 PENALTIES = ("hsic", "dib_mi", "renyi2")
 MI_TRAIN = ("plain", *PENALTIES)
 
-# fine-tuning
+# Fine-tuning.
 TRAINING_ATTACKS = ("plain", "pgd", "trades", "mart", "apgd")
 MI_LOSS = ("plain", "dib_mi")
 ALPHA_SCHEDULES = ("constant", "linear", "cosine")
@@ -17,7 +17,7 @@ EDM_AUGMENTATIONS = ("none", "base", "cutout", "autoaugment", "randaugment", "id
 REMODES = ("const", "rand", "pixel")
 MIXUP_MODES = ("batch", "pair", "elem")
 
-# how a step is computed
+# How a step is computed.
 PRECISIONS = ("bf16", "fp16", "fp32")
 RESIDUAL_DTYPES = ("fp32", "bf16")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -26,9 +26,9 @@ ATTENTION = ("auto", "short", "narrow", "sdpa", "flash_attn", "xformers", "math"
 PARALLEL = ("ddp", "fsdp")
 GRAD_COMPRESSION = ("none", "bf16")
 
-# who decides what a word means
+# Who decides what a word means.
 COMPAT = ("none", "original")
 
-# evaluate and analyze
+# Evaluation and analysis.
 SPLITS = ("val", "train", "held_out")
 BANDWIDTHS = ("squared", "distance")

@@ -8,7 +8,7 @@ from mimir_fast.config.fields import Configuration, flag, require
 from mimir_fast.data.datasets import DATASETS
 from mimir_fast.models.families import find, listed
 
-# radius in 1/255, where neither the flags nor the checkpoint say one
+# Radius in 1/255 where neither flags nor the checkpoint name one.
 USUAL_EPS = 8.0
 
 
@@ -102,6 +102,7 @@ class EvaluateConfig(Configuration):
         eps, alpha = self.attack.eps, self.attack.alpha
         require(eps is None or 0.25 <= eps <= 255, "eps", eps, "0.25 to 255, in 1/255: 8, not 8/255 = 0.031")
         require(alpha is None or 0.02 <= alpha <= 255, "alpha", alpha, "0.02 to 255, in 1/255: 2, not 2/255 = 0.008")
+        # For its errors: the names of the attacks.
         parse_attacks(self.attack.attacks, eps or USUAL_EPS, alpha or USUAL_EPS / 4)
         return self
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from mimir_fast.config.fields import Configuration, flag, require
 from mimir_fast.data.datasets import DATASETS
 
-# the two files of each format
+# The two files of each format.
 SUFFIXES = {"timm": (".safetensors", ".json"), "robustbench": (".pt", ".py")}
 FORMATS = tuple(SUFFIXES)
 

@@ -1,10 +1,13 @@
-"""What a flag is: a dataclass field that carries the words its command-line flag shows.  A configuration is made of stages
-of flags, and a flag's name is used once in it."""
+"""Flags and configurations.
+
+A flag is a dataclass field that carries the help of its command-line flag; a stage is a dataclass of flags; a configuration is
+a dataclass of stages, in which every flag has a name of its own.
+"""
 
 import difflib
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields, replace
-from typing import TypeVar, cast
+from typing import TypeVar, get_type_hints
 
 Config = TypeVar("Config", bound="Configuration")
 
@@ -20,19 +23,22 @@ def flag(
     several: bool = False,
     compat: str = "",
 ):
-    """A dataclass field with the words its command-line flag shows; `type` where it differs from the default's.
+    """A dataclass field with what its command-line flag needs.
 
+    unit      of the value, for the help
     choices   the only values, where they are a closed set
-    compat    what any other word does under --compat original; empty: it is an error there too
+    new       the original has no such flag
+    type      where it differs from the default's
     negative  how the opposite of a switch is spelt, where it is not no_NAME
     several   the flag takes one value or more
+    compat    what any word outside of choices does under --compat original; empty: it is an error there too
     """
     metadata = {"help": help, "unit": unit, "choices": choices, "new": new, "type": type or default.__class__}
     return field(default=default, metadata=metadata | {"negative": negative, "several": several, "compat": compat})
 
 
 def inherited(stage: type, name: str, default=None, **words: str):
-    """The flag `name` of another stage, here with a default of its own where one is given; words: `flag`'s help and compat."""
+    """The flag `name` of another stage, with another default if one is given; words: another `help` or `compat`."""
     (theirs,) = [f for f in fields(stage) if f.name == name]
     metadata = {**theirs.metadata, **words}
     return field(default=theirs.default if default is None else default, metadata=metadata)
@@ -42,9 +48,13 @@ def inherited(stage: type, name: str, default=None, **words: str):
 class Configuration:
     """Everything a run depends on: a frozen dataclass whose fields are stages, whose fields are flags."""
 
+    # Flags have one namespace over all stages, as on the command line: `flat` and `updated` need no stage.
+
     @classmethod
     def stages(cls) -> dict[str, type]:
-        return {f.name: cast(type, f.type) for f in fields(cls)}
+        """{stage: its dataclass}, in their order."""
+        types = get_type_hints(cls)
+        return {f.name: types[f.name] for f in fields(cls)}
 
     @classmethod
     def flags(cls) -> dict[str, Field]:
@@ -88,7 +98,7 @@ class Configuration:
 
 
 def check_words(flags: dict[str, Field], values: dict) -> None:
-    """Raise ValueError for a word that is none of its flag's choices; --compat original lets those through that it reads."""
+    """Raise ValueError for a word that is not among its flag's choices, unless --compat original gives it a meaning."""
     for name, f in flags.items():
         value, choices, compat = values[name], f.metadata["choices"], f.metadata["compat"]
         if not choices or value is None or value in choices or (compat and values["compat"] == "original"):
@@ -105,6 +115,6 @@ def in_words(choices: Sequence[str]) -> str:
 
 
 def require(ok: bool, name: str, value, allowed: str) -> None:
-    """Raise ValueError in the words of `Configuration.check` unless ok."""
+    """Raise ValueError naming a flag, its value and what is allowed, unless ok."""
     if not ok:
         raise ValueError(f"{name}: got {value}, expected {allowed}")

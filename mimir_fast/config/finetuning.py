@@ -1,7 +1,7 @@
 """Configuration of a fine-tuning run: one frozen dataclass per stage, each field one command-line flag.
 
-The counterpart of mimir_fast/config/pretraining.py, which says what flags of the same name mean; stages that both share are in
-mimir_fast/config/stages.py.  Flags marked `new` are not in the original.
+Stages that it shares with pre-training are in mimir_fast/config/stages.py, flags of the same name in
+mimir_fast/config/pretraining.py.  Flags marked `new` are not in the original.
 """
 
 import re
@@ -186,7 +186,8 @@ class FinetuneConfig(Configuration):
     def completed(self, explicit: set[str]) -> "FinetuneConfig":
         """A copy with the data set's side and classes where the flags were not set; classes None: as the folder has."""
         info = INFO.get(self.data.dataset)
-        if info is None:  # the data reports it
+        # An unknown data set is an error of its own, raised by `check`.
+        if info is None:
             return self
         known = {"nb_classes": info.num_classes, "input_size": info.input_size or self.model.input_size}
         return self.updated({name: value for name, value in known.items() if name not in explicit})
@@ -211,7 +212,8 @@ class FinetuneConfig(Configuration):
         return self
 
     def notes(self, explicit: set[str]) -> list[str]:
-        notes, a, v = [], self.attack, self.validation
+        notes: list[str] = []
+        a, v = self.attack, self.validation
         if a.attack_train == "apgd" and "alpha" in explicit:
             notes.append("alpha: apgd chooses its steps itself; the flag is not used")
         if a.attack_train in ("trades", "mart") and "smoothing" in explicit and self.augment.smoothing:
@@ -230,6 +232,7 @@ def _check_numbers(flat: dict) -> None:
         require(flat[name] >= 0, name, flat[name], "0 or more")
     for name in ("recount", "val_every"):
         require(flat[name] >= 1, name, flat[name], "1 or more")
+    # Smaller values are fractions of 1 where 1/255 is meant.
     for name in ("alpha", "alpha_end"):
         require(flat[name] == 0 or flat[name] >= 0.05, name, flat[name], "a number in 1/255: 2, not 2/255 = 0.0078")
     require(flat["clip_grad"] is None or flat["clip_grad"] > 0, "clip_grad", flat["clip_grad"], "more than 0")
@@ -240,7 +243,7 @@ def _check_numbers(flat: dict) -> None:
 
 
 def validation_steps(val_attack: str) -> int | None:
-    """Steps of the attack that --val_attack names: None for none, 0 for FGSM.  Raises ValueError for another word."""
+    """Number of steps of --val_attack: None for none, 0 for FGSM.  Raises ValueError for another word."""
     if val_attack in ("none", "fgsm"):
         return None if val_attack == "none" else 0
     match = re.fullmatch(r"pgd-?([1-9]\d*)", val_attack)

@@ -1,4 +1,4 @@
-"""From what was asked to what runs: `resolve` fills in what depends on the machine.  Everything after it takes a `Run`."""
+"""Resolving a configuration: `resolve` fills in what depends on the machine and returns a `Run`, which all later code takes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,7 +18,8 @@ WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
 def missing_compiler() -> str | None:
     """Why nothing can be compiled here, or None: torch.compile needs a C++ compiler, on GPUs too."""
-    from torch._inductor.cpp_builder import get_cpp_compiler  # importing Inductor takes a second
+    # Importing Inductor takes a second.
+    from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
     try:
@@ -30,10 +31,10 @@ def missing_compiler() -> str | None:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run must know of its machine; make one by hand to resolve for another.
+    """The facts about a machine that a run depends on; make one by hand to resolve for another machine.
 
     cuda_devices      how many there are
-    missing_compiler  why nothing can be compiled, or None; asked only where something is to be compiled
+    missing_compiler  returns why nothing can be compiled, or None; called only where something is to be compiled
     """
 
     cuda_devices: int
@@ -41,19 +42,21 @@ class Machine:
 
     @classmethod
     def here(cls) -> "Machine":
+        """This machine."""
         return cls(torch.cuda.device_count() if torch.cuda.is_available() else 0)
 
 
 @dataclass(frozen=True)
 class Compute:
-    """How the step is computed, nothing left open: the stage `compute` in dtypes and booleans.
+    """The resolved stage `compute`, in dtypes and booleans.
 
-    dtype               of autocast, torch.float32 for none
-    residual_dtype      of the tokens between blocks, None for fp32
-    scaled              the loss is scaled (fp16)
-    kernels, mlp        triton or reference; attention: a backend, none of them auto
-    fsdp                several processes share the parameters; alone it changes compile_region only
-    compress_gradients  gradients are averaged in bf16
+    dtype               of autocast; torch.float32: no autocast
+    residual_dtype      storage of the tokens between blocks; None: fp32
+    scaled              whether the loss is scaled (fp16)
+    kernels, mlp        triton or reference
+    attention           a backend other than auto
+    fsdp                whether processes share the parameters; with one process it changes compile_region only
+    compress_gradients  whether gradients are averaged in bf16
     """
 
     dtype: torch.dtype
@@ -70,7 +73,7 @@ class Compute:
     compress_gradients: bool
 
     def words(self) -> dict:
-        """{flag: value} of the stage `compute`, as recorded and as told to people."""
+        """{flag: value} of the stage `compute`, as logs, config.yaml and checkpoints hold it."""
         words = {name: getattr(self, name) for name in ComputeConfig.__dataclass_fields__ if hasattr(self, name)}
         words["precision"] = WORDS[self.dtype]
         words["residual_dtype"] = WORDS[self.residual_dtype or torch.float32]
@@ -81,8 +84,12 @@ class Compute:
 
 @dataclass(frozen=True)
 class Run(Generic[Config]):
-    """A run that can begin: what was asked, what became of it here, and lines to print about it.
+    """A resolved configuration.
 
+    config    as asked for
+    compute   the stage `compute`, resolved
+    device    resolved
+    notes     lines to print about what was resolved otherwise than one might expect
     explicit  names of the flags that were set, by whoever set them
     """
 
@@ -93,18 +100,18 @@ class Run(Generic[Config]):
     explicit: frozenset[str] = frozenset()
 
     def flat(self) -> dict:
-        """{flag name: value} as recorded: what was asked, and what resolve filled in."""
+        """{flag name: value} as it is recorded: what was asked for, with what resolve filled in."""
         return self.config.flat() | {"device": self.device} | self.compute.words()
 
     def updated(self, values: dict) -> "Run[Config]":
-        """A copy with flags replaced that resolve does not read, such as nb_classes, which the data tells."""
+        """A copy with flags replaced; only for flags that resolve does not read, such as nb_classes, which the data decides."""
         return replace(self, config=self.config.updated(values))
 
 
 def resolve(config: Config, explicit: set[str], machine: Machine | None = None) -> Run[Config]:
-    """Fill in what depends on the machine; explicit: the names of the flags that were set; machine: None for this one.
+    """Resolve a configuration for a machine (None: this one); explicit: the names of the flags that were set.
 
-    Raises ValueError if the machine or another flag does not go with a flag that was set.
+    Raises ValueError if a flag that was set is not possible on the machine or together with another flag.
     """
     machine = machine or Machine.here()
     notes: list[str] = []
@@ -135,7 +142,10 @@ def resolve(config: Config, explicit: set[str], machine: Machine | None = None) 
 def resolve_device(
     device: str, explicit: set[str], say: Callable[[str], None] = print, machine: Machine | None = None
 ) -> str:
-    """The device to run on, the CPU in place of a default that is not there.  Raises ValueError if it was asked for."""
+    """The device to run on: without CUDA devices the default becomes the CPU.
+
+    Raises ValueError if a device was asked for that the machine does not have.
+    """
     kind, _, index = device.partition(":")
     if kind != "cuda":
         return device
@@ -151,7 +161,8 @@ def resolve_device(
 
 
 def _region(asked: ComputeConfig, precision: str, explicit: set[str]) -> str:
-    """What is compiled as one; shards are gathered block by block."""
+    """compile_region, resolved.  Raises ValueError for flags that do not go with fsdp."""
+    # Shards are gathered block by block, so that a graph over several blocks would hold all their parameters at once.
     if asked.parallel != "fsdp":
         return asked.compile_region
     if precision == "fp16":
@@ -164,12 +175,13 @@ def _region(asked: ComputeConfig, precision: str, explicit: set[str]) -> str:
 
 
 def _implementations(asked: ComputeConfig, on_cuda: bool, precision: str, compiled: bool, machine: Machine) -> dict:
-    """Operations, attention and MLP: ours on CUDA, attention and MLP in 16 bits; on a CPU, attention of its own if compiled."""
+    """kernels, attention and mlp, resolved.  Raises ValueError for one that the machine or the precision does not allow."""
     kernels, attention, mlp = asked.kernels, asked.attention, asked.mlp
     if kernels == "auto":
         kernels = "triton" if on_cuda else "reference"
     elif kernels == "triton" and not on_cuda:
         raise ValueError("kernels: triton needs a CUDA device; pass --kernels reference or leave the default")
+    # Our attention and MLP are for 16 bits on CUDA; narrow attention is for compiled fp32 on CPUs.
     half = kernels == "triton" and precision != "fp32"
     narrow = not on_cuda and precision == "fp32"
     if attention == "auto":

@@ -1,4 +1,4 @@
-"""The stages that pre-training and fine-tuning share: frozen dataclasses whose fields are command-line flags.
+"""Stages that pre-training and fine-tuning share: frozen dataclasses whose fields are command-line flags.
 
 Flags marked `new` are not in the original.
 """
@@ -156,7 +156,7 @@ class DistConfig:
 
 
 def check_shared(flat: dict) -> None:
-    """What every kind of run asks of its flags {name: value}; raises ValueError."""
+    """Check the flags {name: value} that every kind of training has; raises ValueError."""
     for name in ("batch_size", "accum_iter", "epochs", "input_size", "patch_size", "log_every", "max_bad_steps"):
         require(flat[name] >= 1, name, flat[name], "1 or more")
     for name in ("steps", "eps", "alpha", "warmup_epochs", "start_epoch", "num_workers", "weight_decay"):
@@ -164,5 +164,6 @@ def check_shared(flat: dict) -> None:
     for name in ("checkpoint_steps", "max_steps", "seed"):
         require(flat[name] >= 0, name, flat[name], "0 or more")
     require(flat["input_size"] % flat["patch_size"] == 0, "patch_size", flat["patch_size"], "a divisor of input_size")
+    # Smaller values are fractions of 1 where 1/255 is meant.
     require(flat["eps"] == 0 or flat["eps"] >= 0.25, "eps", flat["eps"], "a number in 1/255: 8, not 8/255 = 0.031")
     require(flat["device"].split(":")[0] in ("cuda", "cpu"), "device", flat["device"], "cuda or cpu")

@@ -1,4 +1,4 @@
-"""An evaluation from its configuration: which model, which images, which attacks, and where the results go."""
+"""Running an evaluation from its configuration (`mimir-fast evaluate`)."""
 
 from pathlib import Path
 
@@ -26,11 +26,10 @@ def evaluate(config: EvaluateConfig, explicit: set[str] | None = None) -> dict:
     Source: docs/evaluate.md says what is counted and how.
     """
     config = config.check()
+    # Adversarial examples lie close to the decision boundary, where tf32 decides otherwise than fp32.
     torch.set_float32_matmul_precision("highest")
     device = resolve_device(config.run.device, config.changed() if explicit is None else explicit)
-    overrides = {"model": config.model.model, "use_normalize": config.model.use_normalize}
-    if config.model.use_normalize:  # whose constants
-        overrides["dataset"] = config.data.dataset
+    overrides = overrides_of(config.model.model, config.model.use_normalize, config.data.dataset)
     trained = load_classifier(config.model.checkpoint, overrides=overrides, device=device)
     eps = config.attack.eps or training_eps(trained) or USUAL_EPS
     alpha = eps / 4 if config.attack.alpha is None else config.attack.alpha
@@ -47,14 +46,27 @@ def evaluate(config: EvaluateConfig, explicit: set[str] | None = None) -> dict:
     )
 
 
-def chosen_images(config: EvaluateConfig, trained: Trained) -> Images:
-    """Raises ValueError if neither the command line nor the checkpoint names a data set."""
-    data = config.data
-    dataset = data.dataset or trained.args.get("dataset")
-    if not dataset:
+def overrides_of(model: str | None, use_normalize: bool | None, dataset: str | None) -> dict:
+    """Flags that override what a checkpoint says of itself (see load_classifier)."""
+    overrides = {"model": model, "use_normalize": use_normalize}
+    # The data set matters to the model only where images are normalised, by the data set's constants: a model may well be
+    # evaluated on another data set than it was trained on.
+    return overrides | {"dataset": dataset} if use_normalize else overrides
+
+
+def dataset_of(trained: Trained, dataset: str | None) -> str:
+    """The data set that was asked for, else that of the training.  Raises ValueError if the checkpoint does not say it."""
+    known = dataset or trained.args.get("dataset")
+    if not known:
         raise ValueError(f"dataset: {trained.source} does not say what it was trained on; pass --dataset")
+    return known
+
+
+def chosen_images(config: EvaluateConfig, trained: Trained) -> Images:
+    """The images to evaluate on.  Raises ValueError if neither the flags nor the checkpoint name a data set."""
+    data = config.data
     return Images(
-        dataset,
+        dataset_of(trained, data.dataset),
         data.data_root,
         trained.args["input_size"],
         data.split,
@@ -66,7 +78,7 @@ def chosen_images(config: EvaluateConfig, trained: Trained) -> Images:
 
 
 def folder(config: EvaluateConfig) -> Path:
-    """Where the results go: beside a file, or in the working directory for a URL."""
+    """Folder of the results: beside a file, or in the working directory for a URL."""
     if config.run.output_dir is not None:
         return Path(config.run.output_dir)
     return beside(config.model.checkpoint, "eval")
