@@ -37,7 +37,7 @@ class Mixing:
 
     mixup: float = 0.0
     cutmix: float = 0.0
-    cutmix_minmax: tuple[float, float] | None = None
+    cutmix_minmax: tuple[float, ...] | None = None
     prob: float = 1.0
     switch_prob: float = 0.5
     mode: str = "batch"

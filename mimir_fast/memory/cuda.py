@@ -1,4 +1,4 @@
-"""Where CUDA differs from what fake CPU tensors show: attention's layout, and bytes kernels need while they run."""
+"""Differences of CUDA from fake CPU tensors: attention's layout, and bytes that kernels need while they run."""
 
 import math
 from collections.abc import Callable
@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 aten = torch.ops.aten
-MULTIPROCESSORS, THREADS = 132, 2048  # of an H100, and of one of its multiprocessors
+# Of an H100, and of one of its multiprocessors.
+MULTIPROCESSORS, THREADS = 132, 2048
 
 
 class Scratch(NamedTuple):
@@ -19,7 +21,7 @@ class Scratch(NamedTuple):
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
-    """What scaled_dot_product_attention leaves on CUDA (flash in 16 bits, memory-efficient in fp32), in place of the CPU's."""
+    """Outputs of scaled_dot_product_attention on CUDA: flash in 16 bits, memory-efficient in fp32."""
     if query.dtype == torch.float32:
         return aten._scaled_dot_product_efficient_attention.default(query, key, value, None, True)[:2]
     return aten._scaled_dot_product_flash_attention.default(query, key, value)[:2]
@@ -29,14 +31,14 @@ def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor,
     """Gradients of `_attention`: three tensors in CUDA's layout."""
     seed = query.new_empty((), dtype=torch.int64)
     if query.dtype == torch.float32:
-        given = (grad, query, key, value, None, out, lse, seed, seed, 0.0, [True, True, True, False])
-        return aten._scaled_dot_product_efficient_attention_backward.default(*given)[:3]
+        efficient = (grad, query, key, value, None, out, lse, seed, seed, 0.0, [True, True, True, False])
+        return aten._scaled_dot_product_efficient_attention_backward.default(*efficient)[:3]
     lengths = (query.shape[2], key.shape[2])
-    given = (grad, query, key, value, out, lse, None, None, *lengths, 0.0, False, seed, seed)
-    return aten._scaled_dot_product_flash_attention_backward.default(*given)
+    flash = (grad, query, key, value, out, lse, None, None, *lengths, 0.0, False, seed, seed)
+    return aten._scaled_dot_product_flash_attention_backward.default(*flash)
 
 
-ON_CUDA: dict[object, Callable] = {
+ON_CUDA: dict[OpOverload, Callable] = {
     aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward,
 }
@@ -64,12 +66,12 @@ def _column_sums(batch: int, rows: Tensor, dims: list[int] | None = None, *_, **
     return Scratch(4 * columns * 128 * per_thread / 16 / batch, 4 * columns * 128 * most)
 
 
-SCRATCH: dict[object, Callable[..., Scratch]] = {
+SCRATCH: dict[OpOverload, Callable[..., Scratch]] = {
     aten._scaled_dot_product_flash_attention_backward.default: _flash_sums,
     aten.sum.dim_IntList: _column_sums,
 }
 
 
 def scratch_of(func, batch: int, *args, **kwargs) -> Scratch:
-    """Bytes that this operator, called like this at the prime batch, needs while it runs."""
+    """Bytes that an operator needs while it runs, from its arguments in the fake run with `batch` images."""
     return SCRATCH[func](batch, *args, **kwargs) if func in SCRATCH else Scratch()

@@ -1,8 +1,9 @@
-"""What a graph compiled by Inductor holds while it runs, on fake tensors.
+"""Memory of a graph compiled by Inductor, replayed on fake tensors.
 
-The graph is the one Inductor gets: captured by Dynamo, differentiated and split by AOTAutograd.  Instead of generating code, a
-Plan replays which buffers the code would allocate and free: pointwise operations live in registers inside the kernel that
-reads them unless something outside of kernels (a matrix product, attention, an operation of ours, the caller) wants them.
+The graph is the one that Inductor gets: captured by Dynamo, differentiated and split by AOTAutograd.  Instead of generating
+code, a Plan replays which buffers the code would allocate and free: results of pointwise operations stay in registers inside
+the kernel that reads them, unless something outside of generated kernels (a matrix product, attention, an operation of ours,
+the caller) reads them too.
 """
 
 from collections.abc import Callable
@@ -26,7 +27,8 @@ FUSED = {
     aten.gather, aten.constant_pad_nd, aten.slice_scatter, aten.select_scatter, aten.cat, aten.expand, aten.clone,
     aten.copy, prims.iota, prims.convert_element_type,
 }  # fmt: skip
-READS = 4  # a pointwise value with more reads than this is stored if used twice: Inductor's realize_reads_threshold
+# A pointwise value that reads more buffers than this is stored if it is used twice: Inductor's realize_reads_threshold.
+READS = 4
 
 
 class Kernel(NamedTuple):
@@ -45,12 +47,12 @@ class Plan:
         nodes = list(graph.graph.nodes)
         given = [node for node in nodes if node.op == "placeholder"]
         self.ledger, self.backward = ledger, backward
-        self._boxed_call = True  # AOTAutograd's mark: inputs come as one list, emptied as they are used up
+        # Tells AOTAutograd to pass the inputs as one list, from which each is removed after its last use.
+        self._boxed_call = True
         self.size = {key: tensor_growth(t, ledger.batch) for node in nodes for key, t in _tensors(node).items()}
         self.inputs = [next(iter(_tensors(node)), None) for node in given]
-        self.fixed = {  # inputs whose memory outputs may not take over: all but what the forward graph saved
-            key for key, node in zip(self.inputs, given) if not backward or node.name.startswith("tangents")
-        }
+        # Inputs whose memory outputs may not take over: all but those that the forward graph saved.
+        self.fixed = {key for key, node in zip(self.inputs, given) if not backward or node.name.startswith("tangents")}
         self.outputs = tree_leaves(nodes[-1].args[0])
         self.kept = {key for node in self.outputs if isinstance(node, fx.Node) for key in _tensors(node)}
         self.kernels = kernels(nodes, ledger.batch)
@@ -60,7 +62,9 @@ class Plan:
     def __call__(self, args: list) -> list:
         """Run; every half of a backward graph is a segment of its own, and so is a forward graph."""
         self.ledger.hold(arg for arg in args if isinstance(arg, Tensor))
-        given, own = dict(zip(self.inputs, args)), {}  # own: buffers made here and still alive
+        given = dict(zip(self.inputs, args))
+        # Buffers made here and still alive.
+        own: dict[int, np.ndarray] = {}
         self.ledger.segment += 1
         for step, kernel in enumerate(self.kernels):
             if self.backward and step == len(self.kernels) // 2:
@@ -73,7 +77,7 @@ class Plan:
             self._drop(dead, own, given, args)
         args.clear()
         self.ledger.segment += 1
-        made = {}
+        made: dict[int, Tensor] = {}
         return [self._output(node, given, made) for node in self.outputs]
 
     def _reused(self, kernel: Kernel, dead: set[int]) -> list[int]:
@@ -119,7 +123,7 @@ def kernels(nodes: list[fx.Node], batch: int) -> list[Kernel]:
         keys = {key for arg in node.all_input_nodes for key in _tensors(arg)}
         read = set().union(*({key} if key in stored else inlined[key] for key in keys))
         extern, heavy = _extern(node), len(read) > READS and len(node.users) > 1
-        if not extern and not heavy and not wanted & set(made) and node.target.overloadpacket not in REDUCTIONS:
+        if not extern and not heavy and not wanted & set(made) and _operator(node) not in REDUCTIONS:
             inlined |= {key: read for key in made}
             continue
         stored |= set(made)
@@ -131,13 +135,18 @@ def kernels(nodes: list[fx.Node], batch: int) -> list[Kernel]:
 
 
 def _extern(node: fx.Node) -> bool:
-    """Does it stand outside of generated kernels, so that its inputs must be stored?  The output node does too."""
+    """Whether a node runs outside of generated kernels, so that its inputs must be stored, as those of the output."""
     if node.op == "output":
         return True
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return False
     fused = torch.Tag.pointwise in node.target.tags or node.target.is_view
-    return not fused and node.target.overloadpacket not in REDUCTIONS | FUSED
+    return not fused and _operator(node) not in REDUCTIONS | FUSED
+
+
+def _operator(node: fx.Node) -> object:
+    """The ATen operator that a node calls, whatever its overload; None for a function that is no operator."""
+    return node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else None
 
 
 def _tensors(node: fx.Node) -> dict[int, Tensor]:

@@ -1,8 +1,8 @@
-"""What a step holds in memory, followed on fake tensors: sizes without data, as functions of the batch.
+"""Ledger of a step's memory on fake tensors: sizes as functions of the batch.
 
-The fake run has a prime number of images, so that a size tells how it grows: with the batch where the prime divides it, with
-the batch squared where it does so twice.  One run predicts every batch.  Tensors are fake CPU tensors, because autograd
-refuses fake CUDA tensors where there is no GPU; what CUDA does otherwise is replaced (mimir_fast/memory/cuda.py).
+The fake run has a prime number of images, so that a size shows how it grows: with the batch if the prime divides it, with the
+batch squared if it does so twice.  One run then predicts every batch.  Tensors are fake CPU tensors, because autograd refuses
+fake CUDA tensors where there is no GPU; where CUDA differs, operators are replaced (mimir_fast/memory/cuda.py).
 """
 
 import weakref
@@ -17,11 +17,12 @@ from torch.utils._pytree import tree_leaves
 from mimir_fast.memory.cuda import ON_CUDA, Scratch, scratch_of
 
 KINDS = ("parameters", "optimizer state", "uint8 images", "activations and gradients")
-ALLOCATION = 512  # CUDA's caching allocator hands out multiples of this, bytes
+# Bytes; CUDA's caching allocator hands out multiples of this.
+ALLOCATION = 512
 
 
 class Moment(NamedTuple):
-    """What is alive at one instant: terms [kinds,3] in bytes, constant, per image and per image^2; scratch besides."""
+    """Memory in use at one moment: terms [kinds,3] in bytes (constant, per image, per image^2), and scratch besides."""
 
     segment: int
     terms: np.ndarray
@@ -39,7 +40,8 @@ def growth(size: int, batch: int) -> np.ndarray:
 
 
 def tensor_growth(tensor: Tensor, batch: int) -> np.ndarray:
-    """`growth` of a tensor's storage; one that ends before its last image does counts as if it did not."""
+    """`growth` of a tensor's storage."""
+    # A storage can end before the last image's stride does, as that of a slice: it counts as if it did not.
     size = tensor.untyped_storage().nbytes()
     rows = [tensor.stride(i) * n for i, n in enumerate(tensor.shape) if n % batch == 0]
     whole = max(rows, default=0) * tensor.element_size()
@@ -47,11 +49,11 @@ def tensor_growth(tensor: Tensor, batch: int) -> np.ndarray:
 
 
 class Ledger(TorchDispatchMode):
-    """Follows every storage that is alive while it is on, inside a FakeTensorMode.
+    """Dispatch mode that follows every storage that is alive, inside a FakeTensorMode.
 
     batch      the prime number of images in the fake run
-    moments    after every operation, what is alive
-    segment    number of the stretch of the step that new moments belong to
+    moments    memory in use after every operation
+    segment    number of the part of the step that new moments belong to
     """
 
     def __init__(self, batch: int):
@@ -63,7 +65,7 @@ class Ledger(TorchDispatchMode):
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        """Compiled functions run under this mode as they do without."""
+        """True, so that compiled functions run under this mode as they do without it."""
         return True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -81,7 +83,7 @@ class Ledger(TorchDispatchMode):
         self.alive[:], self.segment = 0, 0
 
     def hold(self, tensors: Iterable[Tensor], kind: str = KINDS[-1]) -> None:
-        """Count these tensors' storages until they die, or count them as another kind from now on."""
+        """Count the storages of these tensors until they are freed, or as another kind from now on."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             key = storage._cdata
@@ -99,7 +101,7 @@ class Ledger(TorchDispatchMode):
             self.alive[KINDS.index(kind)] -= terms
 
     def note(self, more=0.0, scratch: Scratch | None = None) -> None:
-        """Record a moment: what is alive, and besides it temporaries that are no tensors, [3] bytes."""
+        """Record a moment: the memory in use, and `more` temporaries that are no tensors, [3] bytes."""
         terms = self.alive.copy()
         terms[-1] += more
         self.moments.append(Moment(self.segment, terms, scratch or Scratch()))

@@ -1,4 +1,4 @@
-"""torch.compile of the step: which functions, where the results are kept, how long it took."""
+"""torch.compile of the step: which functions are compiled, where compiled code is kept, how long it took."""
 
 import os
 import time
@@ -10,7 +10,8 @@ from torch import nn
 
 from mimir_fast.models.families import family_of
 
-BLOCK_GRAPHS = 32  # that one block may have; torch's own limit is 8
+# Graphs that one block may have; torch's own limit is 8.
+BLOCK_GRAPHS = 32
 CACHE = Path.home() / ".cache" / "mimir_fast" / "inductor"
 
 
@@ -20,12 +21,13 @@ def keep_compiled_code() -> None:
 
 
 class Compiler:
-    """torch.compile as a run asks for it: fullgraph, static shapes; the model as one, block by block, or not at all.
+    """torch.compile as a run asks for it: fullgraph, static shapes; the whole model, block by block, or nothing.
 
+    on          whether anything is compiled
+    region      model or block.  By block there is one graph per width for the first block, which has no branch to add, and one
+                for all others: quick to compile, less fused
     reference   whether our operations are eager PyTorch, and not kernels of ours already
     through     with shards: f -> a function with f's arguments that gathers the parameters of the model it is called with
-    By block there is one graph per width for the first block, which has nothing to add, and one for all others: quick to
-    compile, less fused.
     """
 
     def __init__(
@@ -38,35 +40,38 @@ class Compiler:
         through: Callable[[Callable], Callable] | None = None,
     ):
         self.on, self.by_block, self.reference, self.through = on, region == "block", reference, through
-        self.options = {"fullgraph": True, "dynamic": False, "mode": mode, "backend": backend}
+        self.mode, self.backend = mode, backend
+
+    def _compile(self, function: Callable, mode: str) -> Callable:
+        return torch.compile(function, fullgraph=True, dynamic=False, mode=mode, backend=self.backend)
 
     def trained(self, function: Callable) -> Callable:
-        """A part of the training pass, compiled as one graph unless blocks are."""
-        return torch.compile(function, **self.options) if self.on and not self.by_block else function
+        """A part of the training pass, compiled as one graph unless blocks are compiled."""
+        return self._compile(function, self.mode) if self.on and not self.by_block else function
 
     def attacked(self, function: Callable) -> Callable:
-        """The same for a part of the attack, function(model, *inputs).
+        """A part of the attack, function(model, *inputs), compiled like a part of the training pass.
 
-        Give it a model with nothing to train: a compiled function computes every gradient that it could be asked for.
+        Its model should have no trainable parameters: a compiled function computes every gradient that could be asked for.
         """
         return self.through(function) if self.through else self.trained(function)
 
     def pixels(self, function: Callable) -> Callable:
-        """What moves images: without CUDA graphs, whose outputs do not outlive their next run, since these go from one to
-        the next."""
-        return torch.compile(function, **self.options | {"mode": "default"}) if self.on else function
+        """A function that moves images, compiled."""
+        # Without CUDA graphs, whose outputs do not outlive their next run: each step of an attack starts from the last.
+        return self._compile(function, "default") if self.on else function
 
     def operation(self, function: Callable) -> Callable:
-        """The same for one of our operations, which is one kernel already where it is not the reference."""
+        """One of our operations on images, compiled where it is the reference; elsewhere it is one kernel already."""
         return self.pixels(function) if self.reference else function
 
     def blocks(self, model: nn.Module) -> None:
-        """Compile a model's blocks one by one, if that is how; alike ones share a graph."""
+        """Compile a model's blocks one by one, if the region is block; blocks of one shape share a graph."""
         if not self.on or not self.by_block:
             return
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, BLOCK_GRAPHS)
         for block in blocks_of(model):
-            block.compile(**self.options)
+            block.compile(fullgraph=True, dynamic=False, mode=self.mode, backend=self.backend)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -83,6 +88,8 @@ class CompileClock:
         self._running = False
 
     def start(self) -> None:
+        """Begin to listen to Dynamo."""
+        # Importing Dynamo takes a second.
         from torch._dynamo.callback import callback_handler
 
         callback_handler.register_start_callback(self._start)
@@ -97,7 +104,7 @@ class CompileClock:
         self.count += 1
 
     def stop(self) -> None:
-        """Also where it was never started: a loop may be closed before it runs."""
+        """Stop listening, if it ever began: a loop may be closed before it runs."""
         if not self._running:
             return
         from torch._dynamo.callback import callback_handler

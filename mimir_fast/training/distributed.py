@@ -1,4 +1,4 @@
-"""Several processes: who am I, how many are we, and the few collectives the trainer needs."""
+"""Distributed processes: rank and size, and the few collectives that training needs."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,12 @@ from mimir_fast.config.stages import DistConfig
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: rank 0..size-1, local_rank on its machine, device, and a gloo group for host-side words."""
+    """The process group as one process sees it.
+
+    rank         0 to size - 1
+    local_rank   number on its machine
+    host_group   a gloo group, for values in host memory; None in a single process
+    """
 
     rank: int = 0
     size: int = 1
@@ -24,6 +29,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
     def mean(self, values: Tensor) -> Tensor:
@@ -40,7 +46,8 @@ class World:
         return round(float(self.mean(count) * self.size))
 
     def any(self, flag: bool) -> bool:
-        """True on every process if it is true on one; host memory only, the device is not waited for."""
+        """True on every process if it is true on one."""
+        # In host memory, like the next two: a collective of the GPU's would wait for all that is queued there.
         if self.size == 1:
             return flag
         word = torch.tensor(int(flag))
@@ -48,7 +55,7 @@ class World:
         return bool(word)
 
     def largest(self, number: int) -> int:
-        """The largest of every process's integers; host memory only."""
+        """The largest of the processes' integers."""
         word = torch.tensor(number)
         if self.size > 1:
             dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.host_group)
@@ -63,22 +70,24 @@ class World:
         return bool((words[0] == -words[1]).all())
 
     def share(self, tensors: Iterable[Tensor]) -> None:
-        """Give rank 0's values to everybody, in place."""
+        """Broadcast rank 0's values, in place."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), 0)
 
     def barrier(self) -> None:
+        """Wait for all processes."""
         if self.size > 1:
             dist.barrier(group=self.host_group)
 
     def close(self) -> None:
+        """Leave the process group."""
         if self.size > 1:
             dist.destroy_process_group()
 
 
 def find_rank(config: DistConfig, env: Mapping[str, str]) -> tuple[int, int, int]:
-    """(rank, size, local rank), looked for in the original's order: OpenMPI if asked, torchrun, SLURM, single process.
+    """(rank, size, local rank) from the environment, in the original's order: OpenMPI if asked, torchrun, SLURM, one process.
 
     Raises ValueError if dist_on_itp is given without OpenMPI's variables.
     """
@@ -91,7 +100,8 @@ def find_rank(config: DistConfig, env: Mapping[str, str]) -> tuple[int, int, int
     if "RANK" in env and "WORLD_SIZE" in env:
         local_rank = int(env.get("LOCAL_RANK", max(config.local_rank, 0)))
         return int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank
-    if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # inside srun, not the batch script
+    # SLURM_PROCID alone is also set in a batch script, which is one process; more than one task means srun.
+    if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         rank = int(env["SLURM_PROCID"])
         return (
             rank,
@@ -121,14 +131,14 @@ def join_world(config: DistConfig, device_name: str) -> World:
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, config.dist_url, world_size=size, rank=rank, timeout=timedelta(minutes=30))
     host_group = dist.new_group(backend="gloo") if backend == "nccl" else dist.group.WORLD
+    # Every process is a member of both.
+    assert isinstance(host_group, dist.ProcessGroup)
     return World(rank, size, local_rank, device, host_group)
 
 
 def average_gradients(compress: bool, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """DDP communication hook: the mean over ranks, added up in fp32, or in bf16 where `compress` is set.
-
-    16-bit buckets come from the 16-bit copies; the mean is rounded to them once.
-    """
+    """DDP communication hook: the mean of gradients over ranks, summed in fp32, or in bf16 if `compress` is set."""
+    # Buckets are in 16 bits where 16-bit copies of the parameters compute: the mean is then rounded once.
     gradients = bucket.buffer()
     words = (gradients.bfloat16() if compress else gradients.float()) / dist.get_world_size()
     return dist.all_reduce(words, async_op=True).get_future().then(lambda sums: gradients.copy_(sums.value()[0]))

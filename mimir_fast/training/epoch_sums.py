@@ -7,14 +7,14 @@ from mimir_fast.training.distributed import World
 
 
 class EpochSums:
-    """{name: float64} sums; start: what an interrupted epoch had, the mean over all processes."""
+    """Sums by name, float64 on the device; start: those of an interrupted epoch, the mean over all processes."""
 
     def __init__(self, start: dict[str, float], device: torch.device):
         self.names = list(start)
         self.values = torch.tensor(list(start.values()), dtype=torch.float64, device=device)
 
     def add(self, terms: dict[str, Tensor]) -> None:
-        """Device scalars, the same names every time."""
+        """Add device scalars, under the same names every time."""
         if not self.names:
             self.names, self.values = list(terms), self.values.new_zeros(len(terms))
         self.values += torch.stack([terms[name].double() for name in self.names])

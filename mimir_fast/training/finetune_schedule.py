@@ -1,4 +1,4 @@
-"""What a fine-tuning changes from epoch to epoch: the attack's radius and step, and how images are mixed."""
+"""Schedules of fine-tuning by epoch: the attack's radius and step, and mixup."""
 
 import math
 
@@ -7,7 +7,7 @@ from mimir_fast.data import Mixing, warmup_mixing
 
 
 def radius_and_step(a: AttackConfig, epoch: int, epochs: int) -> tuple[float, float]:
-    """eps and alpha in 1/255 in an epoch of a run of `epochs`: each has a warm-up, alpha may then go to alpha_end."""
+    """eps and alpha in 1/255 of an epoch in a run of `epochs`: each has a warm-up, alpha may then go to alpha_end."""
     eps = a.eps * _grown(epoch, a.eps_warmup_epochs)
     if epoch < a.alpha_warmup_epochs or a.alpha_schedule == "constant":
         return eps, a.alpha * _grown(epoch, a.alpha_warmup_epochs)
@@ -21,14 +21,17 @@ def _grown(epoch: int, warmup_epochs: int) -> float:
 
 
 def warms_up(config: FinetuneConfig) -> bool:
-    """Whether augmentation and mixing grow: as in the original with an attack alone."""
+    """Whether augmentation and mixing grow."""
+    # As in the original, --warmup_aa does nothing without an attack.
     return config.augment.warmup_aa and config.attack.attack_train != "plain"
 
 
 def build_mixing(config: FinetuneConfig, epoch: int) -> Mixing | None:
-    """How an epoch's images are mixed; None where they are not, and targets are labels."""
-    a = config.augment
-    how = (a.mixup_prob, a.mixup_switch_prob, a.mixup_mode, a.smoothing, config.model.nb_classes)
-    mixing = Mixing(a.mixup, a.cutmix, a.cutmix_minmax, *how)
+    """Mixup and CutMix of an epoch; None where images are not mixed, and targets are labels."""
+    a, classes = config.augment, config.model.nb_classes
+    # None until the data is read, which is before the first epoch.
+    assert classes is not None
+    probabilities = (a.mixup_prob, a.mixup_switch_prob)
+    mixing = Mixing(a.mixup, a.cutmix, a.cutmix_minmax, *probabilities, a.mixup_mode, a.smoothing, classes)
     mixing = warmup_mixing(epoch, mixing) if warms_up(config) else mixing
     return mixing if mixing.active else None

@@ -1,9 +1,10 @@
-"""THE fine-tuning step, in the order in which the data flows.
+"""Fine-tuning step: attack, forward passes and loss of a micro-batch, in the order of the data.
 
 Shapes: B batch, C channels, H W sides, O classes.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -26,17 +27,21 @@ __all__ = [
     "finetune_step",
 ]
 
-JITTER = 0.001  # deviation of trades' and mart's start, as a share of the valid range
-FP16_ATTACK_SCALE = 1024.0  # of the sum over the batch: its gradient in a logit is at most 1
+# Standard deviation of the noise that trades and mart start from, as a fraction of the valid range.
+JITTER = 0.001
+# Loss scale of the attack in fp16.  Its loss is a sum over the batch, whose gradient in a logit is at most 1.
+FP16_ATTACK_SCALE = 1024.0
 
 
 class ClassifierAttack(NamedTuple):
-    """How training images are attacked.
+    """The attack on training images.
 
-    kind         plain: not at all; pgd: from uniform noise; apgd: from the images; trades (ascends the divergence from the
+    kind         plain: none; pgd: starts from uniform noise; apgd: from the images; trades (ascends the divergence from the
                  clean prediction) and mart: from small normal noise.  All but trades ascend the cross-entropy
-    bounds       [4,C] eps, alpha, lo, hi of every channel, from linf_bounds; replace it to change them between steps
-    loss_scale   for fp16; beta: weight of the robust term of trades and mart
+    bounds       [4,C] eps, alpha, lo, hi of every channel, from linf_bounds; None with plain.  Replace it to change them
+                 between steps
+    loss_scale   for fp16
+    beta         weight of the robust term of trades and mart
     """
 
     kind: str = "plain"
@@ -61,20 +66,20 @@ def draw_noise(
     generator: torch.Generator, model: Classifier, images: Tensor, attack: ClassifierAttack
 ) -> ClassifierNoise:
     """Draw a step's randomness for images [B,C,H,W] on the generator's device (seeded by mimir_fast.training.seeds)."""
-    options = {"device": generator.device, "generator": generator}
-    start = drop = None
+    device, start, drop = generator.device, None, None
+    # In this order: a step is replayed from its seed.
     if attack.kind == "pgd":
-        start = torch.randint(2**63 - 1, (), **options)
+        start = torch.randint(2**63 - 1, (), device=device, generator=generator)
     elif attack.kind in TWO_BRANCHES:
-        start = torch.randn(images.shape, **options)
+        start = torch.randn(images.shape, device=device, generator=generator)
     if any(model.drop_rates):
         passes = 2 if attack.kind in TWO_BRANCHES else 1
-        drop = torch.rand(len(model.drop_rates), 2, passes * len(images), **options)
+        drop = torch.rand(len(model.drop_rates), 2, passes * len(images), device=device, generator=generator)
     return ClassifierNoise(start, drop)
 
 
 def image_losses(model: Classifier, adv: Tensor, targets: Tensor) -> Tensor:
-    """The images' losses [B] that the attack ascends; compile this one."""
+    """Loss [B] of every image, which the attack ascends; a function of its own so that it can be compiled."""
     return attack_losses(model(adv), targets)
 
 
@@ -84,12 +89,13 @@ def image_logits(model: Classifier, images: Tensor) -> Tensor:
 
 
 def jitter(images: Tensor, bounds: Tensor, start: Tensor) -> Tensor:
-    """Where trades and mart start: normal noise, a thousandth of the range, not clamped."""
+    """Start of trades and mart: the images with normal noise of a thousandth of the range added."""
+    # Not clamped to the range, as in the original.
     return images + JITTER * (bounds[3] - bounds[2])[:, None, None] * start
 
 
 class ClassifierAttackFunctions(NamedTuple):
-    """What an attack computes with: as they are, or compiled (mimir_fast.training.compilation)."""
+    """Functions that an attack computes with, as they are or compiled (mimir_fast.training.compilation)."""
 
     losses: Callable[..., Tensor] = image_losses
     logits: Callable[..., Tensor] = image_logits
@@ -106,22 +112,32 @@ def attack_images(
     attack: ClassifierAttack,
     functions: ClassifierAttackFunctions = ClassifierAttackFunctions(),  # noqa: B008 (immutable)
 ) -> Tensor:
-    """Adversarial versions [B,C,H,W] of the images; nothing is left out by stochastic depth.
+    """Adversarial versions [B,C,H,W] of the images, without stochastic depth.
 
-    model: in evaluation mode and without trainable parameters, so that only the images are differentiated.
+    model   in evaluation mode and without trainable parameters, so that only the images are differentiated
+    Raises ValueError for an attack without bounds.
     """
-    if attack.kind == "trades":  # KL(p || p_adv) and the cross-entropy to p have the same gradient in the image
+    if attack.bounds is None:
+        raise ValueError(f"bounds: the attack {attack.kind} needs [4,C], got None")
+    # KL(p || p_adv) and the cross-entropy to p have the same gradient in the image.
+    if attack.kind == "trades":
         with torch.no_grad():
             targets = functions.logits(model, images).float().softmax(dim=1)
 
     def losses(adv: Tensor) -> Tensor:
         return functions.losses(model, adv, targets)
 
-    options = {"loss_scale": attack.loss_scale, "step": functions.step}
-    where = (images, attack.bounds, attack.steps, start)
-    if attack.kind == "apgd":
-        return apgd(losses, *where, **options, move=functions.move, begin=functions.begin)
-    return pgd(losses, *where, **options, begin=jitter if attack.kind in TWO_BRANCHES else functions.begin)
+    ascend = partial(apgd, move=functions.move) if attack.kind == "apgd" else pgd
+    return ascend(
+        losses,
+        images,
+        attack.bounds,
+        attack.steps,
+        start,
+        loss_scale=attack.loss_scale,
+        step=functions.step,
+        begin=jitter if attack.kind in TWO_BRANCHES else functions.begin,
+    )
 
 
 def finetune_step(
@@ -136,8 +152,9 @@ def finetune_step(
     """Attack, forward passes and loss of one micro-batch; the caller runs the backward pass.
 
     objective    a ClassificationObjective of the attack's kind, possibly wrapped in DDP
-    attacked     what the attack runs on: frozen_twin(the objective's model).eval()
-    images       [B,C,H,W] float, clean; targets: labels [B] int64 or probabilities [B,O]
+    attacked     the model that the attack runs on: frozen_twin(the objective's model).eval()
+    images       [B,C,H,W] float, clean
+    targets      labels [B] int64 or probabilities [B,O]
     """
     adv = images
     if attack.kind != "plain":

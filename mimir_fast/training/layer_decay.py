@@ -1,4 +1,4 @@
-"""Layer-wise learning-rate decay: the closer to the image, the smaller the step."""
+"""Layer-wise learning-rate decay: the closer a layer is to the image, the smaller its learning rate."""
 
 import torch
 from torch import nn
@@ -42,6 +42,7 @@ def parameter_groups(
 def build_optimizer(
     model: nn.Module, lr: float, weight_decay: float, layer_decay: float, family: Family | None = None
 ) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`; the fused implementation, which can skip a step without asking the host."""
+    """AdamW over `parameter_groups`."""
+    # Fused: it can skip a step by a flag on the device.
     groups = parameter_groups(model, weight_decay, layer_decay, family)
     return torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=ADAM_EPS, fused=True)

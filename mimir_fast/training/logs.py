@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl and TensorBoard per update, log.txt per epoch, a progress bar, Weights & Biases.
+"""Logs of a run: metrics.jsonl and TensorBoard per update, log.txt per epoch, a progress bar, Weights & Biases.
 
 Device scalars are queued and read together every `log_every` updates, so that logging never makes the device wait.
 """
@@ -23,7 +23,8 @@ from mimir_fast.training.distributed import World
 GIB = 2**30
 COUNTS = ("skipped_penalties", "skipped_steps")
 RATED = ("test_acc1", "test_acc5", "test_loss", "robust_acc1", "val_acc1", "val_robust_acc1", "val_loss")
-EPOCH_TAGS = {f"perf/{name}": name for name in RATED}  # the original's three, and ours, over the number of the epoch
+# The original's three tags, and ours, over the epoch.
+EPOCH_TAGS = {f"perf/{name}": name for name in RATED}
 OWN_TAGS = ("recon", "grad_norm", "images_per_s", "peak_memory_gib", "skipped_penalties", "skipped_steps")
 
 
@@ -31,12 +32,14 @@ def peak_memory_gib(device: torch.device) -> float:
     """Peak of the CUDA allocator, or of the process's resident memory on the CPU, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
+    # In bytes on macOS, in KiB on Linux.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / GIB if sys.platform == "darwin" else peak * 1024 / GIB
 
 
 def drop_lines(path: Path, key: str, last: float) -> None:
-    """Keep the lines of a JSON-lines file whose `key` is at most `last`: what a killed run wrote past its checkpoint goes."""
+    """Keep the lines of a JSON-lines file whose `key` is at most `last`; what a killed run wrote after its checkpoint is
+    removed."""
     if not path.exists():
         return
     kept = []
@@ -44,13 +47,14 @@ def drop_lines(path: Path, key: str, last: float) -> None:
         try:
             if json.loads(line)[key] <= last:
                 kept.append(line + "\n")
+        # A line cut by the kill.
         except (json.JSONDecodeError, KeyError, TypeError):
-            continue  # a line cut by the kill
+            continue
     write_text_atomically(path, "".join(kept))
 
 
 def set_aside(path: Path) -> None:
-    """Keep an earlier run's file as NAME.old."""
+    """Rename the file of an earlier run to NAME.old."""
     if path.exists():
         move(path, path.with_name(path.name + ".old"))
 
@@ -58,7 +62,7 @@ def set_aside(path: Path) -> None:
 class RunLog:
     """All outputs of a run but its checkpoints; only rank 0 writes, every rank calls.
 
-    tags: the original's TensorBoard tags, in its order, and the keys they show; a key without a value is not written.
+    tags   the original's TensorBoard tags, in its order -> the keys they show; a key without a value is not written
     """
 
     def __init__(
@@ -81,7 +85,8 @@ class RunLog:
             set_aside(self.folder / "metrics.jsonl")
             set_aside(self.folder / "log.txt")
         if config.log_dir:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import: only where it writes
+            # Slow to import: only where it writes.
+            from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(log_dir=config.log_dir, purge_step=x if update else None)
         self.wandb = _start_wandb(config, flat) if config.wandb else None
@@ -95,7 +100,7 @@ class RunLog:
             sys.stdout.flush()
 
     def add_update(self, update: int, epoch: float, lr: float, scalars: dict[str, Tensor], images: int, data_s: float):
-        """Queue one update: `scalars` are device scalars; images and data_s (seconds waited for data) since the last."""
+        """Queue one update: scalars on the device; images, and seconds waited for data (data_s), since the last update."""
         host = {"update": update, "epoch": epoch, "x": int(1000 * epoch), "lr": lr}
         names, values = zip(*scalars.items())
         self.pending.append((host | {"names": names}, torch.stack([value.detach().float() for value in values])))
@@ -161,7 +166,7 @@ class RunLog:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent inside, on validation, does not count where images per second are told."""
+        """Context whose time, that of a validation, does not count in images per second."""
         began = time.perf_counter()
         yield
         spent = time.perf_counter() - began
@@ -175,7 +180,7 @@ class RunLog:
         return rate
 
     def add_epoch(self, row: dict) -> None:
-        """Append one epoch's means to log.txt, the original's keys first, and make TensorBoard's file current."""
+        """Append one epoch's means to log.txt, the original's keys first, and flush TensorBoard's file."""
         if not self.world.is_main:
             return
         if self.folder:
@@ -206,6 +211,7 @@ def _row(host: dict, line: list[float], shared: dict) -> dict:
 
 
 def _finite(value):
+    # JSON has no NaN and no infinity.
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -1,19 +1,17 @@
-"""A running average of the parameters, kept on the device."""
+"""Exponential moving average of the parameters (EMA), kept on the device."""
 
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class RunningAverage:
     """average <- d * average + (1 - d) * parameters, after every optimizer update.
 
     module       a frozen copy of the model that holds the average, for validation and checkpoints; it shares buffers
-    decay        d, but at most (1 + n) / (10 + n) at update n, so that short runs forget where they began; 0 <= decay < 1,
-                 raises ValueError otherwise
-    Make it after the processes agreed on the parameters.  Its state is the module's state dict: the number of the update is
-    an argument, so a resumed run goes on exactly.
+    decay        d, but at most (1 + n) / (10 + n) at update n, so that short runs forget their initialisation
+    Make it after the processes agreed on the parameters.  Raises ValueError unless 0 <= decay < 1.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -22,16 +20,18 @@ class RunningAverage:
         self.decay = decay
         own = {id(p): nn.Parameter(p.detach().clone(), requires_grad=False) for p in model.parameters()}
         self.module = copy.deepcopy(model, memo=own | {id(b): b for b in model.buffers()}).eval()
-        self.averages, self.parameters = list(self.module.parameters()), list(model.parameters())
+        self.averages: list[Tensor] = list(self.module.parameters())
+        self.parameters: list[Tensor] = list(model.parameters())
 
     @torch.no_grad()
     def update(self, number: int) -> None:
         """Follow the model after its update `number`, counted from 1 over the whole run."""
+        # The number is an argument and no state, so that checkpoints hold the averaged model alone.
         decay = min(self.decay, (1 + number) / (10 + number))
         torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
 
     def state_dict(self) -> dict:
-        """The averaged model's."""
+        """The state dict of the averaged model."""
         return self.module.state_dict()
 
     def load_state_dict(self, state: dict) -> None:

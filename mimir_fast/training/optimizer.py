@@ -1,4 +1,4 @@
-"""Parameter groups, learning-rate schedule, and the optimizer update that skips non-finite steps on the device."""
+"""Optimizer: parameter groups, learning-rate schedule, and updates that skip non-finite steps on the device."""
 
 import math
 from collections.abc import Callable
@@ -23,7 +23,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
     Tokens are 3-D and therefore decayed; frozen tables are in no group.  Inside a group, `named_parameters()` order.
     """
-    plain, decayed = [], []
+    plain: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (plain if parameter.ndim <= 1 or name.endswith(".bias") else decayed).append(parameter)
@@ -31,17 +32,18 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def build_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`; the fused implementation, which can skip a step without asking the host."""
+    """AdamW over `parameter_groups`."""
+    # Fused: it can skip a step by a flag on the device.
     return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, betas=BETAS, eps=ADAM_EPS, fused=True)
 
 
 def peak_learning_rate(optim: OptimConfig, processes: int) -> float:
-    """--lr, or --blr per 256 images of an update."""
+    """Peak learning rate: --lr, or --blr per 256 images of an update."""
     return optim.lr if optim.lr is not None else optim.blr * optim.batch_size * optim.accum_iter * processes / 256
 
 
 def learning_rate(epoch: float, lr: float, min_lr: float, warmup_epochs: float, epochs: float) -> float:
-    """Linear warm-up from 0, then a half cosine down to min_lr; `epoch` is fractional (step / steps per epoch + epoch)."""
+    """Learning-rate schedule: linear warm-up from 0, then half a cosine down to min_lr; `epoch` may be a fraction."""
     if epoch < warmup_epochs:
         return lr * epoch / warmup_epochs
     if epochs <= warmup_epochs:
@@ -51,7 +53,7 @@ def learning_rate(epoch: float, lr: float, min_lr: float, warmup_epochs: float, 
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group lr, times its own `lr_scale` where it has one."""
+    """Set every group's learning rate: lr, times the group's `lr_scale` if it has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
@@ -60,11 +62,12 @@ class Updater:
     """Backward passes and optimizer updates of one model.
 
     A non-finite loss makes every gradient NaN, on all ranks once gradients are averaged; a non-finite gradient norm then
-    skips the update on the device.  `counters` [3] int64 on the device: updates skipped in all, in a row now, in a row at
-    worst.  fp16 losses are scaled by torch's GradScaler; in bf16 and fp32 the scaler is disabled and its state empty.
-    compute: what computes in the parameters' place, if anything does: a 16-bit copy, or shards.
-    total_norm: gradients -> their global L2 norm.
-    max_norm: gradients of a larger norm are scaled down to it.
+    skips the update on the device.
+    counters     [3] int64 on the device: updates skipped in all, in a row now, in a row at worst
+    scaler       torch's GradScaler for fp16; in bf16 and fp32 it is disabled and its state empty
+    compute      what computes in place of the parameters: a 16-bit copy, shards, or None
+    total_norm   gradients -> their global L2 norm
+    max_norm     gradients of a larger norm are scaled down to it; None: never
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class Updater:
         """Accumulate the gradients of one micro-batch's loss / accum_iter."""
         with stage("backward"):
             loss = loss / accum_iter
+            # Autograd does not give NaN for every non-finite loss: a loss of infinity can have gradients of zero.
             poisoned = loss * torch.where(loss.isfinite(), 1.0, torch.nan)
             self.scaler.scale(poisoned).backward()
             if self.compute:
@@ -104,8 +108,10 @@ class Updater:
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        else:  # the fused kernel's own switch, the one GradScaler throws
-            self.optimizer.grad_scale, self.optimizer.found_inf = None, bad.float()
+        else:
+            # The flag of the fused kernel, which GradScaler sets in the same way.  torch declares it nowhere.
+            self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.compute:

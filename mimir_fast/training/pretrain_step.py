@@ -1,4 +1,4 @@
-"""THE pre-training step, in the order in which the data flows.
+"""Pre-training step: attack, reconstruction and penalty of a micro-batch, in the order of the data.
 
 Shapes: B batch, C channels, H W sides, L patches.
 """
@@ -17,8 +17,9 @@ from mimir_fast.training.stages import stage
 class MaeNoise(NamedTuple):
     """Every random draw of a step.
 
-    start        a seed (one int64 number) of the attack's start noise, or that noise itself [B,C,H,W]
-    attack_masks one [B,L] per attack step; train_mask [B,L]: their smallest entries stay
+    start          a seed (one int64 number) of the attack's start noise, or that noise itself [B,C,H,W]
+    attack_masks   noise [B,L] for every attack step; the patches with the smallest entries are kept
+    train_mask     the same [B,L] for the training pass
     """
 
     start: Tensor
@@ -27,7 +28,12 @@ class MaeNoise(NamedTuple):
 
 
 class MaeAttack(NamedTuple):
-    """PGD-MAE; bounds [4,C]: eps, alpha, lo, hi of every channel, from linf_bounds.  steps None: no attack, a plain MAE."""
+    """The PGD-MAE attack on training images.
+
+    steps        None: no attack, a plain masked autoencoder
+    bounds       [4,C] eps, alpha, lo, hi of every channel, from linf_bounds; None without an attack
+    loss_scale   for fp16
+    """
 
     steps: int | None = None
     bounds: Tensor | None = None
@@ -57,11 +63,14 @@ def pretrain_step(
     """Attack, encode, decode, loss and penalty of one micro-batch; the caller runs the backward pass.
 
     objective    a ReconstructionObjective, possibly wrapped in DDP
-    model        what the attack runs on: the objective's model, or its frozen_twin where the functions are compiled
+    model        the model that the attack runs on: the objective's, or its frozen_twin where the functions are compiled
     images       [B,C,H,W] float, clean; the loss reconstructs them from their adversarial version
+    Raises ValueError for an attack without bounds.
     """
     if attack.steps is None:
         return objective(images, None, noise.train_mask)
+    if attack.bounds is None:
+        raise ValueError("bounds: an attack needs [4,C], got None")
     with stage("attack"):
         adv = ascend_reconstruction(
             model,

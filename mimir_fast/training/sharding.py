@@ -1,6 +1,6 @@
 """Fully sharded data parallelism (FSDP2): every process keeps its share of parameters, gradients and optimizer moments.
 
-For models whose 16 bytes per parameter (fp32 parameter, gradient, two moments) are too much for each GPU.  Parameters are
+For models whose 16 bytes per parameter (fp32 parameter, gradient, two moments) do not fit on each GPU.  Parameters are
 gathered block by block for the forward pass and kept until the block's backward pass is done.
 """
 
@@ -31,9 +31,9 @@ class Gathered(nn.Module):
 
 
 class Shards:
-    """This process's share of a model in training, of its optimizer, and of what follows its parameters.
+    """This process's share of a model in training, of its optimizer, and of the twin and the average that follow it.
 
-    Stands where ComputeCopy stands (`take_gradients` after every backward pass, `refresh` after every update).  The optimizer
+    Used in place of ComputeCopy (`take_gradients` after every backward pass, `refresh` after every update).  The optimizer
     works on plain local tensors.  The frozen twin's blocks are kept in the compute precision, a running average in fp32.
     """
 
@@ -47,8 +47,8 @@ class Shards:
         dtype: torch.dtype,
         reduce_dtype: torch.dtype = torch.float32,
     ):
-        """objective holds the model, whose parameters the updater's optimizer has; dtype: what blocks compute in."""
-        self.model, self.optimizer = objective.model, updater.optimizer
+        """Shard the objective's model, whose parameters the updater's optimizer has; dtype: in which blocks compute."""
+        self.model, self.optimizer = objective.get_submodule("model"), updater.optimizer
         whole = list(self.model.parameters())
         mesh = init_device_mesh(world.device.type, (world.size,))
         for block in blocks_of(twin):
@@ -57,12 +57,15 @@ class Shards:
         self.followers = {model: Gathered(model) for model in (twin, *([average.module] if average else []))}
         for root, model in ((objective, self.model), *((root, model) for model, root in self.followers.items())):
             shard(root, model, mesh, policy)
-        self.sharded = list(self.model.parameters())
-        self.local = [nn.Parameter(p.detach().to_local(), requires_grad=p.requires_grad) for p in self.sharded]
-        self.twins = [p.to_local() for p in twin.parameters()]
+        self.sharded = _sharded(self.model)
+        # Plain tensors over the same memory, for the optimizer.
+        self.local = [
+            nn.Parameter(_distributed(p.detach()).to_local(), requires_grad=p.requires_grad) for p in self.sharded
+        ]
+        self.twins = [p.to_local() for p in _sharded(twin)]
         if average:
-            average.averages = [p.to_local() for p in average.module.parameters()]
-            average.parameters = self.local
+            average.averages = [p.to_local() for p in _sharded(average.module)]
+            average.parameters = list(self.local)
         self._share_optimizer(dict(zip(whole, zip(self.local, self.sharded))))
         updater.compute, updater.total_norm = self, self.total_norm
 
@@ -82,18 +85,21 @@ class Shards:
         return self.followers[model](function, *inputs)
 
     def take_gradients(self) -> None:
+        """Give the optimizer's parameters the gradients of the last backward pass."""
         for p, local in zip(self.sharded, self.local):
-            local.grad = None if p.grad is None else p.grad.to_local()
+            local.grad = None if p.grad is None else _distributed(p.grad).to_local()
 
     @torch.no_grad()
     def refresh(self) -> None:
+        """After an update: clear the gradients and let the twin follow."""
         for p in self.sharded:
             p.grad = None
         torch._foreach_copy_(self.twins, [p.detach() for p in self.local])
         self.let_go()
 
     def let_go(self) -> None:
-        """Free what a pass without a backward pass has gathered, which is older than the shares now."""
+        """Free gathered parameters of the followers, which are older than the shares now."""
+        # FSDP frees them after a backward pass, which an attack's or a validation's forward pass may not have.
         for root in self.followers.values():
             for module in root.modules():
                 if isinstance(module, FSDPModule):
@@ -110,8 +116,9 @@ class Shards:
         moments = self.optimizer.state_dict()
         sharded = dict(zip(self.local, self.sharded))
         order = [sharded[p] for group in self.optimizer.param_groups for p in group["params"]]
-        for number, state in moments["state"].items():
-            moments["state"][number] = {name: _whole(value, order[number]) for name, value in state.items()}
+        # The optimizer's state dict counts parameters from 0 in the order of its groups.
+        for i, state in moments["state"].items():
+            moments["state"][i] = {name: _whole(value, order[i]) for name, value in state.items()}
         states = {"model": gathered_state(self.model), "optimizer": moments}
         return states | ({"model_ema": gathered_state(average.module)} if average else {})
 
@@ -129,8 +136,21 @@ def gathered_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _whole(value: Tensor, like: DTensor) -> Tensor:
-    """An optimizer's tensor, gathered if it is as large as this process's share of the parameter."""
+    """A tensor of the optimizer's state, gathered if it has the shape of this process's share of the parameter."""
+    # The count of updates is a scalar, the same on every process.
     if value.shape != like.to_local().shape:
         return value
-    size = {"shape": like.shape, "stride": like.stride()}
-    return DTensor.from_local(value, like.device_mesh, like.placements, run_check=False, **size).full_tensor()
+    mesh, placements = like.device_mesh, like.placements
+    whole = DTensor.from_local(value, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+    return whole.full_tensor()
+
+
+def _sharded(model: nn.Module) -> list[DTensor]:
+    """The parameters of a model after `shard`."""
+    return [_distributed(p) for p in model.parameters()]
+
+
+def _distributed(tensor: Tensor) -> DTensor:
+    """A tensor of a sharded model under its own type, which torch's annotations do not tell."""
+    assert isinstance(tensor, DTensor)
+    return tensor

@@ -1,4 +1,4 @@
-"""Ending a run from outside without losing anything."""
+"""Signals that stop a run: it saves a resume point first."""
 
 import signal
 import threading
@@ -28,5 +28,6 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
+        # The second Ctrl-C raises KeyboardInterrupt at once: a person may not want to wait for the save.
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""Names for the parts of an update, for whoever wants to time them; nothing happens where nobody listens.
+"""Stages: names for the parts of an update, so that they can be timed; without a listener they cost nothing.
 
 data       the next batch: waiting for the loader, and on the device for the copy
 prepare    bytes to floats, the step's random numbers
@@ -22,17 +22,18 @@ _opened: Callable[[str], AbstractContextManager] | None = None
 
 
 def stage(name: str) -> AbstractContextManager:
-    """A range called `name`, one of STAGES; inside of compiled code and without a listener it is nothing."""
-    if torch.compiler.is_compiling() or _opened is None:  # in this order: compiled code must not depend on the listener
+    """A context called `name`, one of STAGES; in compiled code and without a listener it does nothing."""
+    # In this order: compiled code must not depend on the listener, or it would be compiled again for each.
+    if torch.compiler.is_compiling() or _opened is None:
         return nullcontext()
     return _opened(name)
 
 
 @contextmanager
 def listening(opened: Callable[[str], AbstractContextManager]) -> Iterator[None]:
-    """While inside, every stage of this process enters the context manager opened(name).
+    """Context in which every stage of this process enters the context manager opened(name).
 
-    Raises RuntimeError if somebody listens already.
+    Raises RuntimeError inside of another such context.
     """
     global _opened
     if _opened is not None:

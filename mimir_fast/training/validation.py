@@ -1,6 +1,6 @@
-"""Accuracy during training.  Shapes: B batch, C channels, H W sides, O classes.
+"""Validation during training: accuracy, clean and under one attack.  Shapes: B batch, C channels, H W sides, O classes.
 
-In the run's precision and by one attack: a guide while training.  What is reported comes from mimir_fast.evaluate, in fp32.
+It is in the run's precision and meant as a guide while training; results to report come from mimir_fast.evaluate, in fp32.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,11 +19,12 @@ from mimir_fast.training.distributed import World
 from mimir_fast.training.finetune_step import ClassifierAttackFunctions
 from mimir_fast.training.seeds import step_seed
 
-START_SEED = 1  # of the attack's starts, the same in every validation of every run
+# Seed of the attack's starts: not the run's, so that the validations of all epochs and runs can be compared.
+START_SEED = 1
 
 
 class Scores(NamedTuple):
-    """Means over all images of all processes: loss, accuracies in percent; robust_acc1 None where nothing attacked."""
+    """Means over all images of all processes: loss, accuracies in percent; robust_acc1 is None without an attack."""
 
     loss: float
     acc1: float
@@ -32,9 +33,11 @@ class Scores(NamedTuple):
 
 
 class ValidationAttack(NamedTuple):
-    """PGD in pixels of [0,1]; bounds [4,C] from linf_bounds; steps 0: one step from the image itself (FGSM).
+    """PGD on pixels in [0,1].
 
-    loss_scale: for fp16.
+    steps        0: one step from the image itself (FGSM)
+    bounds       [4,C] from linf_bounds
+    loss_scale   for fp16
     """
 
     steps: int
@@ -45,7 +48,7 @@ class ValidationAttack(NamedTuple):
 def build_validation_attack(
     val_attack: str, eps: float, device: torch.device, loss_scale: float = 1.0
 ) -> ValidationAttack | None:
-    """From --val_attack and eps in 1/255: fgsm moves by eps once, pgdN N times by 2.5 eps / N, but never more than eps."""
+    """The attack of --val_attack; eps in 1/255.  Its step is eps for fgsm and 2.5 eps / N for pgdN, at most eps."""
     steps = validation_steps(val_attack)
     if steps is None:
         return None
@@ -64,23 +67,25 @@ def validate(
     functions: ClassifierAttackFunctions = ClassifierAttackFunctions(),  # noqa: B008 (immutable)
     fill: int = 0,
 ) -> Scores | None:
-    """Accuracy on clean images, and under the attack if there is one; None if `ends` says so before all are seen.
+    """Accuracy on clean images, and under the attack if there is one; None if `ends` returned True before the last batch.
 
-    model   in evaluation mode, nothing to train: the attack differentiates the images alone
-    images  this rank's share; dtype: of autocast, torch.float32 for none
-    ends    asked before every batch, by all ranks together
-    functions, fill: plain, or compiled; smaller batches are filled up to `fill` images, so that nothing is compiled again
+    model       in evaluation mode and without trainable parameters: the attack differentiates the images alone
+    images      this rank's share
+    dtype       of autocast; torch.float32: no autocast
+    ends        called before every batch, by all ranks together
+    functions   as they are or compiled
+    fill        smaller batches are filled up to so many images, so that nothing is compiled again; 0: they are not
     Raises DataError on every rank if one of them meets an unreadable image.
     """
     sums = torch.zeros(5, dtype=torch.float64, device=world.device)
     autocast = torch.autocast(world.device.type, dtype=dtype, enabled=dtype != torch.float32)
-    for number, batch in enumerate(_in_step(images, world)):
+    for index, batch in enumerate(_in_step(images, world)):
         if world.any(ends()):
             return None
         count = 0 if batch is None else len(batch[1])
-        filled = (_filled(part.to(world.device), fill) for part in batch or _blank(model))
+        images_u8, labels = (_filled(part.to(world.device), fill) for part in batch or _blank(model))
         with autocast:
-            sums += _batch_sums(model, *filled, count, attack, (world.rank, number), functions)
+            sums += _batch_sums(model, images_u8, labels, count, attack, (world.rank, index), functions)
     loss, top1, top5, robust, count = (world.mean(sums) * world.size).tolist()
     return Scores(
         loss / count, 100 * top1 / count, 100 * top5 / count, None if attack is None else 100 * robust / count
@@ -102,7 +107,8 @@ def _in_step(images: EvalStream, world: World) -> Iterator[tuple[Tensor, Tensor]
 
 
 def _blank(model: Classifier) -> tuple[Tensor, Tensor]:
-    """A batch for a process that has none left: every process takes part in gathering the parameters of a sharded model."""
+    """A batch for a process that has none left."""
+    # Every process must take part in gathering the parameters of a sharded model.
     return torch.zeros(1, 3, model.img_size, model.img_size, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
 
 
@@ -121,8 +127,7 @@ def _batch_sums(
     position: tuple[int, int],
     functions: ClassifierAttackFunctions,
 ) -> Tensor:
-    """[5] float64 on the device, of the first `count` images: loss, right at first guess, among five guesses, right under
-    attack, how many they are."""
+    """Sums over the first `count` images, [5] float64 on the device: loss, correct at top 1, at top 5, under attack, count."""
     images, first = to_float(images_u8), labels[:count]
     with torch.no_grad():
         logits = functions.logits(model, images)[:count].float()
