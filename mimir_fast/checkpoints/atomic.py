@@ -1,4 +1,4 @@
-"""Atomic writing: under a file's name stands the previous file or the new one, both whole, whatever kills the writer.
+"""Atomic writing: after a kill a file is the previous one or the new one, never a part.
 
 A file is written under a temporary name beside it, flushed, fsynced and renamed; then its folder is fsynced.
 """
@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 TEMPORARY = re.compile(r".+\.tmp(\.\w+)?")
-# what CIFS, FUSE and other file systems answer that cannot fsync a folder; the rename itself has happened
+# Errors of file systems that cannot fsync a folder, such as CIFS and FUSE; the rename itself has happened.
 UNSYNCABLE = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM, errno.ENOSYS)
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object], flag: str = "output_dir") -> None:
     """Replace `path` by what write(file) writes into a binary file; a missing folder is made.
 
-    flag: what chose the place, for the message.
-    Raises OSError naming flag and file if the disk refuses; after any exception the previous file is as it was.
+    flag   the flag that chose the folder, for the message
+    Raises OSError naming flag and file if writing fails; after any exception the previous file is as it was.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,16 +37,17 @@ def write_text_atomically(path: Path, text: str, flag: str = "output_dir") -> No
 
 @contextmanager
 def in_place_when_done(*paths: Path, keep_suffix: bool = False) -> Iterator[list[Path]]:
-    """Temporary files that become `paths` at the end, and vanish after an exception.
+    """Context with temporary files that become `paths` at its end, or are removed after an exception.
 
-    keep_suffix: name them NAME.tmp.SUFFIX for libraries that tell the format by the suffix, else NAME.SUFFIX.tmp, which no
-    pattern for finished files matches.
+    keep_suffix   call them NAME.tmp.SUFFIX, for libraries that choose the format by the suffix; else NAME.SUFFIX.tmp, which
+                  no pattern for finished files matches
     """
     temporary = [
         path.with_name(f"{path.stem}.tmp{path.suffix}" if keep_suffix else f"{path.name}.tmp") for path in paths
     ]
     try:
         yield temporary
+        # Content before name: a file system may write the rename to disk first, and a power cut leave an empty file.
         for path in temporary:
             _sync(path)
         for ours, final in zip(temporary, paths):
@@ -59,7 +60,7 @@ def in_place_when_done(*paths: Path, keep_suffix: bool = False) -> Iterator[list
 
 
 def move(path: Path, target: Path) -> None:
-    """Rename a file or folder, for good; the target's folder is made.  Raises OSError if the disk refuses."""
+    """Rename a file or folder, durably; the target's folder is made.  Raises OSError if that fails."""
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(path, target)
     for folder in {path.parent, target.parent}:

@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint, as an exception."""
+"""CheckpointError, raised for everything that is wrong with a checkpoint."""
 
 
 class CheckpointError(ValueError):

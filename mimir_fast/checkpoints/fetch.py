@@ -1,4 +1,4 @@
-"""Where a file with parameters comes from: a path, or a URL that is fetched once."""
+"""Sources of checkpoints: a path, or a URL that is downloaded once."""
 
 import hashlib
 from pathlib import Path, PurePosixPath
@@ -12,20 +12,21 @@ from mimir_fast.checkpoints.errors import CheckpointError
 
 
 def is_url(source: str) -> bool:
-    """Whether a source is to be fetched."""
+    """Whether a source is a URL."""
     return source.startswith(("https://", "http://"))
 
 
 def beside(source: str, folder: str) -> Path:
-    """Where results about a checkpoint go: folder/NAME beside the file, or in the working directory for a URL."""
+    """Path for results about a checkpoint: folder/NAME beside the file, or in the working directory for a URL."""
     path = PurePosixPath(source) if is_url(source) else Path(source)
     return (Path() if is_url(source) else Path(source).parent) / folder / path.stem
 
 
 def local_file(source: str, flag: str) -> Path:
-    """A path as it is; for a URL its copy in torch.hub's folder, downloaded the first time.  `flag` asked for it.
+    """The path of a file; of a URL its copy in torch.hub's folder, downloaded the first time.
 
-    Raises CheckpointError if nothing is there, if it is a folder, or if it could not be fetched.
+    flag   the flag that named it, for messages
+    Raises CheckpointError if there is no such file, if it is a folder, or if it could not be downloaded.
     """
     try:
         path = _fetched(source) if is_url(source) else Path(source)
@@ -42,7 +43,8 @@ def local_file(source: str, flag: str) -> Path:
 
 def _fetched(source: str) -> Path:
     name = PurePosixPath(urlsplit(source).path).name
-    digest = hashlib.sha256(source.encode()).hexdigest()[:16]  # many files are called checkpoint-99.pth
+    # Many files are called checkpoint-99.pth.
+    digest = hashlib.sha256(source.encode()).hexdigest()[:16]
     path = Path(torch.hub.get_dir()) / "checkpoints" / f"{digest}-{name}"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,10 +18,10 @@ RESUME_FILE = re.compile(r"resume-(\d+)-(\d+)\.pth")
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Write atomically; raises CheckpointError if the disk refuses, and older checkpoints stay."""
+    """Write a checkpoint atomically; raises CheckpointError if that fails, and older checkpoints stay."""
     try:
         write_atomically(path, partial(torch.save, state))
-    # torch.save passes a full disk on as RuntimeError
+    # torch.save turns the error of a full disk into a RuntimeError.
     except (OSError, RuntimeError) as error:
         reason = str(error.__cause__ or error).partition("\n")[0]
         raise CheckpointError(
@@ -39,7 +39,7 @@ def find_checkpoints(folder: Path) -> list[Path]:
 
 
 def progress(path: Path) -> tuple[int, int]:
-    """(epoch, micro-step) at which a checkpoint's run goes on, from its name; (-1, 0) for other files."""
+    """(epoch, micro-step) from which a checkpoint's run continues, by its name; (-1, 0) for other files."""
     if match := EPOCH_FILE.fullmatch(path.name):
         return int(match[1]) + 1, 0
     if match := RESUME_FILE.fullmatch(path.name):
@@ -48,10 +48,9 @@ def progress(path: Path) -> tuple[int, int]:
 
 
 def supersede(folder: Path, epoch: int, step: int) -> list[Path]:
-    """Move checkpoints past a run's starting point into superseded/, so that --resume auto follows the new run.
-
-    They belong to an earlier run in the same folder, to a branch gone back from, or are damaged.  Returns their old paths.
-    """
+    """Move checkpoints past a run's starting point into superseded/; returns their old paths."""
+    # They belong to an earlier run in the folder, or to what was undone by resuming an older checkpoint, or are damaged:
+    # --resume auto must not continue from them.
     past = [path for path in find_checkpoints(folder) if progress(path) > (epoch, step)]
     for path in past:
         move(path, folder / "superseded" / path.name)

@@ -1,4 +1,4 @@
-"""What a file's parameters and a model's have in common, and what does not match, told in one way."""
+"""Matching the parameters of a file with those of a model, with one report of what does not match."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -8,15 +8,16 @@ from torch import Tensor, nn
 
 from mimir_fast.checkpoints.errors import CheckpointError
 
-EXAMPLES = 2  # of each kind of difference
+# Shown of each kind of difference.
+EXAMPLES = 2
 
 
 class Match(NamedTuple):
-    """A file's parameters beside a model's.
+    """Result of comparing the parameters of a file with those of a model.
 
     tensors     those of the file that fit, in the model's order
-    missing     names that the model has and the file has not
-    unexpected  names that the file has and the model has not
+    missing     names that only the model has
+    unexpected  names that only the file has
     misshapen   name -> (shape in the file, shape in the model)
     """
 
@@ -38,7 +39,7 @@ class Match(NamedTuple):
 
 
 def compare(model: nn.Module, given: dict[str, Tensor]) -> Match:
-    """Put a file's parameters beside a model's; nothing is loaded."""
+    """Compare the parameters of a file with those of a model; nothing is loaded."""
     own = model.state_dict()
     shared = [name for name in own if name in given]
     return Match(
@@ -56,9 +57,10 @@ def compare(model: nn.Module, given: dict[str, Tensor]) -> Match:
 def load_all(
     model: nn.Module, given: dict[str, Tensor], refusal: str, advice: Callable[[Match], str] = lambda match: ""
 ) -> None:
-    """Load every parameter of a model from a file's, which must be exactly these.
+    """Load all parameters of a model; the file must hold exactly these.
 
-    refusal: how the message begins ('resume: x.pth belongs to another model'); advice: how it ends.
+    refusal   how the message begins, such as 'resume: x.pth belongs to another model'
+    advice    how it ends
     Raises CheckpointError with the differences; the model is then unchanged.
     """
     match = compare(model, given)
@@ -68,7 +70,8 @@ def load_all(
 
 
 def load_model_state(model: nn.Module, state: dict, source: str) -> None:
-    """Load the parameters that a run goes on from; raises CheckpointError if they, or their average, are another model's."""
+    """Load the parameters of a resumed run; raises CheckpointError if they, or their average, are those of another model."""
+    # The average is loaded later, but checked here: an error must leave the model unchanged.
     if "model_ema" in state:
         average = compare(model, state["model_ema"])
         if average.differs:
@@ -86,12 +89,12 @@ def _resume_advice(match: Match) -> str:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict, source: str) -> None:
-    """Restore AdamW's moments; how updates are computed (fused, foreach, capturable) stays this run's own.
+    """Restore AdamW's moments, but not how updates are computed (fused, foreach, capturable), which is this run's choice.
 
     Raises CheckpointError if they are of other parameters.
     """
     own = ("fused", "foreach", "capturable", "differentiable", "maximize", "amsgrad", "decoupled_weight_decay")
-    # before loading: torch places the step counters by these entries
+    # Replaced before loading: by these entries torch decides on which device the step counters are.
     groups = [
         {**theirs, **{key: mine[key] for key in own if key in mine}}
         for theirs, mine in zip(state["param_groups"], optimizer.param_groups)

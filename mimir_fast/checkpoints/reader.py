@@ -1,6 +1,6 @@
-"""The one reader of files with parameters: checkpoints of ours and of the original, bare state dicts, .safetensors.
+"""Reader of checkpoints, ours and the original's, of bare state dicts and .safetensors.
 
-Only tensors, plain values and argparse.Namespace are read; nothing in a file is ever run.
+Only tensors, plain values and argparse.Namespace are read; no code in a file is ever run.
 """
 
 import argparse
@@ -19,20 +19,20 @@ from torch import Tensor
 from mimir_fast.checkpoints.errors import CheckpointError
 from mimir_fast.checkpoints.fetch import is_url, local_file
 
-# entries that may hold parameters, the preferred one first: an average before what it averages
+# Entries that may hold parameters, the preferred one first: an average before the parameters that it averages.
 AVERAGED = ("model_ema",)
 RAW = ("model", "model_state_dict", "state_dict")
-# where a .safetensors of ours holds, as JSON, the args that its tensors do not say
+# Key of the metadata in a .safetensors of ours that holds, as JSON, the args that tensors cannot tell.
 METADATA = "mimir_fast"
-# what wrappers put before the names of parameters
+# Prefixes that DDP, other wrappers and torch.compile put before the names of parameters.
 PREFIXES = ("module.", "base_model.", "_orig_mod.")
-# how files begin that are often found under a checkpoint's name
+# First bytes of files that are often found under a checkpoint's name.
 LFS_POINTER, HTML_PAGE = b"version https://git-lfs", re.compile(rb"\s*<(!doctype\s+html|html)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file holds.
+    """The contents of a file.
 
     file     path or URL
     weights  entry -> parameters by bare name, the preferred entry first; the entry of a bare state dict is called ""
@@ -45,17 +45,17 @@ class Contents:
 
     @property
     def entry(self) -> str:
-        """Whose parameters `tensors` are."""
+        """The entry that `tensors` are from."""
         return next(iter(self.weights))
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The parameters to use where training does not go on: the average, if the file has one."""
+        """The parameters to use for anything but resuming: the average, if the file has one."""
         return self.weights[self.entry]
 
     @property
     def source(self) -> str:
-        """Where `tensors` are from, for messages: the file, and the entry where it is not the usual one."""
+        """Source of `tensors` for messages: the file, and the entry if it is an average."""
         return f"{self.file} ({self.entry})" if self.entry in AVERAGED else self.file
 
     @property
@@ -73,17 +73,18 @@ class Contents:
 
     @property
     def state(self) -> dict:
-        """What training goes on from: all entries, and under `model` the parameters themselves, not their average."""
+        """The state to resume training from: all entries, and under `model` the parameters themselves, not their average."""
         raw = next((name for name in self.weights if name not in AVERAGED), self.entry)
         named = {name: tensors for name, tensors in self.weights.items() if name}
         return {**self.entries, **named, "model": self.weights[raw]}
 
 
 def read(source: str | Path, flag: str) -> Contents:
-    """Read a file or https URL onto the CPU; `flag` asked for it and begins every message.
+    """Read a file or https URL onto the CPU.
 
-    Raises CheckpointError, one line, if nothing is there, if it is something else than a checkpoint (and says what, where
-    that can be told), if it is damaged, wants to run code, or holds no parameters.
+    flag   the flag that named it, which begins every message
+    Raises CheckpointError, one line, if there is no such file, if it is something else than a checkpoint (with what it is, if
+    that can be recognised), if it is damaged, would run code, or holds no parameters.
     """
     source = str(source)
     path = local_file(source, flag)
@@ -113,11 +114,11 @@ def _parsed(path: Path) -> object:
             head = file.read(512)
             if other := _other_kind(head, path):
                 raise CheckpointError(other)
-            # a .safetensors: the length of a JSON object, then the object
+            # A .safetensors begins with 8 bytes for the length of a JSON object, then the object.
             if head[8:9] == b"{":
                 return _safetensors(path)
             file.seek(0)
-            # given a name, torch.load would choose the format by its suffix
+            # The open file and not its name, by whose suffix torch.load would choose the format.
             with torch.serialization.safe_globals([argparse.Namespace]):
                 return torch.load(file, map_location="cpu", weights_only=True)
     except (CheckpointError, MemoryError):
@@ -131,13 +132,13 @@ def _parsed(path: Path) -> object:
         if error.errno == errno.EINVAL:
             raise CheckpointError("is damaged or no checkpoint") from error
         raise CheckpointError(f"cannot be read ({error})") from error
-    # bytes that are no pickle make torch's reader fail in any way, KeyError and IndexError among them
+    # Bytes that are no pickle make torch's reader fail with any exception, KeyError and IndexError among them.
     except Exception as error:
         raise CheckpointError(f"is damaged or no checkpoint{_reason(error)}") from error
 
 
 def _other_kind(head: bytes, path: Path) -> str | None:
-    """What a file is, if that is nothing to read parameters from; head: its first bytes."""
+    """What a file is, if it is a known kind that holds no parameters; head: its first bytes."""
     if not head:
         return "is empty"
     if head.startswith(LFS_POINTER):
@@ -160,7 +161,8 @@ def _safetensors(path: Path) -> dict:
 
 
 def _reason(error: Exception) -> str:
-    """A library's first sentence in brackets, where it is one about the file: none of its advice, no control codes."""
+    """The first sentence of a library's error, in brackets, if the error is about the file."""
+    # Without the advice that follows, which names functions of the library, and without control codes.
     if not isinstance(error, (RuntimeError, ValueError, SafetensorError)):
         return ""
     lines = str(error).strip().splitlines()
@@ -169,7 +171,7 @@ def _reason(error: Exception) -> str:
 
 
 def _bare(tensors: object) -> dict[str, Tensor]:
-    """Parameters by name, without the prefixes that wrappers put before names; what is no tensor is left out."""
+    """Parameters by name, without the prefixes of wrappers; entries that are no tensors are left out."""
     bare: dict[str, Tensor] = {}
     for name, tensor in tensors.items() if isinstance(tensors, dict) else ():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):

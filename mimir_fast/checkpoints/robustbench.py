@@ -1,11 +1,12 @@
-"""The Python file beside a RobustBench export: the text of a model class that stands on torch and timm alone."""
+"""RobustBench export: the Python file beside the parameters, with a model class that needs only torch and timm."""
 
 from pathlib import Path
 
 from mimir_fast.checkpoints.trained_models import Trained
 from mimir_fast.models.families import family_of
 
-ZOO_DATASETS = ("cifar10", "cifar100", "imagenet")  # those of RobustBench
+# Data sets of RobustBench's model zoo.
+ZOO_DATASETS = ("cifar10", "cifar100", "imagenet")
 
 TEXT = '''"""{title}, exported by mimir-fast.
 
@@ -53,7 +54,7 @@ def load(path: str | Path = Path(__file__).with_suffix(".pt")) -> nn.Module:
 
 
 def model_file(trained: Trained, path: Path) -> str:
-    """The text that belongs to the parameters in `path`."""
+    """The text of the Python file for the parameters in `path`."""
     args, family = trained.args, family_of(trained.model)
     size = {"img_size": args["input_size"], "patch_size": args["patch_size"]}
     head = {"num_classes": args["nb_classes"], "global_pool": args["global_pool"]}

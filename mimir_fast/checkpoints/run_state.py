@@ -1,4 +1,4 @@
-"""A run's state: where it stands, what goes into a checkpoint, and how it is resumed.
+"""State of a run: its position, what a checkpoint holds, and resuming.
 
 Every random draw of the loader and of the step is a function of (seed, rank, epoch, step), so the position is the state
 of every random generator.
@@ -23,7 +23,7 @@ from mimir_fast.config.stages import RunConfig
 from mimir_fast.training.distributed import World
 from mimir_fast.training.optimizer import Updater
 
-# the original resumes with an enabled GradScaler, which refuses an empty state
+# Written where nothing is scaled: the original resumes with an enabled GradScaler, which refuses an empty state.
 FRESH_SCALER = {
     "scale": 65536.0,
     "growth_factor": 2.0,
@@ -35,7 +35,7 @@ FRESH_SCALER = {
 
 @dataclass
 class Position:
-    """Where a run stands: the next micro-step `step` of `epoch`, `update` optimizer updates done, this epoch's sums."""
+    """Position of a run: its next micro-step `step` of `epoch`, `update` optimizer updates done, and the epoch's sums."""
 
     epoch: int = 0
     step: int = 0
@@ -56,14 +56,16 @@ def checkpoint_state(
     """The original's five entries, and ours under `mimir_fast`; only tensors, plain values and the args Namespace.
 
     As in the original, args holds eps and alpha divided by 255, the learning rate used and the data set's full name.
-    weights, moments: state dicts of the whole model and its optimizer; flat: the run's flags as recorded
-    own: what else a run of this kind needs to go on; `geometry` is in it, what a position inside an epoch depends on.
+    weights, moments   state dicts of the whole model and its optimizer
+    flat               the run's flags as recorded
+    own                what else a run of this kind needs to resume, with `geometry`: what a position inside an epoch depends on
     """
     flat = flat | {"eps": flat["eps"] / 255, "alpha": flat["alpha"] / 255, "lr": lr, "dataset": dataset}
     return {
         "model": weights,
         "optimizer": moments,
-        "epoch": position.epoch - 1,  # the original goes on at epoch + 1
+        # The original resumes at epoch + 1.
+        "epoch": position.epoch - 1,
         "scaler": updater.scaler.state_dict() or FRESH_SCALER,
         "args": argparse.Namespace(**flat),
         "mimir_fast": asdict(position) | {"counters": updater.counters.tolist()} | own,
@@ -71,9 +73,9 @@ def checkpoint_state(
 
 
 def find_state(resume: str, folder: Path | None, say: Callable[[str], None]) -> tuple[str, dict] | None:
-    """The checkpoint --resume means, with its name; None to start from the beginning.
+    """The state that --resume names, with the file's name; None to start from the beginning.
 
-    Raises ValueError if 'auto' has no output_dir to look into, CheckpointError if the file cannot be used.
+    Raises ValueError for 'auto' without an output_dir, CheckpointError if the file cannot be used.
     """
     if not resume:
         return None
@@ -100,7 +102,7 @@ def restore(
 ) -> tuple[Position, dict]:
     """Load a checkpoint of ours or of the original; returns the position and our own entry, empty if there is none.
 
-    start: the position to keep if the checkpoint holds parameters only.
+    start   the position if the checkpoint holds parameters only
     """
     load_model_state(model, state, source)
     if "optimizer" not in state or "epoch" not in state:
@@ -137,11 +139,12 @@ def resume(
     updates_per_epoch: int,
     say: Callable[[str], None],
 ) -> tuple[Position, dict, dict]:
-    """Continue from `source`, --resume; returns the position, the checkpoint and our own entry of it, both empty without one.
+    """Resume from `source` (--resume); returns the position, the checkpoint and our own entry of it, both empty without one.
 
-    Raises ValueError if the processes found different checkpoints; see find_state and restore for the rest.
+    Raises ValueError if the processes found different checkpoints, and what find_state and restore raise.
     """
-    found, position, own = find_state(source, folder, say), start, {}
+    found, position = find_state(source, folder, say), start
+    own: dict = {}
     if found is not None:
         name, state = found
         position, own = restore(state, name, model, updater, start, geometry, updates_per_epoch, say)
@@ -155,7 +158,7 @@ def resume(
 
 
 def open_folder(folder: Path, flat: dict, position: Position) -> list[str]:
-    """Make a run's folder ready for the position it starts at, and write config.yaml; returns lines to print."""
+    """Prepare a run's folder for its starting position, and write config.yaml; returns lines to print."""
     folder.mkdir(parents=True, exist_ok=True)
     ckpt.clean_folder(folder)
     past = ckpt.supersede(folder, position.epoch, position.step)
@@ -165,7 +168,7 @@ def open_folder(folder: Path, flat: dict, position: Position) -> list[str]:
 
 
 class Due(NamedTuple):
-    """What an update is followed by: logging, a resume point, and why the run ends there, if it does."""
+    """What follows an update: logging, a resume point, and the reason to end the run there, or None."""
 
     log: bool
     resume_point: bool
@@ -173,21 +176,19 @@ class Due(NamedTuple):
 
 
 def due(run: RunConfig, position: Position, steps: int, first_update: int, ends: bool) -> Due:
-    """After an update inside an epoch of `steps` micro-steps; ends: whether a signal asks for it.
-
-    Where the epoch is over, its end decides the rest.
-    """
+    """What is due after an update in an epoch of `steps` micro-steps; ends: whether a signal asked the run to end."""
     p, last = position, position.step == steps
     enough = bool(run.max_steps) and p.update >= run.max_steps
     log = p.update % run.log_every == 0 or p.update == first_update or ends or enough or last
     point = bool(run.checkpoint_steps) and p.update % run.checkpoint_steps == 0
+    # The end of the epoch saves, and ends the run, itself.
     if last:
         return Due(log, False, None)
     return Due(log, point or ends or enough, "signal" if ends else "max_steps" if enough else None)
 
 
 def end_status(reason: str | None, received: int | None, position: Position, folder: Path | None, say) -> int:
-    """Say how the run ended; returns the exit status: 0, 1 diverged, 130 Ctrl-C."""
+    """Print how the run ended; returns the exit status: 0, 1 diverged, 130 Ctrl-C."""
     if reason == "diverged":
         return 1
     if reason == "signal":

@@ -1,7 +1,7 @@
 """Self-attention from a packed projection, by backend.  Shapes: B batch, T tokens, N heads, d numbers per head, D = N*d.
 
-A backend is a function (qkv_BTQ, num_heads, query_start) -> [B,T-query_start,D]: qkv [B,T,3*D] holds q, k and v, head by
-head.  Backends are chosen by name; packages other than torch are asked for explicitly.
+A backend is a function (qkv_BTQ, num_heads, query_start) -> [B,T-query_start,D]; qkv [B,T,3*D] holds q, k and v, head by
+head.  Backends are chosen by name; those of packages other than torch are never chosen automatically.
 """
 
 from collections.abc import Callable
@@ -15,12 +15,13 @@ from mimir_fast.kernels import short_attention
 from mimir_fast.kernels.short_attention.op import supported
 from mimir_fast.models import narrow_attention
 
-FEW_TOKENS = 64  # on a CPU sdpa's tiles pay only beyond
+# Up to this many tokens plain matrix products are faster on a CPU than sdpa's tiles.
+FEW_TOKENS = 64
 PACKAGES = {"flash_attn": "flash-attn", "xformers": "xformers"}
 
 
 def check_backend(name: str) -> None:
-    """Raises ValueError if the backend is unknown or its package is not installed."""
+    """Raise ValueError if the backend is unknown or its package is not installed."""
     if name not in ATTENTION:
         raise ValueError(f"attention: expected one of {', '.join(ATTENTION)}, got {name!r}")
     if name in PACKAGES and find_spec(name) is None:
@@ -48,14 +49,14 @@ def _sdpa(qkv_BTQ: Tensor, num_heads: int, query_start: int) -> Tensor:
 
 
 def _short(qkv_BTQ: Tensor, num_heads: int, query_start: int) -> Tensor:
-    """Our kernel, nothing stacked or transposed around it; sizes that it does not offer go to sdpa."""
+    """Our kernel short_attention, which needs no transposition around it; sdpa for sizes that it does not offer."""
     if not supported(qkv_BTQ.shape[1], qkv_BTQ.shape[2] // 3 // num_heads, qkv_BTQ.dtype):
         return _sdpa(qkv_BTQ, num_heads, query_start)
     return short_attention(qkv_BTQ, num_heads, impl="triton")[:, query_start:]
 
 
 def _narrow(qkv_BTQ: Tensor, num_heads: int, query_start: int) -> Tensor:
-    """For fp32 on a CPU: loops over narrow heads, plain matrix products in short sequences; the rest goes to sdpa."""
+    """For fp32 on a CPU: compiled loops for narrow heads, matrix products for short sequences, sdpa for all others."""
     if narrow_attention.supported(qkv_BTQ.shape[2] // 3 // num_heads, qkv_BTQ):
         return narrow_attention.narrow_attention(qkv_BTQ, num_heads, query_start)
     plain = qkv_BTQ.device.type == "cpu" and qkv_BTQ.shape[1] <= FEW_TOKENS
