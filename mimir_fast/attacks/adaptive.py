@@ -3,33 +3,14 @@
 Shapes: B batch, C channels, H W sides, L patches, D width.  Source: MIMIR, arXiv 2312.04960, section 5, adaptive attacks.
 """
 
-from typing import Protocol, runtime_checkable
-
 import torch.nn.functional as F
 from torch import Tensor
 
 from mimir_fast.attacks.named import Loss
 from mimir_fast.kernels import nhsic
+from mimir_fast.models.features import FeatureClassifier, FeatureModel
 
 SIGMA = 5.0
-
-
-@runtime_checkable
-class FeatureModel(Protocol):
-    """A model that gives its features of images [B,C,H,W], as mimir_fast's and timm's Vision Transformers do."""
-
-    def forward_features(self, images: Tensor, /) -> Tensor:
-        """Tokens [B,1+L,D]."""
-        ...
-
-
-@runtime_checkable
-class FeatureClassifier(FeatureModel, Protocol):
-    """A FeatureModel whose head can be applied to the features alone."""
-
-    def classify(self, tokens: Tensor, /) -> Tensor:
-        """Logits [B,O] of tokens [B,1+L,D]."""
-        ...
 
 
 def mutual_information_loss(model: FeatureClassifier, labels: Tensor, weight: float, kernels: str = "auto") -> Loss:

@@ -26,6 +26,7 @@ from mimir_fast.data.datasets import INFO
 from mimir_fast.models import Classifier
 from mimir_fast.models.families import family_of
 from mimir_fast.models.family import PREFIX, matches
+from mimir_fast.models.features import FeatureModel
 
 NO_HEAD = {"num_classes": 0, "global_pool": False}
 TOLERANCE = 1e-3  # of outputs of order 1: rounding is below 1e-5, a wrong architecture far above
@@ -153,7 +154,10 @@ class PixelModel(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         mean, std = (images.new_tensor(self.cfg[name])[:, None, None] for name in ("mean", "std"))
         images = (images - mean) / std
-        return self.model(images) if self.cfg["num_classes"] else self.model.forward_features(images)
+        if self.cfg["num_classes"]:
+            return self.model(images)
+        assert isinstance(self.model, FeatureModel)
+        return self.model.forward_features(images)
 
 
 @torch.no_grad()

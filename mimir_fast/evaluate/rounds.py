@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimir_fast.attacks.adaptive import FeatureClassifier, FeatureModel, feature_loss, mutual_information_loss
+from mimir_fast.attacks.adaptive import feature_loss, mutual_information_loss
 from mimir_fast.attacks.named import Attack, Loss, cross_entropy, fgsm, gradient_attack, margin_loss
 from mimir_fast.checkpoints.errors import CheckpointError
 from mimir_fast.data.crops import to_float
@@ -18,6 +18,7 @@ from mimir_fast.evaluate.autoattack import PASSES, SUB_ATTACKS, AutoAttack
 from mimir_fast.evaluate.images import Chosen
 from mimir_fast.evaluate.progress import AttackProgress
 from mimir_fast.evaluate.records import Record
+from mimir_fast.models.features import FeatureClassifier, FeatureModel
 
 # For the rounding of x + eps in fp32.
 SLACK = 1e-6

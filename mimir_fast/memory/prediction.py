@@ -16,6 +16,7 @@ from mimir_fast.models.families import family_of
 from mimir_fast.training.distributed import World
 from mimir_fast.training.engine import Engine
 from mimir_fast.training.finetuning import Finetuning
+from mimir_fast.training.precision import ComputeCopy
 from mimir_fast.training.pretraining import Pretraining
 from mimir_fast.training.train import build_task
 
@@ -138,7 +139,7 @@ def _parameters(engine: Engine) -> list[Tensor]:
     compute, average = engine.updater.compute, engine.average
     models = [engine.task.model, *([average.module] if average else [])]
     own = [t for model in models for t in (*model.parameters(), *model.buffers())]
-    return [*own, *(compute.copies if compute else [])]
+    return [*own, *(compute.copies if isinstance(compute, ComputeCopy) else [])]
 
 
 def _warm_up(engine: Engine, images_u8: Tensor) -> None:

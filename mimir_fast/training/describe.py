@@ -1,13 +1,14 @@
-"""The lines that say what is about to run."""
+"""Description of a run: the lines printed before it begins."""
 
 from mimir_fast.config.resolve import Compute
+from mimir_fast.data import BatchStream
 from mimir_fast.training.distributed import World
 from mimir_fast.training.task import Task
 
 
-def describe(task: Task, world: World, lr: float) -> list[str]:
-    """Model, data and attack; device, arithmetic and outputs."""
-    config, stream = task.run.config, task.stream
+def describe(task: Task, stream: BatchStream, world: World, lr: float) -> list[str]:
+    """Two lines: model, data and attack; device, arithmetic and outputs."""
+    config = task.run.config
     parameters = sum(p.numel() for p in task.model.parameters()) / 1e6
     parallel = f"{task.run.compute.words()['parallel']}, " if world.size > 1 else ""
     return [

@@ -1,12 +1,12 @@
-"""What a step runs and touches, and the only place where it is put together.
+"""Engine: the only place where a training step is assembled.
 
-A 16-bit copy or shards, the frozen twin under attack, compiled functions, data parallelism, the generator of noise, autocast,
-and the updates.  Whoever wants a step (the loop, bench, the memory prediction) makes an Engine; no data set is needed.
+It holds the 16-bit copy or the shards, the frozen twin that the attack runs on, compiled functions, data parallelism, the
+generator of noise, and the updater.  The loop, bench and the memory prediction each make one; it needs no data set.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +22,19 @@ from mimir_fast.training.seeds import step_seed
 from mimir_fast.training.stages import stage
 from mimir_fast.training.task import Output, Step
 
+if TYPE_CHECKING:
+    from mimir_fast.training.sharding import Shards
+
 
 class Engine:
     """One process's part of a training, without data and logs.
 
-    objective   what is trained: the task's, around the 16-bit copy where there is one, replicated or sharded
-    attacked    what the attack differentiates: the same parameters with nothing to train, in evaluation mode
-    functions   the task's attack functions, plain or compiled
-    updater     backward passes and optimizer updates; average: the running average of the parameters, or None
-    rated       what validation judges: the average, else `attacked`
+    objective   the module that is trained: the task's, around the 16-bit copy if there is one, replicated or sharded
+    attacked    the model that the attack differentiates: the same parameters, none of them trainable, in evaluation mode
+    functions   the task's attack functions, as they are or compiled
+    updater     backward passes and optimizer updates
+    average     running average of the parameters, or None
+    rated       the model to validate: the average, else `attacked`
     `task.model` is up to date after every update, unless it is sharded.
     """
 
@@ -42,13 +46,18 @@ class Engine:
         average: dict | None = None,
         backend: str | Callable = "inductor",
     ):
-        """updater: of a resumed run, `task.updater` without; average: a resumed running average; backend: torch.compile's."""
+        """Assemble the step of a task.
+
+        updater   that of a resumed run; None: a new one
+        average   state of a resumed running average
+        backend   of torch.compile
+        """
         optim, compute = task.run.config.optim, task.run.compute
         self.task, self.world, self.seed, self.accum_iter = task, world, task.run.config.run.seed, optim.accum_iter
         self.updater = updater or task.updater(peak_learning_rate(optim, world.size))
         self.generator, self.dtype = torch.Generator(world.device), compute.dtype
         self.sharded = world.size > 1 and compute.fsdp
-        self.shards = None
+        self.shards: Shards | None = None
         world.share(task.model.parameters())
         self.average = self._start_average(average)
         model = self._compute_model()
@@ -63,22 +72,24 @@ class Engine:
     # ---- the step
 
     def micro_step(self, images_u8: Tensor, labels: Tensor, epoch: int = 0, step: int = 0, last: bool = True) -> Output:
-        """Prepare, attack, forward, backward: adds the gradients of one micro-batch.
+        """Prepare, attack, forward and backward pass: adds the gradients of one micro-batch.
 
-        images_u8 [B,3,H,W] and labels int64 [B] on the device; epoch, step: its position, which decides its random numbers;
-        last: whether an update follows.  The host is asked in `prepare` alone.
+        images_u8, labels   uint8 [B,3,H,W] and int64 [B] on the device
+        epoch, step         its position, which decides its random numbers
+        last                whether an update follows
+        The host waits for the device at most in `prepare`.
         """
         return self.compute(*self.prepare(images_u8, labels, epoch, step), last)
 
     def prepare(self, images_u8: Tensor, labels: Tensor, epoch: int, step: int) -> tuple[Any, Any]:
-        """The task's batch, and its noise."""
+        """The task's batch, and its random numbers."""
         with stage("prepare"):
             batch = self.task.prepare(images_u8, labels, epoch, step)
             self.generator.manual_seed(step_seed(self.seed, self.world.rank, epoch, step))
             return batch, self.task.draw_noise(self.generator, batch)
 
     def compute(self, batch: Any, noise: Any, last: bool = True) -> Output:
-        """Everything after that: work on the device, without a decision by the host."""
+        """The rest of a micro-step, which is work on the device alone."""
         device = self.world.device.type
         with self._gradients_held() if not last else nullcontext():
             with torch.autocast(device, dtype=self.dtype, enabled=self.dtype != torch.float32):
@@ -87,9 +98,9 @@ class Engine:
         return output
 
     def update(self, number: int = 1) -> Tensor:
-        """Step the optimizer and what follows the parameters; returns the gradients' global L2 norm, a device scalar.
+        """Step the optimizer and the running average; returns the gradients' global L2 norm, a scalar on the device.
 
-        number: of the update, counted from 1 over the whole run.
+        number   of the update, counted from 1 over the whole run
         """
         norm = self.updater.update()
         if self.average:
@@ -103,7 +114,7 @@ class Engine:
         states = {"model": self.task.model.state_dict(), "optimizer": self.updater.optimizer.state_dict()}
         return states | ({"model_ema": self.average.state_dict()} if self.average else {})
 
-    # ---- putting it together
+    # ---- assembly
 
     def _start_average(self, saved: dict | None) -> RunningAverage | None:
         if self.task.average_decay is None:
@@ -118,8 +129,9 @@ class Engine:
         model = self.task.model
         if self.dtype == torch.float32:
             return model
+        # tf32 for what stays in fp32: the patch embedding.
         if self.world.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")  # tf32 for what stays in fp32: the patch embedding
+            torch.set_float32_matmul_precision("high")
         if self.sharded:
             return model
         self.updater.compute = ComputeCopy(model, self.dtype)
@@ -131,30 +143,39 @@ class Engine:
         return Compiler(*how, through=self._gathered if self.sharded else None)
 
     def _gathered(self, function: Callable) -> Callable:
-        return lambda model, *inputs: self.shards.run(function, model, *inputs)
+        """A function with `function`'s arguments that gathers the parameters of its model."""
+
+        def gathered(model: nn.Module, *inputs: Tensor):
+            # The shards are made after the functions, before the first of them is called.
+            assert self.shards is not None
+            return self.shards.run(function, model, *inputs)
+
+        return gathered
 
     def _parallel(self, objective: nn.Module) -> nn.Module:
-        """The objective among processes."""
+        """The objective, replicated by DDP or sharded where there are several processes."""
         if self.world.size == 1:
             return objective
         compress = self.task.run.compute.compress_gradients
         if self.sharded:
-            from mimir_fast.training.sharding import Shards  # slow to import: only where there are shards
+            # Slow to import: only where there are shards.
+            from mimir_fast.training.sharding import Shards
 
             dtypes = (self.dtype, torch.bfloat16 if compress else torch.float32)
             self.shards = Shards(objective, self.attacked, self.average, self.updater, self.world, *dtypes)
             return objective
         devices = [self.world.device] if self.world.device.type == "cuda" else None
-        # a static graph forbids holding gradients back
+        # A static graph forbids holding gradients back.
         static = self.accum_iter == 1 or self.updater.compute is not None
-        options = {"gradient_as_bucket_view": True, "static_graph": static}
-        replicated = DistributedDataParallel(objective, device_ids=devices, **options)
+        replicated = DistributedDataParallel(
+            objective, device_ids=devices, gradient_as_bucket_view=True, static_graph=static
+        )
         replicated.register_comm_hook(compress, average_gradients)
         return replicated
 
     def _gradients_held(self) -> AbstractContextManager:
-        """Inside, gradients are not averaged over processes.
-
-        16-bit gradients are averaged before they are added up in fp32, so they are never held back.
-        """
-        return self.objective.no_sync() if self.world.size > 1 and not self.updater.compute else nullcontext()
+        """Context in which gradients are not averaged over processes."""
+        # 16-bit gradients are averaged in every micro-step, before they are added up in fp32.
+        if isinstance(self.objective, DistributedDataParallel) and self.updater.compute is None:
+            return self.objective.no_sync()
+        return nullcontext()

@@ -1,4 +1,4 @@
-"""Fine-tuning as a task: what is classified and attacked, what an epoch changes, and what is measured after it."""
+"""Fine-tuning task: the classification, its attack, schedules by epoch, and validation."""
 
 from collections.abc import Callable
 from functools import partial
@@ -39,8 +39,10 @@ from mimir_fast.training.options import model_options, on_device, stream_options
 from mimir_fast.training.task import Measured
 from mimir_fast.training.validator import Validator, best_so_far, criterion
 
-CHECKPOINT_EVERY, CHECKPOINT_ALSO = 20, 49  # epochs, the original's cadence
-HEAD_STD = {"imagenet": 2e-5}  # of a re-initialised head; elsewhere OTHER_HEAD_STD
+# Epochs, as in the original.
+CHECKPOINT_EVERY, CHECKPOINT_ALSO = 20, 49
+# Standard deviation of a re-initialised head, by data set; OTHER_HEAD_STD for all others.
+HEAD_STD = {"imagenet": 2e-5}
 OTHER_HEAD_STD = 2e-2
 
 
@@ -118,7 +120,7 @@ class Finetuning:
     def keeps(self, epoch: int) -> bool:
         return epoch % CHECKPOINT_EVERY == 0 or epoch == CHECKPOINT_ALSO
 
-    # ---- what is told
+    # ---- logs
 
     def terms(self, output: FinetuneOutput) -> dict[str, Tensor]:
         return {}

@@ -1,4 +1,4 @@
-"""The training loop, whatever is trained: epochs, accumulation, schedule, logs, checkpoints, signals."""
+"""Training loop of every task: epochs, accumulation, schedule, logs, checkpoints, signals."""
 
 import time
 from pathlib import Path
@@ -20,13 +20,16 @@ from mimir_fast.training.signals import StopSignals
 from mimir_fast.training.stages import stage
 from mimir_fast.training.task import Measured, Output, Task
 
-Batch = tuple[Tensor, Tensor]  # images uint8 [B,3,H,W] and labels int64 [B], on the device
+# Images uint8 [B,3,H,W] and labels int64 [B], on the device.
+Batch = tuple[Tensor, Tensor]
 
 
 class Loop:
-    """One run of a task: resumes or starts it (raises ValueError where something does not fit), then `run()`."""
+    """One run of a task: made, it is started or resumed; then `run()`.  Raises ValueError where something does not fit."""
 
     def __init__(self, task: Task, world: World):
+        if task.stream is None:
+            raise ValueError("stream: a loop needs a task with images, got None")
         self.task, self.world, self.config, self.stream = task, world, task.run.config, task.stream
         o, r = self.config.optim, self.config.run
         if len(self.stream) < o.accum_iter:
@@ -42,6 +45,8 @@ class Loop:
         self.first_update = self.position.update + 1
         self.engine = Engine(task, world, updater, state.get("model_ema"))
         self.compile_clock = CompileClock()
+        # Of the epoch under way; empty between two epochs.
+        self.sums = EpochSums({}, world.device)
         self._open_outputs(notes)
 
     def _open_outputs(self, notes: list[str]) -> None:
@@ -56,7 +61,7 @@ class Loop:
             self.total_updates = min(self.total_updates, r.max_steps)
         where = (p.epoch, p.update, int(1000 * (p.epoch + p.step / len(self.stream))))
         self.log = RunLog(r, self.task.run.flat(), self.world, self.task.tags, self.total_updates, where)
-        for line in [*notes, *describe(self.task, self.world, self.lr)]:
+        for line in [*notes, *describe(self.task, self.stream, self.world, self.lr)]:
             self.log.say(line)
 
     # ---- the loop
@@ -66,7 +71,8 @@ class Loop:
         self.compile_clock.start()
         with StopSignals() as stop:
             most, p = self.config.run.max_steps, self.position
-            unmeasured = p.step == len(self.stream)  # stopped between an epoch's last update and its end
+            # The run was stopped between an epoch's last update and its end.
+            unmeasured = p.step == len(self.stream)
             reason = "max_steps" if most and p.update >= most and not unmeasured else None
             while reason is None and self.position.epoch < self.config.optim.epochs:
                 reason = self._train_epoch(stop)
@@ -75,7 +81,8 @@ class Loop:
     def _train_epoch(self, stop: StopSignals) -> str | None:
         """One epoch from the current position; returns why the run ends, or None to go on."""
         o, p, device = self.config.optim, self.position, self.world.device
-        self.engine.updater.optimizer.zero_grad(set_to_none=True)  # gradients of an incomplete last group are dropped
+        # Gradients of an epoch's last micro-steps, too few for an update, are dropped.
+        self.engine.updater.optimizer.zero_grad(set_to_none=True)
         self.task.start_epoch(p.epoch)
         self.sums = EpochSums(p.sums, device)
         batches = prefetch(self.stream.epoch(p.epoch, p.step), device)
@@ -89,12 +96,13 @@ class Loop:
                 batch = next(batches)
             waited += time.perf_counter() - started
             updates = (step + 1) % o.accum_iter == 0
-            output = None  # let go of the last step's before the next one needs the room
+            # Free the last step's tensors before the next step needs the memory.
+            output = None
             output = self.engine.micro_step(*batch, p.epoch, step, updates)
             grad_norm = self.engine.update(p.update + 1) if updates else None
             self._sum_up(output, grad_norm, lr)
             p.step = step + 1
-            if updates:
+            if grad_norm is not None:
                 self._after_update(output, grad_norm, lr, waited)
                 waited = 0.0
                 if reason := self._save_or_stop(stop, batch, output):
@@ -131,7 +139,7 @@ class Loop:
         log, resume_point, reason = due(self.config.run, p, len(self.stream), self.first_update, ends)
         if log:
             self.log.flush()
-            # every rank counts alike
+            # Every rank has the same count, so that all of them end.
             if int(self.engine.updater.counters[2]) >= self.config.optim.max_bad_steps:
                 self._save_failure(batch, output)
                 return "diverged"
@@ -144,18 +152,19 @@ class Loop:
         return self.world.any(stop.received is not None)
 
     def _end_epoch(self, stop: StopSignals, batch: Batch | None, output: Output | None) -> str | None:
-        """Measure, log and save.  batch, output: of the last micro-step, None where all of them were an earlier run's.
+        """Measure, log and save after an epoch's last micro-step; returns why the run ends, or None to go on.
 
-        What a signal interrupts is measured again: the saved position is the end of this epoch.
+        batch, output   of the last micro-step; None if an earlier run did them all
         """
         o, r, p = self.config.optim, self.config.run, self.position
         self.log.flush()
         measured = self._measure(stop, batch, output)
+        # The saved position is the end of this epoch: the run that resumes measures it.
         if measured is None:
             return "signal"
         self._log_epoch(measured)
         epoch = p.epoch
-        p.epoch, p.step, p.sums, self.sums = epoch + 1, 0, {}, None
+        p.epoch, p.step, p.sums, self.sums = epoch + 1, 0, {}, EpochSums({}, self.world.device)
         if measured.is_best:
             self._save(ckpt.BEST_FILE, batch, output)
         ends, enough = self._stops(stop), r.max_steps and p.update >= r.max_steps
@@ -168,13 +177,14 @@ class Loop:
         return "signal" if ends else "max_steps" if enough else None
 
     def _measure(self, stop: StopSignals, batch: Batch | None, output: Output | None) -> Measured | None:
-        """What the task measures; where that is not possible now, a resume point comes before it."""
+        """The task's measurement; None if a signal interrupts it.  If it is not finished, a resume point is saved before it."""
         p = self.position
         point = f"resume-{p.epoch}-{len(self.stream)}.pth"
         with self.log.paused():
             try:
                 measured = self.task.end_epoch(self.engine, p.epoch, lambda: stop.received is not None)
-            except DataError:  # on every rank
+            # Raised on every rank.
+            except DataError:
                 self._save(point, batch, output)
                 raise
         if measured is None:
@@ -201,21 +211,20 @@ class Loop:
         """Write a checkpoint on rank 0; every rank calls."""
         own = {"geometry": self._geometry(), **self.task.state()}
         states = self.engine.states() if self.folder else {}
-        if self.sums is not None:  # of an epoch that goes on
-            self.position.sums = self.sums.means(self.world)
+        self.position.sums = self.sums.means(self.world)
         if self.folder and self.world.is_main:
             weights, moments = states.pop("model"), states.pop("optimizer")
             entries = (self.engine.updater, self.position, self.task.run.flat(), self.lr, self.stream.name)
             state = checkpoint_state(weights, moments, *entries, own) | (extra or {}) | states
             ckpt.save_checkpoint(self.folder / name, state)
-            # no temporary files: a report of the run may be writing its own
+            # Temporary files stay: a report of the run may be writing its own.
             ckpt.drop_resume_points(self.folder)
-            if output is not None:
+            if batch is not None and output is not None:
                 self.task.save_samples(self.folder, self.position, batch[0], output)
         self.world.barrier()
 
     def _save_failure(self, batch: Batch, output: Output) -> None:
-        """State, and everything that the last micro-step had and made."""
+        """Save the state with the last micro-step's batch and results, and say so."""
         p = self.position
         name = f"failed-{p.epoch}-{p.step}.pth"
         made = {key: value.detach().cpu() for key, value in output._asdict().items()}
@@ -227,7 +236,7 @@ class Loop:
         )
 
     def _geometry(self) -> list[int]:
-        """What a position inside an epoch depends on."""
+        """The numbers that a position inside an epoch depends on."""
         o = self.config.optim
         return [self.world.size, o.batch_size, o.accum_iter, len(self.stream), self.config.run.seed]
 

@@ -1,4 +1,6 @@
-"""What both trainings say of their images and models in the same words."""
+"""Options that both tasks pass to the data package and to models."""
+
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -6,9 +8,11 @@ from torch import nn
 from mimir_fast.config.resolve import Run
 from mimir_fast.training.distributed import World
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 def stream_options(run: Run, world: World) -> dict:
-    """This rank's share of the training images: arguments of build_pretrain_data and build_train_data alike."""
+    """Arguments of build_pretrain_data and build_train_data for this rank's share of the training images."""
     d, o = run.config.data, run.config.optim
     return {
         "accum_iter": o.accum_iter,
@@ -24,7 +28,7 @@ def stream_options(run: Run, world: World) -> dict:
 
 
 def model_options(run: Run) -> dict:
-    """Size of the input, and how a model computes: arguments of create_model and create_classifier alike."""
+    """Arguments of create_model and create_classifier: the size of the input, and how the model computes."""
     m, c = run.config.model, run.compute
     return {
         "img_size": m.input_size,
@@ -37,6 +41,7 @@ def model_options(run: Run) -> dict:
     }
 
 
-def on_device(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model on its device; one that is there already is left alone, since fake parameters cannot be moved."""
+def on_device(model: Model, device: torch.device) -> Model:
+    """The model on a device."""
+    # Not moved if it is there: the parameters of the memory prediction are fake and cannot be moved.
     return model if next(model.parameters()).device == device else model.to(device)

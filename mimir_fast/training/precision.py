@@ -1,42 +1,48 @@
-"""Mixed precision: fp32 parameters for the optimizer, 16-bit matrices for the arithmetic, cast once per update."""
+"""Mixed precision: fp32 parameters for the optimizer, 16-bit copies of matrices for the arithmetic, cast once per update."""
 
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class ComputeCopy:
     """A model whose linear layers hold 16-bit copies of the fp32 model's; every other parameter is the same object.
 
-    module            computes with the copies and collects their gradients
-    take_gradients()  adds the copies' gradients to the fp32 parameters' and clears them; call after every backward pass
-    refresh()         casts the fp32 parameters into the copies; call after every update
-    All three are a handful of launches, whatever the number of layers.
+    module   computes with the copies and collects their gradients
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):
         linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
-        self.parameters = [p for m in linear for p in m.parameters(recurse=False)]
-        self.copies = [nn.Parameter(p.detach().to(dtype), requires_grad=p.requires_grad) for p in self.parameters]
+        self.parameters: list[Tensor] = [p for m in linear for p in m.parameters(recurse=False)]
+        self.copies: list[Tensor] = [
+            nn.Parameter(p.detach().to(dtype), requires_grad=p.requires_grad) for p in self.parameters
+        ]
         shared = {id(p): p for p in [*model.parameters(), *model.buffers()]}
         replaced = {id(p): c for p, c in zip(self.parameters, self.copies)}
         self.module = copy.deepcopy(model, memo=shared | replaced)
 
     @torch.no_grad()
     def take_gradients(self) -> None:
-        pairs = [(p, c) for p, c in zip(self.parameters, self.copies) if c.grad is not None]
-        first = [(p, c) for p, c in pairs if p.grad is None]
-        later = [(p, c) for p, c in pairs if p.grad is not None]
-        if later:
-            torch._foreach_add_([p.grad for p, _ in later], [c.grad for _, c in later])
-        if first:
-            for p, _ in first:
+        """Add the copies' gradients to those of the fp32 parameters and clear them; call it after every backward pass."""
+        # (gradient of a parameter, gradient of its copy); all of a list in one launch, whatever the number of layers.
+        first: list[tuple[Tensor, Tensor]] = []
+        later: list[tuple[Tensor, Tensor]] = []
+        for p, c in zip(self.parameters, self.copies):
+            if c.grad is None:
+                continue
+            if p.grad is not None:
+                later.append((p.grad, c.grad))
+            else:
                 p.grad = torch.empty_like(p)
-            torch._foreach_copy_([p.grad for p, _ in first], [c.grad for _, c in first])
-        for _, c in pairs:
+                first.append((p.grad, c.grad))
             c.grad = None
+        if later:
+            torch._foreach_add_([ours for ours, _ in later], [theirs for _, theirs in later])
+        if first:
+            torch._foreach_copy_([ours for ours, _ in first], [theirs for _, theirs in first])
 
     @torch.no_grad()
     def refresh(self) -> None:
+        """Cast the fp32 parameters into the copies; call it after every update."""
         torch._foreach_copy_(self.copies, self.parameters)

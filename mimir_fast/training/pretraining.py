@@ -1,4 +1,4 @@
-"""Pre-training as a task: what is reconstructed, attacked and penalised, and what is told about it."""
+"""Pre-training task: the reconstruction, its attack and penalty, and what is logged."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +12,7 @@ from mimir_fast.config.choices import PENALTIES
 from mimir_fast.config.pretraining import PretrainConfig
 from mimir_fast.config.resolve import Run
 from mimir_fast.data import BatchStream, build_pretrain_data, dataset_info, to_float
+from mimir_fast.data.crops import Channels
 from mimir_fast.data.datasets import DatasetInfo
 from mimir_fast.kernels import linf_patch_step
 from mimir_fast.models import MaskedAutoencoder, create_model
@@ -24,7 +25,9 @@ from mimir_fast.training.options import model_options, on_device, stream_options
 from mimir_fast.training.pretrain_step import MaeAttack, MaeNoise, draw_noise, pretrain_step
 from mimir_fast.training.task import Measured
 
-CHECKPOINT_EVERY = 20  # epochs, the original's cadence
+# Epochs, as in the original.
+CHECKPOINT_EVERY = 20
+# Loss scale of the attack in fp16, whose loss is a mean over all pixels.
 FP16_ATTACK_SCALE = 65536.0
 
 
@@ -40,7 +43,8 @@ class Pretraining:
         self.run, self.world, self.stream = run, world, stream
         self.config = config = run.config
         images = stream or dataset_info(config.data.dataset)
-        self.constants = (images.mean, images.std) if config.data.use_normalize else (None, None)
+        self.mean: Channels | None = images.mean if config.data.use_normalize else None
+        self.std: Channels | None = images.std if config.data.use_normalize else None
         self.model = build_model(run, world.device)
         self.attack = build_attack(run, images, world.device)
         self.penalty = penalty_name(config)
@@ -57,7 +61,7 @@ class Pretraining:
 
     def attack_functions(self, compiler: Compiler) -> MaeAttackFunctions:
         plain = plain_functions(self.model)
-        # linf_patch_step is an operation of ours, a kernel where there is a GPU; linf_step is plain PyTorch
+        # linf_patch_step is an operation of ours, a kernel on a GPU; linf_step is plain PyTorch.
         step = compiler.operation if plain.step is linf_patch_step else compiler.pixels
         return MaeAttackFunctions(compiler.attacked(plain.loss), compiler.operation(plain.start), step(plain.step))
 
@@ -67,7 +71,7 @@ class Pretraining:
         return ReconstructionObjective(model, c.model.mask_ratio, self.penalty, c.penalty.mi_xpl, *pieces)
 
     def prepare(self, images_u8: Tensor, labels: Tensor, epoch: int, step: int) -> Tensor:
-        return to_float(images_u8, *self.constants)
+        return to_float(images_u8, self.mean, self.std)
 
     def draw_noise(self, generator: torch.Generator, images: Tensor) -> MaeNoise:
         return draw_noise(generator, *self.model.noise_shape(len(images)), self.attack)
@@ -87,7 +91,7 @@ class Pretraining:
     # ---- epochs
 
     def start_epoch(self, epoch: int) -> None:
-        """Every epoch is like the others."""
+        """Nothing depends on the epoch."""
 
     def end_epoch(self, engine, epoch: int, ends: Callable[[], bool]) -> Measured:
         """Nothing is validated."""
@@ -96,7 +100,7 @@ class Pretraining:
     def keeps(self, epoch: int) -> bool:
         return epoch % CHECKPOINT_EVERY == 0
 
-    # ---- what is told
+    # ---- logs
 
     def terms(self, output: PretrainOutput) -> dict[str, Tensor]:
         return {"mi": torch.where(output.penalty_used, output.mi, 0), "mi_used": output.penalty_used}
@@ -105,7 +109,8 @@ class Pretraining:
         return {
             "recon": output.recon,
             "mi": output.mi if self.penalty else torch.full_like(output.mi, torch.nan),
-            "skipped_penalties": self.skipped_penalties * self.world.size,  # the mean over ranks is taken later
+            # A sum over ranks; the logs take their mean.
+            "skipped_penalties": self.skipped_penalties * self.world.size,
         }
 
     def epoch_row(self, epoch: int, means: dict[str, float], measured: Measured) -> dict:
@@ -118,9 +123,9 @@ class Pretraining:
     def save_samples(self, folder: Path, position: Position, images_u8: Tensor, output: PretrainOutput) -> None:
         m = self.config.model
         where = {"epoch": position.epoch, "update": position.update, "eps_255": self.config.attack.eps}
-        images = to_float(images_u8[:SAMPLES], *self.constants)
+        images = to_float(images_u8[:SAMPLES], self.mean, self.std)
         shape = (m.patch_size, m.norm_pix_loss)
-        save_samples(folder / "samples.npz", images, output, *shape, *self.constants, where)
+        save_samples(folder / "samples.npz", images, output, *shape, mean=self.mean, std=self.std, position=where)
 
     # ---- state
 
@@ -150,16 +155,17 @@ def build_attack(run: Run[PretrainConfig], images: BatchStream | DatasetInfo, de
     a = run.config.attack
     if a.attack == "plain":
         return MaeAttack()
-    bounds = a.eps / 255, a.alpha / 255, 0.0, 1.0
+    eps, alpha = a.eps / 255, a.alpha / 255
+    bounds = linf_bounds(eps, alpha, 0.0, 1.0, channels=3, device=device)
     if run.config.data.use_normalize:
         mean, std = torch.tensor(images.mean), torch.tensor(images.std)
-        bounds = a.eps / 255 / std, a.alpha / 255 / std, (0.0 - mean) / std, (1.0 - mean) / std
+        bounds = linf_bounds(eps / std, alpha / std, (0.0 - mean) / std, (1.0 - mean) / std, channels=3, device=device)
     scale = FP16_ATTACK_SCALE if run.compute.scaled else 1.0
-    return MaeAttack(a.steps, linf_bounds(*bounds, channels=3, device=device), a.attack_mask_ratio, scale)
+    return MaeAttack(a.steps, bounds, a.attack_mask_ratio, scale)
 
 
 def penalty_name(config: PretrainConfig) -> str | None:
-    """hsic, dib_mi or renyi2; None without an attack or with any other word, as in the original."""
+    """hsic, dib_mi or renyi2; None without an attack, or for any other word, as in the original."""
     chosen = config.penalty.mi_train
     return chosen if chosen in PENALTIES and config.attack.attack != "plain" else None
 

@@ -1,4 +1,4 @@
-"""The life of a training: processes, seeds, the loop's objects, and their end."""
+"""Running a training: joining the processes, seeding, building the loop, and closing everything."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -18,9 +18,11 @@ class Runs(Protocol):
 
     def run(self) -> int:
         """Train; returns the exit status."""
+        ...
 
     def close(self) -> None:
-        """End what was started with it."""
+        """End data workers and close files."""
+        ...
 
 
 Loop = TypeVar("Loop", bound=Runs)
@@ -28,7 +30,7 @@ Loop = TypeVar("Loop", bound=Runs)
 
 @contextmanager
 def running(run: Run[Config], build: Callable[[Run[Config], World], Loop]) -> Iterator[Loop]:
-    """Join the processes, seed, and build the training; closes everything, whatever happens.
+    """Context with a training that is ready to begin: joins the processes, seeds and builds it, and closes everything.
 
     Raises what `build` raises, and ValueError if this process's GPU does not exist.
     """

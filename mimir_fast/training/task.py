@@ -1,7 +1,7 @@
-"""What a training is about: the two contracts that pre-training and fine-tuning fill in.
+"""Tasks: the two protocols that pre-training and fine-tuning implement.
 
-`Step` is what the engine asks, `Task` is what the loop asks on top of it.  A task is a plain class with these names; nothing is
-inherited.  tests/support/toy_task.py is the smallest one.
+`Step` is what the engine calls, `Task` what the loop calls as well.  A task is a plain class with these names and inherits
+nothing.  The smallest one is tests/support/toy_task.py.
 """
 
 from collections.abc import Callable
@@ -14,18 +14,26 @@ from torch import Tensor, nn
 from mimir_fast.checkpoints.run_state import Position
 from mimir_fast.config.resolve import Run
 from mimir_fast.data import BatchStream
+from mimir_fast.models import Classifier, MaskedAutoencoder
 from mimir_fast.training.compilation import Compiler
 from mimir_fast.training.optimizer import Updater
 
 
 class Output(Protocol):
-    """A step's device tensors; the engine needs the loss alone."""
+    """Results of a step: a NamedTuple of tensors on the device, of which the engine needs the loss."""
 
-    loss: Tensor
+    @property
+    def loss(self) -> Tensor:
+        """Scalar, with its graph."""
+        ...
+
+    def _asdict(self) -> dict[str, Tensor]:
+        """All of them by name."""
+        ...
 
 
 class Measured(NamedTuple):
-    """What the end of an epoch found: columns of its line in log.txt, and whether the epoch is the best so far."""
+    """Measurements at the end of an epoch: columns of its line in log.txt, and whether the epoch is the best so far."""
 
     row: dict
     is_best: bool = False
@@ -34,75 +42,101 @@ class Measured(NamedTuple):
 class Step(Protocol):
     """What a micro-step computes.
 
-    run            what was asked, and how it is computed here
-    model          the fp32 model; the engine trains it
-    average_decay  share of a running average that stays at an update; None: no average is kept
+    run             the resolved configuration
+    model           the fp32 model, which the engine trains
+    average_decay   decay of a running average of the parameters; None: no average is kept
+    Models, batches, noise and outputs are of types that only the task knows: Any.
     """
 
-    run: Run
-    model: nn.Module
-    average_decay: float | None
+    @property
+    def run(self) -> Run: ...
+
+    @property
+    def model(self) -> MaskedAutoencoder | Classifier: ...
+
+    @property
+    def average_decay(self) -> float | None: ...
 
     def updater(self, lr: float) -> Updater:
-        """The optimizer in its parameter groups, with what belongs to its updates."""
+        """The optimizer in its parameter groups, with the settings of its updates."""
+        ...
 
     def attack_functions(self, compiler: Compiler) -> Any:
-        """What the attack computes with, plain or compiled."""
+        """The functions that the attack computes with, as they are or compiled."""
+        ...
 
-    def objective(self, model: nn.Module, compiler: Compiler) -> nn.Module:
-        """The module to train: its call is the training forward pass of `model`, a copy of ours or ours itself."""
+    def objective(self, model: Any, compiler: Compiler) -> nn.Module:
+        """The module to train: its call is the training forward pass of `model`, which is the task's or a copy of it."""
+        ...
 
     def prepare(self, images_u8: Tensor, labels: Tensor, epoch: int, step: int) -> Any:
-        """images uint8 [B,3,H,W] and labels int64 [B], on the device -> what `step` gets.  May ask the host."""
+        """The batch for `step` from images uint8 [B,3,H,W] and labels int64 [B] on the device.  The host may wait."""
+        ...
 
     def draw_noise(self, generator: torch.Generator, batch: Any) -> Any:
-        """Every random number of the step."""
+        """All random numbers of the step."""
+        ...
 
-    def step(self, objective: nn.Module, attacked: nn.Module, functions: Any, batch: Any, noise: Any) -> Output:
-        """Attack and training forward pass, on the device alone: the host is not asked."""
+    def step(self, objective: nn.Module, attacked: Any, functions: Any, batch: Any, noise: Any) -> Output:
+        """Attack and training forward pass, on the device alone: the host does not wait."""
+        ...
 
 
 class Task(Step, Protocol):
-    """What is trained, on which data, and what is told about it.
+    """What a run trains and logs.
 
-    stream   this process's micro-batches
-    tags     TensorBoard's tags of an update, and the keys they show
-    summary  attack, penalty, ...: words for the first lines of a run
+    stream    this process's micro-batches; None in a task that is made for its step alone
+    tags      TensorBoard's tags of an update -> the keys that they show
+    summary   attack, penalty and the like, for the first lines of a run
     """
 
-    stream: BatchStream
-    tags: dict[str, str]
-    summary: str
+    @property
+    def stream(self) -> BatchStream | None: ...
+
+    @property
+    def tags(self) -> dict[str, str]: ...
+
+    @property
+    def summary(self) -> str: ...
 
     def resume(self, state: dict, own: dict, say: Callable[[str], None]) -> None:
-        """Go on from a checkpoint whose parameters are loaded already; own: its `mimir_fast` entry.  Both empty: start."""
+        """Resume from a checkpoint, after its parameters were loaded; own: its `mimir_fast` entry.  Both empty: start."""
+        ...
 
     def state(self) -> dict:
         """Plain values that `resume` needs, for the checkpoint; every process calls it.
 
         `best`, if it is there, says which epoch best.pth is from.
         """
+        ...
 
     def start_epoch(self, epoch: int) -> None:
-        """What depends on the number of the epoch."""
+        """Set what depends on the epoch."""
+        ...
 
     def end_epoch(self, engine: Any, epoch: int, ends: Callable[[], bool]) -> Measured | None:
-        """Measure what is due; None if `ends` says that a signal asks to end before that.
+        """Measure what is due; None if `ends` returns True before that.
 
-        Raises DataError on every process; like None, it leaves the epoch to be measured by the run that goes on.
+        Raises DataError on every process.  After that, as after None, the run that resumes measures the epoch.
         """
+        ...
 
     def keeps(self, epoch: int) -> bool:
-        """Whether the checkpoint of this epoch stays."""
+        """Whether the checkpoint of this epoch is kept."""
+        ...
 
-    def terms(self, output: Output) -> dict[str, Tensor]:
-        """A micro-step's own contributions to the epoch's sums: device scalars."""
+    def terms(self, output: Any) -> dict[str, Tensor]:
+        """A micro-step's own terms of the epoch's sums: scalars on the device."""
+        ...
 
-    def scalars(self, output: Output) -> dict[str, Tensor]:
-        """An update's own numbers for the logs: device scalars."""
+    def scalars(self, output: Any) -> dict[str, Tensor]:
+        """An update's own values for the logs: scalars on the device."""
+        ...
 
     def epoch_row(self, epoch: int, means: dict[str, float], measured: Measured) -> dict:
-        """An epoch's own columns of log.txt; means: of the epoch's sums over all processes."""
+        """An epoch's own columns of log.txt; means: the epoch's sums, averaged over all processes."""
+        ...
 
-    def save_samples(self, folder: Path, position: Position, images_u8: Tensor, output: Output) -> None:
-        """Whatever shows the last step, to lie beside a checkpoint; the main process calls it."""
+    def save_samples(self, folder: Path, position: Position, images_u8: Tensor, output: Any) -> None:
+        """Save images of the last step beside a checkpoint; only the main process calls it."""
+        ...

@@ -1,4 +1,4 @@
-"""What a run measures after its epochs, and which epoch was the best."""
+"""Validation of a fine-tuning after its epochs, and which epoch was the best."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,13 +13,13 @@ from mimir_fast.training.validation import Scores, build_validation_attack, vali
 
 
 def criterion(config: FinetuneConfig) -> list:
-    """What a best epoch is chosen by: attack, radius and held-out images."""
+    """What the best epoch is chosen by: attack, radius and number of held-out images."""
     v = config.validation
     return [v.val_attack, config.attack.eps, v.held_out]
 
 
 def best_so_far(own: dict, config: FinetuneConfig, say: Callable[[str], None]) -> list[float] | None:
-    """The best epoch of a checkpoint's own entry; None, and said so, if it was chosen by something else."""
+    """The best epoch of a checkpoint's own entry; None, with a line printed, if it was chosen by another criterion."""
     before, now = own.get("best_by", criterion(config)), criterion(config)
     if before == now or own.get("best") is None:
         return own.get("best")
@@ -49,10 +49,10 @@ def build_eval_data(config: FinetuneConfig, world: World, split: str) -> EvalStr
 
 
 class Validator:
-    """Clean test accuracy, robust accuracy and the held-out images, each when it is due.
+    """Clean test accuracy, robust accuracy and the held-out images, each in the epochs in which it is due.
 
     best      [robust accuracy on the held-out images, clean accuracy on them, epoch] of the best epoch so far, or None
-    is_best   whether the epoch rated last was it; without --val_attack clean accuracy decides
+    is_best   whether the epoch measured last was the best; without --val_attack clean accuracy decides
     """
 
     def __init__(self, run: Run[FinetuneConfig], world: World, best: list[float] | None):
@@ -68,17 +68,19 @@ class Validator:
     def rate(
         self, model: Classifier, functions: ClassifierAttackFunctions, epoch: int, ends: Callable[[], bool]
     ) -> dict | None:
-        """Measure what is due after an epoch, the rest being None; returns None if `ends` asks to end before that.
+        """Measure what is due after an epoch; returns None if `ends` returns True before that.
 
         model       the running average, or the frozen twin of the trained model that the attack runs on
-        functions   the training attack's, plain or compiled
-        test_loss, test_acc1, test_acc5, robust_acc1: test images; val_loss, val_acc1, val_robust_acc1: held-out ones.
+        functions   the training attack's, as they are or compiled
+        The result has test_loss, test_acc1 and test_acc5 (None where they are not due), robust_acc1 if it was measured on the
+        test images, and val_loss, val_acc1 and val_robust_acc1 of the held-out images if they are due.
         """
         self.is_best, rates = False, partial(self._validate, model, functions, ends)
         rated = dict.fromkeys(("test_loss", "test_acc1", "test_acc5"))
         robust = self._due(epoch, self.config.validation.val_every)
         attacks_test = robust and self.attack is not None and self.held_out is None
-        if attacks_test or self._due(epoch, self.config.validation.test_every):
+        tests = attacks_test or self._due(epoch, self.config.validation.test_every)
+        if tests and self.test is not None:
             scores = rates(self.test, attacks_test)
             if scores is None:
                 return None
