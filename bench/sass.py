@@ -29,9 +29,12 @@ def read(cubin: bytes, warps: int, arch: int, shared: int) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [CUOBJDUMP, "--dump-resource-usage", "--dump-sass", file.name]
+        command = [str(CUOBJDUMP), "--dump-resource-usage", "--dump-sass", file.name]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, static = map(int, RESOURCES.search(listing).groups())
+    found = RESOURCES.search(listing)
+    if found is None:
+        raise ValueError(f"cuobjdump: its listing names no resources: {listing[:200]!r}")
+    registers, stack, static = map(int, found.groups())
     names = Counter(name for name in INSTRUCTION.findall(listing) if name != "NOP")
     shared = max(shared, static)
     occupancy, limit = _occupancy(registers, shared, warps, arch)
@@ -56,7 +59,7 @@ def _starting(names: Counter, *prefixes: str) -> Counter:
 
 def _widths(names: Counter) -> dict[int, int]:
     """Bits per thread and access -> number of instructions, widest first; without a suffix an access has 32 bits."""
-    widths = Counter()
+    widths: Counter[int] = Counter()
     for name, count in names.items():
         found = WIDTH.search(name)
         widths[int(found[1]) if found else 32] += count

@@ -78,8 +78,10 @@ def flags_of(args: argparse.Namespace) -> list[str]:
 
 def asked(task: str, words: list[str]) -> Run:
     """The run that the trainer would begin with these flags of its own, on top of an ImageNet recipe."""
-    command = FINETUNE_COMMAND if task == FINETUNE else PRETRAIN_COMMAND
-    return resolve(*parse_args(command, ["--recipe", RECIPES[task], *words]))
+    words = ["--recipe", RECIPES[task], *words]
+    if task == FINETUNE:
+        return resolve(*parse_args(FINETUNE_COMMAND, words))
+    return resolve(*parse_args(PRETRAIN_COMMAND, words))
 
 
 def configuration(task: str, words: list[str], variant: str = "ours") -> StepConfig:
@@ -118,6 +120,7 @@ def product(config: StepConfig, images_u8: Tensor, labels: Tensor) -> Callable[[
 def textbook(config: StepConfig, images_u8: Tensor, labels: Tensor) -> Callable[[], object]:
     """The rival's.  bench runs from a checkout, where the tests' oracles are at hand."""
     images, device = images_u8 / 255, images_u8.device
+    batch: tuple[Tensor, ...]
     oracle, flat = importlib.import_module("tests.oracles.textbook"), config.flat()
     sizes = {"img_size": flat["input_size"], "patch_size": flat["patch_size"]}
     eps, alpha = flat["eps"] / 255, flat["alpha"] / 255
@@ -134,7 +137,7 @@ def textbook(config: StepConfig, images_u8: Tensor, labels: Tensor) -> Callable[
         numbers = (eps, alpha, flat["mask_ratio"], flat["mi_xpl"])
         step, batch = oracle.textbook_step, (images,)
     model, dtype = model.to(device), DTYPES[flat["precision"]]
-    updater = Updater(optimizer_of(config, model), device, flat["precision"] == "fp16", flat.get("clip_grad"))
+    updater = Updater(optimizer_of(config, model), device, flat["precision"] == "fp16", max_norm=flat.get("clip_grad"))
 
     def run() -> None:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):

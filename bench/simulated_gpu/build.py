@@ -22,11 +22,17 @@ def cache() -> Path:
 
 def torch_version() -> tuple[str, str]:
     """Versions of torch and of the CUDA that it was built for ("" without); importing torch would take seconds."""
-    spec = find_spec("torch")
-    if spec is None:
+    torch = _package("torch")
+    if torch is None:
         return "", ""
-    found = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+    found = runpy.run_path(str(torch / "version.py"))
     return found["__version__"], found["cuda"] or ""
+
+
+def _package(name: str) -> Path | None:
+    """Folder of an installed package, found without importing it."""
+    spec = find_spec(name)
+    return Path(spec.origin).parent if spec is not None and spec.origin else None
 
 
 def unsuitable() -> str:
@@ -44,8 +50,8 @@ def unsuitable() -> str:
 def include_folders() -> list[Path]:
     """Where CUDA's headers are: in NVIDIA's wheels, in Triton's (which completes them), in an installed toolkit."""
     wheels = [Path(p) / f"cu{CUDA}" for p in getattr(find_spec("nvidia"), "submodule_search_locations", None) or ()]
-    triton = find_spec("triton")
-    within = [Path(triton.origin).parent / "backends" / "nvidia"] if triton else []
+    triton = _package("triton")
+    within = [triton / "backends" / "nvidia"] if triton else []
     toolkit = [Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda")]
     return [home / "include" for home in (*wheels, *within, *toolkit) if (home / "include").is_dir()]
 
@@ -92,8 +98,9 @@ def _compile(sources: list[str], folders: list[Path], target: Path) -> None:
 
 def missing_calls() -> list[str]:
     """Functions of the CUDA runtime that this torch calls and that are not simulated."""
-    lib = Path(find_spec("torch").origin).parent / "lib"
-    files = [lib / f"lib{name}.so" for name in RUNTIME if (lib / f"lib{name}.so").exists()]
+    torch = _package("torch")
+    libraries = [torch / "lib" / f"lib{name}.so" for name in RUNTIME] if torch else []
+    files = [library for library in libraries if library.exists()]
     called = _symbols("--undefined-only", *files)
     return sorted(
         name for name in called - _symbols("--defined-only", library()) if name.lstrip("_").startswith("cuda")

@@ -120,8 +120,13 @@ def on_gpu(step: Callable[[], object], peak: Peak, batch: int, rounds: int) -> R
 
 
 def on_simulated_gpu(step: Callable[[], object], peak: Peak, batch: int) -> Roofline:
-    """Prices and the log's counts; the log also shows whether a launch escaped the trace."""
+    """Prices and the log's counts; the log also shows whether a launch escaped the trace.
+
+    Raises ValueError outside of a simulated GPU.
+    """
     mark = simulated_gpu.marker()
+    if mark is None:
+        raise ValueError("simulated_gpu: this process runs on none")
     warmed_up(step)
     mark(launches.STEP)
     peak_gib = peak_of_memory(step)
@@ -174,7 +179,8 @@ def beyond_the_calls(
 
     Returns prices by bytes for the memsets and copies, and {name: count} of launches without a price.
     """
-    prices, outside = [], Counter()
+    prices: list[Price] = []
+    outside: Counter[str] = Counter()
     for number, rows in found.items():
         known = number != launches.OUTSIDE
         for row in rows:

@@ -167,7 +167,8 @@ def source_nodes() -> dict[str, str]:
     pattern = re.compile(
         r"# kernel path: (\S+)\n# \w+(?: Sorted)? Source Nodes: \[([^\]]*)\], Original ATen: \[([^\]]*)\]"
     )
-    for module in PyCodeCache.modules:
-        for path, names, operations in pattern.findall(Path(module.__file__).read_text()):
+    files = (module.__file__ for module in PyCodeCache.modules)
+    for file in filter(None, files):
+        for path, names, operations in pattern.findall(Path(file).read_text()):
             nodes.setdefault(Path(path).stem, f"[{names}] {operations.replace('aten.', '')}")
     return nodes
