@@ -121,13 +121,14 @@ def _shorten(model: MaskedAutoencoder | Classifier, depth: int) -> None:
         return
     blocks = getattr(model, trunk)
     setattr(model, trunk, blocks[len(blocks) - depth :])
-    if any(getattr(model, "drop_rates", ())):
-        model.drop_rates, model.rates = model.drop_rates[-depth:], model.rates[-depth:]
+    if isinstance(model, Classifier) and any(model.drop_rates):
+        model.drop_rates, model.rates = model.drop_rates[-depth:], model.get_buffer("rates")[-depth:]
 
 
 def _prime(run: Run, model: MaskedAutoencoder | Classifier) -> int:
     """A batch size that divides no other size of the step."""
-    L, flags = model.num_patches, run.flat()
+    flags = run.flat()
+    L = (flags["input_size"] // flags["patch_size"]) ** 2
     kept = [int(L * (1 - flags[name])) for name in ("mask_ratio", "attack_mask_ratio") if name in flags]
     sizes = {L, L + 1, flags["input_size"], *kept, *(K + 1 for K in kept), *(L - K for K in kept)}
     sizes |= {n for p in model.parameters() for n in p.shape}
