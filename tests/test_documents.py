@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import mimir_fast
 from mimir_fast.config.analysis import AnalyzeConfig
 from mimir_fast.config.evaluation import EvaluateConfig
 from mimir_fast.config.export import ExportConfig
@@ -44,6 +45,14 @@ def test_readme_example_runs(tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_training_from_python(monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "pretrain.md").read_text(), re.DOTALL)
+    asked = []
+    monkeypatch.setattr(mimir_fast, "train", asked.append)
+    exec(code, {})
+    assert asked[0].check().attack.attack == "pgd_mae"
 
 
 def test_the_picture_can_be_drawn():
