@@ -3,8 +3,8 @@
 kernels   every operation against its rivals at the shapes of the recipes, checked, then timed
 compile   every kernel compiled for A100 and H100, its machine code read (no GPU needed)
 step      one step of pre-training or fine-tuning priced against a GPU's limits, and measured where the GPU is there
-train     images per second of the real training loop from a folder of images, and the share of every stage
-profile   a trace of some updates, their ten most expensive kernels, and commands for NVIDIA's profilers
+train     images per second of the real training loop from a folder of images, MFU, memory, the wait for data
+profile   a trace of some updates, the time of their stages, their ten most expensive kernels
 gpu       tests, kernels, step, training loop and profile in one go on one GPU: what to run there first
 
 --simulate h100 (or h200, a100) runs a verb on a simulated GPU (bench/simulated_gpu): calls and memory are exact, times do not

@@ -1,8 +1,12 @@
-"""python -m bench train: images per second of the real training loop, and where the time goes."""
+"""python -m bench train: images per second of the real training loop, model FLOPs utilisation, memory, the wait for data."""
 
 import argparse
 import statistics
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -10,18 +14,50 @@ import torch
 from bench import loop, records
 from bench.peaks import PEAKS, peak_of
 from bench.simulated_gpu import marker
-from bench.stage_times import BESIDE, StageTimes, percentiles
 from bench.steps import model_flops
-from mimir_fast.training import stages
 from mimir_fast.training.logs import peak_memory_gib
 
-EPILOG = f"""Trainer flags may follow --, for instance: python -m bench train --data_root FOLDER -- --num_workers 8
-Nothing is saved unless --output_dir is among them.  Stages (mimir_fast/training/stages.py):
-{stages.__doc__.split(chr(10), 2)[2].strip()}
-rest: logs, sums, and on CUDA the wait for the penalty.  A share is the time between a stage's ends on its stream, where the
-device had nothing to do included.  Shares add up to 1; on CUDA the penalty runs beside the decoder and comes on top.
-data wait is the host's: the device may have had work meanwhile.  MFU: products and attention of attack, forward and backward
-pass, without the penalty, against the dense peak of the arithmetic used."""
+EPILOG = """Trainer flags may follow --, for instance: python -m bench train --data_root FOLDER -- --num_workers 8
+Nothing is saved unless --output_dir is among them.  data wait is the host's: the device may have had work meanwhile.
+MFU: products and attention of attack, forward and backward pass, without the penalty, against the dense peak of the arithmetic
+used.  python -m bench profile tells where the time goes."""
+
+
+class Updates:
+    """When the observed updates ended, on the device where there is one, and how long the host waited for images meanwhile."""
+
+    def __init__(self, device: torch.device, warmup: int):
+        self.device, self.warmup = device, warmup
+        self.ends: list = []  # from the update number `warmup` on: CUDA events, on CPUs the host's seconds
+        self.waited = self.began = self.ended = 0.0  # host seconds
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[None]:
+        asked = time.perf_counter()
+        yield
+        if self.ends and name == "data":
+            self.waited += time.perf_counter() - asked
+
+    def updated(self, count: int) -> None:
+        if count < self.warmup:
+            return
+        self.ended = time.perf_counter()
+        if count == self.warmup:
+            self.began = self.ended
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
+        if self.device.type == "cuda":  # read after the last update, so that the step never waits
+            self.ends.append(torch.cuda.Event(enable_timing=True))
+            self.ends[-1].record()
+        else:
+            self.ends.append(self.ended)
+
+    def seconds(self) -> list[float]:
+        """Of every observed update; waits for the device."""
+        if self.device.type != "cuda":
+            return [end - start for start, end in pairwise(self.ends)]
+        torch.cuda.synchronize(self.device)
+        return [start.elapsed_time(end) / 1e3 for start, end in pairwise(self.ends)]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,17 +69,17 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace, flags: list[str]) -> int:
     """Train, print, append the record; returns the exit status: 0, or 1 if the training ended early."""
     with loop.open_trainer(args, flags) as trainer:
-        times = StageTimes(trainer.world.device, args.warmup)
-        if why := loop.run(trainer, times.open, times.updated):
+        updates = Updates(trainer.world.device, args.warmup)
+        if why := loop.run(trainer, updates.opened, updates.updated):
             print(f"python -m bench train: error: {why}", file=sys.stderr)
             return 1
-        record = measured(args, trainer, times)
+        record = measured(args, trainer, updates)
     print(*lines(record), sep="\n")
     records.append(record, args.results)
     return 0
 
 
-def measured(args: argparse.Namespace, trainer: loop.Loop, times: StageTimes) -> dict:
+def measured(args: argparse.Namespace, trainer: loop.Loop, updates: Updates) -> dict:
     """The record.  On a simulated GPU every time is None: there is none."""
     device, run = records.device_name(trainer.world.device), trainer.task.run
     config = run.config.flat() | run.flat()
@@ -60,17 +96,13 @@ def measured(args: argparse.Namespace, trainer: loop.Loop, times: StageTimes) ->
         "model GFLOP per image": model_flops(run.config.updated(run.flat())) / 1e9,
     }
     if marker():
-        nothing = dict.fromkeys(("images/s", "percentiles", "mfu", "data wait"))
-        return record | nothing | {"stages": dict.fromkeys(times.shares())}
-    seconds = times.updates()
+        return record | dict.fromkeys(("images/s", "percentiles", "mfu", "data wait"))
+    seconds = updates.seconds()
     rate = config["batch_size"] * config["accum_iter"] / statistics.mean(seconds)
+    wait = updates.waited / (updates.ended - updates.began)
     return record | {
-        "images/s": rate,
-        "percentiles": percentiles(seconds),
-        "mfu": mfu(record, rate),
-        "data wait": times.data_wait(),
-        "stages": times.shares(),
-    }
+        "images/s": rate, "percentiles": records.percentiles(seconds), "mfu": mfu(record, rate), "data wait": wait
+    }  # fmt: skip
 
 
 def peaks_of(device: str, gpu: str | None) -> str | None:
@@ -91,26 +123,22 @@ def mfu(record: dict, rate: float) -> float | None:
     return record["model GFLOP per image"] * 1e9 * rate / peak
 
 
-def lines(record: dict) -> list[str]:
+def lines(record: dict) -> Iterator[str]:
     """The record for people."""
     config, device = record["config"], record["device"]
-    times_what = f" x {config['accum_iter']}" if config["accum_iter"] > 1 else ""
-    found = [
-        "{model} {input_size}/{patch_size}, batch {batch_size}".format(**config) + times_what
-        + f", {config['precision']}, compile {'on' if config['compile'] else 'off'}; {device}; "
-        f"{record['images']} images ({config['data_root']}); {record['updates']} updates after {record['warmup']}",
-        f"model {record['model GFLOP per image']:.2f} GFLOP per image; peak {record['peak GiB']:.2f} GiB"
-        + (" (resident memory of the process)" if device == "cpu" else ""),
-    ]  # fmt: skip
+    yield (
+        "{model} {input_size}/{patch_size}, batch {batch_size} x {accum_iter}, {precision}".format(**config)
+        + f", compile {'on' if config['compile'] else 'off'}; {device}; {record['images']} images "
+        f"({config['data_root']}); {record['updates']} updates after {record['warmup']}"
+    )
+    resident = " (resident memory of the process)" if device == "cpu" else ""
+    yield f"model {record['model GFLOP per image']:.2f} GFLOP per image; peak {record['peak GiB']:.2f} GiB{resident}"
     if record["images/s"] is None:
-        return [*found, f"a simulated GPU: no times; the run went through, stages {', '.join(record['stages'])}"]
+        yield "a simulated GPU: no times; the run went through"
+        return
     fast, slow = (record["percentiles"][key] * 1e3 for key in ("20", "80"))
     ratio = "unknown" if record["mfu"] is None else f"{record['mfu']:.1%}"
-    found.append(
+    yield (
         f"{record['images/s']:.1f} images/s; update {fast:.1f} to {slow:.1f} ms (20th to 80th percentile); "
         f"MFU {ratio}; data wait {record['data wait']:.1%}"
     )
-    for name, share in sorted(record["stages"].items(), key=lambda item: -item[1]):
-        beside = "  (beside the decoder)" if name == BESIDE and device != "cpu" else ""
-        found.append(f"{share:7.1%}  {name}{beside}")
-    return found

@@ -116,6 +116,15 @@ class Drawn:
                 return f"{part}: {complaint}"
         return ""
 
+    @cached_property
+    def compiled(self) -> Callable:
+        return torch.compile(self.case.reference, dynamic=False)
+
+    def implementation(self, name: str) -> Callable:
+        if name == "compiled":
+            return self.compiled
+        return {"ours": self.case.ours, "eager": self.case.reference, **self.case.rivals}[name]
+
     def call(self, function: Callable, direction: str) -> Callable[[], object]:
         """What is timed.  backward starts from outputs that are kept."""
         wanted = list(leaves(self.inputs).values())

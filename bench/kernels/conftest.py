@@ -1,4 +1,4 @@
-"""Options of `pytest bench/kernels`, what the tests are made of, and the record that each of them leaves."""
+"""Options of `pytest bench/kernels`, what its tests are made of, and the record that each of them leaves."""
 
 import itertools
 import os
@@ -10,13 +10,14 @@ import torch
 
 from bench import records, steps
 from bench.kernels.suite import ON_CPU, ON_GPU, OPS, entries
-from bench.kernels.timing import reached
-from bench.simulated_gpu import marker
+from bench.kernels.work import figures
+from bench.peaks import PEAKS
+from bench.train import peaks_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DIRECTIONS = ("forward", "backward", "both")
 CONTEXT_LOST = 75  # exit status where the GPU answers no more
-TIMES = ("ms", "ms_p20", "ms_p80", "rounds", "call ms")
+TIMES = ("ms", "ms_p20", "ms_p80", "call ms")
 
 
 def pytest_addoption(parser):
@@ -31,6 +32,7 @@ def pytest_addoption(parser):
 def pytest_generate_tests(metafunc):
     """One test for each case, implementation and direction, the most important first."""
     option, (recipes, dtypes) = metafunc.config.getoption, ON_CPU if DEVICE.type == "cpu" else ON_GPU
+    steps.leave_cudnn_out()
     found = entries(option("ops") or list(OPS), option("recipes") or recipes, option("dtypes") or dtypes)
     jobs = []
     for entry in found:
@@ -39,17 +41,6 @@ def pytest_generate_tests(metafunc):
             identity = f"{entry.recipes[0]} {entry.case.label} {name} {direction}"
             jobs.append(pytest.param(entry, len(jobs), name, direction, id=identity))
     metafunc.parametrize(("drawn", "number", "name", "direction"), jobs[option("first") :], indirect=["drawn"])
-
-
-@pytest.fixture(scope="session")
-def peaks(request) -> dict[str, float]:
-    """What the device reaches; a record of its own.  Nothing on a simulated GPU."""
-    steps.leave_cudnn_out()
-    if marker():
-        return {}
-    found = reached(DEVICE)
-    _append(request, {"kind": "peaks", "reached": found})
-    return found
 
 
 @pytest.fixture(autouse=True)
@@ -66,24 +57,17 @@ def progress(request, number):
 
 
 @pytest.fixture
-def note(request, drawn, name, direction, peaks) -> Callable[..., None]:
+def note(request, drawn, name, direction) -> Callable[..., None]:
     """Appends the measurement's record: note(status, why, times)."""
-    case, entry = drawn.case, request.node.callspec.params["drawn"]
+    case, entry, file = drawn.case, request.node.callspec.params["drawn"], request.config.getoption("results")
+    device = records.device_name(DEVICE)
 
     def append(status: str, why: str = "", times: dict | None = None) -> None:
         what = {"op": case.op, "config": case.shape, "dtype": case.dtype, "direction": direction, "impl": name}
         row = {"kind": "kernels", **entry.names(), **what, "status": status, "why": why, **dict.fromkeys(TIMES)}
         if known := drawn.work.get(direction):
-            row |= {
-                "GB": known.bytes / 1e9,
-                "TFLOP": sum(known.flops.values()) / 1e12,
-                "bound ms": known.bound_ms(peaks),
-            }
-        _append(request, row | (times or {}))
+            row |= figures(known, PEAKS.get(peaks_of(device, None)))
+        if file:
+            records.append({**records.heading(device), **row, **(times or {})}, file)
 
     return append
-
-
-def _append(request, row: dict) -> None:
-    if file := request.config.getoption("results"):
-        records.append({**records.heading(records.device_name(DEVICE)), **row}, file)

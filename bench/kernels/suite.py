@@ -1,6 +1,7 @@
 """All cases asked for, the most important first."""
 
 import importlib
+from collections import namedtuple
 from dataclasses import dataclass
 
 from bench.kernels.case import DTYPES, Case
@@ -9,38 +10,13 @@ from mimir_fast.config.pretraining_recipes import cifar10_vit_s, imagenet_vit_b,
 from mimir_fast.models.families import find
 
 # by what is at stake in a step; tests/test_layout.py holds the list to the folders of kernels/
-OPS = (
-    "mlp",
-    "short_attention",
-    "add_layer_norm",
-    "nhsic",
-    "linf_patch_step",
-    "masked_patch_loss",
-    "linf_start",
-    "patch_gather",
-    "token_restore",
-    "mask_indices",
-)
+OPS = ("mlp", "short_attention", "add_layer_norm", "nhsic", "linf_patch_step", "masked_patch_loss", "linf_start")
+OPS += ("patch_gather", "token_restore", "mask_indices")
 
 
-@dataclass(frozen=True)
-class Size:
-    """B images of `side` pixels in patches of p; D, N width and heads of the encoder, E, R of the decoder.
-
-    Of L patches K are kept and M removed; each has P numbers.
-    """
-
-    B: int
-    side: int
-    p: int
-    L: int
-    K: int
-    M: int
-    P: int
-    D: int
-    N: int
-    E: int
-    R: int
+# B images of `side` pixels in patches of p; of L patches K are kept and M removed, each has P numbers; D, N width and heads of
+# the encoder, E, R of the decoder
+Size = namedtuple("Size", "B side p L K M P D N E R")
 
 
 def size_of(config: PretrainConfig, **changes) -> Size:
@@ -49,10 +25,7 @@ def size_of(config: PretrainConfig, **changes) -> Size:
     side, p, wide = flat["input_size"], flat["patch_size"], find(flat["model"], pretraining=True)[1]
     L = (side // p) ** 2
     K = int(L * (1 - flat["mask_ratio"]))
-    encoder, decoder = (
-        (wide["embed_dim"], wide["num_heads"]),
-        (wide["decoder_embed_dim"], wide["decoder_num_heads"]),
-    )
+    encoder, decoder = ((wide["embed_dim"], wide["num_heads"]), (wide["decoder_embed_dim"], wide["decoder_num_heads"]))
     return Size(flat["batch_size"], side, p, L, K, L - K, 3 * p**2, *encoder, *decoder)
 
 

@@ -3,15 +3,17 @@
 What is wrong, or raises, fails its test and is on record; what is not offered is skipped.
 """
 
-from collections.abc import Iterator
+import statistics
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from triton.testing import do_bench
 
 from bench.kernels.case import Drawn, leaves
 from bench.kernels.conftest import DEVICE
-from bench.kernels.timing import timed
 from bench.kernels.work import work
+from bench.records import percentiles
 from bench.simulated_gpu import marker
 
 
@@ -21,17 +23,8 @@ def drawn(request) -> Iterator[Drawn]:
     torch._dynamo.reset()
     with torch._functorch.config.patch(donated_buffer=False):
         found = Drawn(request.param.case, DEVICE)
-        found.work, found.known = work(found.case), {}
+        found.work = work(found.case)
         yield found
-
-
-def implementation(drawn: Drawn, name: str):
-    """The function of that name, compiled once per case."""
-    case = drawn.case
-    if name not in drawn.known:
-        compiled = torch.compile(case.reference, dynamic=False) if name == "compiled" else None
-        drawn.known[name] = compiled or {"ours": case.ours, "eager": case.reference, **case.rivals}[name]
-    return drawn.known[name]
 
 
 def test_speed(drawn, name, direction, benchmark, note):
@@ -41,14 +34,28 @@ def test_speed(drawn, name, direction, benchmark, note):
         note("refused", drawn.case.refused)
         pytest.skip(drawn.case.refused)
     try:
-        function = implementation(drawn, name)
+        function = drawn.implementation(name)
         wrong = "" if marker() else drawn.wrong(name, function)
-        call = drawn.call(function, direction)
-        times = None if wrong or marker() else timed(call, benchmark, DEVICE)
-        if marker():  # there are no times
-            benchmark(call)
+        times = None if wrong else timed(drawn.call(function, direction), benchmark)
     except Exception as error:
         note("failed", " ".join(f"{type(error).__name__}: {error}".split())[:200])
         raise
     note("wrong" if wrong else "simulated" if marker() else "ok", wrong, times)
     assert not wrong
+
+
+def timed(call: Callable[[], object], benchmark) -> dict[str, float] | None:
+    """ms, ms_p20, ms_p80: on a GPU the device's time, its cache emptied in between; elsewhere pytest-benchmark's.
+
+    call ms: pytest-benchmark's, the host and on a GPU the wait for the device included.  A simulated GPU has no times.
+    """
+    if marker():
+        benchmark(call)
+        return None
+    wait = torch.cuda.synchronize if DEVICE.type == "cuda" else lambda: None
+    benchmark.pedantic(lambda: (call(), wait()), rounds=20, warmup_rounds=2)
+    ms = [seconds * 1e3 for seconds in benchmark.stats.stats.data]
+    cuts = [statistics.median(ms), *percentiles(ms).values()]
+    if DEVICE.type == "cuda":
+        cuts = do_bench(call, quantiles=(0.5, 0.2, 0.8))
+    return {**dict(zip(("ms", "ms_p20", "ms_p80"), cuts)), "call ms": statistics.median(ms)}

@@ -1,35 +1,19 @@
-"""Bytes and FLOPs that a case cannot avoid: the contracts of the operators that our implementation calls, without data."""
+"""What a case cannot avoid, by the contracts of the operators that our implementation calls: bytes, FLOPs, the least time."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch._subclasses import FakeTensorMode
 
 from bench.kernels.case import Case, leaves, outputs
-from bench.step.prices import price
+from bench.peaks import Peak
+from bench.step.prices import Price, price
 from bench.step.trace import record
 
 COUNTED = ("ours", "GEMM", "attention")  # classes of bench/step/prices.py: not the views and copies around them
 
 
-@dataclass(frozen=True)
-class Work:
-    """Bytes moved, and FLOPs by arithmetic (a key of a GPU's peaks)."""
-
-    bytes: float
-    flops: dict[str, float]
-
-    def bound_ms(self, reached: dict[str, float]) -> float | None:
-        """The least time at measured peaks ("copy GB/s", "bf16 TFLOP/s", ...); None where one that is needed is missing."""
-        peaks = [reached.get(f"{name} TFLOP/s") for name in self.flops]
-        if "copy GB/s" not in reached or None in peaks:
-            return None
-        compute = sum(count / peak / 1e9 for count, peak in zip(self.flops.values(), peaks))
-        return max(compute, self.bytes / reached["copy GB/s"] / 1e6)
-
-
-def work(case: Case) -> dict[str, Work]:
+def work(case: Case) -> dict[str, list[Price]]:
     """By direction: forward, and with a differentiable input backward and both; empty if ours does not offer the case."""
     if case.refused:
         return {}
@@ -39,16 +23,16 @@ def work(case: Case) -> dict[str, Work]:
         if leaves(inputs):
             upstream = [torch.ones_like(result) for result in results]
             found["backward"] = _counted(lambda: torch.autograd.grad(results, list(leaves(inputs).values()), upstream))
-            found["both"] = _sum(*found.values())
+            found["both"] = found["forward"] + found["backward"]
     return found
 
 
-def _counted(call: Callable[[], object]) -> Work:
-    prices = [p for called in record(call, "cpu") for p in price(called, tf32=True)]
-    return _sum(*(Work(p.bytes, p.flops) for p in prices if p.kind in COUNTED))
+def _counted(call: Callable[[], object]) -> list[Price]:
+    return [p for called in record(call, "cpu") for p in price(called, tf32=True) if p.kind in COUNTED]
 
 
-def _sum(*parts: Work) -> Work:
-    names = dict.fromkeys(name for part in parts for name in part.flops)
-    flops = {name: sum(part.flops.get(name, 0.0) for part in parts) for name in names}
-    return Work(sum(part.bytes for part in parts), flops)
+def figures(prices: list[Price], peak: Peak | None) -> dict[str, float | None]:
+    """GB, TFLOP and, where the GPU's peaks are known, the bound in ms."""
+    bound = peak and sum(p.seconds(peak) for p in prices) * 1e3
+    flops = sum(count for p in prices for count in p.flops.values())
+    return {"GB": sum(p.bytes for p in prices) / 1e9, "TFLOP": flops / 1e12, "bound ms": bound}

@@ -13,9 +13,6 @@ def lines(record: dict) -> Iterator[str]:
     yield "{:<12}{:>7}{:>10}{:>9}{:>10}".format("class", "calls", "GB", "TFLOP", "bound ms")
     for kind, part in record["classes"].items():
         yield "{:<12}{count:>7}{gb:>10.2f}{tflop:>9.3f}{bound_ms:>10.2f}".format(kind, **part)
-    yield "\n" + TOTALS.format(**record["totals"])
-    if record["measured"]:
-        yield MEASURED.format(**record["measured"])
     bound = "{count:>5}{gb:>8.2f}{bound_ms:>8.2f}  {name}"
     if record["top"]:
         yield f"\nthe {len(record['top'])} most expensive Inductor kernels (calls, GB, bound ms, made from)"
@@ -31,3 +28,6 @@ def lines(record: dict) -> Iterator[str]:
     yield "\nunpriced in part or in whole: " + ("nothing" if not record["unpriced"] else "")
     for rest in record["unpriced"]:
         yield "{count:>5}{gb:>9.3f}  {name}: {why}".format(**rest)
+    yield "\n" + TOTALS.format(**record["totals"])
+    if record["measured"]:
+        yield MEASURED.format(**record["measured"])

@@ -1,19 +1,19 @@
-"""python -m bench train: how stages are timed, whole runs of both tasks on the CPU, wrong arguments, the simulated GPU."""
+"""python -m bench train: how updates are timed, whole runs of both tasks on the CPU, wrong arguments, the simulated GPU."""
 
 import json
 import os
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import pytest
 import torch
 from PIL import Image
 
-from bench import stage_times
+from bench import train
 from bench.__main__ import main
 from bench.images import DISTINCT, write_images
-from bench.stage_times import StageTimes, percentiles
+from bench.records import percentiles
 from bench.train import mfu, peaks_of
-from mimir_fast.training.stages import STAGES, listening, stage
+from mimir_fast.training.stages import listening, stage
 from tests.support.runs import make_images
 from tests.support.simulation import needs_simulated_gpu
 
@@ -22,92 +22,43 @@ ON_CPU = "--device cpu --num_workers 0".split()
 
 
 class Clock:
-    """A clock that stands still between the calls of `pass_`."""
+    """Stands still between the calls of `pass_`; `Event` is a CUDA event on a device that lags nothing behind."""
 
     now = 0.0
 
     def perf_counter(self) -> float:
-        return self.now
+        return Clock.now
 
     def pass_(self, seconds: float) -> None:
-        self.now += seconds
-
-
-def one_update(times: StageTimes, clock: Clock, slower: float = 1.0) -> None:
-    """10 s in all: data 1, attack 4 (its loss included), encoder 1, decoder 0.5, loss 0.5, optimizer 2, rest 1."""
-
-    @contextmanager
-    def lasting(name: str, seconds: float):
-        with times.open(name):
-            yield
-            clock.pass_(seconds * slower)
-
-    with lasting("data", 1):
-        pass
-    with lasting("attack", 3), lasting("loss", 1):
-        pass
-    with lasting("encoder", 1):
-        pass
-    with lasting("decoder", 0.5), lasting("loss", 0.5):
-        pass
-    clock.pass_(1 * slower)
-    with lasting("optimizer", 2):
-        pass
-
-
-def test_shares_leave_out_inner_stages_and_the_warm_up(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(stage_times, "time", clock)
-    times = StageTimes(torch.device("cpu"), warmup=2)
-    for count, slower in enumerate((7.0, 3.0, 1.0, 2.0), 1):
-        one_update(times, clock, slower)
-        times.updated(count)
-    assert times.updates() == pytest.approx([10, 20])
-    expected = {
-        "data": 0.1,
-        "attack": 0.4,
-        "encoder": 0.1,
-        "decoder": 0.05,
-        "loss": 0.05,
-        "optimizer": 0.2,
-        "rest": 0.1,
-    }
-    assert times.shares() == pytest.approx(expected)
-    assert times.data_wait() == pytest.approx(0.1)
+        Clock.now += seconds
 
 
 class Event:
-    """A CUDA event that knows when it was recorded, on a device that lags behind its host."""
-
-    clock = Clock()
-
     def __init__(self, enable_timing: bool):
         assert enable_timing
 
     def record(self) -> None:
-        self.at = self.clock.now
+        self.at = Clock.now
 
     def elapsed_time(self, end: "Event") -> float:
         return (end.at - self.at) * 1e3
 
 
-def test_on_cuda_events_tell_the_time_and_the_penalty_comes_on_top(monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_updates_after_the_warm_up_are_timed_and_the_wait_for_data(device, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(train, "time", clock)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    times = StageTimes(torch.device("cuda"), warmup=1)
-    times.updated(1)
-    with times.open("encoder"):
-        Event.clock.pass_(2)
-    began = Event.clock.now
-    with times.open("penalty"):
-        Event.clock.pass_(3)
-    Event.clock.now = began  # another stream
-    with times.open("decoder"):
-        Event.clock.pass_(6)
-    times.updated(2)
-    assert times.updates() == [8]
-    assert times.shares() == pytest.approx({"encoder": 0.25, "penalty": 0.375, "decoder": 0.75, "rest": 0})
+    updates = train.Updates(torch.device(device), warmup=2)
+    for count, seconds in enumerate((7.0, 3.0, 10.0, 20.0), 1):
+        for name, share in (("data", 0.1), ("attack", 0.6), ("optimizer", 0.3)):
+            with updates.opened(name):
+                clock.pass_(share * seconds)
+        updates.updated(count)
+    assert updates.seconds() == pytest.approx([10, 20])
+    assert updates.waited / (updates.ended - updates.began) == pytest.approx(0.1)
 
 
 def test_percentiles():
@@ -130,23 +81,15 @@ def test_mfu_is_of_the_peak_of_the_arithmetic():
     assert [peaks_of(*name) for name in names] == ["a100", "h100", None, None]
 
 
-@pytest.mark.parametrize(
-    ("task", "model", "stages"),
-    [
-        ("pretrain", "mae_vit_ti", set(STAGES)),
-        ("finetune", "vit_ti", {"data", "prepare", "attack", "encoder", "loss", "backward", "optimizer"}),
-    ],
-)
-def test_a_whole_run_on_the_cpu(task, model, stages, tmp_path, capsys):
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "model"), [("pretrain", "mae_vit_ti"), ("finetune", "vit_ti")])
+def test_a_whole_run_on_the_cpu(task, model, tmp_path, capsys):
     data, results = make_images(tmp_path / "data"), tmp_path / "train.jsonl"
     words = ["--task", task, *SMALL, model, "--updates", "2", "--data_root", str(data), "--results", str(results)]
     assert main(["train", *words, "--", *ON_CPU, "--accum_iter", "2"]) == 0
     (record,) = map(json.loads, results.read_text().splitlines())
     assert [record[name] for name in ("device", "task", "updates", "warmup", "images")] == ["cpu", task, 2, 1, 26]
     assert record["config"]["data_root"] == "data"
-    assert record["stages"].keys() == {*stages, "rest"}
-    assert sum(record["stages"].values()) == pytest.approx(1)
-    assert min(record["stages"].values()) >= 0
     assert 0 < record["percentiles"]["20"] <= record["percentiles"]["80"]
     assert record["images/s"] > 0 < record["peak GiB"]
     assert 0 < record["data wait"] < 1
@@ -211,6 +154,7 @@ def test_compiled_code_neither_breaks_nor_depends_on_the_listener():
     assert (len(graphs), opened) == (1, ["loss"])
 
 
+@pytest.mark.slow
 @needs_simulated_gpu
 def test_on_a_simulated_gpu_it_runs_through_and_claims_no_times(tmp_path, capfd):
     results = tmp_path / "train.jsonl"
@@ -219,6 +163,5 @@ def test_on_a_simulated_gpu_it_runs_through_and_claims_no_times(tmp_path, capfd)
     (record,) = map(json.loads, results.read_text().splitlines())
     assert [record[name] for name in ("device", "peaks", "images")] == ["simulated-h100", "h100", 16]
     assert {record[name] for name in ("images/s", "percentiles", "mfu", "data wait")} == {None}
-    assert record["stages"] == dict.fromkeys([*STAGES, "rest"])
     assert 0 < record["peak GiB"] < 1
     assert "a simulated GPU: no times" in capfd.readouterr().out
