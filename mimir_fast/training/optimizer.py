@@ -122,4 +122,4 @@ class Updater:
     def _count(self, bad: Tensor) -> None:
         total, in_a_row, worst = self.counters.unbind()
         in_a_row = (in_a_row + 1) * bad
-        self.counters = torch.stack([total + bad, in_a_row, torch.maximum(worst, in_a_row)])
+        self.counters.copy_(torch.stack([total + bad, in_a_row, torch.maximum(worst, in_a_row)]))
