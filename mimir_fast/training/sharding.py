@@ -57,6 +57,10 @@ class Shards:
         self.followers = {model: Gathered(model) for model in (twin, *([average.module] if average else []))}
         for root, model in ((objective, self.model), *((root, model) for model, root in self.followers.items())):
             shard(root, model, mesh, policy)
+        # Gathered once for all steps of an attack, and freed before the training pass.
+        for module in self._following():
+            module.set_reshard_after_backward(False, recurse=False)
+        objective.register_forward_pre_hook(lambda *_: self.let_go())
         self.sharded = _sharded(self.model)
         # Plain tensors over the same memory, for the optimizer.
         self.local = [
@@ -98,12 +102,13 @@ class Shards:
         self.let_go()
 
     def let_go(self) -> None:
-        """Free gathered parameters of the followers, which are older than the shares now."""
-        # FSDP frees them after a backward pass, which an attack's or a validation's forward pass may not have.
-        for root in self.followers.values():
-            for module in root.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+        """Free gathered parameters of the followers, which are older than the shares after an update."""
+        for module in self._following():
+            module.reshard()
+
+    def _following(self) -> list[FSDPModule]:
+        modules = (module for root in self.followers.values() for module in root.modules())
+        return [module for module in modules if isinstance(module, FSDPModule)]
 
     def total_norm(self, gradients: list[Tensor]) -> Tensor:
         """L2 norm of all gradients on all processes; not finite on all of them if one is not."""

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mimir_fast.training.distributed import World
 from mimir_fast.training.engine import Engine
@@ -89,10 +90,34 @@ def train(rank: int, name: str) -> dict:
     }
 
 
+class Gathers(TorchDispatchMode):
+    """Counts groups of parameters that FSDP gathers."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += str(func).startswith("fsdp.all_gather_copy_in")
+        return func(*args, **(kwargs or {}))
+
+
+def gathers(rank: int, steps: int) -> int:
+    """How often parameters are gathered in a micro-step under an attack of so many steps."""
+    engine = build(rank, "pgd fsdp")
+    engine.task.attack = engine.task.attack._replace(steps=steps)
+    batch = golden_images()[0][:2], labels()[:2]
+    noise = engine.task.draw_noise(torch.Generator().manual_seed(0), batch)
+    with Gathers() as counted:
+        engine.compute(batch, noise)
+    return counted.count
+
+
 def worker(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
-    torch.save({name: train(rank, name) for name in RUNS}, f"{folder}/{rank}.pt")
+    results = {name: train(rank, name) for name in RUNS} | {"gathers": [gathers(rank, steps) for steps in (1, 4)]}
+    torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -115,6 +140,11 @@ def test_shards_train_and_validate_like_replicas(results, kind):
     shares = [result[f"{kind} fsdp"]["held"] for result in results]
     assert sum(shares) == theirs["held"]
     assert max(shares) < 0.53 * theirs["held"]  # tables are one row, which one process has
+
+
+def test_an_attack_gathers_the_parameters_once_for_all_its_steps(results):
+    once, more = results[0]["gathers"]
+    assert once == more == 2 * 3  # the attack's and the training pass: two blocks, and the rest
 
 
 def test_the_average_is_gathered_and_is_that_of_replicas(results):
