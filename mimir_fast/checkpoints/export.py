@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from mimir_fast.checkpoints.atomic import in_place_when_done
 from mimir_fast.checkpoints.reader import METADATA
 from mimir_fast.checkpoints.robustbench import model_file
-from mimir_fast.checkpoints.trained_models import Trained, latent_tokens, load_classifier, load_encoder, training_eps
+from mimir_fast.checkpoints.trained_models import (
+    Trained,
+    constructor_keywords,
+    latent_tokens,
+    load_classifier,
+    load_encoder,
+    training_eps,
+)
 from mimir_fast.config.export import ExportConfig
 from mimir_fast.data.datasets import INFO
 from mimir_fast.models import Classifier
@@ -28,7 +35,6 @@ from mimir_fast.models.families import family_of
 from mimir_fast.models.family import PREFIX, matches
 from mimir_fast.models.features import FeatureModel
 
-NO_HEAD = {"num_classes": 0, "global_pool": False}
 TOLERANCE = 1e-3  # of outputs of order 1: rounding is below 1e-5, a wrong architecture far above
 
 
@@ -69,14 +75,7 @@ def refused_by_disk(path: Path) -> Iterator[None]:
 def architecture(trained: Trained) -> Architecture:
     """How timm calls a model of ours; an encoder of pre-training has no classes and gives its class token."""
     args, family = trained.args, family_of(trained.model)
-    ours = args["model"].removeprefix(PREFIX)
-    head = (
-        {"num_classes": args["nb_classes"], "global_pool": args["global_pool"]}
-        if isinstance(trained.model, Classifier)
-        else NO_HEAD
-    )
-    size = {"img_size": args["input_size"], "patch_size": args["patch_size"]}
-    theirs = family.timm(ours, family.keywords(ours) | size | head)
+    theirs = family.timm(args["model"].removeprefix(PREFIX), constructor_keywords(trained))
     cropped = args["dataset"] in INFO and INFO[args["dataset"]].side is None
     cfg = {
         "input_size": (3, args["input_size"], args["input_size"]),

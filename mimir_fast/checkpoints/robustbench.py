@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mimir_fast.checkpoints.trained_models import Trained
+from mimir_fast.checkpoints.trained_models import Trained, constructor_keywords
 from mimir_fast.models.families import family_of
 
 # Data sets of RobustBench's model zoo.
@@ -56,9 +56,7 @@ def load(path: str | Path = Path(__file__).with_suffix(".pt")) -> nn.Module:
 def model_file(trained: Trained, path: Path) -> str:
     """The text of the Python file for the parameters in `path`."""
     args, family = trained.args, family_of(trained.model)
-    size = {"img_size": args["input_size"], "patch_size": args["patch_size"]}
-    head = {"num_classes": args["nb_classes"], "global_pool": args["global_pool"]}
-    theirs = family.network(args["model"], {**size, **head, **family.keywords(args["model"])})
+    theirs = family.network(args["model"], constructor_keywords(trained))
     pixel = f"Pixel{family.title}"
     dataset = args["dataset"] if args["dataset"] in ZOO_DATASETS else "DATASET"
     on_imagenet = f"nn.Sequential(OrderedDict(model={pixel}()))"

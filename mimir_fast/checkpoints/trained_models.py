@@ -13,12 +13,13 @@ from mimir_fast.checkpoints.matching import load_all
 from mimir_fast.checkpoints.reader import Contents, read
 from mimir_fast.data.datasets import INFO
 from mimir_fast.models import Classifier, MaskedAutoencoder, create_classifier, create_model
-from mimir_fast.models.families import recognise
+from mimir_fast.models.families import family_of, recognise
 from mimir_fast.models.family import PREFIX, Family
 
 __all__ = [
     "OVERRIDES",
     "Trained",
+    "constructor_keywords",
     "latent_tokens",
     "load_classifier",
     "load_encoder",
@@ -116,6 +117,14 @@ def normalised(trained: Trained, images: Tensor) -> Tensor:
     return (images - mean) / std
 
 
+def constructor_keywords(trained: Trained) -> dict:
+    """What made the model, without normalisation: its sizes, those of its name and what its tensors tell."""
+    family, args = family_of(trained.model), trained.args
+    found = family.read(family.of_classifier(trained.model.state_dict()))
+    size = {keyword: args[flag] for keyword, flag in SIZE.items()}
+    return size | _free(family, found) | family.keywords(args["model"].removeprefix(PREFIX))
+
+
 def training_eps(trained: Trained) -> float | None:
     """Radius of the adversarial training in 1/255, from a checkpoint's args, where it is a share; None if they do not
     say.
@@ -150,20 +159,27 @@ def _kind(contents: Contents) -> str:
 def _classifier(contents: Contents, overrides: dict, device: str | torch.device) -> Trained:
     args = _resolved(contents, overrides, _facts(contents))
     normalisation = {name: args[name] for name in ("mean", "std")}
-    model = create_classifier(args["model"], **_keywords(args, SIZE | HEAD), **normalisation)
+    model = create_classifier(args["model"], **_keywords(contents, args), **normalisation)
     return _filled(model, contents, args, device)
 
 
 def _mae(contents: Contents, overrides: dict, device: str | torch.device) -> Trained:
     args = _resolved(contents, overrides, _facts(contents, PREFIX))
     args["norm_pix_loss"] = bool(args.get("norm_pix_loss", False))
-    model = create_model(args["model"], **_keywords(args, SIZE), norm_pix_loss=args["norm_pix_loss"])
+    model = create_model(args["model"], **_keywords(contents, args), norm_pix_loss=args["norm_pix_loss"])
     return _filled(model, contents, args, device)
 
 
-def _keywords(args: dict, flags: dict) -> dict:
-    """Keywords of a constructor; what nobody knows stays at the constructor's default."""
-    return {keyword: args[name] for keyword, name in flags.items() if name in args}
+def _keywords(contents: Contents, args: dict) -> dict:
+    """Keywords of the constructor beside those of the name; what nobody knows stays at the constructor's default."""
+    family = _family(contents)
+    found = family.read(family.of_classifier(contents.tensors))
+    return {keyword: args[flag] for keyword, flag in SIZE.items() if flag in args} | _free(family, found)
+
+
+def _free(family: Family, found: dict) -> dict:
+    """What the tensors tell beyond the name's sizes."""
+    return {keyword: found[keyword] for keyword in family.free if keyword in found}
 
 
 def _facts(contents: Contents, prefix: str = "") -> dict:

@@ -8,7 +8,7 @@ from mimir_fast.checkpoints.errors import CheckpointError
 from mimir_fast.checkpoints.matching import Match, compare
 from mimir_fast.models import Classifier
 from mimir_fast.models.families import family_of
-from mimir_fast.models.family import NO_SIZES, Family, Resized, matches
+from mimir_fast.models.family import Family, Resized, matches
 
 
 def load_pretrained(
@@ -22,10 +22,10 @@ def load_pretrained(
     Positional tables of another grid are resized as the model's family does it (ViT: bicubic, the class row is kept).
     Raises CheckpointError if the encoder is not all there, has other sizes, or its positions are no square grid.
     """
+    family = family_of(model)
+    family.adapt(model, family.of_classifier(given))
     match = match_encoder(model, given, source)
-    resized = {
-        key: _resized(family_of(model), match.tensors[key], own, source) for key, (_, own) in match.misshapen.items()
-    }
+    resized = {key: _resized(family, match.tensors[key], own, source) for key, (_, own) in match.misshapen.items()}
     tables = {key: table for key, (table, _) in resized.items()}
     model.load_state_dict(match.tensors | tables, strict=False)
     nn.init.trunc_normal_(model.head.weight, std=head_std)
@@ -64,7 +64,7 @@ def match_encoder(model: Classifier, given: dict, source: str) -> Match:
 
 def _check_sizes(family: Family, theirs: dict, ours: dict, source: str) -> None:
     """What the tensors of the checkpoint and of the model tell; raises CheckpointError where the encoders' sizes differ."""
-    sizes = ours.keys() - set(NO_SIZES)
+    sizes = ours.keys() - set(family.free)
     if not sizes | {"patch_size"} <= theirs.keys():
         return
     if any(theirs[key] != ours[key] for key in sizes):

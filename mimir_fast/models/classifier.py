@@ -18,7 +18,7 @@ class Classifier(nn.Module, ABC):
 
     img_size, in_chans   the images are [B,in_chans,img_size,img_size]
     num_classes          O of the logits; head: the linear layer that gives them
-    drop_rates           every block's rate of stochastic depth
+    drop_rates           every block's rate of stochastic depth; branches: of a block, each left out by a draw of its own
     kernels              implementation of the operations in mimir_fast.kernels
     """
 
@@ -27,13 +27,14 @@ class Classifier(nn.Module, ABC):
     num_classes: int
     head: nn.Linear
     drop_rates: Sequence[float]
+    branches: int = 2
     kernels: str
 
     @abstractmethod
     def forward_features(self, images: Tensor, drop_noise: Tensor | None = None) -> Tensor:
         """images [B,C,H,W] -> features, which `classify` takes: tokens [B,1+L,D], or their mean [B,D].
 
-        drop_noise: uniform draws [depth,2,B] of stochastic depth, a draw for attention and MLP of every block; None: nothing is
+        drop_noise: uniform draws [depth,branches,B] of stochastic depth, for attention and MLP of every block; None: nothing is
         left out.  Raises ValueError for images of another size.
         """
 

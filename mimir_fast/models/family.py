@@ -16,8 +16,6 @@ from mimir_fast.models.autoencoder import MaskedAutoencoder
 from mimir_fast.models.classifier import Classifier
 
 PREFIX = "mae_"  # before a classifier's name: the masked autoencoder whose encoder it takes
-# what a classifier's tensors tell beside the sizes that belong to a name
-NO_SIZES = ("img_size", "patch_size", "num_classes", "global_pool")
 
 Tensors = Mapping[str, Tensor]
 
@@ -63,6 +61,7 @@ class Family:
     encoder_prefix  what stands before the names of the encoder's parameters in an autoencoder's state dict
     encoder         patterns of the encoder's parameters, the last normalisation included
     fresh           patterns of what a classifier may start without
+    adapt           (classifier, tensors that it will start from) -> None: makes room in it for what only some files have
     undecayed       patterns of what weight decay leaves alone in fine-tuning, beside vectors
     blocks          classes of the blocks, which are compiled, sharded and gathered one by one
     trunk           name of a model's list of encoder blocks if they are all alike: what one of them costs, all cost
@@ -70,7 +69,8 @@ class Family:
     layer_of        (name, model) -> 0 before the first of them, 1 to L in them, L + 1 after the last
     lacks           tensors of a file -> the name of one that every model of the family has and the file lacks; None: it is one
     read            tensors of a classifier or autoencoder -> keywords of the constructors as far as their shapes tell them:
-                    those of `sizes`, img_size, patch_size, and of a classifier num_classes and global_pool
+                    those of `sizes` and of `free`
+    free            keywords in which models of one name differ
     describe        what `read` found, in words
     tables          patterns of the positional tables, which may come from another grid
     resize          (table, shape that the model has) -> the table in that shape; raises ValueError, saying what was
@@ -101,6 +101,8 @@ class Family:
     timm: Callable[[str, dict[str, Any]], TimmModel]
     network: Callable[[str, dict[str, Any]], Network]
     timm_key: Callable[[str], str | None] = str
+    adapt: Callable[[Any, Tensors], None] = lambda classifier, tensors: None
+    free: tuple[str, ...] = ("img_size", "patch_size", "num_classes", "global_pool")
     trunk: str | None = None
     encoder_prefix: str = ""
     aliases: dict[str, str] = field(default_factory=dict)
@@ -128,7 +130,7 @@ class Family:
 
     def named(self, read: dict[str, Any]) -> str | None:
         """The classifier's name for what `read` found; None if its sizes have no name."""
-        sizes = {key: value for key, value in read.items() if key not in NO_SIZES}
+        sizes = {key: value for key, value in read.items() if key not in self.free}
         for name in self.sizes:
             own = {**self._defaults, **self.keywords(name)}
             if all(own[key] == value for key, value in sizes.items()):

@@ -44,6 +44,7 @@ def save_samples(
     position    epoch, update and eps_255, which are stored as well
     """
     images, adv, pred, ids = (t[:SAMPLES] for t in (images, output.adv, output.pred, output.ids_removed))
+    ids = ids.expand(len(images), -1)
     mask = torch.zeros(len(images), images[0, 0].numel() // patch_size**2, device=images.device).scatter(1, ids, 1.0)
     pictures = {"clean": images, "adv": adv, "recon": reconstruct(pred, ids, images, patch_size, norm_pix_loss)}
     if mean is not None and std is not None:

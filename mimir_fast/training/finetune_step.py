@@ -74,7 +74,8 @@ def draw_noise(
         start = torch.randn(images.shape, device=device, generator=generator)
     if any(model.drop_rates):
         passes = 2 if attack.kind in TWO_BRANCHES else 1
-        drop = torch.rand(len(model.drop_rates), 2, passes * len(images), device=device, generator=generator)
+        shape = (len(model.drop_rates), model.branches, passes * len(images))
+        drop = torch.rand(shape, device=device, generator=generator)
     return ClassifierNoise(start, drop)
 
 

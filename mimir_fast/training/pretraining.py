@@ -121,10 +121,9 @@ class Pretraining:
         }
 
     def save_samples(self, folder: Path, position: Position, images_u8: Tensor, output: PretrainOutput) -> None:
-        m = self.config.model
         where = {"epoch": position.epoch, "update": position.update, "eps_255": self.config.attack.eps}
         images = to_float(images_u8[:SAMPLES], self.mean, self.std)
-        shape = (m.patch_size, m.norm_pix_loss)
+        shape = (self.model.patch_size, self.model.norm_pix_loss)
         save_samples(folder / "samples.npz", images, output, *shape, mean=self.mean, std=self.std, position=where)
 
     # ---- state

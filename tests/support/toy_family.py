@@ -32,8 +32,9 @@ class ToyBlock(nn.Module):
 class ToyEncoder(nn.Module):
     """Images [B,3,H,W] -> tokens [B,L,D]."""
 
-    def __init__(self, img_size: int, patch_size: int, width: int, depth: int):
+    def __init__(self, img_size: int, patch_size: int, width: int, depth: int, shift: bool = False):
         super().__init__()
+        self.shift = nn.Parameter(torch.zeros(width)) if shift else None
         self.table = nn.Parameter(torch.randn(1, (img_size // patch_size) ** 2, width) * 0.02)
         self.stem = nn.Conv2d(3, 3, 3, padding=1)
         self.project = nn.Conv2d(3, width, patch_size, patch_size)
@@ -42,7 +43,8 @@ class ToyEncoder(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         with torch.autocast(images.device.type, enabled=False):
-            return self.project(self.stem(images)).flatten(2).transpose(1, 2) + self.table
+            tokens = self.project(self.stem(images)).flatten(2).transpose(1, 2) + self.table
+        return tokens if self.shift is None else tokens + self.shift
 
     def run(self, tokens: Tensor) -> Tensor:
         for block in self.layers:
@@ -53,11 +55,13 @@ class ToyEncoder(nn.Module):
 class ToyAutoencoder(MaskedAutoencoder):
     """Mask tokens stand for removed patches in encoder and decoder."""
 
-    def __init__(self, img_size=16, patch_size=4, width=8, depth=2, norm_pix_loss=False, kernels="auto", **_):
+    def __init__(
+        self, img_size=16, patch_size=4, width=8, depth=2, norm_pix_loss=False, shift=False, kernels="auto", **_
+    ):
         super().__init__()
         self.img_size, self.in_chans, self.patch_size = img_size, 3, patch_size
         self.num_patches, self.norm_pix_loss, self.kernels = (img_size // patch_size) ** 2, norm_pix_loss, kernels
-        self.encoder = ToyEncoder(img_size, patch_size, width, depth)
+        self.encoder = ToyEncoder(img_size, patch_size, width, depth, shift)
         self.mask_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.decoder_pred = nn.Linear(width, 3 * patch_size**2)
 
@@ -79,10 +83,8 @@ class ToyAutoencoder(MaskedAutoencoder):
 class ToyClassifier(ToyEncoder, Classifier):
     """The mean over the tokens decides."""
 
-    def __init__(
-        self, img_size=16, patch_size=4, num_classes=2, width=8, depth=2, mean=None, std=None, kernels="auto", **_
-    ):
-        super().__init__(img_size, patch_size, width, depth)
+    def __init__(self, img_size=16, patch_size=4, num_classes=2, width=8, depth=2, shift=False, kernels="auto", **_):
+        super().__init__(img_size, patch_size, width, depth, shift)
         self.img_size, self.in_chans, self.num_classes, self.kernels = img_size, 3, num_classes, kernels
         self.drop_rates = [0.0] * depth
         self.head = nn.Linear(width, num_classes)
@@ -105,7 +107,13 @@ def read(tensors: Tensors) -> dict[str, Any]:
     found = {"width": tensors["table"].shape[2], "patch_size": tensors["project.weight"].shape[-1]}
     found["depth"] = len({name.split(".")[1] for name in tensors if name.startswith("layers.")})
     found["img_size"] = found["patch_size"] * math.isqrt(tensors["table"].shape[1])
+    found["shift"] = "shift" in tensors
     return found | ({"num_classes": len(tensors["head.weight"])} if "head.weight" in tensors else {})
+
+
+def adapt(classifier: ToyClassifier, tensors: Tensors) -> None:
+    if "shift" in tensors:
+        classifier.shift = nn.Parameter(torch.zeros_like(tensors["shift"]))
 
 
 def resize(table: Tensor, shape: tuple[int, ...]) -> Resized:
@@ -125,7 +133,7 @@ TOY = Family(
     aliases={"mae_toy_tiny": "mae_toy_small"},
     masking="images",
     encoder_prefix="encoder.",
-    encoder=("table", "stem.*", "project.*", "layers.*", "last.*"),
+    encoder=("table", "shift", "stem.*", "project.*", "layers.*", "last.*"),
     fresh=("head.*",),
     undecayed=("table", "layers.*.layer.weight"),
     blocks=(ToyBlock,),
@@ -133,10 +141,14 @@ TOY = Family(
     layer_of=layer_of,
     lacks=lambda tensors: next((name for name in ("table", "stem.weight") if name not in tensors), None),
     read=read,
+    free=("img_size", "patch_size", "num_classes", "shift"),
+    adapt=adapt,
     describe=lambda found: f"width {found['width']}",
     tables=("table",),
     resize=resize,
-    timm=lambda name, keywords: TimmModel(f"timm_{name}", {"num_classes": keywords["num_classes"]}, "stem", "head.fc"),
+    timm=lambda name, keywords: TimmModel(
+        f"timm_{name}", keywords | {"num_classes": keywords.get("num_classes", 0)}, "stem", "head.fc"
+    ),
     timm_key=lambda name: None if name.startswith("stem.") else f"body.{name}",
     network=lambda name, keywords: Network("from toys import Toy\n", "Toy", keywords),
 )

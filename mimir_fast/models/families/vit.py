@@ -108,7 +108,7 @@ def timm(name: str, keywords: dict[str, Any]) -> TimmModel:
     theirs, sizes = TIMM[name]
     theirs_all = {"img_size": 224, "patch_size": 16, "depth": sizes["depth"], "mlp_ratio": 4.0, **sizes}
     ours = {"mlp_ratio": 4.0, **keywords}
-    options = {"num_classes": ours["num_classes"], "global_pool": "avg" if ours["global_pool"] else "token"}
+    options = {"num_classes": ours.get("num_classes", 0), "global_pool": "avg" if ours.get("global_pool") else "token"}
     options |= {key: ours[key] for key, value in theirs_all.items() if ours[key] != value}
     return TimmModel(theirs, options, "patch_embed.proj", "head")
 

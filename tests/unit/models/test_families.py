@@ -104,6 +104,18 @@ def test_a_classifier_starts_from_its_familys_autoencoder():
         load_pretrained(classifier, small_model().state_dict(), "x.pth", print, 0.02)
 
 
+def test_what_only_some_files_have(tmp_path):
+    """The classifier gets a place for it, and a file that is read again brings it along."""
+    autoencoder, classifier = create_model("mae_toy_small", shift=True, **SIZE), create_classifier("toy_small", **SIZE)
+    torch.nn.init.normal_(autoencoder.encoder.shift)
+    load_pretrained(classifier, autoencoder.state_dict(), "x.pth", print, 0.02)
+    assert torch.equal(classifier.shift, autoencoder.encoder.shift)
+    trained = load_classifier(saved(tmp_path / "c.pth", classifier))
+    assert torch.equal(trained.model.shift, classifier.shift)
+    assert architecture(trained).options["shift"]
+    assert load_mae(saved(tmp_path / "m.pth", autoencoder)).model.encoder.shift is not None
+
+
 def test_layers_of_layer_decay():
     model = create_classifier("toy_small", **SIZE)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -132,9 +144,9 @@ def test_the_attack_differentiates_whole_images():
 
 def test_exports_ask_the_record(tmp_path):
     trained = load_classifier(saved(tmp_path / "c.pth", create_classifier("toy_small", num_classes=5, **SIZE)))
-    trained.args["global_pool"] = True
     built = architecture(trained)
-    assert (built.name, built.options) == ("timm_toy_small", {"num_classes": 5})
+    sizes = {"img_size": 16, "patch_size": 4, "num_classes": 5, "shift": False, "width": 8, "depth": 2}
+    assert (built.name, built.options) == ("timm_toy_small", sizes)
     assert (built.pretrained_cfg["first_conv"], built.pretrained_cfg["classifier"]) == ("stem", "head.fc")
     expected = {f"body.{name}" for name in trained.model.state_dict() if not name.startswith("stem.")}
     assert set(timm_tensors(trained)) == expected
