@@ -191,11 +191,11 @@ def test_ctrl_c_saves_after_the_update_and_a_second_one_interrupts(tmp_path, cap
     assert finish(build(tmp_path / "once", Pressed)) == 130
     assert "stopped by SIGINT; go on with --resume auto" in capsys.readouterr().out
     assert (tmp_path / "once" / "resume-0-4.pth").exists()
-    loop = build(tmp_path / "twice", PressedTwice)
+    loop, before = build(tmp_path / "twice", PressedTwice), signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         finish(loop)
     assert loop.position.update == 1
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # as it was before
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_nothing_is_written_without_a_folder(tmp_path, monkeypatch):
