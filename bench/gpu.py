@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,16 +56,15 @@ class Outcome(NamedTuple):
 
 def build_parser() -> argparse.ArgumentParser:
     parser = records.parser("gpu", __doc__, EPILOG)
-    add, names = parser.add_argument, {"type": records.words, "metavar": "A,B"}
+    add = parser.add_argument
+    names = partial(add, type=records.words, metavar="A,B")
     add("--minutes", type=float, default=MINUTES, help="for everything together (default: %(default)g)")
     add("--data_root", default="", help="folder of class folders with images (default: synthetic JPEG files)")
-    add(
-        "--models", default="mae_vit_base,mae_vit_small", help="the first trains, all are priced (%(default)s)", **names
-    )
+    names("--models", default="mae_vit_base,mae_vit_small", help="the first trains, all are priced (%(default)s)")
     add("--batch", type=int, default=512, help="images per step (default: %(default)s)")
     add("--input_size", type=int, default=224, help="image side [pixels] (default: %(default)s)")
     add("--patch_size", type=int, default=16, help="patch side [pixels] (default: %(default)s)")
-    add("--only", default=",".join(GROUPS), help="these stages only (default: %(default)s)", **names)
+    names("--only", default=",".join(GROUPS), help="these stages only (default: %(default)s)")
     add("--output", default="runs/bench_gpu", metavar="FOLDER", help="logs, trace, summary.md (default: %(default)s)")
     add("--results", default=str(records.RESULTS), metavar="FOLDER", help="of JSON lines (default: %(default)s)")
     return parser
@@ -140,8 +140,14 @@ def run_one(stage: Stage, limit: float, log: Path) -> Outcome:
     if stage.name == "kernels":  # it can end by itself
         command += ["--seconds", f"{MARGIN * limit:.0f}"]
     with log.open("w") as out:
-        where = {"cwd": records.ROOT, "stdout": out, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
-        process = subprocess.Popen(command, start_new_session=True, **where)
+        process = subprocess.Popen(
+            command,
+            start_new_session=True,
+            cwd=records.ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
         try:
             status = "ok" if process.wait(limit) == 0 else "failed"
         except subprocess.TimeoutExpired:

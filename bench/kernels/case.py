@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.budget import beyond_budget
+from bench.step.prices import Price
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Inputs = dict[str, object]  # an operation's keyword arguments
@@ -68,10 +69,14 @@ def random_order(B: int, L: int, device: torch.device) -> Tensor:
 
 @dataclass
 class Drawn:
-    """A case's inputs with a random gradient for each floating-point output, and what is true of them in float64."""
+    """A case's inputs with a random gradient for each floating-point output, and what is true of them in float64.
+
+    work   prices by direction, see bench/kernels/work.py
+    """
 
     case: Case
     device: torch.device
+    work: dict[str, list[Price]] = field(default_factory=dict)
 
     def __post_init__(self):
         torch.manual_seed(0)
@@ -85,8 +90,8 @@ class Drawn:
         results, wanted = outputs(function(**inputs)), leaves(inputs)
         found = {f"output {number}": result.detach() for number, result in enumerate(results)}
         if wanted:
-            upstream = [g.to(r.dtype) for g, r in zip(self.upstream, results)]
-            grads = torch.autograd.grad(results, list(wanted.values()), upstream)
+            given = [(r, g.to(r.dtype)) for g, r in zip(self.upstream, results) if g is not None]
+            grads = torch.autograd.grad([r for r, _ in given], list(wanted.values()), [g for _, g in given])
             found |= {f"gradient of {name}": grad for name, grad in zip(wanted, grads)}
         return found
 

@@ -34,7 +34,7 @@ def pytest_generate_tests(metafunc):
     option, (recipes, dtypes) = metafunc.config.getoption, ON_CPU if DEVICE.type == "cpu" else ON_GPU
     steps.leave_cudnn_out()
     found = entries(option("ops") or list(OPS), option("recipes") or recipes, option("dtypes") or dtypes)
-    jobs = []
+    jobs: list = []
     for entry in found:
         names = [*(["ours"] if DEVICE.type == "cuda" else []), "eager", "compiled", *entry.case.rivals]
         for name, direction in itertools.product(names, DIRECTIONS):
@@ -66,7 +66,8 @@ def note(request, drawn, name, direction) -> Callable[..., None]:
         what = {"op": case.op, "config": case.shape, "dtype": case.dtype, "direction": direction, "impl": name}
         row = {"kind": "kernels", **entry.names(), **what, "status": status, "why": why, **dict.fromkeys(TIMES)}
         if known := drawn.work.get(direction):
-            row |= figures(known, PEAKS.get(peaks_of(device, None)))
+            gpu = peaks_of(device, None)
+            row |= figures(known, PEAKS.get(gpu) if gpu else None)
         if file:
             records.append({**records.heading(device), **row, **(times or {})}, file)
 

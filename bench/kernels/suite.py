@@ -10,8 +10,10 @@ from mimir_fast.config.pretraining_recipes import cifar10_vit_s, imagenet_vit_b,
 from mimir_fast.models.families import find
 
 # by what is at stake in a step; tests/test_layout.py holds the list to the folders of kernels/
-OPS = ("mlp", "short_attention", "add_layer_norm", "nhsic", "linf_patch_step", "masked_patch_loss", "linf_start")
-OPS += ("patch_gather", "token_restore", "mask_indices")
+OPS: tuple[str, ...] = (
+    *("mlp", "short_attention", "add_layer_norm", "nhsic", "linf_patch_step", "masked_patch_loss", "linf_start"),
+    *("patch_gather", "token_restore", "mask_indices"),
+)
 
 
 # B images of `side` pixels in patches of p; of L patches K are kept and M removed, each has P numbers; D, N width and heads of

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from bench.kernels.case import Case, leaves, outputs
@@ -18,7 +19,8 @@ def work(case: Case) -> dict[str, list[Price]]:
     if case.refused:
         return {}
     with FakeTensorMode():
-        inputs, results = case.draw(torch.device("cpu")), []
+        inputs = case.draw(torch.device("cpu"))
+        results: list[Tensor] = []
         found = {"forward": _counted(lambda: results.extend(outputs(case.ours(**inputs))))}
         if leaves(inputs):
             upstream = [torch.ones_like(result) for result in results]
@@ -33,6 +35,6 @@ def _counted(call: Callable[[], object]) -> list[Price]:
 
 def figures(prices: list[Price], peak: Peak | None) -> dict[str, float | None]:
     """GB, TFLOP and, where the GPU's peaks are known, the bound in ms."""
-    bound = peak and sum(p.seconds(peak) for p in prices) * 1e3
+    bound = sum(p.seconds(peak) for p in prices) * 1e3 if peak else None
     flops = sum(count for p in prices for count in p.flops.values())
     return {"GB": sum(p.bytes for p in prices) / 1e9, "TFLOP": flops / 1e12, "bound ms": bound}
