@@ -95,6 +95,7 @@ def observed(tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 @needs_simulated_gpu
 def test_launches_are_logged_by_name(observed):
     ((kind, name, *_),) = observed["elementwise"]
