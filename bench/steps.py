@@ -114,7 +114,7 @@ def product(config: StepConfig, images_u8: Tensor, labels: Tensor) -> Callable[[
     engine = Engine(build_task(resolve(config, set()), world), world)
     batch = engine.task.prepare(images_u8, labels, 0, 0)
     # what the step returned is alive during the update, as in the loop
-    return lambda: (engine.compute(batch, engine.task.draw_noise(engine.generator, batch)), engine.update())
+    return lambda: (engine.forward_backward(batch, engine.task.draw_noise(engine.generator, batch)), engine.update())
 
 
 def textbook(config: StepConfig, images_u8: Tensor, labels: Tensor) -> Callable[[], object]:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mimir_fast.data.archives import read_npz
+from mimir_fast.data.batch_order import EdmSampler, Schedule, ShuffleSchedule, check_unsup_fraction
 from mimir_fast.data.crops import PAD
 from mimir_fast.data.datasets import INFO, DatasetInfo, Source, dataset_info, read_images
 from mimir_fast.data.errors import DataError
 from mimir_fast.data.policies import Augment, Augmentation
-from mimir_fast.data.schedule import EdmSampler, Schedule, ShuffleSchedule, check_unsup_fraction
 from mimir_fast.data.sources import ArrayImages, MixedImages
 from mimir_fast.data.splits import check_labels, class_names, held_out_indices
 from mimir_fast.data.stream import BatchStream

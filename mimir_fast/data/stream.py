@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mimir_fast.data.batch_order import KeySampler, Schedule
 from mimir_fast.data.crops import Channels
 from mimir_fast.data.datasets import DatasetInfo
 from mimir_fast.data.errors import BadFiles, DataError
-from mimir_fast.data.schedule import KeySampler, Schedule
 from mimir_fast.data.workers import BatchMaker, sigterm_held, start_worker, unchanged
 
 

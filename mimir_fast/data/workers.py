@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mimir_fast.data.batch_order import BatchKey
 from mimir_fast.data.crops import centre_crop, random_flip, random_pad_crop, random_resized_crop
 from mimir_fast.data.policies import Augment, Augmentation, Operation
 from mimir_fast.data.randomness import Purpose, borrowed_generators, random_stream
-from mimir_fast.data.schedule import BatchKey
 from mimir_fast.data.sources import ArrayImages, FolderImages, MixedImages, TooManyBadError
 
 # Elsewhere a process cannot ask which process sent a signal.

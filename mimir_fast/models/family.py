@@ -1,4 +1,4 @@
-"""The record of a family of models: all that the rest of the house knows about it.
+"""The record of a family of models: everything particular to an architecture that other modules use.
 
 A new family is one file in mimir_fast/models/families/ (its modules and one `Family`) and one entry of FAMILIES in
 mimir_fast/models/families/__init__.py; nothing else names it.

@@ -1,5 +1,8 @@
 """Engine: the only place where a training step is assembled.
 
+The order of calls: Loop._train_epoch -> Engine.micro_step -> prepare (Task.prepare, seed, Task.draw_noise) -> forward_backward
+(autocast, Task.step, Updater.backward); after the last micro-batch of an update Engine.update (Updater.update, average).
+
 It holds the 16-bit copy or the shards, the frozen twin that the attack runs on, compiled functions, data parallelism, the
 generator of noise, and the updater.  The loop, bench and the memory prediction each make one; it needs no data set.
 """
@@ -15,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from mimir_fast.attacks.pgd_mae import frozen_twin
 from mimir_fast.training.compilation import Compiler
 from mimir_fast.training.distributed import World, average_gradients
-from mimir_fast.training.moving_average import RunningAverage
 from mimir_fast.training.optimizer import Updater, peak_learning_rate
+from mimir_fast.training.parameter_ema import ParameterEMA
 from mimir_fast.training.precision import ComputeCopy
 from mimir_fast.training.seeds import step_seed
 from mimir_fast.training.stages import stage
@@ -79,7 +82,7 @@ class Engine:
         last                whether an update follows
         The host waits for the device at most in `prepare`.
         """
-        return self.compute(*self.prepare(images_u8, labels, epoch, step), last)
+        return self.forward_backward(*self.prepare(images_u8, labels, epoch, step), last)
 
     def prepare(self, images_u8: Tensor, labels: Tensor, epoch: int, step: int) -> tuple[Any, Any]:
         """The task's batch, and its random numbers."""
@@ -88,8 +91,8 @@ class Engine:
             self.generator.manual_seed(step_seed(self.seed, self.world.rank, epoch, step))
             return batch, self.task.draw_noise(self.generator, batch)
 
-    def compute(self, batch: Any, noise: Any, last: bool = True) -> Output:
-        """The rest of a micro-step, which is work on the device alone."""
+    def forward_backward(self, batch: Any, noise: Any, last: bool = True) -> Output:
+        """Attack, forward and backward pass: the rest of a micro-step, which is work on the device alone."""
         device = self.world.device.type
         with self._gradients_held() if not last else nullcontext():
             with torch.autocast(device, dtype=self.dtype, enabled=self.dtype != torch.float32):
@@ -116,10 +119,10 @@ class Engine:
 
     # ---- assembly
 
-    def _start_average(self, saved: dict | None) -> RunningAverage | None:
+    def _start_average(self, saved: dict | None) -> ParameterEMA | None:
         if self.task.average_decay is None:
             return None
-        average = RunningAverage(self.task.model, self.task.average_decay)
+        average = ParameterEMA(self.task.model, self.task.average_decay)
         if saved:
             average.load_state_dict(saved)
         return average

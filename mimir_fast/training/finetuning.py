@@ -19,9 +19,9 @@ from mimir_fast.data.datasets import DatasetInfo
 from mimir_fast.models import Classifier, create_classifier
 from mimir_fast.objectives.adversarial_losses import cross_entropy
 from mimir_fast.objectives.classification import ClassificationObjective
+from mimir_fast.training.attack_schedule import build_mixing, radius_and_step, warms_up
 from mimir_fast.training.compilation import Compiler
 from mimir_fast.training.distributed import World
-from mimir_fast.training.finetune_schedule import build_mixing, radius_and_step, warms_up
 from mimir_fast.training.finetune_step import (
     FP16_ATTACK_SCALE,
     ClassifierAttack,

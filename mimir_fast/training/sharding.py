@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mimir_fast.training.compilation import blocks_of
 from mimir_fast.training.distributed import World
-from mimir_fast.training.moving_average import RunningAverage
 from mimir_fast.training.optimizer import Updater
+from mimir_fast.training.parameter_ema import ParameterEMA
 
 
 class Gathered(nn.Module):
@@ -41,7 +41,7 @@ class Shards:
         self,
         objective: nn.Module,
         twin: nn.Module,
-        average: RunningAverage | None,
+        average: ParameterEMA | None,
         updater: Updater,
         world: World,
         dtype: torch.dtype,
@@ -116,7 +116,7 @@ class Shards:
         dist.all_reduce(square)
         return square.sqrt()
 
-    def states(self, average: RunningAverage | None) -> dict:
+    def states(self, average: ParameterEMA | None) -> dict:
         """State dicts of the whole model, optimizer and average, gathered; every process calls."""
         moments = self.optimizer.state_dict()
         sharded = dict(zip(self.local, self.sharded))

@@ -201,7 +201,7 @@ def replay(name: str, model, compile: bool):
             tensors["start_noise"][step], list(tensors["attack_mask_noise"][step]), tensors["train_mask_noise"][step]
         )
         updates = (step + 1) % r["accum"] == 0
-        out = engine.compute(images[step], noise, updates)
+        out = engine.forward_backward(images[step], noise, updates)
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
         if updates:
             engine.update()

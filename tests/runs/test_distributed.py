@@ -109,7 +109,7 @@ def computation_worker(rank: int, port: int, compression: str, folder: str) -> N
     engine = Engine(mae_task(model, ATTACK, world, **flags), world)
     for i in range(2):
         images = golden_images()[i][4 * rank : 4 * rank + 4]
-        engine.compute(images, half(the_noise(), rank), last=i == 1)
+        engine.forward_backward(images, half(the_noise(), rank), last=i == 1)
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
     engine.update()
     torch.save({"grads": grads, "model": model.state_dict()}, f"{folder}/{rank}.pt")

@@ -56,7 +56,7 @@ def update(engine: Engine, number: int) -> torch.Tensor:
         mine = slice(4 * rank, 4 * rank + 4)
         batch = golden_images()[i][mine], labels()[mine]
         noise = engine.task.draw_noise(torch.Generator().manual_seed(10 * number + 2 * i + rank), batch)
-        engine.compute(batch, noise, last=i == 1)
+        engine.forward_backward(batch, noise, last=i == 1)
     return engine.update(number)
 
 
@@ -109,7 +109,7 @@ def gathers(rank: int, steps: int) -> int:
     batch = golden_images()[0][:2], labels()[:2]
     noise = engine.task.draw_noise(torch.Generator().manual_seed(0), batch)
     with Gathers() as counted:
-        engine.compute(batch, noise)
+        engine.forward_backward(batch, noise)
     return counted.count
 
 

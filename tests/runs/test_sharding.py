@@ -56,7 +56,7 @@ class Run:
             images = golden_images()[i][4 * self.rank : 4 * self.rank + 4]
             if poison and self.rank == 1:
                 images = images * torch.inf
-            self.engine.compute(images, half(the_noise(), self.rank), last=i == 1)
+            self.engine.forward_backward(images, half(the_noise(), self.rank), last=i == 1)
         return self.engine.update()
 
 

@@ -7,7 +7,7 @@ from mimir_fast.cli.finetune import FINETUNE
 from mimir_fast.cli.parser import build_parser, parse_args
 from mimir_fast.config.finetuning import FinetuneConfig, validation_steps
 from mimir_fast.config.finetuning_recipes import RECIPES
-from mimir_fast.training.finetune_schedule import build_mixing, radius_and_step
+from mimir_fast.training.attack_schedule import build_mixing, radius_and_step
 
 # flag: (type, default), as in the original's parser
 ORIGINAL = {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mimir_fast.data import DataError, build_pretrain_data
-from mimir_fast.data.schedule import EdmSampler
+from mimir_fast.data.batch_order import EdmSampler
 from tests.unit.data.test_layouts import random_image, write_cifar10, write_classes
 
 ROWS = json.loads((Path(__file__).parents[2] / "golden" / "edm_sampler.json").read_text())["scalars"]["rows"]

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from mimir_fast.data import BatchStream, DataError, build_pretrain_data
+from mimir_fast.data.batch_order import BatchKey, ShuffleSchedule
 from mimir_fast.data.datasets import dataset_info, read_images
-from mimir_fast.data.schedule import BatchKey, ShuffleSchedule
 from mimir_fast.data.sources import ArrayImages
 from mimir_fast.data.workers import BatchMaker
 from tests.unit.data.test_layouts import write_cifar10, write_classes

@@ -27,7 +27,7 @@ def test_compiled_step_is_the_eager_step_and_compiles_once(region):
         clock.start()
         for i in range(2 + compile):
             model.zero_grad()
-            loss = engine.compute(golden_images()[i], noise).loss
+            loss = engine.forward_backward(golden_images()[i], noise).loss
             if i == 1:
                 losses.append(loss.item())
                 grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
@@ -64,7 +64,7 @@ def _train_by_block(model: MaskedAutoencoderViT) -> None:
     engine = Engine(mae_task(model, MaeAttack(1, BOUNDS), compile=True, compile_region="block"), World())
     noise = draw_noise(torch.Generator().manual_seed(1), 8, 64, MaeAttack(1, BOUNDS))
     for _ in range(2):
-        engine.compute(golden_images()[0], noise)
+        engine.forward_backward(golden_images()[0], noise)
 
 
 def test_a_users_cache_folder_stays(monkeypatch):

@@ -47,7 +47,7 @@ def train(kind: str, backend="aot_eager", after=lambda: None, **flags) -> list[F
     for i in range(STEPS):
         batch = golden_images()[i][:2], labels()[:2]
         engine.task.attack = ClassifierAttack(kind, 2, linf_bounds((4 + i) / 255, 2 / 255, 0.0, 1.0, 3, "cpu"))
-        outputs.append(engine.compute(batch, engine.task.draw_noise(generator, batch)))
+        outputs.append(engine.forward_backward(batch, engine.task.draw_noise(generator, batch)))
         engine.update()
         after()
     return outputs
@@ -238,5 +238,5 @@ def test_after_prepare_the_host_neither_waits_nor_decides(task, precision):
     engine.update()  # makes the optimizer's state
     prepared = engine.prepare(images_u8, labels(), 0, 1)
     with no_waiting():
-        engine.compute(*prepared)
+        engine.forward_backward(*prepared)
         engine.update(2)

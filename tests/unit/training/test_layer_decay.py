@@ -5,8 +5,8 @@ import torch
 
 from mimir_fast.models import VisionTransformer
 from mimir_fast.training.layer_decay import build_optimizer, parameter_groups
-from mimir_fast.training.moving_average import RunningAverage
 from mimir_fast.training.optimizer import set_learning_rate
+from mimir_fast.training.parameter_ema import ParameterEMA
 from tests.golden.test_classifier import SIZES
 
 
@@ -43,7 +43,7 @@ def averaged(first: int) -> list[float]:
     """Three averages of a parameter that was 1 and grows by 1, from update number `first` on."""
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.constant_(model.weight, 1.0)
-    average = RunningAverage(model, 0.9)
+    average = ParameterEMA(model, 0.9)
     values = []
     for number in range(first, first + 3):
         with torch.no_grad():
@@ -62,7 +62,7 @@ def test_running_average():
 def test_a_running_average_goes_on_where_it_stood():
     torch.manual_seed(0)
     model = VisionTransformer(**SIZES, mean=(0.5,) * 3, std=(0.5,) * 3)
-    average = RunningAverage(model, 0.99)
+    average = ParameterEMA(model, 0.99)
     assert list(average.state_dict()) == list(model.state_dict())
     assert not any(p.requires_grad for p in average.module.parameters())
     assert not average.module.training
@@ -72,7 +72,7 @@ def test_a_running_average_goes_on_where_it_stood():
             for p in model.parameters():
                 p.add_(torch.randn_like(p))
         if number == 3:
-            other = RunningAverage(model, 0.99)
+            other = ParameterEMA(model, 0.99)
             other.load_state_dict({key: value.clone() for key, value in average.state_dict().items()})
         for each in (average, other):
             if each:
@@ -80,4 +80,4 @@ def test_a_running_average_goes_on_where_it_stood():
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in average.state_dict().items())
     assert not torch.equal(average.module.head.weight, model.head.weight)
     with pytest.raises(ValueError, match=r"model_ema_decay.*got 1.0"):
-        RunningAverage(model, 1.0)
+        ParameterEMA(model, 1.0)

@@ -1,4 +1,4 @@
-"""Schedules of fine-tuning by epoch: the attack's radius and step, and mixup."""
+"""Schedules of fine-tuning from epoch to epoch: the attack's radius and step, and how images are mixed."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Exponential moving average of the parameters (EMA), kept on the device."""
+"""Exponential moving average (EMA) of the parameters, `--model_ema`, kept on the device."""
 
 import copy
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 
-class RunningAverage:
+class ParameterEMA:
     """average <- d * average + (1 - d) * parameters, after every optimizer update.
 
     module       a frozen copy of the model that holds the average, for validation and checkpoints; it shares buffers
