@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mimir_fast import evaluate as evaluate
     from mimir_fast.attacks.pgd_mae import pgd_mae as pgd_mae
     from mimir_fast.models import MaskedAutoencoderViT as MaskedAutoencoderViT
     from mimir_fast.models import VisionTransformer as VisionTransformer
@@ -35,6 +36,7 @@ __all__ = [
     "__version__",
     "create_classifier",
     "create_model",
+    "evaluate",
     "nhsic",
     "pgd_mae",
     "renyi_mi",
@@ -43,6 +45,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "evaluate":
+        # a package that can be called: the room and the public function have one name
+        return importlib.import_module("mimir_fast.evaluate")
     if name not in _HOMES:
         raise AttributeError(f"module 'mimir_fast' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

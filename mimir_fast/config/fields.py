@@ -7,7 +7,7 @@ a dataclass of stages, in which every flag has a name of its own.
 import difflib
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields, replace
-from typing import TypeVar, get_type_hints
+from typing import ClassVar, TypeVar, get_type_hints
 
 Config = TypeVar("Config", bound="Configuration")
 
@@ -46,7 +46,12 @@ def inherited(stage: type, name: str, default=None, **words: str):
 
 @dataclass(frozen=True)
 class Configuration:
-    """Everything a run depends on: a frozen dataclass whose fields are stages, whose fields are flags."""
+    """Everything a run depends on: a frozen dataclass whose fields are stages, whose fields are flags.
+
+    given   names of the flags that `updated` was told, also where the value is the default's
+    """
+
+    given: ClassVar[frozenset[str]] = frozenset()
 
     # Flags have one namespace over all stages, as on the command line: `flat` and `updated` need no stage.
 
@@ -81,7 +86,10 @@ class Configuration:
         for stage, kind in self.stages().items():
             own = {f.name: values[f.name] for f in fields(kind) if f.name in values}
             stages[stage] = replace(getattr(self, stage), **own)
-        return type(self)(**stages)
+        new = type(self)(**stages)
+        # no field: two configurations of the same values are equal, whoever chose the values
+        object.__setattr__(new, "given", self.given | values.keys())
+        return new
 
     def completed(self: Config, explicit: set[str]) -> Config:
         """A copy with the defaults that other flags decide; explicit: the names of the flags that were set."""

@@ -19,7 +19,7 @@ def evaluate(config: EvaluateConfig, explicit: set[str] | None = None) -> dict:
 
     config     EvaluateConfig().updated({"checkpoint": "best.pth", "attacks": "clean,pgd-20", "eps": 4.0}); eps and alpha
                in 1/255, images [B,3,H,W] in [0,1]; a flag is called as on the command line
-    explicit   names of the flags that were asked for (default: those that differ from their defaults): a device that was
+    explicit   names of the flags that were asked for (default: those that `updated` named): a device that was
                asked for and is not there is an error, a default one is not
     Every batch is saved, so the same call after an interruption goes on where it stopped.
     Raises ValueError (DataError, CheckpointError) for wrong input, OSError where the disk refuses.
@@ -28,7 +28,7 @@ def evaluate(config: EvaluateConfig, explicit: set[str] | None = None) -> dict:
     config = config.check()
     # Adversarial examples lie close to the decision boundary, where tf32 decides otherwise than fp32.
     torch.set_float32_matmul_precision("highest")
-    device = resolve_device(config.run.device, config.changed() if explicit is None else explicit)
+    device = resolve_device(config.run.device, config.changed() | config.given if explicit is None else explicit)
     overrides = overrides_of(config.model.model, config.model.use_normalize, config.data.dataset)
     trained = load_classifier(config.model.checkpoint, overrides=overrides, device=device)
     eps = config.attack.eps or training_eps(trained) or USUAL_EPS

@@ -35,6 +35,8 @@ def running(run: Run[Config], build: Callable[[Run[Config], World], Loop]) -> It
     Raises what `build` raises, and ValueError if this process's GPU does not exist.
     """
     world = join_world(run.config.dist, run.device)
+    # the engine sets it for 16 bits; the next run in this process must not inherit it
+    products = torch.get_float32_matmul_precision()
     try:
         seed_everything(run.config.run.seed + world.rank)
         keep_compiled_code()
@@ -44,6 +46,7 @@ def running(run: Run[Config], build: Callable[[Run[Config], World], Loop]) -> It
         finally:
             loop.close()
     finally:
+        torch.set_float32_matmul_precision(products)
         world.close()
 
 

@@ -35,7 +35,7 @@ def train(config: Config) -> TrainResult:
 
     config   PretrainConfig().updated({"model": "mae_vit_small", "attack": "pgd_mae", "eps": 8.0, ...}) or a FinetuneConfig;
              a flag is called as on the command line (eps and alpha in 1/255, batch_size in images per process) and counts
-             as asked for where it differs from its default; a recipe is such a configuration
+             as asked for where `updated` names it; a recipe is such a configuration
              (mimir_fast.config.pretraining_recipes.RECIPES["imagenet_vit_b"]())
     Images [B,3,H,W], labels [B]: read from the data set that the configuration names.  Several processes: start the program
     with torchrun, every process calls.
@@ -45,7 +45,7 @@ def train(config: Config) -> TrainResult:
     """
     if isinstance(config, FinetuneConfig) and config.validation.eval:
         raise ValueError("eval: got True, expected False: call mimir_fast.evaluate with an EvaluateConfig to evaluate")
-    explicit = config.changed()
+    explicit = config.changed() | config.given
     run = resolve(config.completed(explicit).check(), explicit)
     with running(run, build_loop) as loop:
         status = loop.run()

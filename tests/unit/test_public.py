@@ -15,6 +15,8 @@ from mimir_fast.attacks.pgd_mae import ascend_reconstruction, linf_bounds
 from mimir_fast.config.evaluation import EvaluateConfig
 from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.config.pretraining import PretrainConfig
+from mimir_fast.config.resolve import resolve
+from mimir_fast.training.running import running
 from tests.support.golden import golden_images, small_model
 
 SIGNATURES = {
@@ -36,7 +38,7 @@ def test_signatures_stay(name):
     assert str(bare) == expected
 
 
-@pytest.mark.parametrize("name", [n for n in mimir_fast.__all__ if n != "__version__"])
+@pytest.mark.parametrize("name", [n for n in mimir_fast.__all__ if n not in ("__version__", "evaluate")])
 def test_docstrings_tell_what_a_caller_must_know(name):
     doc = inspect.getdoc(getattr(mimir_fast, name))
     assert "Raises ValueError" in doc or "Raise ValueError" in doc
@@ -153,3 +155,30 @@ def test_train_names_what_is_wrong():
         train(PretrainConfig().updated({"attack": "plian", "device": "cpu"}))
     with pytest.raises(ValueError, match="eval: got True"):
         train(FinetuneConfig().updated({"eval": True}))
+
+
+def test_evaluate_is_an_attribute_of_the_package():
+    code = "import mimir_fast; assert callable(mimir_fast.evaluate); assert mimir_fast.evaluate.Images"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_training_leaves_the_precision_of_matrix_products_as_it_was(monkeypatch):
+    class Training:
+        def run(self):
+            raise AssertionError
+
+        def close(self):
+            torch.set_float32_matmul_precision("high")
+
+    run = resolve(PretrainConfig().updated({"device": "cpu"}), {"device"})
+    with running(run, lambda run, world: Training()):
+        torch.set_float32_matmul_precision("high")
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_flags_that_were_named_count_as_asked_for():
+    asked = FinetuneConfig().updated({"dataset": "cifar10"}).updated({"input_size": 224})
+    assert asked.given == {"dataset", "input_size"}
+    assert asked.completed(set(asked.given)).model.input_size == 224
+    assert asked.completed(asked.changed()).model.input_size == 32
+    assert asked == FinetuneConfig().updated({"dataset": "cifar10"})
