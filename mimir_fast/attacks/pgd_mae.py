@@ -161,8 +161,9 @@ def _ascend_patches(
     mask_ratio: float,
     loss_scale: float,
 ) -> Tensor:
-    """A step that differentiates the kept patches; noise [B,L] decides which they are."""
+    """A step that differentiates the kept patches; noise [B,L] or [1,L] decides which they are."""
     ids_shuffle, ids_restore, keep = model.random_masking(noise, mask_ratio)
+    ids_restore = ids_restore.expand(len(images), -1)
     patches = model.visible(adv, ids_shuffle[:, :keep]).requires_grad_(True)
     with torch.enable_grad():
         loss, pred = functions.loss(model, patches, ids_shuffle, adv)

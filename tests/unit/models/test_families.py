@@ -2,21 +2,33 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from mimir_fast.attacks.linf import linf_step
-from mimir_fast.attacks.pgd_mae import pgd_mae, plain_functions
+from mimir_fast.attacks.pgd_mae import linf_bounds, pgd_mae, plain_functions
 from mimir_fast.checkpoints.errors import CheckpointError
 from mimir_fast.checkpoints.export import architecture, timm_tensors
 from mimir_fast.checkpoints.robustbench import model_file
 from mimir_fast.checkpoints.trained_models import latent_tokens, load_classifier, load_encoder, load_mae
 from mimir_fast.checkpoints.transfer import load_pretrained
-from mimir_fast.models import Classifier, MaskedAutoencoder, create_classifier, create_model, families
+from mimir_fast.models import (
+    Classifier,
+    MaskedAutoencoder,
+    MaskedAutoencoderViT,
+    create_classifier,
+    create_model,
+    families,
+)
 from mimir_fast.models.families import family_of, find, listed, model_names, recognise
 from mimir_fast.models.families.vit import VIT
+from mimir_fast.objectives.reconstruction import ReconstructionObjective
+from mimir_fast.report.samples import save_samples
 from mimir_fast.training.compilation import blocks_of
 from mimir_fast.training.layer_decay import parameter_groups
+from mimir_fast.training.pretrain_step import MaeAttack, draw_noise, pretrain_step
 from tests.support.golden import small_model
 from tests.support.toy_family import TOY, ToyBlock
 
@@ -140,6 +152,42 @@ def test_the_attack_differentiates_whole_images():
     loss.backward()
     assert torch.equal(adv, (images + 0.02 * leaf.grad.sign()).clamp(0, 1))
     assert model(adv, 0.75, noise=draws["mask_noise"][0])[0] > loss
+
+
+class OneMaskForAll(MaskedAutoencoderViT):
+    """A family may mask all images of a batch alike, with one row of noise."""
+
+    def noise_shape(self, batch: int) -> tuple[int, int]:
+        return 1, self.num_patches
+
+    def visible(self, images: Tensor, ids_keep: Tensor) -> Tensor:
+        return super().visible(images, ids_keep.expand(len(images), -1))
+
+    def reconstruct(self, latent: Tensor, ids_shuffle: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        return super().reconstruct(latent, ids_shuffle.expand(len(images), -1), images)
+
+
+def test_one_mask_for_a_whole_batch(tmp_path):
+    torch.manual_seed(0)
+    model, images = (
+        OneMaskForAll(**SIZE, embed_dim=24, depth=1, num_heads=2, decoder_embed_dim=16),
+        torch.rand(3, 3, 16, 16),
+    )
+    attack, generator = MaeAttack(1, linf_bounds(0.03, 0.02, 0.0, 1.0, 3, "cpu")), torch.Generator().manual_seed(1)
+    noise = draw_noise(generator, *model.noise_shape(3), attack)
+    alike = noise._replace(
+        attack_masks=[row.expand(3, -1) for row in noise.attack_masks], train_mask=noise.train_mask.expand(3, -1)
+    )
+    outputs = [pretrain_step(ReconstructionObjective(model), model, images, n, attack) for n in (noise, alike)]
+    assert outputs[0].ids_removed.shape == (1, 12)
+    assert torch.equal(outputs[0].adv, outputs[1].adv)
+    assert torch.equal(outputs[0].loss, outputs[1].loss)
+    where = {"mean": None, "std": None, "position": {}}
+    for name, output in zip(("one", "alike"), outputs):
+        save_samples(tmp_path / f"{name}.npz", images, output, 4, False, **where)
+    one, rows = (np.load(tmp_path / f"{name}.npz") for name in ("one", "alike"))
+    assert (one["mask"] == rows["mask"]).all()
+    assert (one["recon"] == rows["recon"]).all()
 
 
 def test_exports_ask_the_record(tmp_path):
