@@ -106,6 +106,7 @@ def test_launches_are_logged_by_name(observed):
     assert (kind, name.startswith("triton_")) == ("TRITON", True)
 
 
+@pytest.mark.slow
 @needs_simulated_gpu
 def test_products_are_logged_with_their_sizes(observed):
     """cuBLAS counts by columns: m is the result's width."""
@@ -117,6 +118,7 @@ def test_products_are_logged_with_their_sizes(observed):
     assert ["SOLVER", "potrf", "n=40,rhs=0,b=1"] in observed["solve"]
 
 
+@pytest.mark.slow
 @needs_simulated_gpu
 def test_copies_and_waits_are_logged(observed):
     assert observed["to host"] == [["MEMCPY", "D2H", "4"], ["SYNC", "stream"]]
@@ -124,11 +126,13 @@ def test_copies_and_waits_are_logged(observed):
     assert "waiting is an error" in observed["printed"]
 
 
+@pytest.mark.slow
 @needs_simulated_gpu
 def test_the_device_is_the_one_asked_for_and_its_memory_ends(observed):
     assert "NVIDIA A100-SXM4-80GB (8, 0) 100\nallocated 40\nout of memory" in observed["printed"]
 
 
+@pytest.mark.slow
 @needs_simulated_gpu
 def test_captures_are_held_to_the_rules(observed):
     graph = [row for row in observed["graph"] if row[0] == "GRAPH"]
