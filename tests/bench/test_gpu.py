@@ -157,7 +157,6 @@ def test_wrong_arguments(words, complaint, capsys, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
 @needs_simulated_gpu
 def test_on_a_simulated_gpu(tmp_path, capfd):
     words = (

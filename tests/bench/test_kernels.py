@@ -133,7 +133,6 @@ def test_every_operation_runs_on_a_cpu(tmp_path, capfd):
     assert f"{len(found)} records in {file}" in capfd.readouterr().out
 
 
-@pytest.mark.slow
 @needs_simulated_gpu
 def test_our_kernels_run_on_a_simulated_gpu(tmp_path):
     """Forward and backward, compared with nothing and timed by nobody."""

@@ -95,7 +95,6 @@ def observed(tmp_path_factory):
     return found
 
 
-@pytest.mark.slow
 @needs_simulated_gpu
 def test_launches_are_logged_by_name(observed):
     ((kind, name, *_),) = observed["elementwise"]
@@ -106,7 +105,6 @@ def test_launches_are_logged_by_name(observed):
     assert (kind, name.startswith("triton_")) == ("TRITON", True)
 
 
-@pytest.mark.slow
 @needs_simulated_gpu
 def test_products_are_logged_with_their_sizes(observed):
     """cuBLAS counts by columns: m is the result's width."""
@@ -118,7 +116,6 @@ def test_products_are_logged_with_their_sizes(observed):
     assert ["SOLVER", "potrf", "n=40,rhs=0,b=1"] in observed["solve"]
 
 
-@pytest.mark.slow
 @needs_simulated_gpu
 def test_copies_and_waits_are_logged(observed):
     assert observed["to host"] == [["MEMCPY", "D2H", "4"], ["SYNC", "stream"]]
@@ -126,13 +123,11 @@ def test_copies_and_waits_are_logged(observed):
     assert "waiting is an error" in observed["printed"]
 
 
-@pytest.mark.slow
 @needs_simulated_gpu
 def test_the_device_is_the_one_asked_for_and_its_memory_ends(observed):
     assert "NVIDIA A100-SXM4-80GB (8, 0) 100\nallocated 40\nout of memory" in observed["printed"]
 
 
-@pytest.mark.slow
 @needs_simulated_gpu
 def test_captures_are_held_to_the_rules(observed):
     graph = [row for row in observed["graph"] if row[0] == "GRAPH"]
@@ -146,8 +141,11 @@ def test_captures_are_held_to_the_rules(observed):
 
 
 @pytest.fixture
-def refused(capsys):
+def refused(capsys, monkeypatch):
+    """The line with which the launcher ends; the process of the tests is not to become another program."""
+
     def run(*words: str) -> str:
+        monkeypatch.setattr(launcher.os, "execvpe", lambda *program: pytest.fail("it was not refused"))
         assert launcher.main([*words, "true"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         return line

@@ -244,7 +244,6 @@ def test_a_torch_that_is_not_known_gets_no_simulation(monkeypatch, capsys):
 # ---- on the simulated GPU
 
 
-@pytest.mark.slow
 @needs_simulated_gpu
 @pytest.mark.parametrize(
     ("task", "variant", "gpu", "words"),

@@ -154,7 +154,6 @@ def test_compiled_code_neither_breaks_nor_depends_on_the_listener():
     assert (len(graphs), opened) == (1, ["loss"])
 
 
-@pytest.mark.slow
 @needs_simulated_gpu
 def test_on_a_simulated_gpu_it_runs_through_and_claims_no_times(tmp_path, capfd):
     results = tmp_path / "train.jsonl"

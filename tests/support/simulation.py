@@ -11,7 +11,11 @@ from bench.simulated_gpu.build import missing, unsuitable
 
 ROOT = Path(__file__).parents[2]
 REASON = missing() or unsuitable()
-needs_simulated_gpu = pytest.mark.skipif(bool(REASON), reason=REASON)
+
+
+def needs_simulated_gpu(test):
+    """Marks a test, or a case of one; whatever runs there takes seconds."""
+    return pytest.mark.slow(pytest.mark.skipif(bool(REASON), reason=REASON)(test))
 
 
 def run_simulated(command: list, log: Path | str = os.devnull, gpu: str = "h100", memory_mib: int | None = None) -> str:
