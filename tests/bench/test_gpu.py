@@ -162,9 +162,10 @@ def test_on_a_simulated_gpu(tmp_path, capfd):
     words = (
         f"--models mae_vit_ti --batch 2 --input_size 32 --patch_size 8 --output {tmp_path / 'out'} --results {tmp_path}"
     )
-    command = f"gpu --simulate h100 --only tests,train {words} --minutes 5 -- --no_compile"
+    command = f"gpu --simulate h100 --only tests,profile {words} --minutes 5 -- --no_compile"
     assert main(command.split()) == 0, capfd.readouterr()
     summary = (tmp_path / "out" / "summary.md").read_text()
     assert summary.startswith("# simulated-h100, commit ")
     assert "a simulated GPU computes nothing" in summary
-    assert "a simulated GPU: no times; the run went through" in summary
+    assert "| profile | ok |" in summary
+    assert (tmp_path / "out" / "profile" / "trace.json.gz").exists()
