@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mimir_fast.attacks.linf import attack_bounds
 from mimir_fast.attacks.named import Attack, cross_entropy, gradient_attack, start_noise
 from mimir_fast.attacks.pgd_mae import ascend_reconstruction
 from mimir_fast.checkpoints.trained_models import Trained, latent_tokens, normalised
 from mimir_fast.data import to_float
-from mimir_fast.kernels import linf_bounds
 from mimir_fast.models import Classifier, MaskedAutoencoder
 
 
@@ -92,10 +92,7 @@ def attack_reconstruction(trained: Trained, x: Tensor, indices: Tensor, how: Per
     model, device, args = trained.model, x.device, trained.args
     assert isinstance(model, MaskedAutoencoder)
     mean, std = args["mean"] or (0.0,) * 3, args["std"] or (1.0,) * 3
-    # Pixels in [0,1] become (x - mean) / std: so do the bounds, in fp64 until linf_bounds rounds them.
-    mean_C, std_C = (torch.tensor(values, dtype=torch.float64) for values in (mean, std))
-    eps_C, alpha_C = how.eps / 255 / std_C, how.alpha / 255 / std_C
-    bounds = linf_bounds(eps_C, alpha_C, (0.0 - mean_C) / std_C, (1.0 - mean_C) / std_C, x.shape[1], device)
+    bounds = attack_bounds(how.eps, how.alpha, device, x.shape[1], args["mean"], args["std"])
     start = start_noise(indices, x.shape[1:], how.seed) * bounds[0, :, None, None]
     # Masks come from the same generator as the start, as if they were further restarts.
     rows, patches = model.noise_shape(len(x))

@@ -3,20 +3,39 @@
 Every decision is taken on the device, so that the host never waits; the number of passes depends on `steps` alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mimir_fast.kernels import linf_start
+from mimir_fast.kernels import linf_bounds, linf_start
 
-__all__ = ["apgd", "linf_step", "momentum_step", "pgd", "starting_point"]
+__all__ = ["apgd", "attack_bounds", "linf_step", "momentum_step", "pgd", "starting_point"]
 
 # Weight of the new direction; the rest is that of the last move.
 MOMENTUM = 0.75
 # Fraction of steps that must raise the loss, or the step is halved.
 RISES = 0.75
+
+
+def attack_bounds(
+    eps: float,
+    alpha: float,
+    device: torch.device | str,
+    channels: int = 3,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Tensor:
+    """The bounds [4,C] of an attack whose radius eps and step alpha are in 1/255, on pixels in [0,1].
+
+    mean, std   [C] of normalised images (x - mean) / std, whose radius, step and range differ by channel; None: as they are
+    """
+    if mean is None or std is None:
+        return linf_bounds(eps / 255, alpha / 255, 0.0, 1.0, channels, device)
+    mean_C, std_C = torch.tensor(mean), torch.tensor(std)
+    lo_C, hi_C = (0.0 - mean_C) / std_C, (1.0 - mean_C) / std_C
+    return linf_bounds(eps / 255 / std_C, alpha / 255 / std_C, lo_C, hi_C, channels, device)
 
 
 def starting_point(images: Tensor, bounds: Tensor, start: Tensor, kernels: str = "auto") -> Tensor:

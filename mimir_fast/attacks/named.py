@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimir_fast.attacks.linf import pgd
-from mimir_fast.kernels import linf_bounds
+from mimir_fast.attacks.linf import attack_bounds, pgd
 from mimir_fast.kernels.linf_start.reference import philox
 
 KINDS = ("clean", "fgsm", "pgd", "cw", "aa", "pgd-mi", "pgd-feature")
@@ -94,7 +93,7 @@ def fgsm(model: nn.Module, images: Tensor, labels: Tensor, eps: float) -> Tensor
 
     Source: Goodfellow et al., Explaining and Harnessing Adversarial Examples, 2015.
     """
-    return pgd(cross_entropy(model, labels), images, pixel_bounds(images, eps, eps), steps=1)
+    return pgd(cross_entropy(model, labels), images, attack_bounds(eps, eps, images.device, images.shape[1]), steps=1)
 
 
 def gradient_attack(loss: Loss, images: Tensor, indices: Tensor, attack: Attack, seed: int, restart: int) -> Tensor:
@@ -102,7 +101,7 @@ def gradient_attack(loss: Loss, images: Tensor, indices: Tensor, attack: Attack,
 
     indices   int64 [B], the images' indices in the data set
     """
-    bounds = pixel_bounds(images, attack.eps, attack.alpha)
+    bounds = attack_bounds(attack.eps, attack.alpha, images.device, images.shape[1])
     noise = start_noise(indices.to(images.device), images.shape[1:], seed, restart) * (attack.eps / 255)
     return pgd(loss, images, bounds, attack.steps, noise)
 
@@ -125,11 +124,6 @@ def margin_loss(model: nn.Module, labels: Tensor) -> Loss:
     L-infinity bound: Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, 2018.
     """
     return lambda adv: margin(model(adv), labels).sum()
-
-
-def pixel_bounds(images: Tensor, eps: float, alpha: float) -> Tensor:
-    """The bounds [4,C] of an attack on pixels in [0,1]; radius eps and step alpha in 1/255."""
-    return linf_bounds(eps / 255, alpha / 255, 0.0, 1.0, images.shape[1], images.device)
 
 
 def start_noise(indices: Tensor, shape: torch.Size, seed: int, restart: int = 0) -> Tensor:

@@ -35,6 +35,20 @@ def write_text_atomically(path: Path, text: str, flag: str = "output_dir") -> No
     write_atomically(path, lambda file: file.write(text.encode()), flag)
 
 
+def append_text(path: Path, text: str, flag: str = "output_dir") -> None:
+    """Append whole lines in UTF-8 to a file, on the disk when it returns; a kill may cut the last of them.
+
+    Raises OSError naming flag and file if that fails.
+    """
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(f"{flag}: could not write {path}: {error}") from error
+
+
 @contextmanager
 def in_place_when_done(*paths: Path, keep_suffix: bool = False) -> Iterator[list[Path]]:
     """Context with temporary files that become `paths` at its end, or are removed after an exception.

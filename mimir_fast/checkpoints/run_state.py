@@ -179,8 +179,9 @@ def due(run: RunConfig, position: Position, steps: int, first_update: int, ends:
     """What is due after an update in an epoch of `steps` micro-steps; ends: whether a signal asked the run to end."""
     p, last = position, position.step == steps
     enough = bool(run.max_steps) and p.update >= run.max_steps
-    log = p.update % run.log_every == 0 or p.update == first_update or ends or enough or last
     point = bool(run.checkpoint_steps) and p.update % run.checkpoint_steps == 0
+    # What a resume point counts as done is logged before it: a run that resumes there does not do it again.
+    log = p.update % run.log_every == 0 or p.update == first_update or point or ends or enough or last
     # The end of the epoch saves, and ends the run, itself.
     if last:
         return Due(log, False, None)

@@ -10,7 +10,7 @@ VERBS = {
     "analyze": ("mimir_fast.cli.analyze", "what a checkpoint's features tell about images and perturbations"),
     "export": ("mimir_fast.cli.export", "a trained encoder or classifier as a file for timm or RobustBench"),
     "demo": ("mimir_fast.cli.demo", "all of it on handwritten digits, on two CPU cores"),
-    "memory": ("mimir_fast.cli.memory", "peak memory of a pre-training and the largest batch that fits; needs no GPU"),
+    "memory": ("mimir_fast.cli.memory", "peak memory of a training and the largest batch that fits; needs no GPU"),
     "report": ("mimir_fast.cli.report", "HTML report of a run's folder"),
 }
 # Verbs of earlier versions and what they are called now.

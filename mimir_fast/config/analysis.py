@@ -6,6 +6,7 @@ from mimir_fast.analyze.estimates import GROUPS
 from mimir_fast.config.choices import BANDWIDTHS, SPLITS
 from mimir_fast.config.fields import Configuration, flag, require
 from mimir_fast.data.datasets import DATASETS
+from mimir_fast.models.families import find
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ class AnalyzeConfig(Configuration):
     def check(self) -> "AnalyzeConfig":
         """Return self if every value is possible; raises ValueError naming the flag, its value and what is allowed."""
         super().check()
+        if self.model.model is not None:
+            find(self.model.model, pretraining=None)
         require(bool(self.model.checkpoint), "checkpoint", "none", "a file or a run's folder")
         require(self.data.num_images >= 2 * GROUPS, "num_images", self.data.num_images, f"{2 * GROUPS} or more")
         require(self.run.batch_size >= 1, "batch_size", self.run.batch_size, "1 or more")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mimir_fast.config.fields import Configuration, flag, require
 from mimir_fast.data.datasets import DATASETS
+from mimir_fast.models.families import find
 
 # The two files of each format.
 SUFFIXES = {"timm": (".safetensors", ".json"), "robustbench": (".pt", ".py")}
@@ -44,6 +45,8 @@ class ExportConfig(Configuration):
     def check(self) -> "ExportConfig":
         """Return self if every value is possible; raises ValueError naming the flag, its value and what is allowed."""
         super().check()
+        if self.model.model is not None:
+            find(self.model.model, pretraining=None)
         require(bool(self.model.checkpoint), "checkpoint", "none", "a file or URL")
         suffix = SUFFIXES[self.output.format][0]
         path = Path(self.output.output)

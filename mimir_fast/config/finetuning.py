@@ -214,6 +214,8 @@ class FinetuneConfig(Configuration):
     def notes(self, explicit: set[str]) -> list[str]:
         notes: list[str] = []
         a, v = self.attack, self.validation
+        if "attack" in explicit and a.attack != a.attack_train:
+            notes.append(f"attack: fine-tuning does not read it; its attack is --attack_train {a.attack_train}")
         if a.attack_train == "apgd" and "alpha" in explicit:
             notes.append("alpha: apgd chooses its steps itself; the flag is not used")
         if a.attack_train in ("trades", "mart") and "smoothing" in explicit and self.augment.smoothing:

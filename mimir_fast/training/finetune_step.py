@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from mimir_fast.attacks.linf import apgd, linf_step, momentum_step, pgd
 from mimir_fast.attacks.pgd_mae import starting_point
+from mimir_fast.config.choices import TRAINING_ATTACKS
+from mimir_fast.config.fields import in_words
 from mimir_fast.models import Classifier
 from mimir_fast.objectives.adversarial_losses import TWO_BRANCHES, attack_losses
 from mimir_fast.objectives.classification import FinetuneOutput
@@ -38,7 +40,7 @@ class ClassifierAttack(NamedTuple):
 
     kind         plain: none; pgd: starts from uniform noise; apgd: from the images; trades (ascends the divergence from the
                  clean prediction) and mart: from small normal noise.  All but trades ascend the cross-entropy
-    bounds       [4,C] eps, alpha, lo, hi of every channel, from linf_bounds; None with plain.  Replace it to change them
+    bounds       [4,C] eps, alpha, lo, hi of every channel, from attack_bounds; None with plain.  Replace it to change them
                  between steps
     loss_scale   for fp16
     beta         weight of the robust term of trades and mart
@@ -116,8 +118,10 @@ def attack_images(
     """Adversarial versions [B,C,H,W] of the images, without stochastic depth.
 
     model   in evaluation mode and without trainable parameters, so that only the images are differentiated
-    Raises ValueError for an attack without bounds.
+    Raises ValueError for an unknown kind of attack and for one without bounds.
     """
+    if attack.kind not in TRAINING_ATTACKS or attack.kind == "plain":
+        raise ValueError(f"kind: got {attack.kind!r}, expected {in_words(TRAINING_ATTACKS[1:])}")
     if attack.bounds is None:
         raise ValueError(f"bounds: the attack {attack.kind} needs [4,C], got None")
     # KL(p || p_adv) and the cross-entropy to p have the same gradient in the image.

@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.attacks.linf import linf_step, momentum_step
-from mimir_fast.attacks.pgd_mae import linf_bounds, starting_point
+from mimir_fast.attacks.linf import attack_bounds, linf_step, momentum_step, starting_point
 from mimir_fast.checkpoints.reader import read
 from mimir_fast.checkpoints.run_state import Position
 from mimir_fast.checkpoints.transfer import load_pretrained
@@ -183,7 +182,7 @@ def build_attack(run: Run[FinetuneConfig], epoch: int, device: torch.device) -> 
     """The training attack of an epoch, in pixels of [0,1]."""
     a = run.config.attack
     eps, alpha = radius_and_step(a, epoch, run.config.optim.epochs)
-    bounds = linf_bounds(eps / 255, alpha / 255, 0.0, 1.0, channels=3, device=device)
+    bounds = attack_bounds(eps, alpha, device)
     scale = FP16_ATTACK_SCALE if run.compute.scaled else 1.0
     return ClassifierAttack(a.attack_train, a.steps, bounds, scale, a.trades_beta)
 

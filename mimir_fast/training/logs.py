@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mimir_fast.checkpoints.atomic import move, write_text_atomically
+from mimir_fast.checkpoints.atomic import append_text, move, write_text_atomically
 from mimir_fast.config.stages import RunConfig
 from mimir_fast.training.distributed import World
 
@@ -132,8 +132,7 @@ class RunLog:
 
     def _write(self, rows: list[dict]) -> None:
         if self.folder:
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+            append_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         for row in rows:
             if self.writer:
                 for tag, key in {**self.tags, **{tag: tag for tag in OWN_TAGS}}.items():
@@ -184,8 +183,8 @@ class RunLog:
         if not self.world.is_main:
             return
         if self.folder:
-            with open(self.folder / "log.txt", "a") as file:
-                file.write(json.dumps({key: _finite(value) for key, value in row.items()}) + "\n")
+            line = json.dumps({key: _finite(value) for key, value in row.items()})
+            append_text(self.folder / "log.txt", line + "\n")
         if self.writer:
             for tag, key in EPOCH_TAGS.items():
                 if row.get(key) is not None:

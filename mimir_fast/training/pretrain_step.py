@@ -31,7 +31,7 @@ class MaeAttack(NamedTuple):
     """The PGD-MAE attack on training images.
 
     steps        None: no attack, a plain masked autoencoder
-    bounds       [4,C] eps, alpha, lo, hi of every channel, from linf_bounds; None without an attack
+    bounds       [4,C] eps, alpha, lo, hi of every channel, from attack_bounds; None without an attack
     loss_scale   for fp16
     """
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.attacks.pgd_mae import MaeAttackFunctions, linf_bounds, plain_functions
+from mimir_fast.attacks.linf import attack_bounds
+from mimir_fast.attacks.pgd_mae import MaeAttackFunctions, plain_functions
 from mimir_fast.checkpoints.run_state import Position
 from mimir_fast.config.choices import PENALTIES
 from mimir_fast.config.pretraining import PretrainConfig
@@ -154,11 +155,8 @@ def build_attack(run: Run[PretrainConfig], images: BatchStream | DatasetInfo, de
     a = run.config.attack
     if a.attack == "plain":
         return MaeAttack()
-    eps, alpha = a.eps / 255, a.alpha / 255
-    bounds = linf_bounds(eps, alpha, 0.0, 1.0, channels=3, device=device)
-    if run.config.data.use_normalize:
-        mean, std = torch.tensor(images.mean), torch.tensor(images.std)
-        bounds = linf_bounds(eps / std, alpha / std, (0.0 - mean) / std, (1.0 - mean) / std, channels=3, device=device)
+    mean, std = (images.mean, images.std) if run.config.data.use_normalize else (None, None)
+    bounds = attack_bounds(a.eps, a.alpha, device, mean=mean, std=std)
     scale = FP16_ATTACK_SCALE if run.compute.scaled else 1.0
     return MaeAttack(a.steps, bounds, a.attack_mask_ratio, scale)
 

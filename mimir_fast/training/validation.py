@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimir_fast.attacks.linf import pgd
-from mimir_fast.attacks.pgd_mae import linf_bounds
+from mimir_fast.attacks.linf import attack_bounds, pgd
 from mimir_fast.config.finetuning import validation_steps
 from mimir_fast.data import DataError, EvalStream, to_float
 from mimir_fast.models import Classifier
@@ -36,7 +35,7 @@ class ValidationAttack(NamedTuple):
     """PGD on pixels in [0,1].
 
     steps        0: one step from the image itself (FGSM)
-    bounds       [4,C] from linf_bounds
+    bounds       [4,C] from attack_bounds
     loss_scale   for fp16
     """
 
@@ -53,7 +52,7 @@ def build_validation_attack(
     if steps is None:
         return None
     alpha = min(2.5 * eps / steps, eps) if steps else eps
-    bounds = linf_bounds(eps / 255, alpha / 255, 0.0, 1.0, channels=3, device=device)
+    bounds = attack_bounds(eps, alpha, device)
     return ValidationAttack(steps, bounds, loss_scale)
 
 

@@ -11,9 +11,10 @@ from mimir_fast.models.family import PREFIX, Family, Tensors
 FAMILIES: tuple[Family, ...] = (VIT,)
 
 
-def model_names(pretraining: bool) -> list[str]:
-    """Names of the masked autoencoders, or of the classifiers."""
-    return [name for family in FAMILIES for name in family.names(pretraining)]
+def model_names(pretraining: bool | None) -> list[str]:
+    """Names of the masked autoencoders, or of the classifiers; None: of both."""
+    kinds = (True, False) if pretraining is None else (pretraining,)
+    return [name for kind in kinds for family in FAMILIES for name in family.names(kind)]
 
 
 def listed(pretraining: bool) -> str:
@@ -25,14 +26,15 @@ def listed(pretraining: bool) -> str:
     return ", ".join(words)
 
 
-def find(name: str, pretraining: bool) -> tuple[Family, dict[str, Any]]:
-    """The family of a masked autoencoder or classifier, and the keywords of its constructor.
+def find(name: str, pretraining: bool | None) -> tuple[Family, dict[str, Any]]:
+    """The family of a masked autoencoder or classifier (None: of either), and the keywords of its constructor.
 
     Raises ValueError for an unknown name.
     """
+    kinds = (True, False) if pretraining is None else (pretraining,)
     for family in FAMILIES:
         bare = family.bare(name)
-        if bare in family.names(pretraining):
+        if any(bare in family.names(kind) for kind in kinds):
             return family, family.keywords(bare)
     raise ValueError(f"model: unknown name {name!r}; choose one of {', '.join(model_names(pretraining))}")
 

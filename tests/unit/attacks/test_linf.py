@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimir_fast.attacks.linf import apgd, checkpoints, linf_step, momentum_step, pgd
+from mimir_fast.attacks.linf import apgd, attack_bounds, checkpoints, linf_step, momentum_step, pgd
 from mimir_fast.attacks.pgd_mae import linf_bounds, starting_point
 from tests.support.golden import BOUNDS
 from tests.support.waiting import no_waiting
@@ -41,6 +41,16 @@ def test_a_step_moves_projects_and_leaves_pixels_without_gradient():
     assert moved[1] == adv.flatten()[1]
     poisoned = linf_step(images, adv, torch.full_like(grad, torch.nan), bounds)
     assert torch.allclose(poisoned, adv)
+
+
+def test_bounds_are_those_of_pixels_in_the_images_own_units():
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)
+    eps, alpha, lo, hi = attack_bounds(8, 2, "cpu", mean=mean, std=std)
+    x = torch.stack([lo, hi]) * torch.tensor(std) + torch.tensor(mean)
+    assert torch.allclose(x, torch.tensor([[0.0], [1.0]]).expand(2, 3), atol=1e-6)
+    assert torch.allclose(eps * torch.tensor(std), torch.full((3,), 8 / 255))
+    assert torch.allclose(alpha * torch.tensor(std), torch.full((3,), 2 / 255))
+    assert torch.equal(attack_bounds(8, 2, "cpu"), linf_bounds(8 / 255, 2 / 255, 0.0, 1.0, 3, "cpu"))
 
 
 @pytest.mark.parametrize("attack", [pgd, apgd])

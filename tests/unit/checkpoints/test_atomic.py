@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 import mimir_fast
 from mimir_fast.analyze.entries import write_json
-from mimir_fast.checkpoints.atomic import in_place_when_done, move, remove_temporaries, write_atomically
+from mimir_fast.checkpoints.atomic import append_text, in_place_when_done, move, remove_temporaries, write_atomically
 from mimir_fast.checkpoints.export import export_robustbench, export_timm
 from mimir_fast.checkpoints.folder import save_checkpoint
 from mimir_fast.checkpoints.run_state import Position, open_folder
@@ -194,6 +194,17 @@ def test_folders_that_cannot_be_synced_are_no_failure_but_a_broken_disk_is(tmp_p
     with pytest.raises(OSError, match="could not write") if number == errno.EIO else nullcontext():
         write_atomically(tmp_path / "a.txt", lambda file: file.write(b"whole"))
     assert (tmp_path / "a.txt").read_bytes() == b"whole"
+
+
+def test_appended_lines_are_on_the_disk_and_errors_name_flag_and_file(tmp_path, monkeypatch):
+    synced, path = [], tmp_path / "log.txt"
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(path.read_text()) or fsync(file))
+    append_text(path, "ä\n")
+    append_text(path, "b\n")
+    assert synced == ["ä\n", "ä\nb\n"]
+    with pytest.raises(OSError, match=r"log_dir: could not write .*absent"):
+        append_text(tmp_path / "absent" / "log.txt", "c\n", "log_dir")
 
 
 def test_temporary_files_are_recognised_whatever_their_suffix(tmp_path):

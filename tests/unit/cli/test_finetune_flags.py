@@ -200,6 +200,13 @@ def test_file_of_flags_and_validation_attacks(tmp_path):
     assert [validation_steps(word) for word in ("none", "fgsm", "pgd10", "pgd-20")] == [None, 0, 10, 20]
 
 
+def test_the_attack_that_is_not_read_is_told():
+    (note,) = parse("--attack trades").notes({"attack"})
+    assert note == "attack: fine-tuning does not read it; its attack is --attack_train plain"
+    assert parse("--attack pgd --attack_train pgd").notes({"attack", "attack_train"}) == []
+    assert parse("").notes(set()) == []
+
+
 def test_radius_and_step_of_an_epoch():
     ares = parse("--eps 4 --alpha 2.5 --alpha_warmup_epochs 5").attack
     assert [radius_and_step(ares, e, 300) for e in (0, 1, 5, 299)] == [(4, 0), (4, 0.5), (4, 2.5), (4, 2.5)]

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 
+from mimir_fast.cli import analyze, evaluate, export
 from mimir_fast.cli.finetune import FINETUNE
 from mimir_fast.cli.parser import Command, build_parser, parse_args
 from mimir_fast.cli.pretrain import PRETRAIN
 from mimir_fast.config.analysis import AnalyzeConfig
-from mimir_fast.config.choices import PRECISIONS, RESIDUAL_DTYPES
+from mimir_fast.config.choices import PENALTIES, PRECISIONS, RESIDUAL_DTYPES
 from mimir_fast.config.evaluation import EvaluateConfig
 from mimir_fast.config.export import ExportConfig
 from mimir_fast.config.finetuning import FinetuneConfig
@@ -80,6 +81,12 @@ def test_an_unknown_word_names_flag_value_and_what_is_allowed(command, line, mes
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(("verb", "more"), [(analyze, []), (export, ["--output", "x.safetensors"]), (evaluate, [])])
+def test_a_model_that_does_not_exist_is_named_before_a_file_is_read(verb, more, capsys):
+    assert verb.main(["--checkpoint", "absent.pth", "--model", "vit_smal", *more]) == 2
+    assert "model: unknown name 'vit_smal'; choose one of " in capsys.readouterr().err
+
+
 def test_files_and_recipes_go_through_the_same_check(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("mi_train: hscic\n")
@@ -95,7 +102,7 @@ def test_the_original_reads_any_word():
     assert config.attack.attack != "plain"
     assert penalty_name(config) is None
     (note,) = config.notes(set())
-    assert "'hscic' is none of hsic, dib_mi, renyi2: NO penalty, as in the original" in note
+    assert f"'hscic' is none of {', '.join(PENALTIES)}: NO penalty, as in the original" in note
     (note,) = parse(FINETUNE, "--mi_loss hsic --compat original").notes(set())
     assert "'hsic' is not dib_mi: NO information term, as in the original" in note
     assert parse(PRETRAIN, "--attack pgd_mae --mi_train hsic").notes(set()) == []

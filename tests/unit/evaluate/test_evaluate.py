@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from mimir_fast.attacks.adaptive import feature_loss, mutual_information_loss
-from mimir_fast.attacks.linf import pgd
-from mimir_fast.attacks.named import cross_entropy, fgsm, gradient_attack, margin, pixel_bounds, start_noise
+from mimir_fast.attacks.linf import attack_bounds, pgd
+from mimir_fast.attacks.named import cross_entropy, fgsm, gradient_attack, margin, start_noise
 from mimir_fast.checkpoints.errors import CheckpointError
 from mimir_fast.data.crops import to_float
 from mimir_fast.evaluate import Attack, Images, Sizes, make_attack, original_sequence, parse_attacks, run_evaluation
@@ -116,7 +116,7 @@ def test_pgd_agrees_with_torchattacks():
     theirs = torchattacks.PGD(model, eps=eps, alpha=alpha, steps=10, random_start=True)(images, labels)
     torch.manual_seed(3)
     noise = torch.empty_like(images).uniform_(-eps, eps)
-    ours = pgd(cross_entropy(model, labels), images, pixel_bounds(images, 8, 2), 10, noise)
+    ours = pgd(cross_entropy(model, labels), images, attack_bounds(8, 2, "cpu"), 10, noise)
     assert (ours - images).abs().max() > 0.9 * eps
     torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=0)
     one = torchattacks.FGSM(model, eps=eps)(images, labels)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mimir_fast.attacks.pgd_mae import frozen_twin, linf_bounds
 from mimir_fast.config.choices import TRAINING_ATTACKS
@@ -136,6 +136,13 @@ def test_normalised_images_are_attacked_as_pixels(kind):
     )
     assert ((other * std + mean - adv).abs() > 1e-5).float().mean() < 0.01
     assert ((adv - images).abs() > 2 / 255).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("kind", ["xyz", "plain"])
+def test_an_attack_that_is_none_is_an_error(kind):
+    attack = ClassifierAttack(kind, 1, linf_bounds(8 / 255, 2 / 255, 0.0, 1.0, 3, "cpu"))
+    with pytest.raises(ValueError, match=f"kind: got '{kind}', expected one of pgd, trades, mart, apgd"):
+        attack_images(nn.Identity(), torch.zeros(1, 3, 2, 2), torch.zeros(1), None, attack)
 
 
 def test_trades_computes_the_clean_prediction_once():

@@ -75,6 +75,20 @@ def test_accumulation_schedule_and_the_rows_of_updates(tmp_path):
     assert all(0.05 < row["largest"] <= 0.1 for row in rows)
 
 
+def test_updates_that_a_resume_point_counts_are_logged_before_it(tmp_path):
+    loop = build(tmp_path, log_every=4, checkpoint_steps=3)
+    saved, save = [], loop._save
+
+    def noting(*inputs):
+        save(*inputs)
+        saved.append((loop.position.update, [row["update"] for row in lines(tmp_path / "metrics.jsonl")]))
+
+    loop._save = noting
+    assert finish(loop) == 0
+    assert 3 in [update for update, _ in saved]
+    assert all(logged == list(range(1, update + 1)) for update, logged in saved)
+
+
 def test_an_epochs_line_holds_means_of_all_its_micro_steps(tmp_path):
     loop, losses = build(tmp_path), []
     step = loop.task.step
