@@ -13,7 +13,7 @@ from mimir_fast.data.policies import Augment, Augmentation
 from mimir_fast.data.sources import ArrayImages, MixedImages
 from mimir_fast.data.splits import check_labels, class_names, held_out_indices
 from mimir_fast.data.stream import BatchStream
-from mimir_fast.data.workers import BatchMaker
+from mimir_fast.data.workers import BatchMaker, CropMaker
 
 EDM_SOURCE = "https://github.com/wzekai99/DM-Improves-AT"
 
@@ -57,7 +57,11 @@ def build_pretrain_data(
     info = _checked_info(dataset, input_size, batch_size, load)
     real = read_images(dataset, data_root, in_memory=load.use_edm)
     source, schedule = _scheduled(real, batch_size, load)
-    batches = BatchMaker(source, input_size, info.side is None, info.flip, load.seed, load.rank)
+    batches: BatchMaker | CropMaker
+    if info.side is None and not isinstance(source, MixedImages):
+        batches = CropMaker(source, input_size, load.seed)
+    else:
+        batches = BatchMaker(source, input_size, False, info.flip, load.seed, load.rank)
     return _stream(dataset, len(real), real.classes or (), schedule, batches, load)
 
 
@@ -101,7 +105,7 @@ def build_train_data(
     return _stream(dataset, len(real), classes, schedule, batches, load)
 
 
-def _stream(dataset: str, num_images: int, classes, schedule: Schedule, batches: BatchMaker, load: Loading):
+def _stream(dataset: str, num_images: int, classes, schedule: Schedule, batches: BatchMaker | CropMaker, load: Loading):
     # The original's name for real and generated images together, "cifar10s"; logs and checkpoints hold it.
     name = f"{dataset}s" if load.use_edm else dataset
     info = dataset_info(dataset)

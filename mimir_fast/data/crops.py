@@ -95,10 +95,17 @@ def sample_crop(
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w
-    # No crop fits (a very long or tall image): the largest central one of an allowed shape.
-    ratio = min(max(width / height, CROP_RATIO[0]), CROP_RATIO[1])
-    w = width if width / height <= ratio else round(height * ratio)
-    h = height if width / height >= ratio else round(width / ratio)
+    # No crop fits a very long or tall image.
+    top, left, h, w = (int(number) for number in central_box(height, width))
+    return top, left, h, w
+
+
+def central_box(height, width) -> tuple:
+    """(top, left, height, width) of the largest central crop of an allowed shape, for numbers or arrays."""
+    shape = np.divide(width, height)
+    ratio = np.clip(shape, *CROP_RATIO)
+    w = np.where(shape <= ratio, width, np.rint(height * ratio))
+    h = np.where(shape >= ratio, height, np.rint(width / ratio))
     return (height - h) // 2, (width - w) // 2, h, w
 
 

@@ -19,10 +19,10 @@ from mimir_fast.data.crops import Channels
 from mimir_fast.data.datasets import DatasetInfo, Source, dataset_info, read_images
 from mimir_fast.data.errors import DataError
 from mimir_fast.data.image_list import listed_images
-from mimir_fast.data.sources import ArrayImages, TooManyBadError
+from mimir_fast.data.sources import ArrayImages
 from mimir_fast.data.splits import class_names, held_out_indices
 from mimir_fast.data.stream import batch_loader
-from mimir_fast.data.workers import Batch, sigterm_held
+from mimir_fast.data.workers import Batch, batch_or_bad, sigterm_held
 
 # Fraction of a resized image's shorter side that the centre crop keeps.
 CROPPED = 224 / 256
@@ -87,11 +87,10 @@ class EvalMaker(Dataset[Batch]):
             self.convert(Image.new("RGB", (2, 2)))
 
     def __getitem__(self, indices: np.ndarray) -> Batch:
-        try:
-            taken = self.source.take(indices, None if self._fits() else self.convert)
-        except TooManyBadError as error:
-            # Returned, not raised, for the reason given in BatchMaker.
-            return torch.empty(0), torch.empty(0), error.bad
+        return batch_or_bad(lambda: self._make(indices))
+
+    def _make(self, indices: np.ndarray) -> Batch:
+        taken = self.source.take(indices, None if self._fits() else self.convert)
         images = np.ascontiguousarray(taken.images.transpose(0, 3, 1, 2))
         return torch.from_numpy(images), torch.from_numpy(taken.labels), {}
 

@@ -22,6 +22,7 @@ class Purpose(IntEnum):
     SUBSET = 5
     AUGMENT_IMAGE = 6
     MIXUP = 7
+    CROP = 8
 
 
 def random_stream(seed: int, purpose: Purpose, *position: int) -> np.random.Generator:

@@ -11,7 +11,7 @@ from mimir_fast.data.batch_order import KeySampler, Schedule
 from mimir_fast.data.crops import Channels
 from mimir_fast.data.datasets import DatasetInfo
 from mimir_fast.data.errors import BadFiles, DataError
-from mimir_fast.data.workers import BatchMaker, sigterm_held, start_worker, unchanged
+from mimir_fast.data.workers import BatchMaker, CropMaker, sigterm_held, start_worker, unchanged
 
 
 class BatchStream:
@@ -29,7 +29,7 @@ class BatchStream:
         num_images: int,
         info: DatasetInfo,
         schedule: Schedule,
-        batches: BatchMaker,
+        batches: BatchMaker | CropMaker,
         num_workers: int = 0,
         pin_memory: bool = False,
         classes: Sequence[str] = (),

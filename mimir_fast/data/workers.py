@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
@@ -15,7 +16,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mimir_fast.data.batch_order import BatchKey
-from mimir_fast.data.crops import centre_crop, random_flip, random_pad_crop, random_resized_crop
+from mimir_fast.data.boxes import boxes, draw
+from mimir_fast.data.crops import (
+    centre_crop,
+    flip_where,
+    random_flip,
+    random_pad_crop,
+    random_resized_crop,
+    resized_crop,
+)
 from mimir_fast.data.policies import Augment, Augmentation, Operation
 from mimir_fast.data.randomness import Purpose, borrowed_generators, random_stream
 from mimir_fast.data.sources import ArrayImages, FolderImages, MixedImages, TooManyBadError
@@ -55,11 +64,7 @@ class BatchMaker(Dataset[Batch]):
         augmentation.plan(0, input_size)
 
     def __getitem__(self, key: BatchKey) -> Batch:
-        try:
-            return self._make(key)
-        except TooManyBadError as error:
-            # Returned, not raised: an exception would reach the user with the worker's traceback in its text.
-            return torch.empty(0), torch.empty(0), error.bad
+        return batch_or_bad(lambda: self._make(key))
 
     def _make(self, key: BatchKey) -> Batch:
         rng = random_stream(self.seed, Purpose.AUGMENT, key.epoch, self.rank, key.step)
@@ -95,6 +100,40 @@ class BatchMaker(Dataset[Batch]):
                     image = operation(image, rng)
                 results[index] = np.asarray(image)
         return results
+
+
+class CropMaker(Dataset[Batch]):
+    """Map-style dataset of pre-training batches of images of any size: a crop is a function of (seed, epoch, index).
+
+    input_size   side of the crops, pixels
+    """
+
+    def __init__(self, source: ArrayImages | FolderImages, input_size: int, seed: int):
+        self.source, self.input_size, self.seed = source, input_size, seed
+
+    def __getitem__(self, key: BatchKey) -> Batch:
+        return batch_or_bad(lambda: self._make(key))
+
+    def _make(self, key: BatchKey) -> Batch:
+        drawn = draw(self.seed, key.epoch, key.indices)
+        numbers = iter(drawn.numbers)
+
+        def crop(image: Image.Image) -> np.ndarray:
+            (box,) = boxes(next(numbers)[None], np.array([image.height]), np.array([image.width])).tolist()
+            return resized_crop(image, *box, self.input_size)
+
+        taken = self.source.take(key.indices, crop)
+        images = flip_where(taken.images.transpose(0, 3, 1, 2).copy(), drawn.flips)
+        return torch.from_numpy(images), torch.from_numpy(taken.labels), taken.bad
+
+
+def batch_or_bad(make: Callable[[], Batch]) -> Batch:
+    """The batch, or empty tensors and the unreadable files where there were too many."""
+    try:
+        return make()
+    except TooManyBadError as error:
+        # Returned, not raised: an exception would reach the user with the worker's traceback in its text.
+        return torch.empty(0), torch.empty(0), error.bad
 
 
 def unchanged(batch: T) -> T:
