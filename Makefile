@@ -1,4 +1,4 @@
-# make demo       install into .venv, then pre-train, fine-tune and attack small ViTs on handwritten digits (7 to 8 minutes, no GPU)
+# make demo       install into .venv, then pre-train, fine-tune and attack small ViTs on handwritten digits (3 to 8 minutes, no GPU)
 # make test       install into .venv and run every test, files on two processes
 # make test-fast  the same without the tests marked slow
 # make lint       ruff: rules and format

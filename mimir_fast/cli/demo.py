@@ -11,7 +11,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mimir-fast demo",
         description="Pre-train with and without the attack, fine-tune three classifiers alike (from scratch, from the masked "
-        "autoencoder, from MIMIR), attack them, and write one page. Handwritten digits, no download, 7 to 8 minutes on two "
+        "autoencoder, from MIMIR), attack them, and write one page. Handwritten digits, no download, 3 to 8 minutes on two "
         "CPU cores. Stopped or killed, the same command goes on where it was.",
     )
     add = parser.add_argument
