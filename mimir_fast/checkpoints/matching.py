@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.checkpoints.errors import CheckpointError
+from mimir_fast.models.family import kind_of, of_head
 
 # Shown of each kind of difference.
 EXAMPLES = 2
@@ -80,11 +81,10 @@ def load_model_state(model: nn.Module, state: dict, source: str) -> None:
 
 
 def _resume_advice(match: Match) -> str:
-    if "mask_token" in match.unexpected:
+    if kind_of(match.unexpected) == "autoencoder":
         return "; it is a pre-training's, which a fine-tuning starts from with --finetune"
-    head = (
-        ", and whether the data has the classes of its head" if any("head." in name for name in match.misshapen) else ""
-    )
+    other_classes = any(of_head(name) for name in match.misshapen)
+    head = ", and whether the data has the classes of its head" if other_classes else ""
     return f"; check --model, --input_size and --patch_size{head}"
 
 

@@ -14,7 +14,7 @@ from mimir_fast.checkpoints.reader import Contents, read
 from mimir_fast.data.datasets import INFO
 from mimir_fast.models import Classifier, MaskedAutoencoder, create_classifier, create_model
 from mimir_fast.models.families import family_of, recognise
-from mimir_fast.models.family import PREFIX, Family
+from mimir_fast.models.family import MASK_TOKEN, PREFIX, Family, kind_of
 
 __all__ = [
     "OVERRIDES",
@@ -72,7 +72,7 @@ def load_classifier(source: str, *, overrides: dict = {}, device: str | torch.de
     contradicts itself or an override.
     """
     contents = read(source, "checkpoint")
-    if _kind(contents) == "mae":
+    if _kind(contents) == "autoencoder":
         raise CheckpointError(f"checkpoint: {contents.source} is a pre-training checkpoint; fine-tune it first")
     return _classifier(contents, overrides, device)
 
@@ -93,11 +93,11 @@ def load_mae(source: str, *, overrides: dict = {}, device: str | torch.device = 
 def load_encoder(source: str, *, overrides: dict = {}, device: str | torch.device = "cpu") -> Trained:  # noqa: B006
     """Whichever of the two the file holds."""
     contents = read(source, "checkpoint")
-    return (_mae if _kind(contents) == "mae" else _classifier)(contents, overrides, device)
+    return (_mae if _kind(contents) == "autoencoder" else _classifier)(contents, overrides, device)
 
 
 def latent_tokens(trained: Trained, images: Tensor) -> Tensor:
-    """Pixels [B,C,H,W] in [0,1] -> what the encoder says about all patches, [B,1+L,D], class token first.
+    """Pixels [B,C,H,W] in [0,1] -> features of all patches from the encoder, [B,S+L,D]: prefix tokens first (class token).
 
     The masked autoencoder's tokens are normalised (its last LayerNorm), the classifier's are those of its last block.
     """
@@ -147,13 +147,11 @@ def _family(contents: Contents) -> Family:
 
 
 def _kind(contents: Contents) -> str:
-    """mae or classifier, from the tensors.  Raises CheckpointError for what is neither of ours."""
+    """autoencoder or classifier, from the tensors.  Raises CheckpointError for what is neither of ours."""
     _family(contents)
-    if "mask_token" in contents.tensors:
-        return "mae"
-    if "head.weight" in contents.tensors:
-        return "classifier"
-    raise CheckpointError(f"checkpoint: {contents.source} is an encoder alone: neither decoder (mask_token) nor head")
+    if kind := kind_of(contents.tensors):
+        return kind
+    raise CheckpointError(f"checkpoint: {contents.source} is an encoder alone: neither decoder ({MASK_TOKEN}) nor head")
 
 
 def _classifier(contents: Contents, overrides: dict, device: str | torch.device) -> Trained:

@@ -8,7 +8,7 @@ from mimir_fast.checkpoints.errors import CheckpointError
 from mimir_fast.checkpoints.matching import Match, compare
 from mimir_fast.models import Classifier
 from mimir_fast.models.families import family_of
-from mimir_fast.models.family import Family, Resized, matches
+from mimir_fast.models.family import Family, Resized, matches, of_head
 
 
 def load_pretrained(
@@ -46,7 +46,7 @@ def match_encoder(model: Classifier, given: dict, source: str) -> Match:
     """
     family = family_of(model)
     given = family.of_classifier(given)
-    match = compare(model, {key: tensor for key, tensor in given.items() if not key.startswith("head.")})
+    match = compare(model, {key: tensor for key, tensor in given.items() if not of_head(key)})
     if not match.tensors and not match.misshapen:
         raise CheckpointError(
             f"finetune: {source} shares no parameter with the model (it holds {_summary(given)}); "

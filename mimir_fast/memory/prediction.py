@@ -127,8 +127,7 @@ def _shorten(model: MaskedAutoencoder | Classifier, depth: int) -> None:
 
 def _prime(run: Run, model: MaskedAutoencoder | Classifier) -> int:
     """A batch size that divides no other size of the step."""
-    flags = run.flat()
-    L = (flags["input_size"] // flags["patch_size"]) ** 2
+    flags, L = run.flat(), model.num_patches
     kept = [int(L * (1 - flags[name])) for name in ("mask_ratio", "attack_mask_ratio") if name in flags]
     sizes = {L, L + 1, flags["input_size"], *kept, *(K + 1 for K in kept), *(L - K for K in kept)}
     sizes |= {n for p in model.parameters() for n in p.shape}

@@ -1,9 +1,11 @@
 """Models by name: `create_model("mae_vit_small", img_size=224, patch_size=16, norm_pix_loss=True)` for pre-training,
 `create_classifier("vit_small", img_size=224, patch_size=16, num_classes=1000)` for what comes after."""
 
-from mimir_fast.models.autoencoder import MaskedAutoencoder, MaskedAutoencoderViT
-from mimir_fast.models.classifier import Classifier, VisionTransformer
+from mimir_fast.models.autoencoder import MaskedAutoencoder
+from mimir_fast.models.classifier import Classifier
 from mimir_fast.models.families import find
+from mimir_fast.models.families.vit.autoencoder import MaskedAutoencoderViT
+from mimir_fast.models.families.vit.classifier import VisionTransformer
 
 __all__ = [
     "Classifier",

@@ -1,29 +1,29 @@
-"""Classifiers: what those of all families share, and the Vision Transformer's.
+"""Base class of classifiers: what a family must provide.
 
-Shapes: B batch, C channels, H W sides, L patches, D width, O classes.
-"""
+Shapes: B batch, C channels, H W sides, L patches, D width, O classes."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
-
-from mimir_fast.models.encoder import Encoder
-from mimir_fast.models.layers import check_images
 
 
 class Classifier(nn.Module, ABC):
-    """Features of an image, then logits: what the families' classifiers share.
+    """Features of an image, then logits.
+
+    A family provides `forward_features` and `classify`, and these attributes:
 
     img_size, in_chans   the images are [B,in_chans,img_size,img_size]
-    num_classes          O of the logits; head: the linear layer that gives them
+    num_patches          L of an image; the memory prediction asks for it
+    num_classes          O of the logits
+    head                 the linear layer that gives the logits; by its name a file is recognised as a classifier's
     drop_rates           every block's rate of stochastic depth; branches: of a block, each left out by a draw of its own
     kernels              implementation of the operations in mimir_fast.kernels
     """
 
     img_size: int
     in_chans: int
+    num_patches: int
     num_classes: int
     head: nn.Linear
     drop_rates: Sequence[float]
@@ -45,99 +45,3 @@ class Classifier(nn.Module, ABC):
     def forward(self, images: Tensor, drop_noise: Tensor | None = None) -> Tensor:
         """images [B,C,H,W], draws of stochastic depth (see `forward_features`) -> logits [B,O]."""
         return self.classify(self.forward_features(images, drop_noise))
-
-
-class VisionTransformer(Encoder, Classifier):
-    """Patches and a class token through Transformer blocks, then logits: images [B,C,H,W] -> [B,O].
-
-    The state dict has the original MIMIR's keys, shapes and order.  global_pool: mean over the patch tokens, fc_norm, head;
-    otherwise norm, class token, head.  The positional table is trained.
-    drop_path: rate of stochastic depth in the last block, rising linearly from 0 in the first; the draws are an argument of
-    `forward`.  kernels, attention, mlp, residual_dtype, activation_checkpointing: as in MaskedAutoencoderViT.
-    mean, std: constants of each channel that images in [0,1] are normalised with inside of the model; None: images come as
-    the blocks want them.  They are no part of the state dict.
-    Raises ValueError where sizes do not fit together.
-    Source: Dosovitskiy et al., An Image is Worth 16x16 Words, 2021.
-    """
-
-    # one of the two is there
-    norm: nn.LayerNorm
-    fc_norm: nn.LayerNorm
-
-    def __init__(
-        self,
-        img_size: int = 224,
-        patch_size: int = 16,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        mlp_ratio: float = 4.0,
-        global_pool: bool = True,
-        drop_path: float = 0.0,
-        mean: tuple[float, ...] | None = None,
-        std: tuple[float, ...] | None = None,
-        kernels: str = "auto",
-        residual_dtype: torch.dtype | None = None,
-        attention: str = "auto",
-        mlp: str = "auto",
-        activation_checkpointing: bool = False,
-    ):
-        if num_classes < 1:
-            raise ValueError(f"nb_classes: expected 1 or more, got {num_classes}")
-        if not 0 <= drop_path < 1:
-            raise ValueError(f"drop_path: expected 0 <= rate < 1, got {drop_path}")
-        super().__init__(
-            img_size,
-            patch_size,
-            in_chans,
-            embed_dim,
-            depth,
-            num_heads,
-            mlp_ratio,
-            fixed_positions=False,
-            drop_rates=[drop_path * i / max(depth - 1, 1) for i in range(depth)],
-            mean=mean,
-            std=std,
-            kernels=kernels,
-            residual_dtype=residual_dtype,
-            attention=attention,
-            mlp=mlp,
-            activation_checkpointing=activation_checkpointing,
-        )
-        self.num_classes, self.global_pool = num_classes, global_pool
-        setattr(self, "fc_norm" if global_pool else "norm", nn.LayerNorm(embed_dim, eps=1e-6))
-        self.head = nn.Linear(embed_dim, num_classes)
-        self.apply(_init_linear)
-        nn.init.normal_(self.cls_token, std=1e-6)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-
-    def classify(self, features: Tensor) -> Tensor:
-        """Tokens [B,1+L,D] -> logits [B,O]."""
-        pooled = self.fc_norm(features[:, 1:].mean(dim=1)) if self.global_pool else self.norm(features[:, 0])
-        return self.head(pooled)
-
-    def forward_features(self, images: Tensor, drop_noise: Tensor | None = None) -> Tensor:
-        """images [B,C,H,W] -> the last block's tokens [B,1+L,D], class token first, not normalised.
-
-        drop_noise: uniform draws [depth,2,B] of stochastic depth, see `drop_factors`; None: nothing is left out.
-        Raises ValueError for images of another size.
-        """
-        check_images("images", images, self.in_chans, self.img_size)
-        if self.mean is not None and self.std is not None:
-            images = (images - self.mean) / self.std
-        tokens = self.embed(self.patchify(images))
-        keep = None if drop_noise is None else self.drop_factors(drop_noise)
-        tokens, delta, bias = self.run_blocks(tokens, keep)
-        # there is a last block, whose addition is left to do
-        assert delta is not None
-        assert bias is not None
-        delta = delta + bias.to(delta.dtype)
-        return tokens + (delta if keep is None else delta * keep[-1, :, None, None].to(delta.dtype))
-
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)

@@ -1,11 +1,26 @@
 """The record of a family of models: everything particular to an architecture that other modules use.
 
-A new family is one file in mimir_fast/models/families/ (its modules and one `Family`) and one entry of FAMILIES in
-mimir_fast/models/families/__init__.py; nothing else names it.
+A new family is one file or folder in mimir_fast/models/families/ and one entry of FAMILIES in
+mimir_fast/models/families/__init__.py; nothing else names it.  It provides
+
+    a masked autoencoder   subclass of models.autoencoder.MaskedAutoencoder, whose docstring lists methods and attributes
+    a classifier           the same of models.classifier.Classifier
+    a record               one `Family`, below
+
+Both constructors take keywords alone: those of the record's `sizes`, and these, with defaults, whatever the family does with
+them (ValueError where the architecture cannot do what was asked):
+
+    both          img_size, patch_size, kernels, attention, mlp, residual_dtype, activation_checkpointing
+                  (`model_options` in mimir_fast/training/options.py passes them)
+    autoencoder   norm_pix_loss
+    classifier    num_classes, global_pool, drop_path; mean, std: constants of normalisation inside of the model, or None
+
+models.encoder.Encoder serves both where the family cuts patches and has a list of blocks; models.layers holds what blocks are
+made of.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -15,7 +30,11 @@ from torch import Tensor, nn
 from mimir_fast.models.autoencoder import MaskedAutoencoder
 from mimir_fast.models.classifier import Classifier
 
-PREFIX = "mae_"  # before a classifier's name: the masked autoencoder whose encoder it takes
+# Before a classifier's name: the masked autoencoder whose encoder it takes.
+PREFIX = "mae_"
+# By these names of parameters a model or file of any family is an autoencoder's or a classifier's.
+MASK_TOKEN = "mask_token"
+HEAD = "head"
 
 Tensors = Mapping[str, Tensor]
 
@@ -149,6 +168,18 @@ class Family:
     @property
     def _defaults(self) -> dict[str, Any]:
         return {name: p.default for name, p in inspect.signature(self.classifier).parameters.items()}
+
+
+def kind_of(names: Container[str]) -> str | None:
+    """What a model with parameters of these names is: "autoencoder", "classifier", or None for an encoder alone."""
+    if MASK_TOKEN in names:
+        return "autoencoder"
+    return "classifier" if f"{HEAD}.weight" in names else None
+
+
+def of_head(name: str) -> bool:
+    """Whether a parameter is one of a classifier's last layer."""
+    return name.startswith(f"{HEAD}.")
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""Building blocks of the Vision Transformer.  Shapes: B batch, T tokens, D width, N heads."""
+"""Building blocks that families of models share.  Shapes: B batch, T tokens, D width, N heads."""
 
 import torch
 import torch.nn.functional as F
@@ -130,6 +130,20 @@ def sincos_table(width: int, grid: int) -> Tensor:
     columns, rows = axis.repeat(grid, 1), axis.repeat_interleave(grid, dim=0)
     table = torch.cat([columns, rows], dim=1)
     return torch.cat([torch.zeros(1, width, dtype=torch.float64), table]).float()
+
+
+def init_xavier(module: nn.Module) -> None:
+    """Initialise a linear layer as the original's masked autoencoders do: Xavier-uniform weight, zero bias; nothing else."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+def init_trunc_normal(module: nn.Module) -> None:
+    """Initialise a linear layer as the original's classifiers do: truncated normal weight of deviation 0.02, zero bias."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
 
 
 def check_images(name: str, images: Tensor, channels: int, side: int) -> None:

@@ -55,6 +55,8 @@ class ToyEncoder(nn.Module):
 class ToyAutoencoder(MaskedAutoencoder):
     """Mask tokens stand for removed patches in encoder and decoder."""
 
+    prefix_tokens = 0
+
     def __init__(
         self, img_size=16, patch_size=4, width=8, depth=2, norm_pix_loss=False, shift=False, kernels="auto", **_
     ):
@@ -72,26 +74,41 @@ class ToyAutoencoder(MaskedAutoencoder):
         tokens = self.encoder.embed(visible)
         kept = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device).scatter(1, ids_keep, True)
         tokens = self.encoder.run(torch.where(kept[:, :, None], tokens, self.mask_token))
-        tokens = tokens.gather(1, ids_keep[:, :, None].expand(-1, -1, tokens.shape[2]))
-        return torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1)
+        return tokens.gather(1, ids_keep[:, :, None].expand(-1, -1, tokens.shape[2]))
 
     def decode(self, latent: Tensor, ids_shuffle: Tensor, query_start: int) -> Tensor:
-        removed = self.mask_token + self.encoder.table[0][ids_shuffle[:, latent.shape[1] - 1 :]] + latent[:, :1]
+        positions = self.encoder.table[0][ids_shuffle[:, latent.shape[1] :]]
+        removed = self.mask_token + positions + latent.mean(1, keepdim=True)
         return self.decoder_pred(torch.cat([latent, removed], dim=1)[:, query_start:])
 
 
 class ToyClassifier(ToyEncoder, Classifier):
     """The mean over the tokens decides."""
 
-    def __init__(self, img_size=16, patch_size=4, num_classes=2, width=8, depth=2, shift=False, kernels="auto", **_):
+    def __init__(
+        self,
+        img_size=16,
+        patch_size=4,
+        num_classes=2,
+        width=8,
+        depth=2,
+        mean=None,
+        std=None,
+        shift=False,
+        kernels="auto",
+        **_,
+    ):
         super().__init__(img_size, patch_size, width, depth, shift)
+        for name, values in (("mean", mean), ("std", std)):
+            constants = torch.tensor(values or float(name == "std")).view(-1, 1, 1)
+            self.register_buffer(name, constants, persistent=False)
         self.img_size, self.in_chans, self.num_classes, self.kernels = img_size, 3, num_classes, kernels
-        self.drop_rates = [0.0] * depth
+        self.num_patches, self.drop_rates = (img_size // patch_size) ** 2, [0.0] * depth
         self.head = nn.Linear(width, num_classes)
 
     def forward_features(self, images: Tensor, drop_noise: Tensor | None = None) -> Tensor:
         check_images("images", images, 3, self.img_size)
-        return self.run(self.embed(images))
+        return self.run(self.embed((images - self.mean) / self.std))
 
     def classify(self, features: Tensor) -> Tensor:
         return self.head(features.mean(1))

@@ -20,10 +20,12 @@ from mimir_fast.memory.cuda import Scratch
 from mimir_fast.memory.graphs import kernels
 from mimir_fast.memory.ledger import KINDS, Ledger, Moment, growth, tensor_growth
 from mimir_fast.memory.prediction import Prediction, Trace, predict
-from mimir_fast.models import create_model
+from mimir_fast.models import create_model, families
+from mimir_fast.models.families.vit import VIT
 from mimir_fast.training.engine import Engine
 from tests.support.runs import make_images, run
 from tests.support.simulation import needs_simulated_gpu, run_simulated
+from tests.support.toy_family import TOY
 
 P = 509
 FULL = {
@@ -230,6 +232,20 @@ def test_wrong_input_is_named(words, message, capsys):
     error = capsys.readouterr().err
     assert error.startswith("mimir-fast memory: error: ")
     assert message in error
+
+
+@pytest.mark.parametrize("task", ["pretrain", "finetune"])
+def test_another_family(task, monkeypatch):
+    """Its models say how many patches there are, and fewer blocks need not speak for more."""
+    monkeypatch.setattr(families, "FAMILIES", (VIT, TOY))
+    flags = "--model mae_toy_small" if task == "pretrain" else "--model toy_small --attack_train pgd"
+    words = f"--task {task} {flags} --input_size 32 --patch_size 8 --batch_size 64 --no_compile --gpu h100-80"
+    run, gpus = parse_memory_args(words.split())
+    predicted = predict(run)
+    assert predicted.depths == [1]
+    kinds = peak(predicted, gpus["h100-80"], 64)
+    # width 8 and 16 patches: images, their gradient and the tokens are within a few MiB
+    assert 64 * 3 * 32 * 32 * 4 < 2**30 * kinds["activations and gradients"] < 16 * 2**20
 
 
 def test_command_line_of_a_fine_tuning(capsys):

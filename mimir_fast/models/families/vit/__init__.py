@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimir_fast.models.autoencoder import MaskedAutoencoderViT
-from mimir_fast.models.classifier import VisionTransformer
-from mimir_fast.models.encoder import Encoder
+from mimir_fast.models.families.vit.autoencoder import MaskedAutoencoderViT
+from mimir_fast.models.families.vit.classifier import VisionTransformer
+from mimir_fast.models.families.vit.encoder import ViTEncoder
 from mimir_fast.models.family import Family, Network, Resized, Tensors, TimmModel
 from mimir_fast.models.layers import Block
 
@@ -37,12 +37,12 @@ TIMM = {
 }
 
 
-def depth(model: Encoder) -> int:
+def depth(model: ViTEncoder) -> int:
     """Number of blocks."""
     return len(model.blocks)
 
 
-def layer_of(name: str, model: Encoder) -> int:
+def layer_of(name: str, model: ViTEncoder) -> int:
     """0 for what comes before the blocks, i + 1 for block i, depth + 1 for what comes after them."""
     if name in TABLES or name.startswith("patch_embed."):
         return 0
