@@ -41,7 +41,7 @@ class Places(NamedTuple):
     autoattack: Path
 
 
-class Stage(NamedTuple):
+class Command(NamedTuple):
     """One command of the demo.
 
     title     for people
@@ -62,27 +62,27 @@ def places(arm: Arm, root: Path) -> Places:
     return Places(*(root / arm.folder / name for name in Places._fields))
 
 
-def stages(arm: Arm, root: Path, seed: int, aa_images: int) -> list[Stage]:
-    """The stages of an arm in order; each continues where it was stopped.  aa_images: test images for AutoAttack; 0: none."""
+def commands(arm: Arm, root: Path, seed: int, aa_images: int) -> list[Command]:
+    """The commands of an arm in order; each continues where it was stopped.  aa_images: test images for AutoAttack; 0: none."""
     at = places(arm, root)
-    plan: list[Stage] = []
+    plan: list[Command] = []
     start: list[str] = []
     if arm.attack:
         # An attack step doubles the time of pre-training.
         encoder = _last_checkpoint(at.pretraining, pretraining.digits_demo())
         words = [*RECIPE, "--attack", arm.attack, *_run(at.pretraining, seed)]
-        plan.append(Stage(f"{arm.name}: pre-training", "pretrain", words, encoder, 20 if arm.attack == "plain" else 40))
+        plan.append(Command(f"{arm.name}: pre-training", "pretrain", words, encoder, 20 if arm.attack == "plain" else 40))
         start = ["--finetune", str(encoder)]
     classifier = _last_checkpoint(at.fine_tuning, fine_tuning.digits_demo())
     words = [*RECIPE, *start, *_run(at.fine_tuning, seed)]
-    plan.append(Stage(f"{arm.name}: adversarial fine-tuning", "finetune", words, classifier, 45))
+    plan.append(Command(f"{arm.name}: adversarial fine-tuning", "finetune", words, classifier, 45))
     words = ["--checkpoint", str(classifier), *EVALUATION.split(), "--seed", str(seed)]
     wide = [*words, "--attacks", WIDE, "--output_dir", str(at.evaluation)]
-    plan.append(Stage(f"{arm.name}: clean and PGD-20", "evaluate", wide, at.evaluation / "results.json", 5))
+    plan.append(Command(f"{arm.name}: clean and PGD-20", "evaluate", wide, at.evaluation / "results.json", 5))
     if aa_images:
         narrow = [*words, "--attacks", AUTO, "--num_images", str(aa_images), "--output_dir", str(at.autoattack)]
         title = f"{arm.name}: AutoAttack on {aa_images} images"
-        plan.append(Stage(title, "evaluate", narrow, at.autoattack / "results.json", 60))
+        plan.append(Command(title, "evaluate", narrow, at.autoattack / "results.json", 60))
     return plan
 
 

@@ -1,4 +1,4 @@
-"""Running the demo: its stages in order, each in this process."""
+"""Running the demo: its commands in order, each in this process."""
 
 import argparse
 import shlex
@@ -12,7 +12,7 @@ from tqdm import tqdm
 from mimir_fast.cli import evaluate, finetune, pretrain
 from mimir_fast.config.fields import require
 from mimir_fast.data import dataset_info
-from mimir_fast.demo.arms import ARMS, Stage, stages
+from mimir_fast.demo.arms import ARMS, Command, commands
 from mimir_fast.demo.demo_page import write_demo_page
 from mimir_fast.evaluate.autoattack import refusal
 
@@ -21,16 +21,16 @@ STOPPED = 128 + signal.SIGTERM
 
 
 def demo(args: argparse.Namespace) -> int:
-    """Run all stages, then write the page; raises ValueError for wrong input."""
+    """Run all commands, then write the page; raises ValueError for wrong input."""
     for name in ("seed", "aa_images"):
         require(getattr(args, name) >= 0, name, getattr(args, name), "0 or more")
     if args.aa_images and (reason := refusal(dataset_info("digits").num_classes)):
         print(f"aa_images: AutoAttack is left out, it {reason}")
         args.aa_images = 0
     root = Path(args.output_dir)
-    # Before anything runs: stages resume what they find.
+    # Before anything runs: commands resume what they find.
     check_seed(root, args.seed)
-    plan = [stage for arm in ARMS for stage in stages(arm, root, args.seed, args.aa_images)]
+    plan = [command for arm in ARMS for command in commands(arm, root, args.seed, args.aa_images)]
     status = run_all(plan)
     if status:
         return status
@@ -45,24 +45,24 @@ def check_seed(root: Path, seed: int) -> None:
         require(before == seed, "seed", seed, f"{before}, which {root} was begun with, or another --output_dir")
 
 
-def run_all(plan: list[Stage]) -> int:
-    """Run the stages in order, each in this process; returns the first exit status that is not 0, or 143 after a SIGTERM."""
-    began, done, total = time.perf_counter(), 0.0, sum(stage.share for stage in plan)
-    for position, stage in enumerate(plan, 1):
-        # From this machine's own speed; stages that were finished in an earlier call take no time and make it too short.
+def run_all(plan: list[Command]) -> int:
+    """Run the commands in order, each in this process; returns the first exit status that is not 0, or 143 after a SIGTERM."""
+    began, done, total = time.perf_counter(), 0.0, sum(command.share for command in plan)
+    for position, command in enumerate(plan, 1):
+        # From this machine's own speed; commands that were finished in an earlier call take no time and make it too short.
         spent = time.perf_counter() - began
         left = f", about {tqdm.format_interval(spent / done * (total - done))} left" if done else ""
         print(
-            f"\n[{position}/{len(plan)}{left}] {stage.title}\n$ mimir-fast {stage.verb} {shlex.join(stage.words)}",
+            f"\n[{position}/{len(plan)}{left}] {command.title}\n$ mimir-fast {command.verb} {shlex.join(command.words)}",
             flush=True,
         )
-        status = VERBS[stage.verb](stage.words)
+        status = VERBS[command.verb](command.words)
         # A training that SIGTERM stops saves and returns 0.
-        if status == 0 and not stage.product.exists():
+        if status == 0 and not command.product.exists():
             status = STOPPED
         if status in (STOPPED, 130):
             print("stopped; the same demo command goes on from there")
         if status:
             return status
-        done += stage.share
+        done += command.share
     return 0

@@ -31,7 +31,7 @@ SQUARE_SHARE = 0.002
 VANISHING = 0.01
 
 
-class Outcome(NamedTuple):
+class AttackResult(NamedTuple):
     """An attack and what became of the images."""
 
     attack: Attack
@@ -46,7 +46,7 @@ class Finding(NamedTuple):
     text: str
 
 
-def compare(outcomes: Iterable[Outcome]) -> list[Finding]:
+def compare(outcomes: Iterable[AttackResult]) -> list[Finding]:
     """All comparisons that attacks of equal radius on the same images allow."""
     outcomes, findings = list(outcomes), []
     for eps in sorted({o.attack.eps for o in outcomes if o.attack.kind != "clean"}):
@@ -86,7 +86,7 @@ def vanishing_gradients(vanished: int, n: int) -> Finding:
     return _finding("vanishing gradients", low > VANISHING, n, text, doubt)
 
 
-def _aa_above(ensemble: Outcome, other: Outcome) -> Finding:
+def _aa_above(ensemble: AttackResult, other: AttackResult) -> Finding:
     text, surprising, n = _disagreement(other, ensemble)
     doubt = (
         ": AutoAttack should leave fewer standing; something stops it, gradient masking or an error in the evaluation"
@@ -94,13 +94,13 @@ def _aa_above(ensemble: Outcome, other: Outcome) -> Finding:
     return _finding("AutoAttack not above PGD", surprising, n, text, doubt)
 
 
-def _more_steps(fewer: Outcome, more: Outcome) -> Finding:
+def _more_steps(fewer: AttackResult, more: AttackResult) -> Finding:
     text, surprising, n = _disagreement(fewer, more)
     doubt = ": more steps should break more; the gradient leads nowhere, a sign of gradient masking"
     return _finding("more steps are stronger", surprising, n, text, doubt)
 
 
-def _fgsm_below(single: Outcome, many: Outcome) -> Finding:
+def _fgsm_below(single: AttackResult, many: AttackResult) -> Finding:
     text, surprising, n = _disagreement(single, many)
     doubt = (
         ": one step beats many only where the loss is rugged near the images: gradient masking; trust the lower number"
@@ -108,7 +108,7 @@ def _fgsm_below(single: Outcome, many: Outcome) -> Finding:
     return _finding("PGD stronger than FGSM", surprising, n, text, doubt)
 
 
-def _loss_rises(fewer: Outcome, more: Outcome) -> Finding:
+def _loss_rises(fewer: AttackResult, more: AttackResult) -> Finding:
     """The loss at the last iterate should grow with the number of steps."""
     growth = more.record.loss - fewer.record.loss
     growth = growth[np.isfinite(growth)]
@@ -120,7 +120,7 @@ def _loss_rises(fewer: Outcome, more: Outcome) -> Finding:
     return _finding("loss rises with steps", falls, len(growth), text, doubt)
 
 
-def _square(ensemble: Outcome) -> Finding:
+def _square(ensemble: AttackResult) -> Finding:
     """Square, which uses no gradient, should break little that the gradient attacks do not."""
     record, last = ensemble.record, SUB_ATTACKS.index("square") + 1
     # It comes last: what it breaks has withstood the other three.
@@ -131,7 +131,7 @@ def _square(ensemble: Outcome) -> Finding:
     return _finding("Square not ahead", low > SQUARE_SHARE, n, text, doubt)
 
 
-def _disagreement(weaker: Outcome, stronger: Outcome) -> tuple[str, bool, int]:
+def _disagreement(weaker: AttackResult, stronger: AttackResult) -> tuple[str, bool, int]:
     """A sentence, whether the supposedly weaker attack breaks surprisingly many images that the stronger one does not, and
     the number of images."""
     fallen, standing = weaker.record.broken != ROBUST, stronger.record.broken == ROBUST

@@ -13,7 +13,7 @@ from mimir_fast.attacks.named import Attack, cross_entropy, make_attack
 from mimir_fast.attacks.pgd_mae import frozen_twin
 from mimir_fast.data.crops import to_float
 from mimir_fast.evaluate import checks
-from mimir_fast.evaluate.checks import Finding, Outcome
+from mimir_fast.evaluate.checks import Finding, AttackResult
 from mimir_fast.evaluate.entries import attack_of, circumstances, key_of, model_hash, settings_of, summary, table
 from mimir_fast.evaluate.images import Chosen, Images
 from mimir_fast.evaluate.records import Record, Results
@@ -133,13 +133,13 @@ class Evaluation:
         self.say(f"{key}: {entries[key]['accuracy']:.2%} ({low:.2%} - {high:.2%}) of {entries[key]['n']} images")
         return record
 
-    def outcomes(self) -> list[Outcome]:
+    def outcomes(self) -> list[AttackResult]:
         """The attacks in the results whose records of single images still exist."""
         found = []
         for entry in self.results.data["attacks"].values():
             record = Record(self.results.folder / entry["per_image"], self.chosen.indices)
             if record.resume():
-                found.append(Outcome(attack_of(entry["settings"]), record))
+                found.append(AttackResult(attack_of(entry["settings"]), record))
         return found
 
     def slice_checks(self, large_too: bool) -> list[Finding]:

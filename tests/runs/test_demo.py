@@ -1,4 +1,4 @@
-"""The demo: its command lines are valid, it stops where a stage stops, and its page says what the results say."""
+"""The demo: its command lines are valid, it stops where a command stops, and its page says what the results say."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from mimir_fast.cli.finetune import FINETUNE
 from mimir_fast.cli.parser import parse_args
 from mimir_fast.cli.pretrain import PRETRAIN
 from mimir_fast.demo import run as command
-from mimir_fast.demo.arms import ARMS, Stage, places, stages
+from mimir_fast.demo.arms import ARMS, Command, commands, places
 from mimir_fast.demo.run import run_all
 from tests.unit.report.test_report import make_run, row
 
@@ -21,7 +21,7 @@ COMMANDS = {"pretrain": PRETRAIN, "finetune": FINETUNE, "evaluate": EVALUATE}
 
 
 def test_command_lines_are_valid_and_alike(tmp_path):
-    plans = {arm: stages(arm, tmp_path, 3, 5) for arm in ARMS}
+    plans = {arm: commands(arm, tmp_path, 3, 5) for arm in ARMS}
     flat = {arm: [parse_args(COMMANDS[s.verb], s.words)[0].flat() for s in plan] for arm, plan in plans.items()}
     assert [len(plan) for plan in plans.values()] == [3, 4, 4]
     for arm, configs in flat.items():
@@ -35,15 +35,15 @@ def test_command_lines_are_valid_and_alike(tmp_path):
     assert {key for key in mae if mae[key] != mimir[key]} == {"attack", "output_dir", "log_dir"}
 
 
-def test_checkpoints_are_where_the_next_stage_looks(tmp_path):
-    pretraining, tuning, *rest = stages(ARMS[2], tmp_path, 0, 0)
+def test_checkpoints_are_where_the_next_command_looks(tmp_path):
+    pretraining, tuning, *rest = commands(ARMS[2], tmp_path, 0, 0)
     assert str(pretraining.product) == tuning.words[tuning.words.index("--finetune") + 1]
     assert str(tuning.product) == rest[0].words[rest[0].words.index("--checkpoint") + 1]
     epochs = parse_args(FINETUNE, tuning.words)[0].optim.epochs
     assert tuning.product.name == f"checkpoint-{epochs - 1}.pth"
 
 
-def test_ends_where_a_stage_ends(tmp_path, monkeypatch, capsys):
+def test_ends_where_a_command_ends(tmp_path, monkeypatch, capsys):
     seen = []
 
     def verb(words):
@@ -53,11 +53,11 @@ def test_ends_where_a_stage_ends(tmp_path, monkeypatch, capsys):
         return {"fails": 2}.get(words[0], 0)
 
     monkeypatch.setattr(command, "VERBS", {"pretrain": verb})
-    plan = [Stage(name, "pretrain", [name], tmp_path / name, 1) for name in ("good", "fails", "never")]
+    plan = [Command(name, "pretrain", [name], tmp_path / name, 1) for name in ("good", "fails", "never")]
     assert run_all(plan) == 2
     assert seen == ["good", "fails"]
     assert "[2/3, about" in capsys.readouterr().out
-    assert run_all([Stage("killed", "pretrain", ["killed"], tmp_path / "killed", 1), plan[2]]) == 143
+    assert run_all([Command("killed", "pretrain", ["killed"], tmp_path / "killed", 1), plan[2]]) == 143
     assert seen[2:] == ["killed"]
     assert run_all(plan[:1]) == 0
 
@@ -116,7 +116,7 @@ def test_without_autoattack(finished, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
     assert main(["--output_dir", str(finished), "--seed", "7"]) == 0
     assert "mimir-fast[eval]" in capsys.readouterr().out
-    assert not any("AutoAttack" in stage.title for stage in plans[0])
+    assert not any("AutoAttack" in command.title for command in plans[0])
     assert "AutoAttack" not in (finished / "report.html").read_text()
     assert main(["--seed", "-1"]) == 2
     assert "seed: got -1" in capsys.readouterr().err

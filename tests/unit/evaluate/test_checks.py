@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mimir_fast.evaluate import Sizes, make_attack, parse_attacks, run_evaluation
-from mimir_fast.evaluate.checks import Outcome, compare, large_eps, vanishing_gradients
+from mimir_fast.evaluate.checks import AttackResult, compare, large_eps, vanishing_gradients
 from mimir_fast.evaluate.records import ROBUST, Record
 from tests.support.classifiers import Loud, Quantised, classifier, digits, one_thread, short_autoattack  # noqa: F401
 
@@ -44,14 +44,14 @@ def test_masked_gradients_are_found_out(tmp_path, monkeypatch, mask):
     assert any("large eps" in line for line in said)  # found earlier, not forgotten
 
 
-def outcome(name: str, robust, loss=None, eps: float = 8, rounds: int = 1) -> Outcome:
+def outcome(name: str, robust, loss=None, eps: float = 8, rounds: int = 1) -> AttackResult:
     record = Record(Path("nowhere.npz"), np.arange(len(robust)))
     record.broken = np.where(robust, ROBUST, rounds).astype(np.int8)
     record.loss = np.full(len(robust), 1.0, np.float32) if loss is None else loss.astype(np.float32)
-    return Outcome(make_attack(name, eps, eps / 4), record)
+    return AttackResult(make_attack(name, eps, eps / 4), record)
 
 
-def statuses(*outcomes: Outcome) -> dict:
+def statuses(*outcomes: AttackResult) -> dict:
     return {finding.check: finding.status for finding in compare(outcomes)}
 
 
