@@ -19,7 +19,7 @@ from mimir_fast.checkpoints import folder as ckpt
 from mimir_fast.checkpoints.atomic import write_text_atomically
 from mimir_fast.checkpoints.matching import load_model_state, load_optimizer_state
 from mimir_fast.checkpoints.reader import read
-from mimir_fast.config.stages import RunConfig
+from mimir_fast.config.sections import RunConfig
 from mimir_fast.training.distributed import World
 from mimir_fast.training.optimizer import Updater
 

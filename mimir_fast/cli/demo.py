@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run what is left of the demo; returns the exit status: 0 done, else that of the stage that ended early."""
+    """Run what is left of the demo; returns the exit status: 0 done, else that of the command that ended early."""
     args = build_parser().parse_args(argv)
     return guarded("mimir-fast demo", lambda: demo(args), "stopped; the same command goes on from there")
 

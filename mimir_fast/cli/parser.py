@@ -61,7 +61,7 @@ def configuration(command: Command[Config], given: dict) -> tuple[Config, set[st
 
 
 def build_parser(command: Command) -> argparse.ArgumentParser:
-    """An argparse parser with one argument group per stage; its result holds only the flags that were given."""
+    """An argparse parser with one argument group per section; its result holds only the flags that were given."""
     parser = argparse.ArgumentParser(
         prog=command.prog,
         description=command.description,
@@ -77,7 +77,7 @@ def build_parser(command: Command) -> argparse.ArgumentParser:
         text = f"start from a named run{new}. {'; '.join(named)}".replace("%", "%%")
         parser.add_argument("--recipe", choices=list(command.recipes), help=text)
     parser.add_argument("--config", metavar="FILE.yaml", help=f"read flags from a file of `flag: value` lines{new}")
-    for kind in command.config.stages().values():
+    for kind in command.config.sections().values():
         group = parser.add_argument_group(_summary(kind))
         for f in fields(kind):
             _add_flag(group, f, command.original)

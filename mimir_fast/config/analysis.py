@@ -1,4 +1,4 @@
-"""Configuration of an analysis: one frozen dataclass per stage, each field one command-line flag."""
+"""Configuration of an analysis: one frozen dataclass per section, each field one command-line flag."""
 
 from dataclasses import dataclass
 

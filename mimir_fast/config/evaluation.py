@@ -1,4 +1,4 @@
-"""Configuration of an evaluation: one frozen dataclass per stage, each field one command-line flag."""
+"""Configuration of an evaluation: one frozen dataclass per section, each field one command-line flag."""
 
 from dataclasses import dataclass
 

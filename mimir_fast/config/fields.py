@@ -1,7 +1,7 @@
 """Flags and configurations.
 
-A flag is a dataclass field that carries the help of its command-line flag; a stage is a dataclass of flags; a configuration is
-a dataclass of stages, in which every flag has a name of its own.
+A flag is a dataclass field that carries the help of its command-line flag; a section is a dataclass of flags; a
+configuration is a dataclass of sections, in which every flag has a name of its own.
 """
 
 import difflib
@@ -37,39 +37,41 @@ def flag(
     return field(default=default, metadata=metadata | {"negative": negative, "several": several, "compat": compat})
 
 
-def inherited(stage: type, name: str, default=None, **words: str):
-    """The flag `name` of another stage, with another default if one is given; words: another `help` or `compat`."""
-    (theirs,) = [f for f in fields(stage) if f.name == name]
+def inherited(section: type, name: str, default=None, **words: str):
+    """The flag `name` of another section, with another default if one is given; words: another `help` or `compat`."""
+    (theirs,) = [f for f in fields(section) if f.name == name]
     metadata = {**theirs.metadata, **words}
     return field(default=theirs.default if default is None else default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """Everything a run depends on: a frozen dataclass whose fields are stages, whose fields are flags.
+    """Everything a run depends on: a frozen dataclass whose fields are sections, whose fields are flags.
 
     given   names of the flags that `updated` was told, also where the value is the default's
     """
 
     given: ClassVar[frozenset[str]] = frozenset()
 
-    # Flags have one namespace over all stages, as on the command line: `flat` and `updated` need no stage.
+    # Flags have one namespace over all sections, as on the command line: `flat` and `updated` need no section.
 
     @classmethod
-    def stages(cls) -> dict[str, type]:
-        """{stage: its dataclass}, in their order."""
+    def sections(cls) -> dict[str, type]:
+        """{section: its dataclass}, in their order."""
         types = get_type_hints(cls)
         return {f.name: types[f.name] for f in fields(cls)}
 
     @classmethod
     def flags(cls) -> dict[str, Field]:
-        """{flag name: field} over all stages, in their order."""
-        return {f.name: f for kind in cls.stages().values() for f in fields(kind)}
+        """{flag name: field} over all sections, in their order."""
+        return {f.name: f for kind in cls.sections().values() for f in fields(kind)}
 
     def flat(self) -> dict:
-        """{flag name: value} over all stages, in their order."""
+        """{flag name: value} over all sections, in their order."""
         return {
-            f.name: getattr(getattr(self, stage), f.name) for stage, kind in self.stages().items() for f in fields(kind)
+            f.name: getattr(getattr(self, section), f.name)
+            for section, kind in self.sections().items()
+            for f in fields(kind)
         }
 
     def changed(self) -> set[str]:
@@ -82,11 +84,11 @@ class Configuration:
         unknown = values.keys() - self.flags().keys()
         if unknown:
             raise ValueError(f"{sorted(unknown)[0]}: no such flag; see --help for the list")
-        stages = {}
-        for stage, kind in self.stages().items():
+        sections = {}
+        for section, kind in self.sections().items():
             own = {f.name: values[f.name] for f in fields(kind) if f.name in values}
-            stages[stage] = replace(getattr(self, stage), **own)
-        new = type(self)(**stages)
+            sections[section] = replace(getattr(self, section), **own)
+        new = type(self)(**sections)
         # no field: two configurations of the same values are equal, whoever chose the values
         object.__setattr__(new, "given", self.given | values.keys())
         return new

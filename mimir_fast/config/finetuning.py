@@ -1,16 +1,16 @@
-"""Configuration of a fine-tuning run: one frozen dataclass per stage, each field one command-line flag.
+"""Configuration of a fine-tuning run: one frozen dataclass per section, each field one command-line flag.
 
-Stages that it shares with pre-training are in mimir_fast/config/stages.py, flags of the same name in
+Sections that it shares with pre-training are in mimir_fast/config/sections.py, flags of the same name in
 mimir_fast/config/pretraining.py.  Flags marked `new` are not in the original.
 """
 
 import re
 from dataclasses import dataclass
 
-from mimir_fast.config import pretraining, stages
+from mimir_fast.config import pretraining, sections
 from mimir_fast.config.choices import ALPHA_SCHEDULES, MI_LOSS, MIXUP_MODES, REMODES, TRAINING_ATTACKS
 from mimir_fast.config.fields import Configuration, flag, inherited, require
-from mimir_fast.config.stages import ComputeConfig, DistConfig, check_shared
+from mimir_fast.config.sections import ComputeConfig, DistConfig, check_shared
 from mimir_fast.data.datasets import INFO
 from mimir_fast.models.families import find, listed
 
@@ -37,11 +37,11 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig(stages.DataConfig):
+class DataConfig(sections.DataConfig):
     """Where images come from."""
 
     use_normalize: bool = inherited(
-        stages.DataConfig,
+        sections.DataConfig,
         "use_normalize",
         help="normalise images by mean and std inside of the model; eps and alpha stay in pixels",
     )
@@ -117,12 +117,12 @@ class PenaltyConfig:
 
 
 @dataclass(frozen=True)
-class OptimConfig(stages.OptimConfig):
+class OptimConfig(sections.OptimConfig):
     """Optimizer and schedule."""
 
-    epochs: int = inherited(stages.OptimConfig, "epochs", 50)
-    warmup_epochs: int = inherited(stages.OptimConfig, "warmup_epochs", 5)
-    min_lr: float = inherited(stages.OptimConfig, "min_lr", 1e-6)
+    epochs: int = inherited(sections.OptimConfig, "epochs", 50)
+    warmup_epochs: int = inherited(sections.OptimConfig, "warmup_epochs", 5)
+    min_lr: float = inherited(sections.OptimConfig, "min_lr", 1e-6)
     layer_decay: float = flag(0.75, "each block's learning rate is this times that of the block above it")
     clip_grad: float | None = flag(None, "largest L2 norm of the gradient; default: not clipped", type=float)
     model_ema: bool = flag(
@@ -161,11 +161,11 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig(stages.RunConfig):
+class RunConfig(sections.RunConfig):
     """Outputs, resuming, device, seed."""
 
-    output_dir: str = inherited(stages.RunConfig, "output_dir", "./output_dir")
-    log_dir: str = inherited(stages.RunConfig, "log_dir", "./output_dir")
+    output_dir: str = inherited(sections.RunConfig, "output_dir", "./output_dir")
+    log_dir: str = inherited(sections.RunConfig, "log_dir", "./output_dir")
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,15 @@
-"""Configuration of a pre-training run: one frozen dataclass per stage, each field one command-line flag.
+"""Configuration of a pre-training run: one frozen dataclass per section, each field one command-line flag.
 
-Name, type, default, unit and meaning of a flag stand here or, where fine-tuning has it too, in mimir_fast/config/stages.py;
+Name, type, default, unit and meaning of a flag stand here or, where fine-tuning has it too, in mimir_fast/config/sections.py;
 mimir_fast/cli/parser.py turns them into the command line.  Flags marked `new` are not in the original.
 """
 
 from dataclasses import dataclass
 
-from mimir_fast.config import stages
+from mimir_fast.config import sections
 from mimir_fast.config.choices import ATTACKS, MI_TRAIN, PENALTIES
 from mimir_fast.config.fields import Configuration, flag, inherited, require
-from mimir_fast.config.stages import ComputeConfig, DistConfig, OptimConfig, RunConfig, check_shared
+from mimir_fast.config.sections import ComputeConfig, DistConfig, OptimConfig, RunConfig, check_shared
 from mimir_fast.models.families import find, listed
 
 
@@ -25,17 +25,17 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig(stages.DataConfig):
+class DataConfig(sections.DataConfig):
     """Where images come from."""
 
     edm_aug: str = inherited(
-        stages.DataConfig,
+        sections.DataConfig,
         "edm_aug",
         help="accepted for compatibility; generated images always get crop and flip, as in the original",
         compat="is read as base",
     )
     use_normalize: bool = inherited(
-        stages.DataConfig,
+        sections.DataConfig,
         "use_normalize",
         help="feed mean/std-normalised images; eps and alpha are divided by each channel's std",
     )

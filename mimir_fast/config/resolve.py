@@ -8,7 +8,7 @@ import torch
 
 from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.config.pretraining import PretrainConfig
-from mimir_fast.config.stages import ComputeConfig
+from mimir_fast.config.sections import ComputeConfig
 
 Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
 
@@ -48,7 +48,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Compute:
-    """The resolved stage `compute`, in dtypes and booleans.
+    """The resolved section `compute`, in dtypes and booleans.
 
     dtype               of autocast; torch.float32: no autocast
     residual_dtype      storage of the tokens between blocks; None: fp32
@@ -73,7 +73,7 @@ class Compute:
     compress_gradients: bool
 
     def words(self) -> dict:
-        """{flag: value} of the stage `compute`, as logs, config.yaml and checkpoints hold it."""
+        """{flag: value} of the section `compute`, as logs, config.yaml and checkpoints hold it."""
         words = {name: getattr(self, name) for name in ComputeConfig.__dataclass_fields__ if hasattr(self, name)}
         words["precision"] = WORDS[self.dtype]
         words["residual_dtype"] = WORDS[self.residual_dtype or torch.float32]
@@ -87,7 +87,7 @@ class Run(Generic[Config]):
     """A resolved configuration.
 
     config    as asked for
-    compute   the stage `compute`, resolved
+    compute   the section `compute`, resolved
     device    resolved
     notes     lines to print about what was resolved otherwise than one might expect
     explicit  names of the flags that were set, by whoever set them

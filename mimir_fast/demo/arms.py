@@ -71,7 +71,9 @@ def commands(arm: Arm, root: Path, seed: int, aa_images: int) -> list[Command]:
         # An attack step doubles the time of pre-training.
         encoder = _last_checkpoint(at.pretraining, pretraining.digits_demo())
         words = [*RECIPE, "--attack", arm.attack, *_run(at.pretraining, seed)]
-        plan.append(Command(f"{arm.name}: pre-training", "pretrain", words, encoder, 20 if arm.attack == "plain" else 40))
+        plan.append(
+            Command(f"{arm.name}: pre-training", "pretrain", words, encoder, 20 if arm.attack == "plain" else 40)
+        )
         start = ["--finetune", str(encoder)]
     classifier = _last_checkpoint(at.fine_tuning, fine_tuning.digits_demo())
     words = [*RECIPE, *start, *_run(at.fine_tuning, seed)]

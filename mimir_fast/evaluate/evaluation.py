@@ -13,7 +13,7 @@ from mimir_fast.attacks.named import Attack, cross_entropy, make_attack
 from mimir_fast.attacks.pgd_mae import frozen_twin
 from mimir_fast.data.crops import to_float
 from mimir_fast.evaluate import checks
-from mimir_fast.evaluate.checks import Finding, AttackResult
+from mimir_fast.evaluate.checks import AttackResult, Finding
 from mimir_fast.evaluate.entries import attack_of, circumstances, key_of, model_hash, settings_of, summary, table
 from mimir_fast.evaluate.images import Chosen, Images
 from mimir_fast.evaluate.records import Record, Results

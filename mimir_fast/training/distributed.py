@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mimir_fast.config.stages import DistConfig
+from mimir_fast.config.sections import DistConfig
 
 
 @dataclass(frozen=True)

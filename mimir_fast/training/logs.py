@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mimir_fast.checkpoints.atomic import append_text, move, write_text_atomically
-from mimir_fast.config.stages import RunConfig
+from mimir_fast.config.sections import RunConfig
 from mimir_fast.training.distributed import World
 
 GIB = 2**30

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.config.stages import OptimConfig
+from mimir_fast.config.sections import OptimConfig
 from mimir_fast.training.stages import stage
 
 if TYPE_CHECKING:

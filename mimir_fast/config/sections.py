@@ -1,4 +1,4 @@
-"""Stages that pre-training and fine-tuning share: frozen dataclasses whose fields are command-line flags.
+"""Sections that pre-training and fine-tuning share: frozen dataclasses whose fields are command-line flags.
 
 Flags marked `new` are not in the original.
 """
