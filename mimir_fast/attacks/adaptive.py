@@ -10,6 +10,7 @@ from mimir_fast.attacks.named import Loss
 from mimir_fast.kernels import nhsic
 from mimir_fast.models.features import FeatureClassifier, FeatureModel
 
+# Bandwidth of nHSIC, that of the training's penalty.
 SIGMA = 5.0
 
 

@@ -52,6 +52,7 @@ def starting_point(images: Tensor, bounds: Tensor, start: Tensor, kernels: str =
 def project(images: Tensor, adv: Tensor, bounds: Tensor) -> Tensor:
     """Project adv onto the points within eps of the images and in [lo, hi]; all [B,C,H,W], bounds [4,C]."""
     eps, _, lo, hi = bounds.to(adv.dtype)[:, :, None, None]
+    # The ball first, then the range: clean images lie in the range, so that the second clamp cannot leave the ball.
     return torch.clamp(images + torch.clamp(adv - images, -eps, eps), lo, hi)
 
 
@@ -64,6 +65,7 @@ def linf_step(images: Tensor, adv: Tensor, grad: Tensor, bounds: Tensor) -> Tens
 def momentum_step(images: Tensor, adv: Tensor, last: Tensor, grad: Tensor, size_B: Tensor, bounds: Tensor) -> Tensor:
     """APGD step: a sign step of size_B * eps, mixed with the move from `last` to adv; both results are projected."""
     size = bounds.to(adv.dtype)[0, :, None, None] * size_B[:, None, None, None]
+    # As in algorithm 1 of the paper: the mix of the two moves can leave the ball, although both ends of each lie in it.
     target = project(images, adv + size * grad.sign(), bounds)
     return project(images, adv + MOMENTUM * (target - adv) + (1 - MOMENTUM) * (adv - last), bounds)
 
@@ -182,6 +184,7 @@ class _Search(NamedTuple):
     def judged(self, window: int) -> tuple["_Search", Tensor]:
         """The state after a checkpoint, `window` steps after the one before, and which images [B] halve their step and go
         back to the best iterate."""
+        # The paper's two conditions: too few rises; neither step nor best loss changed since the last checkpoint.
         stuck = ~self.halved & (self.best_value <= self.checked)
         halved = (self.rises <= RISES * window) | stuck
         return self._replace(checked=self.best_value, rises=torch.zeros_like(self.rises), halved=halved), halved
@@ -206,6 +209,7 @@ def gradient(loss: Callable[[Tensor], Tensor], adv: Tensor, loss_scale: float) -
     leaf = adv.detach().requires_grad_(True)
     with torch.enable_grad():
         value = loss(leaf)
+        # The sum and not the mean: an image's gradient does not depend on how many others there are.
         (grad,) = torch.autograd.grad(value.sum() * loss_scale, leaf)
     return value.detach(), grad
 

@@ -123,6 +123,7 @@ def margin_loss(model: nn.Module, labels: Tensor) -> Loss:
     Source: Carlini and Wagner, Towards Evaluating the Robustness of Neural Networks, 2017, function f6; with PGD under the
     L-infinity bound: Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, 2018.
     """
+    # Clipped at 0 a misclassified image would have no gradient and come back: the last iterate is what counts.
     return lambda adv: margin(model(adv), labels).sum()
 
 

@@ -35,6 +35,7 @@ __all__ = [
 
 def frozen_twin(model: nn.Module) -> nn.Module:
     """The same module over the same memory with nothing to train: it follows every in-place update of `model`."""
+    # deepcopy takes what `memo` holds in place of a copy: new parameters over the old memory, and the same buffers.
     shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     return copy.deepcopy(model, memo=shared | {id(b): b for b in model.buffers()})
 
@@ -141,6 +142,7 @@ def ascend_reconstruction(
     if len(mask_noise) != steps:
         raise ValueError(f"mask_noise: expected one [B,L] tensor for each of {steps} steps, got {len(mask_noise)}")
     if start is None:
+        # A tensor on the device, as the training step's seed is: a number would have to be copied from the host.
         start = torch.randint(2**63 - 1, (), device=images.device)
     functions = functions or plain_functions(model)
     images = images.detach()
@@ -163,9 +165,12 @@ def _ascend_patches(
 ) -> Tensor:
     """A step that differentiates the kept patches; noise [B,L] or [1,L] decides which they are."""
     ids_shuffle, ids_restore, keep = model.random_masking(noise, mask_ratio)
+    # A family may mask the whole batch alike, with one row.
     ids_restore = ids_restore.expand(len(images), -1)
+    # The leaf is [B,K,P]: the encoder's backward pass ends at the patches, and no [B,C,H,W] is filled with zeros.
     patches = model.visible(adv, ids_shuffle[:, :keep]).requires_grad_(True)
     with torch.enable_grad():
+        # The target is `adv` too, but as a constant: its share of the gradient is taken from `pred`, below.
         loss, pred = functions.loss(model, patches, ids_shuffle, adv)
         (grad,) = torch.autograd.grad(loss * loss_scale, patches)
     shape = (model.patch_size, model.norm_pix_loss)

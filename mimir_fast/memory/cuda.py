@@ -38,6 +38,7 @@ def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor,
     return aten._scaled_dot_product_flash_attention_backward.default(*flash)
 
 
+# What autograd and AOTAutograd see for fake CPU tensors -> what they would see for CUDA's.
 ON_CUDA: dict[OpOverload, Callable] = {
     aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward,
@@ -47,6 +48,7 @@ ON_CUDA: dict[OpOverload, Callable] = {
 def _flash_sums(batch: int, grad: Tensor, query: Tensor, *_, **__) -> Scratch:
     """fp32 sums of dq [B,N,T,d] and of grad * out [B,N,T], T rounded up to 128 and d to 32."""
     B, N, T, d = query.shape
+    # The backward kernel adds up dq in fp32, in whole tiles.
     return Scratch(4 * B * N * math.ceil(T / 128) * 128 * (math.ceil(d / 32) * 32 + 1) / batch)
 
 
@@ -59,7 +61,9 @@ def _column_sums(batch: int, rows: Tensor, dims: list[int] | None = None, *_, **
     if not dims or rows.ndim < 2 or sorted(d % rows.ndim for d in dims) != list(range(rows.ndim - 1)):
         return Scratch()
     columns = rows.shape[-1]
+    # A block has 4 rows of threads: each adds up a quarter of a column.
     per_thread = rows.numel() // columns / 4
+    # From here on ATen splits a column over several blocks, which need room for their partial sums.
     if per_thread < 256 or not rows.is_contiguous() or columns % 4:
         return Scratch()
     most = math.ceil(MULTIPROCESSORS * (THREADS // 128) / math.ceil(columns / 128))

@@ -22,6 +22,7 @@ from mimir_fast.memory.ledger import Ledger, tensor_growth
 
 aten, prims = torch.ops.aten, torch.ops.prims
 REDUCTIONS = {aten.sum, aten.mean, aten.var_mean, aten.amax, aten.amin, aten.any, aten.all}
+# Operators that are not tagged as pointwise, but that Inductor generates code for all the same.
 FUSED = {
     aten.full, aten.full_like, aten.zeros, aten.zeros_like, aten.arange, aten.scalar_tensor, aten.index, aten.embedding,
     aten.gather, aten.constant_pad_nd, aten.slice_scatter, aten.select_scatter, aten.cat, aten.expand, aten.clone,
@@ -67,6 +68,7 @@ class Plan:
         own: dict[int, np.ndarray] = {}
         self.ledger.segment += 1
         for step, kernel in enumerate(self.kernels):
+            # With the depth the first half holds more saved activations, the second one more gradients.
             if self.backward and step == len(self.kernels) // 2:
                 self.ledger.segment += 1
             dead = {key for key in kernel.read | set(kernel.made) if self.last[key] == step} - self.kept
@@ -75,6 +77,7 @@ class Plan:
             own |= {key: self.size[key] for key in kernel.made}
             self.ledger.note(sum(own.values(), np.zeros(3)), kernel.scratch)
             self._drop(dead, own, given, args)
+        # The caller's list holds the last references to the inputs.
         args.clear()
         self.ledger.segment += 1
         made: dict[int, Tensor] = {}
@@ -106,6 +109,7 @@ class Plan:
             return given[key]
         if key not in given and key not in made:
             made[key] = torch.empty(like.untyped_storage().nbytes() // like.element_size(), dtype=like.dtype)
+        # Outputs that are views of an input, or of each other, share its storage here as they will there.
         base = given[key] if key in given else made[key]
         return base.as_strided(like.shape, like.stride(), like.storage_offset())
 
@@ -159,6 +163,7 @@ def planning_backend(ledger: Ledger) -> Callable:
     return aot_autograd(
         fw_compiler=lambda graph, _: Plan(graph, ledger, backward=False),
         bw_compiler=lambda graph, _: Plan(graph, ledger, backward=True),
+        # The partition that Inductor uses: it decides what the forward pass saves.
         partition_fn=min_cut_rematerialization_partition,
         decompositions={**select_decomp_table(), **ON_CUDA},
     )

@@ -35,6 +35,8 @@ def growth(size: int, batch: int) -> np.ndarray:
     while size and power < 2 and size % batch == 0:
         size, power = size // batch, power + 1
     terms = np.zeros(3)
+    # Rounded up to whole allocations only where the size is fixed: of a multiple of the batch the rounding is not
+    # linear.
     terms[power] = size if power else -(-size // ALLOCATION) * ALLOCATION
     return terms
 
@@ -86,8 +88,10 @@ class Ledger(TorchDispatchMode):
         """Count the storages of these tensors until they are freed, or as another kind from now on."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
+            # The address of the C++ object: Python objects around one storage come and go.
             key = storage._cdata
             if key not in self.held:
+                # A storage is followed and not a tensor: views share it, and it lives as long as the last of them.
                 weakref.finalize(storage, self._release, key)
             elif kind == KINDS[-1]:
                 continue

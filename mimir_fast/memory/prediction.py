@@ -21,8 +21,10 @@ from mimir_fast.training.pretraining import Pretraining
 from mimir_fast.training.train import build_task
 
 CPU = torch.device("cpu")
+# Batch sizes of the fake run: primes (see ledger.py), and large, so that few sizes of a model are multiples of one.
 PRIMES = (509, 521, 523, 541, 547, 557)
-DEPTHS = (1, 2)  # encoder blocks traced when compiling: every stretch of the step grows linearly with the blocks
+# Encoder blocks traced when compiling: every part of the step grows linearly with them, and tracing all takes longer.
+DEPTHS = (1, 2)
 
 
 class Trace(NamedTuple):
@@ -41,6 +43,7 @@ class Trace(NamedTuple):
         """[segments,kinds] bytes: what was alive when each segment stood highest."""
         powers = np.array([1, batch, batch**2])
         alive = self.terms @ powers
+        # Applied here, at the batch that is asked about: scratch stops growing where the GPU is full.
         alive[:, -1] += np.minimum(self.scratch[:, 0] * batch, self.scratch[:, 1])
         total = alive.sum(axis=1)
         segments = (np.flatnonzero(self.segment == i) for i in range(self.segment.max() + 1))
@@ -60,6 +63,7 @@ class Prediction(NamedTuple):
             raise ValueError(f"batch_size: got {batch}, expected 1 or more")
         peaks = self.traces[0].peaks(batch)
         if len(self.traces) > 1:
+            # Segment by segment: the step's peak may lie elsewhere at another depth.
             slope = (self.traces[1].peaks(batch) - peaks) / (self.depths[1] - self.depths[0])
             peaks = peaks + slope * (self.depth - self.depths[0])
         return dict(zip(KINDS, peaks[peaks.sum(axis=1).argmax()]))
@@ -81,6 +85,7 @@ def predict(run: Run) -> Prediction:
 
 def _fake_task(run: Run) -> Pretraining | Finetuning:
     """The task, without data, on the CPU; inside of a FakeTensorMode its parameters are fake."""
+    # A truncated normal draw asks whether any value fell outside, which a fake tensor cannot answer.
     with _Answers():
         return build_task(run, World(device=CPU))
 
@@ -101,7 +106,7 @@ def follow(run: Run, depth: int) -> Trace:
         ledger = Ledger(_prime(run, task.model))
         engine = Engine(task, task.world, backend=planning_backend(ledger))
         side = run.config.model.input_size
-        # this step's, the next one's
+        # This step's, and the next one's, which the prefetcher copies meanwhile.
         ahead = [torch.empty(ledger.batch, 3, side, side, dtype=torch.uint8) for _ in range(2)]
         _warm_up(engine, ahead[0])
         ledger.start()
@@ -154,8 +159,10 @@ def _warm_up(engine: Engine, images_u8: Tensor) -> None:
 def _update(engine: Engine, images_u8: Tensor) -> None:
     """The micro-steps and the update, as the training loop makes them."""
     labels = torch.empty(len(images_u8), dtype=torch.int64)
-    count = min(engine.accum_iter, 2)  # from the second on, gradients are there from the start
+    # From the second micro-step on, gradients are there from the start: more of them are alike.
+    count = min(engine.accum_iter, 2)
     for i in range(count):
-        output = None  # let go of the last one's
+        # Let go of the last one's first, as the loop does.
+        output = None
         output = engine.micro_step(images_u8, labels, step=i, last=i + 1 == count)  # noqa: F841 (lives on)
     engine.update()

@@ -17,6 +17,7 @@ from mimir_fast.models import narrow_attention
 
 # Up to this many tokens plain matrix products are faster on a CPU than sdpa's tiles.
 FEW_TOKENS = 64
+# Module -> the name that pip and our extra know it by.
 PACKAGES = {"flash_attn": "flash-attn", "xformers": "xformers"}
 
 
@@ -65,6 +66,7 @@ def _narrow(qkv_BTQ: Tensor, num_heads: int, query_start: int) -> Tensor:
 
 def _math(qkv_BTQ: Tensor, num_heads: int, query_start: int) -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in _split(qkv_BTQ, num_heads))
+    # q is scaled and not the scores: T*d numbers instead of T*T.
     weights = (q[:, :, query_start:] * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
     return (weights.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
 
@@ -72,6 +74,7 @@ def _math(qkv_BTQ: Tensor, num_heads: int, query_start: int) -> Tensor:
 def _flash_attn(qkv_BTQ: Tensor, num_heads: int, query_start: int) -> Tensor:
     from flash_attn import flash_attn_kvpacked_func, flash_attn_qkvpacked_func
 
+    # flash-attn wants [B,T,3,N,d], which is how the projection packs its outputs: a view.
     qkv = qkv_BTQ.unflatten(2, (3, num_heads, -1))
     if not query_start:
         return flash_attn_qkvpacked_func(qkv).flatten(2)

@@ -79,7 +79,9 @@ class MaskedAutoencoder(nn.Module, ABC):
         ids_keep = ids_shuffle[:, :keep]
         latent = self.encode(self.visible(seen, ids_keep), ids_keep)
         pred = self.decode(latent, ids_shuffle, query_start=self.prefix_tokens)
+        # Kept patches are predicted for those who look at them; the loss leaves them out.
         loss = self.loss(pred[:, keep:], ids_shuffle[:, keep:], imgs)
+        # From shuffled order, kept patches first, back to raster order.
         pred = pred.gather(1, ids_restore[:, :, None].expand_as(pred))
         return loss, pred, (ids_restore >= keep).to(noise.dtype), latent
 
@@ -94,6 +96,7 @@ class MaskedAutoencoder(nn.Module, ABC):
             raise ValueError(f"mask_ratio: expected 0 <= ratio < 1, got {mask_ratio}")
         if noise_BL.ndim != 2 or noise_BL.shape[1] != self.num_patches:
             raise ValueError(f"noise: expected [B,{self.num_patches}], got {tuple(noise_BL.shape)}")
+        # Rounded down, as in the original.
         keep = int(self.num_patches * (1 - mask_ratio))
         if keep < 1:
             raise ValueError(f"mask_ratio: {mask_ratio} keeps none of {self.num_patches} patches; lower it")
@@ -102,6 +105,7 @@ class MaskedAutoencoder(nn.Module, ABC):
     def reconstruct(self, latent: Tensor, ids_shuffle: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         """latent [B,S+K,D], ids_shuffle [B,L], images [B,C,H,W] -> loss, predictions of the removed patches [B,L-K,P]."""
         keep = latent.shape[1] - self.prefix_tokens
+        # Of the removed patches alone: the loss wants no others, and the decoder's last block need not compute them.
         pred = self.decode(latent, ids_shuffle, query_start=latent.shape[1])
         with stage("loss"):
             return self.loss(pred, ids_shuffle[:, keep:], images), pred

@@ -27,6 +27,7 @@ class Classifier(nn.Module, ABC):
     num_classes: int
     head: nn.Linear
     drop_rates: Sequence[float]
+    # The residual additions of a Transformer block: attention and MLP.
     branches: int = 2
     kernels: str
 

@@ -64,6 +64,7 @@ class Encoder(nn.Module):
         self.activation_checkpointing, self.drop_rates = activation_checkpointing, drop_rates or ()
         self.grid = img_size // patch_size
         self.num_patches = self.grid**2
+        # Not persistent: loading is strict, and the original's files know no such entries.
         for name, values, shape in (("rates", drop_rates, (-1,)), ("mean", mean, (-1, 1, 1)), ("std", std, (-1, 1, 1))):
             constants = None if values is None else torch.tensor(values).view(shape)
             self.register_buffer(name, constants, persistent=False)
@@ -87,6 +88,8 @@ class Encoder(nn.Module):
         """Tokens [B,T,D] through all blocks; the last addition is left to the caller.  factors: see `drop_factors`."""
         stream: Stream = (tokens, None, None)
         for i, block in enumerate(self.blocks):
+            # Entry 2i is for the addition that block i finds pending (the MLP of block i - 1), 2i + 1 for its own
+            # attention.
             two = None if factors is None else factors[2 * i : 2 * i + 2]
             stream = recomputed(block, *stream, 0, two) if self.activation_checkpointing else block(*stream, 0, two)
         return stream

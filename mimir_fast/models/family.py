@@ -137,6 +137,7 @@ class Family:
 
     def bare(self, name: str) -> str:
         """A model's own name: aliases resolved, suffixes removed."""
+        # A loop, since a name may carry several.
         while suffix := next((s for s in self.suffixes if name.endswith(s)), None):
             name = name.removesuffix(suffix)
         return self.aliases.get(name, name)
@@ -151,6 +152,7 @@ class Family:
         """The classifier's name for what `read` found; None if its sizes have no name."""
         sizes = {key: value for key, value in read.items() if key not in self.free}
         for name in self.sizes:
+            # What a name leaves to the constructor's default, such as mlp_ratio, a file tells all the same.
             own = {**self._defaults, **self.keywords(name)}
             if all(own[key] == value for key, value in sizes.items()):
                 return name

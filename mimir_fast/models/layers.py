@@ -56,11 +56,13 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.kernels = kernels
+        # 1e-6 as in the original; torch's own default is 1e-5.
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, num_heads, attention)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         hidden = int(width * mlp_ratio)
         self.mlp = MLP(width, hidden)
+        # The triton kernel wants widths that its tiles divide.
         self.mlp_kernels = mlp if supported(width, hidden) else "reference"
 
     def forward(
@@ -96,6 +98,7 @@ def add_and_norm(
     keep_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """add_layer_norm with a module's parameters; the bias is rounded to delta's type, as the linear layer would do it."""
+    # Added in the kernel and not by the linear layer: one pass over the tokens less.
     bias_D = None if delta_bias_D is None or delta_BTD is None else delta_bias_D.to(delta_BTD.dtype)
     return add_layer_norm(x_BTD, delta_BTD, bias_D, norm.weight, norm.bias, norm.eps, out_dtype, kernels, keep_B)
 
@@ -126,7 +129,9 @@ def sincos_table(width: int, grid: int) -> Tensor:
         raise ValueError(f"embed_dim: the sine-cosine position table needs a multiple of 4, got {width}")
     frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid, width/2]
+    # [grid, width/2]
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)
+    # Columns before rows, as in the original: trained parameters belong to this order.
     columns, rows = axis.repeat(grid, 1), axis.repeat_interleave(grid, dim=0)
     table = torch.cat([columns, rows], dim=1)
     return torch.cat([torch.zeros(1, width, dtype=torch.float64), table]).float()

@@ -27,7 +27,7 @@ INLINE = {
     "realize_opcount_threshold": 10**6,
     "cpp.enable_floating_point_contract_flag": "fast",
 }
-# 2^f = sum of EXP2[i] f^(5-i) for 0 <= f < 1, with the least relative error of that degree, 7.5e-8
+# 2^f = sum of EXP2[i] f^(5-i) for 0 <= f < 1, with the least relative error of that degree, 7.5e-8.
 EXP2 = (0.0018775767, 0.0089893397, 0.055826318, 0.24015361, 0.69315308, 0.99999994)
 
 

@@ -45,6 +45,7 @@ def mart_loss(clean: Tensor, adv: Tensor, targets: Tensor, beta: float) -> Tenso
     clean, adv, label = _wide(clean), _wide(adv), targets[:, None]
     log_clean, p_adv = clean.log_softmax(dim=1), adv.softmax(dim=1)
     # The small constants here and below are those of the authors' code, which the original uses.
+    # -1 is below any probability: the maximum is over the other classes.
     p_wrong = p_adv.scatter(1, label, -1).amax(dim=1)
     boosted = F.cross_entropy(adv, targets) - (1.0001 - p_wrong + 1e-12).log().mean()
     divergence = F.kl_div((p_adv + 1e-12).log(), log_clean, reduction="none", log_target=True).sum(dim=1)

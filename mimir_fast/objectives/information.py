@@ -23,6 +23,7 @@ def penalty_value(kind: str, latent: Tensor, images: Tensor, adv_images: Tensor,
     if kind == "hsic":
         return nhsic(latent.flatten(1), adv_images.flatten(1), impl=kernels)
     if kind in ("dib_mi", "renyi2"):
+        # Clean images and these orders, as in the original (1.01: Rényi's entropy close to Shannon's).
         return renyi_mi(images.flatten(1), latent.flatten(1), alpha=1.01 if kind == "dib_mi" else 2.0)
     raise ValueError(f"mi_train: expected one of {', '.join(PENALTIES)}, got {kind!r}")
 
@@ -78,6 +79,7 @@ def _rule(distances_mm: Tensor) -> Tensor:
 
 def _normalised_kernel(x_md: Tensor, sigma: float | None) -> Tensor:
     distances = squared_distances(x_md)
+    # Divided by the bandwidth itself, not by its square: the original's form of the Gaussian kernel.
     kernel = torch.exp(-distances / (_rule(distances) if sigma is None else sigma))
     return kernel / kernel.trace()
 

@@ -66,6 +66,7 @@ class ReconstructionObjective(nn.Module):
         if self.penalty is None or adv is None:
             with stage("decoder"):
                 recon, pred = self.reconstruct(latent, ids_shuffle, images)
+            # There is nothing to skip, hence True: skipped penalties are counted from this.
             none, used = torch.zeros_like(recon), torch.ones_like(recon, dtype=torch.bool)
             return PretrainOutput(recon, recon.detach(), none, used, seen, pred.detach(), ids_removed)
         with self._on_the_side(), stage("penalty"):
@@ -98,6 +99,7 @@ def guarded_penalty(
         value = penalty_value(penalty, leaf, images, adv, kernels)
         (grad,) = torch.autograd.grad(value, leaf)
     value = value.detach()
+    # The original's penalty is exactly 0 where a matrix could not be inverted, and is then left out.
     used = value.isfinite() & (value != 0) & grad.isfinite().all()
     return value, used, torch.where(used, grad, 0)
 

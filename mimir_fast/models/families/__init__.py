@@ -41,6 +41,7 @@ def find(name: str, pretraining: bool | None) -> tuple[Family, dict[str, Any]]:
 
 def family_of(model: nn.Module) -> Family:
     """The family of a model, its subclasses included.  Raises ValueError for a foreign one."""
+    # A subclass of a family's model belongs to the family too.
     for kind in type(model).__mro__:
         for family in FAMILIES:
             if kind in (family.autoencoder, family.classifier):

@@ -14,7 +14,7 @@ from mimir_fast.models.family import Family, Network, Resized, Tensors, TimmMode
 from mimir_fast.models.layers import Block
 
 SIZES: dict[str, dict[str, Any]] = {
-    # ours, for demonstrations on CPUs; the others are the original's
+    # Ours, for demonstrations on CPUs; the others are the original's.
     "vit_nano": {"embed_dim": 96, "depth": 4, "num_heads": 3},
     "vit_ti": {"embed_dim": 192, "depth": 12, "num_heads": 3},
     "vit_small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
@@ -24,9 +24,9 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 DECODER = {"decoder_embed_dim": 128, "decoder_depth": 2, "decoder_num_heads": 16}
 TABLES = ("cls_token", "pos_embed")
-# of every ViT: the patch projection is a convolution, attention has one packed projection, the MLP two layers
+# Of every ViT: the patch projection is a convolution, attention has one packed projection, the MLP two layers
 MARKS = (*TABLES, "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight")
-# the model of timm whose name is nearest, and that model's sizes
+# The model of timm whose name is nearest, and that model's sizes.
 TIMM = {
     "vit_nano": ("vit_tiny_patch16_224", {"depth": 12, "embed_dim": 192, "num_heads": 3}),
     "vit_ti": ("vit_tiny_patch16_224", {"depth": 12, "embed_dim": 192, "num_heads": 3}),
@@ -67,6 +67,7 @@ def read(tensors: Tensors) -> dict[str, Any]:
         found["patch_size"] = tensors["patch_embed.proj.weight"].shape[-1]
         if "pos_embed" in tensors and (side := grid(tuple(tensors["pos_embed"].shape))):
             found["img_size"] = found["patch_size"] * side
+    # The two kinds of pooling differ in where the last normalisation stands.
     if "head.weight" in tensors:
         found |= {"num_classes": len(tensors["head.weight"]), "global_pool": "fc_norm.weight" in tensors}
     return found
@@ -98,6 +99,7 @@ def resize_positions(table: Tensor, side: int) -> Tensor:
     old = grid(tuple(table.shape))
     if old == side:
         return table
+    # In fp32 also where the file holds 16 bits: rounded once, at the end.
     patches = table[:, 1:].float().unflatten(1, (old, old)).permute(0, 3, 1, 2)
     patches = F.interpolate(patches, size=(side, side), mode="bicubic", align_corners=False)
     return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
@@ -109,6 +111,7 @@ def timm(name: str, keywords: dict[str, Any]) -> TimmModel:
     theirs_all = {"img_size": 224, "patch_size": 16, "depth": sizes["depth"], "mlp_ratio": 4.0, **sizes}
     ours = {"mlp_ratio": 4.0, **keywords}
     options = {"num_classes": ours.get("num_classes", 0), "global_pool": "avg" if ours.get("global_pool") else "token"}
+    # What timm has under this name anyway need not be said; vit_nano, for one, says depth and width.
     options |= {key: ours[key] for key, value in theirs_all.items() if ours[key] != value}
     return TimmModel(theirs, options, "patch_embed.proj", "head")
 
@@ -127,7 +130,8 @@ VIT = Family(
     classifier=VisionTransformer,
     sizes=SIZES,
     decoder=DECODER,
-    suffixes=("_dec128d2b", "_patch16"),  # patches are 16 pixels wide unless patch_size says otherwise
+    # Of the original's names.  Patches are 16 pixels wide unless patch_size says otherwise.
+    suffixes=("_dec128d2b", "_patch16"),
     masking="patches",
     encoder=(*TABLES, "patch_embed.*", "blocks.*", "norm.*"),
     fresh=("norm.*", "fc_norm.*", "head.*"),

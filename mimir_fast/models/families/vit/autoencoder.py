@@ -78,6 +78,7 @@ class MaskedAutoencoderViT(ViTEncoder, MaskedAutoencoder):
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * in_chans)
         self.apply(init_xavier)
+        # As the linear layer that it is: of a convolution's weight Xavier would take fan_out to be D*p*p.
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -89,6 +90,7 @@ class MaskedAutoencoderViT(ViTEncoder, MaskedAutoencoder):
     def encode(self, visible: Tensor, ids_keep: Tensor) -> Tensor:
         """Kept patches [B,K,P] and where they were [B,K] -> latent [B,1+K,D]."""
         stream = self.run_blocks(self.embed(visible, ids_keep))
+        # In the parameters' type, fp32, whatever the blocks compute in: the penalty takes distances of these numbers.
         return add_and_norm(*stream, self.norm, self.kernels, self.norm.weight.dtype)[1]
 
     def decode(self, latent: Tensor, ids_shuffle: Tensor, query_start: int) -> Tensor:
@@ -97,6 +99,7 @@ class MaskedAutoencoderViT(ViTEncoder, MaskedAutoencoder):
         tokens = self.decoder_embed(latent)
         pos_embed = self.decoder_pos_embed[0]
         tokens = token_restore(tokens, self.mask_token[0, 0], pos_embed, ids_shuffle, impl=self.kernels)
+        # Attention does not ask for the order of tokens: they stay shuffled, so that removed patches are the last ones.
         stream: Stream = (self.residual(tokens), None, None)
         for block in self.decoder_blocks[:-1]:
             stream = block(*stream)

@@ -61,6 +61,7 @@ class VisionTransformer(ViTEncoder, Classifier):
             num_heads,
             mlp_ratio,
             fixed_positions=False,
+            # Later blocks are dropped more often: Huang et al., Deep Networks with Stochastic Depth, 2016.
             drop_rates=[drop_path * i / max(depth - 1, 1) for i in range(depth)],
             mean=mean,
             std=std,
@@ -74,6 +75,7 @@ class VisionTransformer(ViTEncoder, Classifier):
         setattr(self, "fc_norm" if global_pool else "norm", nn.LayerNorm(embed_dim, eps=1e-6))
         self.head = nn.Linear(embed_dim, num_classes)
         self.apply(init_trunc_normal)
+        # Deviations as in the original's classifier; that of its autoencoder starts the class token at 0.02.
         nn.init.normal_(self.cls_token, std=1e-6)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
