@@ -18,7 +18,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from mimir_fast.checkpoints.atomic import in_place_when_done
-from mimir_fast.checkpoints.reader import METADATA
+from mimir_fast.checkpoints.formats import CHECKSUM, METADATA
+from mimir_fast.checkpoints.hashing import tensors_hash
 from mimir_fast.checkpoints.robustbench import model_file
 from mimir_fast.checkpoints.trained_models import (
     Trained,
@@ -58,7 +59,8 @@ def export(config: ExportConfig) -> int:
     load, write = (
         (load_encoder, export_timm) if config.output.format == "timm" else (load_classifier, export_robustbench)
     )
-    for line in write(load(config.model.checkpoint, overrides=overrides), *config.paths()):
+    trained = load(config.model.checkpoint, overrides=overrides)
+    for line in [*trained.notes, *write(trained, *config.paths())]:
         print(line)
     return 0
 
@@ -115,7 +117,7 @@ def export_timm(trained: Trained, path: Path, json_path: Path) -> list[str]:
         "source": {"file": trained.source, "epoch": trained.epoch, "model": trained.args["model"]},
     }
     metadata = {"format": "pt", "create_model": config["create_model"], "config": json.dumps(config)}
-    metadata[METADATA] = json.dumps(training(trained))
+    metadata |= {METADATA: json.dumps(training(trained)), CHECKSUM: tensors_hash(tensors)}
     with in_place_when_done(path, json_path, keep_suffix=True) as (written, written_json):
         with refused_by_disk(path):
             # its save_file has temporary files of its own, with random names that stay after a kill
@@ -129,6 +131,10 @@ def export_timm(trained: Trained, path: Path, json_path: Path) -> list[str]:
 def training(trained: Trained) -> dict:
     """What `trained` cannot tell from tensors when the file is given to mimir_fast again."""
     facts = {"dataset": trained.args["dataset"], "use_normalize": trained.args["mean"] is not None}
+    if trained.args["mean"] is not None:
+        facts |= {name: list(trained.args[name]) for name in ("mean", "std")}
+    if trained.classes is not None:
+        facts["classes"] = trained.classes
     eps = training_eps(trained)
     return facts if eps is None else {**facts, "eps": eps / 255}
 

@@ -95,14 +95,14 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict, source: 
     """
     own = ("fused", "foreach", "capturable", "differentiable", "maximize", "amsgrad", "decoupled_weight_decay")
     # Replaced before loading: by these entries torch decides on which device the step counters are.
-    groups = [
-        {**theirs, **{key: mine[key] for key in own if key in mine}}
-        for theirs, mine in zip(state["param_groups"], optimizer.param_groups)
-    ]
-    groups += state["param_groups"][len(groups) :]
     try:
+        groups = [
+            {**theirs, **{key: mine[key] for key in own if key in mine}}
+            for theirs, mine in zip(state["param_groups"], optimizer.param_groups)
+        ]
+        groups += state["param_groups"][len(groups) :]
         optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"resume: the optimizer state of {source} does not fit this model: {error}") from error
 
 

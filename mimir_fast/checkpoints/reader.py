@@ -1,33 +1,16 @@
-"""Reader of checkpoints, ours and the original's, of bare state dicts and .safetensors.
-
-Only tensors, plain values and argparse.Namespace are read; no code in a file is ever run.
-"""
+"""Reader of checkpoints, ours and the original's, of other trainers' state dicts and of .safetensors."""
 
 import argparse
-import errno
-import json
-import pickle
-import re
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mimir_fast.checkpoints.errors import CheckpointError
 from mimir_fast.checkpoints.fetch import is_url, local_file
-
-# Entries that may hold parameters, the preferred one first: an average before the parameters that it averages.
-AVERAGED = ("model_ema",)
-RAW = ("model", "model_state_dict", "state_dict")
-# Key of the metadata in a .safetensors of ours that holds, as JSON, the args that tensors cannot tell.
-METADATA = "mimir_fast"
-# Prefixes that DDP, other wrappers and torch.compile put before the names of parameters.
-PREFIXES = ("module.", "base_model.", "_orig_mod.")
-# First bytes of files that are often found under a checkpoint's name.
-LFS_POINTER, HTML_PAGE = b"version https://git-lfs", re.compile(rb"\s*<(!doctype\s+html|html)", re.IGNORECASE)
+from mimir_fast.checkpoints.formats import parsed
+from mimir_fast.checkpoints.names import Channels, Named, find_weights, is_average
 
 
 @dataclass(frozen=True)
@@ -37,11 +20,13 @@ class Contents:
     file     path or URL
     weights  entry -> parameters by bare name, the preferred entry first; the entry of a bare state dict is called ""
     entries  all other entries as they are: args, epoch, optimizer, ...; none in a bare state dict
+    aside    what was not read: place -> name of its type
     """
 
     file: str
-    weights: dict[str, dict[str, Tensor]]
-    entries: dict
+    weights: dict[str, Named]
+    entries: dict[Any, Any]
+    aside: dict[str, str]
 
     @property
     def entry(self) -> str:
@@ -51,12 +36,17 @@ class Contents:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The parameters to use for anything but resuming: the average, if the file has one."""
-        return self.weights[self.entry]
+        return self.weights[self.entry].tensors
+
+    @property
+    def normalisation(self) -> tuple[Channels, Channels] | None:
+        """Mean and std of the images in [0,1] that the model's own first layer normalises by; None: it has no such layer."""
+        return self.weights[self.entry].normalisation
 
     @property
     def source(self) -> str:
         """Source of `tensors` for messages: the file, and the entry if it is an average."""
-        return f"{self.file} ({self.entry})" if self.entry in AVERAGED else self.file
+        return f"{self.file} ({self.entry})" if is_average(self.entry) else self.file
 
     @property
     def args(self) -> dict:
@@ -72,11 +62,33 @@ class Contents:
         return epoch if isinstance(epoch, int) else None
 
     @property
+    def classes(self) -> list[str] | None:
+        """Names of the classes in the order of the head, where the file says them."""
+        own = self.entries.get("mimir_fast")
+        names = own.get("classes") if isinstance(own, dict) else self.args.get("classes")
+        return [str(name) for name in names] if isinstance(names, list) else None
+
+    @property
     def state(self) -> dict:
-        """The state to resume training from: all entries, and under `model` the parameters themselves, not their average."""
-        raw = next((name for name in self.weights if name not in AVERAGED), self.entry)
-        named = {name: tensors for name, tensors in self.weights.items() if name}
-        return {**self.entries, **named, "model": self.weights[raw]}
+        """The state to resume training from: all entries, under `model` the parameters themselves, under `model_ema` their
+        average if there is one."""
+        raw = next((name for name in self.weights if not is_average(name)), self.entry)
+        named = {name: held.tensors for name, held in self.weights.items() if name}
+        average = {"model_ema": self.tensors} if is_average(self.entry) and raw != self.entry else {}
+        return {**self.entries, **named, **average, "model": self.weights[raw].tensors}
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines to print: which of several weights were taken, and what was not read."""
+        lines = []
+        if len(self.weights) > 1:
+            average = ", an average," if is_average(self.entry) else ""
+            lines.append(f"{self.file} holds parameters as {', '.join(self.weights)}: {self.entry}{average} is taken")
+        if self.aside:
+            words = ", ".join(f"{place} ({name})" for place, name in list(self.aside.items())[:3])
+            more = f" and {len(self.aside) - 3} more" if len(self.aside) > 3 else ""
+            lines.append(f"{self.file}: left aside what is neither tensor nor plain value: {words}{more}")
+        return lines
 
 
 def read(source: str | Path, flag: str) -> Contents:
@@ -84,99 +96,32 @@ def read(source: str | Path, flag: str) -> Contents:
 
     flag   the flag that named it, which begins every message
     Raises CheckpointError, one line, if there is no such file, if it is something else than a checkpoint (with what it is, if
-    that can be recognised), if it is damaged, would run code, or holds no parameters.
+    that can be recognised), if it is damaged (checksums are verified), would run code, or holds no parameters.
     """
     source = str(source)
     path = local_file(source, flag)
     try:
-        state = _parsed(path)
+        state, aside = parsed(path)
         if not isinstance(state, dict):
             raise CheckpointError(f"holds {type(state).__name__}, expected a dictionary with parameters")
-        weights = {name: bare for name in (*AVERAGED, *RAW) if (bare := _bare(state.get(name)))}
-        entries = {name: value for name, value in state.items() if name not in weights}
+        weights = find_weights(state)
         if not weights:
-            weights, entries = {"": _bare(state)}, {}
-        if not any(weights.values()):
-            raise CheckpointError("holds no 'model' entry and no parameters")
+            raise CheckpointError(f"holds no 'model' entry and no parameters{_held(state)}")
+        entries = {name: value for name, value in state.items() if not _absent(name, value, weights)}
     except CheckpointError as error:
         again = f"; remove {path} to fetch it again" if is_url(source) else ""
         raise CheckpointError(f"{flag}: {source} {error}{again}") from error.__cause__
-    return Contents(source, weights, entries)
+    return Contents(source, weights, entries, aside)
 
 
-def _parsed(path: Path) -> object:
-    """The object in a file; of a .safetensors its parameters and args as a checkpoint holds them.
-
-    Raises CheckpointError that says what the file is, without naming it.
-    """
-    try:
-        with open(path, "rb") as file:
-            head = file.read(512)
-            if other := _other_kind(head, path):
-                raise CheckpointError(other)
-            # A .safetensors begins with 8 bytes for the length of a JSON object, then the object.
-            if head[8:9] == b"{":
-                return _safetensors(path)
-            file.seek(0)
-            # The open file and not its name, by whose suffix torch.load would choose the format.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                return torch.load(file, map_location="cpu", weights_only=True)
-    except (CheckpointError, MemoryError):
-        raise
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        why = f"it holds {found[1]}" if found else "it is damaged, or no checkpoint, or holds something else"
-        raise CheckpointError(f"is refused: {why}; only tensors and plain values are read") from error
-    except OSError as error:
-        # torch's reader seeks before the beginning of an archive that was cut off
-        if error.errno == errno.EINVAL:
-            raise CheckpointError("is damaged or no checkpoint") from error
-        raise CheckpointError(f"cannot be read ({error})") from error
-    # Bytes that are no pickle make torch's reader fail with any exception, KeyError and IndexError among them.
-    except Exception as error:
-        raise CheckpointError(f"is damaged or no checkpoint{_reason(error)}") from error
+def _absent(name: object, value: object, weights: dict[str, Named]) -> bool:
+    """Whether an entry is a parameter, holds the parameters that `weights` has already, or nothing."""
+    if value is None or isinstance(value, Tensor) or (isinstance(value, (dict, list, tuple)) and not value):
+        return True
+    return any(entry == name or entry.startswith(f"{name}.") for entry in weights)
 
 
-def _other_kind(head: bytes, path: Path) -> str | None:
-    """What a file is, if it is a known kind that holds no parameters; head: its first bytes."""
-    if not head:
-        return "is empty"
-    if head.startswith(LFS_POINTER):
-        return "is a Git LFS pointer, not the file it stands for; `git lfs pull` fetches that"
-    if HTML_PAGE.match(head):
-        return "is an HTML page, no checkpoint"
-    if not zipfile.is_zipfile(path):
-        return None
-    with zipfile.ZipFile(path) as archive:
-        names = {name.rsplit("/", 1)[-1] for name in archive.namelist()}
-    if "constants.pkl" in names:
-        return "is a TorchScript archive; save the state_dict of its module instead"
-    return None if "data.pkl" in names else "is a zip archive, but no checkpoint"
-
-
-def _safetensors(path: Path) -> dict:
-    with safe_open(path, "pt") as file:
-        args = json.loads((file.metadata() or {}).get(METADATA, "{}"))
-        return {"state_dict": {name: file.get_tensor(name) for name in file.keys()}, "args": args}  # noqa: SIM118
-
-
-def _reason(error: Exception) -> str:
-    """The first sentence of a library's error, in brackets, if the error is about the file."""
-    # Without the advice that follows, which names functions of the library, and without control codes.
-    if not isinstance(error, (RuntimeError, ValueError, SafetensorError)):
-        return ""
-    lines = str(error).strip().splitlines()
-    sentence = "".join(filter(str.isprintable, lines[0].split(". ")[0])) if lines else ""
-    return f" ({sentence})" if sentence else ""
-
-
-def _bare(tensors: object) -> dict[str, Tensor]:
-    """Parameters by name, without the prefixes of wrappers; entries that are no tensors are left out."""
-    bare: dict[str, Tensor] = {}
-    for name, tensor in tensors.items() if isinstance(tensors, dict) else ():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            continue
-        while prefix := next((p for p in PREFIXES if name.startswith(p)), None):
-            name = name.removeprefix(prefix)
-        bare[name] = tensor
-    return bare
+def _held(state: dict) -> str:
+    """What a file holds instead, for a message."""
+    words = [str(name) for name in list(state)[:4]]
+    return f"; it holds {', '.join(words)}{', ...' if len(state) > 4 else ''}" if words else ""

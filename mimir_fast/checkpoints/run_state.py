@@ -17,6 +17,7 @@ from torch import nn
 
 from mimir_fast.checkpoints import folder as ckpt
 from mimir_fast.checkpoints.atomic import write_text_atomically
+from mimir_fast.checkpoints.errors import CheckpointError
 from mimir_fast.checkpoints.matching import load_model_state, load_optimizer_state
 from mimir_fast.checkpoints.reader import read
 from mimir_fast.config.sections import RunConfig
@@ -112,12 +113,19 @@ def restore(
     if state.get("scaler") and updater.scaler.is_enabled():
         updater.scaler.load_state_dict(state["scaler"])
     own = state.get("mimir_fast")
-    if own is None:
-        epoch = int(state["epoch"]) + 1
-        return Position(epoch=epoch, update=epoch * updates_per_epoch), {}
-    total, in_a_row, _ = own["counters"]
-    updater.counters = torch.tensor([total, in_a_row, in_a_row], device=updater.counters.device)
-    return _position(own, geometry, say), own
+    try:
+        if own is None:
+            epoch = int(state["epoch"]) + 1
+            return Position(epoch=epoch, update=epoch * updates_per_epoch), {}
+        total, in_a_row, _ = own["counters"]
+        updater.counters = torch.tensor([total, in_a_row, in_a_row], device=updater.counters.device)
+        return _position(own, geometry, say), own
+    # Entries of those names that another program wrote.
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"resume: {source} does not say where its run stands ({type(error).__name__}: {error}); to begin from its "
+            "parameters, take a file that holds those alone"
+        ) from error
 
 
 def _position(own: dict, geometry: list[int], say: Callable[[str], None]) -> Position:

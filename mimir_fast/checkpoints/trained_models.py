@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mimir_fast.checkpoints.errors import CheckpointError
 from mimir_fast.checkpoints.matching import load_all
+from mimir_fast.checkpoints.normalisation import assumed, normalisation
 from mimir_fast.checkpoints.reader import Contents, read
-from mimir_fast.data.datasets import INFO
 from mimir_fast.models import Classifier, MaskedAutoencoder, create_classifier, create_model
 from mimir_fast.models.families import family_of, recognise
 from mimir_fast.models.family import MASK_TOKEN, PREFIX, Family, kind_of
@@ -55,12 +55,16 @@ class Trained(NamedTuple):
             norm_pix_loss of a masked autoencoder
     epoch   the last finished one, where the file says it
     source  the file's name and which entry was taken
+    classes names of the classes in the head's order, where the file says them
+    notes   lines to print: what was assumed
     """
 
     model: Classifier | MaskedAutoencoder
     args: dict
     epoch: int | None
     source: str
+    classes: list[str] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def load_classifier(source: str, *, overrides: dict = {}, device: str | torch.device = "cpu") -> Trained:  # noqa: B006
@@ -158,14 +162,14 @@ def _classifier(contents: Contents, overrides: dict, device: str | torch.device)
     args = _resolved(contents, overrides, _facts(contents))
     normalisation = {name: args[name] for name in ("mean", "std")}
     model = create_classifier(args["model"], **_keywords(contents, args), **normalisation)
-    return _filled(model, contents, args, device)
+    return _filled(model, contents, args, overrides, device)
 
 
 def _mae(contents: Contents, overrides: dict, device: str | torch.device) -> Trained:
     args = _resolved(contents, overrides, _facts(contents, PREFIX))
     args["norm_pix_loss"] = bool(args.get("norm_pix_loss", False))
     model = create_model(args["model"], **_keywords(contents, args), norm_pix_loss=args["norm_pix_loss"])
-    return _filled(model, contents, args, device)
+    return _filled(model, contents, args, overrides, device)
 
 
 def _keywords(contents: Contents, args: dict) -> dict:
@@ -204,7 +208,7 @@ def _resolved(contents: Contents, overrides: dict, facts: dict) -> dict:
             if name in given and binding and _canonical(name, given[name], family) != fact:
                 raise CheckpointError(f"{name}: {contents.source} was trained with {fact}, {whose} {given[name]}")
     args = {"dataset": None, "use_normalize": False, **contents.args, **overrides, **facts}
-    return args | _constants(args, contents.source)
+    return args | normalisation(contents, args, overrides)
 
 
 def _canonical(name: str, value, family: Family):
@@ -212,24 +216,10 @@ def _canonical(name: str, value, family: Family):
     return family.bare(value) if name == "model" and isinstance(value, str) else value
 
 
-def _constants(args: dict, source: str) -> dict:
-    """dataset under its own name, and the channels' mean and std, None where the training took pixels as they are."""
-    dataset = args["dataset"]
-    if dataset not in INFO and isinstance(dataset, str):
-        dataset = dataset.removesuffix("s")  # a trailing s: with generated images
-    if not args["use_normalize"]:
-        return {"dataset": dataset, "mean": None, "std": None}
-    if dataset not in INFO:
-        raise CheckpointError(
-            f"dataset: {source} was trained on normalised images of {args['dataset']}, whose constants are not known; "
-            f"expected one of {', '.join(INFO)}"
-        )
-    return {"dataset": dataset, "mean": INFO[dataset].mean, "std": INFO[dataset].std}
-
-
 def _filled(
-    model: Classifier | MaskedAutoencoder, contents: Contents, args: dict, device: str | torch.device
+    model: Classifier | MaskedAutoencoder, contents: Contents, args: dict, overrides: dict, device: str | torch.device
 ) -> Trained:
     load_all(model, contents.tensors, f"checkpoint: {contents.source} is no {args['model']}")
     model = model.float().to(device).eval().requires_grad_(False)
-    return Trained(model, args, contents.epoch, contents.source)
+    notes = tuple(assumed(contents, overrides))
+    return Trained(model, args, contents.epoch, contents.source, contents.classes, notes)

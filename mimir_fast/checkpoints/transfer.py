@@ -20,7 +20,8 @@ def load_pretrained(
     say          gets a table of what was loaded, what is missing and what is not used
     head_std     the head always starts afresh: truncated normal with this deviation, bias zero
     Positional tables of another grid are resized as the model's family does it (ViT: bicubic, the class row is kept).
-    Raises CheckpointError if the encoder is not all there, has other sizes, or its positions are no square grid.
+    Raises CheckpointError if the encoder is not all there, has other sizes or parameters that the model lacks, or its
+    positions are no square grid.
     """
     family = family_of(model)
     family.adapt(model, family.of_classifier(given))
@@ -59,7 +60,13 @@ def match_encoder(model: Classifier, given: dict, source: str) -> Match:
     if needed.differs:
         raise CheckpointError(f"finetune: {source} is no whole {family.title} encoder: {needed.report()}")
     tensors = match.tensors | {key: given[key] for key in match.misshapen}
-    return match._replace(tensors=tensors, unexpected=[key for key in given if key not in tensors])
+    unused = [key for key in given if key not in tensors]
+    # LayerScale, normalised queries and keys, registers, ...: without them the blocks compute something else.
+    foreign = [key for key in unused if not matches(key, (*family.fresh, *family.beside))]
+    if foreign:
+        report = Match({}, [], foreign, {}).report()
+        raise CheckpointError(f"finetune: {source} is of another architecture than this {family.title}: {report}")
+    return match._replace(tensors=tensors, unexpected=unused)
 
 
 def _check_sizes(family: Family, theirs: dict, ours: dict, source: str) -> None:

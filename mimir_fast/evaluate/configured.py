@@ -33,6 +33,8 @@ def evaluate(config: EvaluateConfig, explicit: set[str] | None = None) -> dict:
     trained = load_classifier(config.model.checkpoint, overrides=overrides, device=device)
     eps = config.attack.eps or training_eps(trained) or USUAL_EPS
     alpha = eps / 4 if config.attack.alpha is None else config.attack.alpha
+    for line in trained.notes:
+        print(line)
     print(f"{trained.source}: {trained.args['model']}, eps {eps:g}/255, alpha {alpha:g}/255, on {device}")
     return run_evaluation(
         trained.model,

@@ -1,7 +1,6 @@
 """Entries of results.json, one per attack and its settings, and the same as a table."""
 
 import datetime
-import hashlib
 import platform
 from collections.abc import Sequence
 from importlib import metadata
@@ -11,6 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from mimir_fast.attacks.named import Attack, make_attack
+from mimir_fast.checkpoints.hashing import tensors_hash
 from mimir_fast.evaluate.autoattack import version
 from mimir_fast.evaluate.records import Record
 from mimir_fast.evaluate.rounds import Sizes, Subject
@@ -75,12 +75,7 @@ def circumstances(attack: Attack, subject: Subject) -> dict:
 
 def model_hash(model: nn.Module) -> str:
     """SHA-256 of a model's parameters and buffers, by name, whatever file they were in."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        # As bytes: numpy has no bfloat16.
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return tensors_hash({**dict(model.named_parameters()), **dict(model.named_buffers())})
 
 
 def table(data: dict) -> list[str]:

@@ -22,6 +22,8 @@ def evaluate(run: Run[FinetuneConfig]) -> int:
     trained = load_classifier(source, overrides=overrides, device=run.device)
     dataset = flat["dataset"] if "dataset" in run.explicit else trained.args.get("dataset") or flat["dataset"]
     a, d = config.attack, config.data
+    for line in trained.notes:
+        print(line)
     print(f"{trained.source}: {trained.args['model']}, eps {a.eps:g}/255, alpha {a.alpha:g}/255, on {run.device}")
     attacks = original_sequence(a.eps, a.alpha, config.validation.adap_eval)
     # One attack that cannot run is no reason to leave out the others.

@@ -36,6 +36,19 @@ PREFIX = "mae_"
 MASK_TOKEN = "mask_token"
 HEAD = "head"
 
+# Patterns of heads and decoders as other trainers call them.
+BESIDE = (
+    "mask_token",
+    "decoder*",
+    "head*",
+    "fc.*",
+    "classifier*",
+    "pre_logits.*",
+    "projector*",
+    "projection*",
+    "predictor*",
+)
+
 Tensors = Mapping[str, Tensor]
 
 
@@ -80,6 +93,8 @@ class Family:
     encoder_prefix  what stands before the names of the encoder's parameters in an autoencoder's state dict
     encoder         patterns of the encoder's parameters, the last normalisation included
     fresh           patterns of what a classifier may start without
+    beside          patterns of what files have beside the encoder, decoders and heads of others, which a classifier's start
+                    leaves out; whatever else a file has and the classifier lacks is another architecture
     adapt           (classifier, tensors that it will start from) -> None: makes room in it for what only some files have
     undecayed       patterns of what weight decay leaves alone in fine-tuning, beside vectors
     blocks          classes of the blocks, which are compiled, sharded and gathered one by one
@@ -119,6 +134,7 @@ class Family:
     resize: Callable[[Tensor, tuple[int, ...]], Resized]
     timm: Callable[[str, dict[str, Any]], TimmModel]
     network: Callable[[str, dict[str, Any]], Network]
+    beside: tuple[str, ...] = BESIDE
     timm_key: Callable[[str], str | None] = str
     adapt: Callable[[Any, Tensors], None] = lambda classifier, tensors: None
     free: tuple[str, ...] = ("img_size", "patch_size", "num_classes", "global_pool")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.attacks.linf import attack_bounds, linf_step, momentum_step, starting_point
+from mimir_fast.checkpoints.normalisation import own_normalisation
 from mimir_fast.checkpoints.reader import read
 from mimir_fast.checkpoints.run_state import Position
 from mimir_fast.checkpoints.transfer import load_pretrained
@@ -196,8 +197,14 @@ def start_from_pretrained(model: Classifier, config: FinetuneConfig, say: Callab
     head_std = HEAD_STD.get(config.data.dataset, OTHER_HEAD_STD)
     contents = read(source, "finetune")
     load_pretrained(model, contents.tensors, contents.source, say, head_std)
+    for line in contents.notes:
+        say(f"finetune: {line}")
     before, now = contents.args.get("use_normalize"), config.data.use_normalize
-    if before is not None and bool(before) != now:
+    before = True if own_normalisation(contents) else before
+    if before is None:
+        does = "does" if now else "does not (--use_normalize)"
+        say(f"finetune: {source} does not say whether its training normalised images; this run {does}")
+    elif bool(before) != now:
         seen = "with" if before else "without"
         say(
             f"use_normalize: {source} was trained {seen} it, this run is {'with' if now else 'without'}; is that meant?"

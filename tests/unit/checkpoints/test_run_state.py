@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mimir_fast.checkpoints.errors import CheckpointError
 from mimir_fast.checkpoints.folder import save_checkpoint
 from mimir_fast.checkpoints.reader import read
 from mimir_fast.checkpoints.run_state import Position, checkpoint_state, find_state, restore
@@ -160,3 +161,21 @@ def test_resume_reads_whatever_evaluate_reads(tmp_path, kind):
     )
     assert all(torch.equal(bare[name], tensor) for name, tensor in fresh.state_dict().items())
     assert position.epoch == (1 if kind in ("bare", "safetensors") else 3)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "message"),
+    [
+        ("mimir_fast", {"version": 2}, "does not say where its run stands"),
+        ("mimir_fast", [1], "does not say where its run stands"),
+        ("mimir_fast", {"counters": [0, 0, 0], "step": 1}, "does not say where its run stands"),
+        ("optimizer", {"state": {}}, "the optimizer state of x does not fit"),
+        ("optimizer", {"param_groups": [3, 4], "state": {}}, "the optimizer state of x does not fit"),
+        ("optimizer", "sgd", "the optimizer state of x does not fit"),
+    ],
+)
+def test_entries_of_another_program_are_an_error_of_ours(entry, value, message):
+    model, updater = trained()
+    state = state_of(model, updater, Position(epoch=2)) | {entry: value}
+    with pytest.raises(CheckpointError, match=rf"^resume: .*{message}"):
+        restore(state, "x", model, updater, Position(), [1, 8, 1, 10, 0], 10, print)
