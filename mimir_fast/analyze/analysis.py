@@ -120,6 +120,7 @@ def perturbation(config: AnalyzeConfig, trained: Trained) -> Perturbation:
     classifier = isinstance(trained.model, Classifier)
     given = config.attack
     eps = (training_eps(trained) or USUAL_EPS) if given.eps is None else given.eps
+    # An autoencoder is attacked as in its pre-training: one step, 10/255 at a radius of 8/255.
     alpha = (eps / 4 if classifier else 1.25 * eps) if given.alpha is None else given.alpha
     steps = (20 if classifier else 1) if given.steps is None else given.steps
     return Perturbation(eps, alpha, steps, config.run.seed)
@@ -134,6 +135,7 @@ def images(config: AnalyzeConfig, trained: Trained) -> tuple[EvalStream, torch.T
     where = (dataset_of(trained, data.dataset), data.data_root, trained.args["input_size"], config.run.batch_size)
     stream = partial(eval_batches, *where, split=data.split, held_out=data.held_out)
     total = stream().num_images
+    # Here and not first by the jackknife, which comes after the attack.
     require(total >= 2 * GROUPS, "num_images", f"{total} images in all", f"{2 * GROUPS} or more")
     indices = subset_indices(total, min(data.num_images, total), config.run.seed)
     return stream(indices=indices, num_classes=trained.args.get("nb_classes")), torch.tensor(indices)

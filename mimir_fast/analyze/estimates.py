@@ -74,6 +74,7 @@ class Marginal(NamedTuple):
 
     def shifted(self, places: int) -> "Marginal":
         """The same variable with its samples moved `places` earlier, in a circle; entropies do not depend on the order."""
+        # Rows and columns together: permuting the samples permutes an inverse in the same way.
         inverse, kernel = (part.roll((-places, -places), (0, 1)) for part in (self.inverse, self.kernel))
         return Marginal(inverse, kernel, self.entropies)
 
@@ -108,6 +109,7 @@ def information(a: Marginal, b: Marginal) -> dict[str, float]:
     """Mutual information of paired samples by every estimator, as mimir_fast.objectives.information.nhsic and renyi_mi."""
     m = len(a.kernel)
     c = RIDGE * m
+    # The penalty rewritten with ridge inverses alone (docs/fidelity.md): one inverse per variable serves all pairs.
     nhsic = m - c * a.inverse.trace() - c * b.inverse.trace() + c**2 * (a.inverse * b.inverse).sum()
     joint = entropies(a.kernel * b.kernel * m)
     return {"nhsic": nhsic.item(), **{name: a.entropies[name] + b.entropies[name] - joint[name] for name in ORDERS}}
@@ -147,6 +149,7 @@ def estimate(
     if m < 2 * GROUPS:
         raise ValueError(f"num_images: got {m}, expected {2 * GROUPS} or more: {GROUPS} groups are left out in turn")
     order = torch.randperm(m, generator=generator)
+    # Groups of equal size, up to one sample, and independent of the order that pairs up shuffled samples.
     group = (torch.arange(m) % GROUPS)[torch.randperm(m, generator=generator)]
     parts = []
     # -1: the estimate itself, with no group left out.

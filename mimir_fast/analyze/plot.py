@@ -43,6 +43,7 @@ def places(members: list[dict]) -> tuple[list[float], list[str] | None]:
     epochs = [member["epoch"] for member in members]
     if members[0]["series"] != FILES and len(members) > 1 and None not in epochs and len(set(epochs)) == len(epochs):
         return [float(epoch) for epoch in epochs], None
+    # A source may end in a word in brackets: x.pth (model_ema).
     stems = [member["checkpoint"].split("/")[-1].split(" ")[0].rsplit(".", 1)[0] for member in members]
     # Files of one name in several folders are told apart by their folders.
     if len(set(stems)) < len(stems):

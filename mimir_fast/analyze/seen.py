@@ -83,6 +83,7 @@ def _look_at_batch(trained: Trained, x: Tensor, labels: Tensor, indices: Tensor,
         latent = latent_tokens(trained, x_adv)
         if isinstance(model, Classifier):
             right, right_adv = (model(images).argmax(1).eq(labels).cpu() for images in (x, x_adv))
+    # To the CPU batch by batch: features of all images need not fit on the device.
     rows = (tensor.flatten(1).float().cpu() for tensor in (x, x_adv, latent))
     return Seen._make((*rows, labels.cpu(), right, right_adv))
 
@@ -100,4 +101,5 @@ def attack_reconstruction(trained: Trained, x: Tensor, indices: Tensor, how: Per
     ratio = args.get("attack_mask_ratio", 0.75)
     adv = ascend_reconstruction(model, normalised(trained, x), bounds, how.steps, ratio, start, masks)
     means, stds = (x.new_tensor(values)[:, None, None] for values in (mean, std))
+    # Back in pixels, where rounding may leave the range by one unit in the last place.
     return (adv * stds + means).clamp(0, 1)

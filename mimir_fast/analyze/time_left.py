@@ -39,4 +39,5 @@ class TimeLeft:
         return f"{'at least ' * unseen}{tqdm.format_interval(self._seconds())}"
 
     def _seconds(self) -> float:
+        # By phase: a step of the attack takes another time than one of the estimates.
         return sum(self.left[name] * self.spent[name] / self.done[name] for name in self.left if self.done[name])

@@ -43,6 +43,7 @@ def append_text(path: Path, text: str, flag: str = "output_dir") -> None:
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(text)
+            # Python's buffer first, then the kernel's: fsync knows nothing of the former.
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -77,6 +78,7 @@ def move(path: Path, target: Path) -> None:
     """Rename a file or folder, durably; the target's folder is made.  Raises OSError if that fails."""
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(path, target)
+    # Both folders: the entry that is gone and the one that is new.
     for folder in {path.parent, target.parent}:
         _sync_folder(folder)
 
@@ -89,6 +91,7 @@ def remove_temporaries(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
+    # Open for writing: not every system fsyncs a file that is open for reading alone.
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
 

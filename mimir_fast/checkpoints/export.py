@@ -36,7 +36,8 @@ from mimir_fast.models.families import family_of
 from mimir_fast.models.family import PREFIX, matches
 from mimir_fast.models.features import FeatureModel
 
-TOLERANCE = 1e-3  # of outputs of order 1: rounding is below 1e-5, a wrong architecture far above
+# Of the largest output: rounding is below 1e-5, a wrong architecture far above.
+TOLERANCE = 1e-3
 
 
 class Architecture(NamedTuple):
@@ -78,6 +79,7 @@ def architecture(trained: Trained) -> Architecture:
     """How timm calls a model of ours; an encoder of pre-training has no classes and gives its class token."""
     args, family = trained.args, family_of(trained.model)
     theirs = family.timm(args["model"].removeprefix(PREFIX), constructor_keywords(trained))
+    # The usual evaluation: data sets of any image size are resized to 256 for 224, small images are taken whole.
     cropped = args["dataset"] in INFO and INFO[args["dataset"]].side is None
     cfg = {
         "input_size": (3, args["input_size"], args["input_size"]),
@@ -120,7 +122,7 @@ def export_timm(trained: Trained, path: Path, json_path: Path) -> list[str]:
     metadata |= {METADATA: json.dumps(training(trained)), CHECKSUM: tensors_hash(tensors)}
     with in_place_when_done(path, json_path, keep_suffix=True) as (written, written_json):
         with refused_by_disk(path):
-            # its save_file has temporary files of its own, with random names that stay after a kill
+            # Not save_file, which has temporary files of its own, with random names that stay after a kill.
             written.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
             written_json.write_text(json.dumps(config, indent=2) + "\n")
         model = timm.create_model(built.name, checkpoint_path=str(written), **built.options)
@@ -169,6 +171,7 @@ class PixelModel(nn.Module):
 def checked(trained: Trained, exported: nn.Module, path: Path) -> float:
     """Largest difference of outputs on two random images, relative to the largest output.  Raises ValueError if it matters."""
     size = trained.args["input_size"]
+    # Two images, so that a mistake in the batch dimension shows; noise, so that no pixel is like its neighbour.
     images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     ours = trained.model(images) if isinstance(trained.model, Classifier) else latent_tokens(trained, images)
     difference = ((exported(images) - ours).abs().max() / ours.abs().max().clamp_min(1e-12)).item()

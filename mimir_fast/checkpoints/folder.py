@@ -11,6 +11,7 @@ from mimir_fast.checkpoints.atomic import move, remove_temporaries, write_atomic
 from mimir_fast.checkpoints.errors import CheckpointError
 from mimir_fast.checkpoints.reader import Contents, read
 
+# If the newest cannot be read, --resume auto takes the one before it.
 KEPT_RESUME_POINTS = 2
 BEST_FILE = "best.pth"
 EPOCH_FILE = re.compile(r"checkpoint-(\d+)\.pth")
@@ -35,12 +36,14 @@ def find_checkpoints(folder: Path) -> list[Path]:
     checkpoint-E.pth stands at the start of epoch E+1, resume-E-S.pth at micro-step S of epoch E.
     """
     paths = [path for path in (folder.iterdir() if folder.is_dir() else ()) if progress(path) > (-1, 0)]
+    # Of equal progress, the end of an epoch before a resume point: it is the file that stays.
     return sorted(paths, key=lambda path: (progress(path), EPOCH_FILE.fullmatch(path.name) is not None), reverse=True)
 
 
 def progress(path: Path) -> tuple[int, int]:
     """(epoch, micro-step) from which a checkpoint's run continues, by its name; (-1, 0) for other files."""
     if match := EPOCH_FILE.fullmatch(path.name):
+        # Saved at the end of its epoch: the run goes on with the next one.
         return int(match[1]) + 1, 0
     if match := RESUME_FILE.fullmatch(path.name):
         return int(match[1]), int(match[2])

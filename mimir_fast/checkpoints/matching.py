@@ -81,6 +81,7 @@ def load_model_state(model: nn.Module, state: dict, source: str) -> None:
 
 
 def _resume_advice(match: Match) -> str:
+    # The usual mistake: --resume where --finetune was meant.
     if kind_of(match.unexpected) == "autoencoder":
         return "; it is a pre-training's, which a fine-tuning starts from with --finetune"
     other_classes = any(of_head(name) for name in match.misshapen)

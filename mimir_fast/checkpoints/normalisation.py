@@ -45,7 +45,8 @@ def of_data_set(args: dict, source: str) -> dict:
     """dataset under its own name, and the channels' mean and std, None where the training took pixels as they are."""
     dataset = args["dataset"]
     if dataset not in INFO and isinstance(dataset, str):
-        dataset = dataset.removesuffix("s")  # a trailing s: with generated images
+        # cifar10s is cifar10 with generated images, in the original's words.
+        dataset = dataset.removesuffix("s")
     if not args["use_normalize"]:
         return {"dataset": dataset, "mean": None, "std": None}
     if dataset not in INFO:

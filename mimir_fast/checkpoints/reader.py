@@ -72,6 +72,7 @@ class Contents:
     def state(self) -> dict:
         """The state to resume training from: all entries, under `model` the parameters themselves, under `model_ema` their
         average if there is one."""
+        # The optimizer's moments belong to the parameters, not to their average.
         raw = next((name for name in self.weights if not is_average(name)), self.entry)
         named = {name: held.tensors for name, held in self.weights.items() if name}
         average = {"model_ema": self.tensors} if is_average(self.entry) and raw != self.entry else {}

@@ -69,6 +69,7 @@ def model_file(trained: Trained, path: Path) -> str:
         source=theirs.source,
         base=theirs.name,
         pixel=pixel,
+        # Double quotes, as formatters of Python want them: the file is for people to read and to commit.
         sizes=repr(theirs.keywords).replace("'", '"'),
         mean=tuple(args["mean"] or (0.0, 0.0, 0.0)),
         std=tuple(args["std"] or (1.0, 1.0, 1.0)),

@@ -111,12 +111,14 @@ def restore(
         return start, {}
     load_optimizer_state(updater.optimizer, state["optimizer"], source)
     if state.get("scaler") and updater.scaler.is_enabled():
+        # A run in bf16 or fp32 has no use for the scale, and hands it on to the next checkpoint as a fresh one.
         updater.scaler.load_state_dict(state["scaler"])
     own = state.get("mimir_fast")
     try:
         if own is None:
             epoch = int(state["epoch"]) + 1
             return Position(epoch=epoch, update=epoch * updates_per_epoch), {}
+        # The third, the longest series of skipped updates, ends a run that reaches a limit: a new run begins its own.
         total, in_a_row, _ = own["counters"]
         updater.counters = torch.tensor([total, in_a_row, in_a_row], device=updater.counters.device)
         return _position(own, geometry, say), own
@@ -157,6 +159,7 @@ def resume(
         name, state = found
         position, own = restore(state, name, model, updater, start, geometry, updates_per_epoch, say)
     p = position
+    # Each process has read the folder by itself: on local disks they may hold different files.
     if not world.same([p.epoch, p.step, p.update]):
         raise ValueError("resume: the processes found different checkpoints; output_dir must be a folder they share")
     if found is None:
@@ -170,6 +173,7 @@ def open_folder(folder: Path, flat: dict, position: Position) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     ckpt.clean_folder(folder)
     past = ckpt.supersede(folder, position.epoch, position.step)
+    # YAML's safe dumper knows no tuples.
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
     write_text_atomically(folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False))
     return [f"output_dir: {path} is past this run's start and was moved to superseded/" for path in past]

@@ -28,7 +28,7 @@ __all__ = [
     "training_eps",
 ]
 
-# flags that a caller may insist on
+# Flags that a caller may insist on.
 OVERRIDES = (
     "model",
     "input_size",
@@ -39,11 +39,11 @@ OVERRIDES = (
     "use_normalize",
     "norm_pix_loss",
 )
-# keywords of a model's constructor and their flags, of every model and of a classifier
+# Keywords of a model's constructor -> their flags: of every model, and of a classifier alone.
 SIZE = {"img_size": "input_size", "patch_size": "patch_size"}
 HEAD = {"num_classes": "nb_classes", "global_pool": "global_pool"}
-# what the tensors say about themselves, and whether a checkpoint's args must agree: the original's args hold the command
-# line's input_size and nb_classes even where the data set's own were used
+# Facts that tensors tell, and whether a checkpoint's args must agree: the original's args hold the command line's input_size
+# and nb_classes even where the data set's own were used.
 BINDING = {"model": True, "patch_size": True, "global_pool": True, "input_size": False, "nb_classes": False}
 
 
@@ -109,6 +109,7 @@ def latent_tokens(trained: Trained, images: Tensor) -> Tensor:
     if isinstance(model, Classifier):
         return model.forward_features(images)
     images = normalised(trained, images)
+    # No mask: all patches are kept, in raster order.
     everything = torch.arange(model.num_patches, device=images.device).expand(len(images), -1).contiguous()
     return model.encode(model.visible(images, everything), everything)
 
@@ -124,6 +125,7 @@ def normalised(trained: Trained, images: Tensor) -> Tensor:
 def constructor_keywords(trained: Trained) -> dict:
     """What made the model, without normalisation: its sizes, those of its name and what its tensors tell."""
     family, args = family_of(trained.model), trained.args
+    # From the model's tensors: args say nothing of what only some files have.
     found = family.read(family.of_classifier(trained.model.state_dict()))
     size = {keyword: args[flag] for keyword, flag in SIZE.items()}
     return size | _free(family, found) | family.keywords(args["model"].removeprefix(PREFIX))
@@ -204,6 +206,7 @@ def _resolved(contents: Contents, overrides: dict, facts: dict) -> dict:
     family = _family(contents)
     for name, fact in facts.items():
         for whose, given in (("the command line says", overrides), ("its own args say", contents.args)):
+            # What somebody asks for must hold; what a file says of itself may be the original's wrong record of it.
             binding = given is overrides or BINDING[name]
             if name in given and binding and _canonical(name, given[name], family) != fact:
                 raise CheckpointError(f"{name}: {contents.source} was trained with {fact}, {whose} {given[name]}")
@@ -220,6 +223,7 @@ def _filled(
     model: Classifier | MaskedAutoencoder, contents: Contents, args: dict, overrides: dict, device: str | torch.device
 ) -> Trained:
     load_all(model, contents.tensors, f"checkpoint: {contents.source} is no {args['model']}")
+    # Frozen: attacks differentiate it in its input alone.
     model = model.float().to(device).eval().requires_grad_(False)
     notes = tuple(assumed(contents, overrides))
     return Trained(model, args, contents.epoch, contents.source, contents.classes, notes)

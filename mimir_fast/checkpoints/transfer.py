@@ -24,17 +24,21 @@ def load_pretrained(
     positions are no square grid.
     """
     family = family_of(model)
+    # Before the comparison: what only some files have would be unexpected.
     family.adapt(model, family.of_classifier(given))
     match = match_encoder(model, given, source)
     resized = {key: _resized(family, match.tensors[key], own, source) for key, (_, own) in match.misshapen.items()}
     tables = {key: table for key, (table, _) in resized.items()}
+    # Not strict: the head is missing, and what else may start afresh; `match_encoder` has refused all other gaps.
     model.load_state_dict(match.tensors | tables, strict=False)
+    # In any case, as in the original: also from a classifier whose head would fit.
     nn.init.trunc_normal_(model.head.weight, std=head_std)
     nn.init.zeros_(model.head.bias)
     say(f"finetune: {source}: {len(match.tensors)} of {len(model.state_dict())} tensors loaded")
     say(f"  {'loaded':<11}{len(match.tensors):>4}  {_summary(match.tensors)}")
     say(f"  {'missing':<11}{len(match.missing):>4}  {_summary(match.missing)} (start afresh)")
     say(f"  {'unexpected':<11}{len(match.unexpected):>4}  {_summary(match.unexpected)} (not used)")
+    # Each change once: several tables of one grid change alike.
     for change in dict.fromkeys(change for _, change in resized.values()):
         say(f"  positional table resized {change}")
 
@@ -72,6 +76,7 @@ def match_encoder(model: Classifier, given: dict, source: str) -> Match:
 def _check_sizes(family: Family, theirs: dict, ours: dict, source: str) -> None:
     """What the tensors of the checkpoint and of the model tell; raises CheckpointError where the encoders' sizes differ."""
     sizes = ours.keys() - set(family.free)
+    # A file that lacks even these is reported by its missing tensors, which says more.
     if not sizes | {"patch_size"} <= theirs.keys():
         return
     if any(theirs[key] != ours[key] for key in sizes):

@@ -68,43 +68,37 @@ def large_eps(record: Record) -> Finding:
     """record: the images that the model gets right, under PGD at LARGE_EPS."""
     standing, n = int(record.correct.sum()), len(record.indices)
     low, _ = wilson(standing, n)
-    text = f"at eps {LARGE_EPS:g}/255, where every image can be made grey, {standing} of {n} images stay right"
-    doubt = (
-        ": the attack does not find what must be there, its gradients are masked; expect true robustness to be lower"
-    )
+    text = f"at eps {LARGE_EPS:g}/255, where every image can be made grey, {standing} of {n} images stay correct"
+    doubt = ": PGD misses adversarial images that must exist (masked gradients); the true robustness is lower"
     return _finding("large eps", low > STANDING, n, text, doubt)
 
 
 def vanishing_gradients(vanished: int, n: int) -> Finding:
     """vanished: of n images that the model gets right, those whose cross-entropy has gradient zero in every pixel."""
     low, _ = wilson(vanished, n)
-    text = f"{vanished} of {n} images have no gradient at all"
+    text = f"the gradient of {vanished} of {n} images is zero in every pixel"
     doubt = (
-        ": attacks on the cross-entropy (fgsm, pgd) cannot move there and say nothing; saturated logits or a step that "
+        ": attacks on the cross-entropy (fgsm, pgd) leave these images unchanged; look for saturated logits or an "
+        "operation without a gradient, and trust only attacks without gradients (Square)"
     )
-    doubt += "cannot be differentiated, trust only attacks that need neither (Square)"
     return _finding("vanishing gradients", low > VANISHING, n, text, doubt)
 
 
 def _aa_above(ensemble: AttackResult, other: AttackResult) -> Finding:
     text, surprising, n = _disagreement(other, ensemble)
-    doubt = (
-        ": AutoAttack should leave fewer standing; something stops it, gradient masking or an error in the evaluation"
-    )
+    doubt = ": AutoAttack should break more; a sign of gradient masking or of an error in the evaluation"
     return _finding("AutoAttack not above PGD", surprising, n, text, doubt)
 
 
 def _more_steps(fewer: AttackResult, more: AttackResult) -> Finding:
     text, surprising, n = _disagreement(fewer, more)
-    doubt = ": more steps should break more; the gradient leads nowhere, a sign of gradient masking"
+    doubt = ": more steps should break more; a sign of gradient masking"
     return _finding("more steps are stronger", surprising, n, text, doubt)
 
 
 def _fgsm_below(single: AttackResult, many: AttackResult) -> Finding:
     text, surprising, n = _disagreement(single, many)
-    doubt = (
-        ": one step beats many only where the loss is rugged near the images: gradient masking; trust the lower number"
-    )
+    doubt = ": many steps should break more than one; a sign of gradient masking: trust the lower accuracy"
     return _finding("PGD stronger than FGSM", surprising, n, text, doubt)
 
 
@@ -116,7 +110,7 @@ def _loss_rises(fewer: AttackResult, more: AttackResult) -> Finding:
     text = f"the loss grows by {mean:.3g} (standard error {error:.2g}) from {fewer.attack.name} to {more.attack.name}"
     # Three standard errors: a p-value of 0.1 %.
     falls = bool(len(growth)) and mean < -3 * error
-    doubt = ": more steps lower the loss that they climb; the gradient misleads, a sign of gradient masking"
+    doubt = ": more steps should raise the loss; a sign of gradient masking"
     return _finding("loss rises with steps", falls, len(growth), text, doubt)
 
 
@@ -126,8 +120,8 @@ def _square(ensemble: AttackResult) -> Finding:
     # It comes last: what it breaks has withstood the other three.
     n, alone = len(record.indices), int((record.broken == last).sum())
     low, _ = wilson(alone, n)
-    text = f"Square, which sees no gradient, breaks {alone} of {n} images that the three gradient attacks left standing"
-    doubt = ": black-box should not beat white-box; gradients are masked and the true robustness is lower still"
+    text = f"Square, which uses no gradient, breaks {alone} of {n} images that the three gradient attacks did not break"
+    doubt = ": a sign of gradient masking; the true robustness is lower still"
     return _finding("Square not ahead", low > SQUARE_SHARE, n, text, doubt)
 
 

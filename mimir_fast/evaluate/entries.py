@@ -23,6 +23,7 @@ USUAL = {"restarts": 1, "seed": 0, "batch": 64, "group": 64}
 def settings_of(attack: Attack, sizes: Sizes, seed: int) -> dict:
     """Everything that decides an attack's result."""
     settings = attack.settings()
+    # Neither of them draws a random number.
     if attack.kind not in ("clean", "fgsm"):
         settings["seed"] = seed
     if attack.batch_dependent:

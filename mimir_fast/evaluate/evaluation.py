@@ -22,6 +22,7 @@ from mimir_fast.evaluate.rounds import Sizes, Subject, rounds_of, run_attack
 CLEAN = Attack("clean")
 # Images that the checks attack.
 SLICE = 100
+# 40 steps of an eighth of the radius cross the ball more than twice.
 LARGE = Attack("pgd", 40, checks.LARGE_EPS, checks.LARGE_EPS / 8)
 
 
@@ -63,6 +64,7 @@ def run_evaluation(
     """
     chosen = images.choose()
     subject = _subject(model, source, len(chosen.classes))
+    # Each attack once, the clean one first: those that follow leave out what it finds misclassified.
     attacks = list(dict.fromkeys([CLEAN, *attacks]))
     # For its errors: an attack that cannot run should be known before hours of those that can.
     for attack in attacks:
@@ -144,6 +146,7 @@ class Evaluation:
 
     def slice_checks(self, large_too: bool) -> list[Finding]:
         """Checks on the first correctly classified images; large_too: also the attack at a large radius."""
+        # Those that are right alone: of the others there is nothing to break.
         rows = np.flatnonzero(self.clean)[:SLICE]
         chosen = replace(self.chosen, indices=self.chosen.indices[rows])
         record = Record(self.results.record_path("check large eps"), chosen.indices)

@@ -59,6 +59,7 @@ class Images:
         first, label = next(iter(stream))
         facts = f"{self.dataset} {self.split} {self.input_size} {list(stream.classes)} {total} {int(label[0])}"
         listed = Path(self.image_list).expanduser().read_bytes() if self.image_list else b""
+        # Little-endian on every machine: the hash is compared across machines.
         digest = hashlib.sha256(facts.encode() + indices.astype("<i8").tobytes() + first.numpy().tobytes() + listed)
         return Chosen(self, indices, list(stream.classes), digest.hexdigest())
 

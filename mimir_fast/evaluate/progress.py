@@ -24,6 +24,7 @@ class Bar:
     def show(self, what: str, text: str, done: float, left: float) -> None:
         """Show what is being done and a text; done and left: in any unit of work."""
         if self.bar is not None:
+            # The total falls as images are broken: later rounds leave them out.
             self.bar.total, self.bar.n = done + left, done
             self.bar.set_description_str(what, refresh=False)
             self.bar.set_postfix_str(text)

@@ -81,6 +81,7 @@ class Record:
                 self.seconds = float(stored["seconds"])
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise CheckpointError(f"output_dir: {self.path} is damaged ({error}); remove it to begin again") from error
+        # Rows are matched by position: with other images they would be another image's outcome.
         if not np.array_equal(arrays["number"], self.indices):
             raise CheckpointError(
                 f"output_dir: {self.path} is about other images; remove it or take another output_dir"
@@ -119,6 +120,7 @@ class Results:
                 "move it away"
             )
         self.data = {"identity": identity, "attacks": {}, "checks": [], **(found or {})}
+        # Of two equal hashes the newer words, such as the path of a model that has moved.
         self.data["identity"] = identity
         self.save()
 

@@ -44,7 +44,7 @@ class Sizes(NamedTuple):
 
 
 # (images [B,C,H,W], labels [B], indices [B]) -> adversarial images [B,C,H,W]
-Run = Callable[[Tensor, Tensor, Tensor], Tensor]
+Perturb = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Round(NamedTuple):
@@ -52,7 +52,7 @@ class Round(NamedTuple):
 
     name: str
     passes: float
-    run: Run
+    run: Perturb
 
 
 def rounds_of(attack: Attack, subject: Subject, sizes: Sizes, seed: int) -> list[Round]:
@@ -60,7 +60,6 @@ def rounds_of(attack: Attack, subject: Subject, sizes: Sizes, seed: int) -> list
     model = subject.model
     if attack.kind == "clean":
         return [Round("clean", 1, lambda images, labels, indices: images)]
-    # A forward and a backward pass, and the forward pass that rates the result.
     if attack.kind == "fgsm":
         return [Round("fgsm", 3, lambda images, labels, indices: fgsm(model, images, labels, attack.eps))]
     if attack.kind == "aa":
@@ -68,11 +67,12 @@ def rounds_of(attack: Attack, subject: Subject, sizes: Sizes, seed: int) -> list
         return [Round(name, PASSES[name], partial(ensemble.run, name)) for name in SUB_ATTACKS]
     make_loss = _loss_of(attack, model)
 
-    def start(restart: int) -> Run:
+    def start(restart: int) -> Perturb:
         return lambda images, labels, indices: gradient_attack(
             make_loss(images, labels), images, indices, attack, seed, restart
         )
 
+    # Two passes a step, forward and backward, and the forward pass that rates the result.
     return [Round(f"restart {i + 1}", 2 * attack.steps + 1, start(i)) for i in range(attack.restarts)]
 
 
@@ -105,6 +105,7 @@ def run_attack(
     """
     rounds = rounds_of(attack, subject, sizes, seed)
     size = sizes.aa if attack.kind == "aa" else sizes.batch
+    # Then all images, in every round: batches must not depend on what earlier rounds broke.
     everything = attack.batch_dependent
     progress = AttackProgress(attack.name, [r.passes for r in rounds], everything, say)
     try:

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which can be told apart with every kind of colour vision.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
+# Of removed patches.
 GREY_LEVEL = 0.5
 MOST_POINTS = 2000
 COLUMN_TITLES = ("clean", "adversarial", "perturbation ×10", "visible patches", "reconstruction")
@@ -71,6 +72,7 @@ def draw_penalty(c: dict[str, np.ndarray]) -> Figure | None:
         return None
     figure, ax = axes("penalty, unweighted")
     curve(ax, c["epoch"], c["mi"], BLUE, "penalty")
+    # From 0, so that a small change of the penalty does not look like a large one.
     ax.set_ylim(bottom=min(0, np.nanmin(c["mi"])))
     # The column counts from the start of the run.
     missing = np.diff(c["skipped_penalties"], prepend=0) > 0
@@ -137,6 +139,7 @@ def draw_intervals(names: Sequence[str], groups: Mapping[str, Sequence[tuple[flo
         if not known:
             continue
         at, mid, low, high = (np.array(part, float) for part in zip(*known))
+        # errorbar refuses negative lengths, which rounding can give.
         errors = np.clip([mid - low, high - mid], 0, None)
         centres = at + (i - (len(groups) - 1) / 2) * width
         ax.bar(centres, mid, 0.9 * width, yerr=errors, color=colour, label=label, capsize=3, ecolor="#444444")
@@ -169,8 +172,10 @@ def grid_images(samples: dict) -> np.ndarray:
     clean, adv, recon = (np.asarray(samples[key], np.float32) for key in ("clean", "adv", "recon"))
     patch = int(samples["patch_size"])
     rows, cols = clean.shape[2] // patch, clean.shape[3] // patch
+    # One entry per patch -> one per pixel.
     removed = np.asarray(samples["mask"]).reshape(-1, rows, cols).repeat(patch, 1).repeat(patch, 2)[:, None] > 0.5
-    # The perturbation is amplified around mid-grey: a few 255ths cannot be seen.
+    # The perturbation is amplified around mid-grey: a few 255ths cannot be seen.  Kept patches are shown as they are: nothing
+    # trains their predictions.
     pictures = [
         clean,
         adv,

@@ -116,6 +116,7 @@ def read_samples(path: Path) -> dict | None:
     """The arrays of samples.npz; None if it is missing, cut or lacks one."""
     try:
         with np.load(path) as arrays:
+            # Read here, inside of the try: np.load opens the archive, and a cut member is only found when it is read.
             return {name: arrays[name] for name in SAMPLE_ARRAYS}
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
