@@ -51,6 +51,7 @@ _SAFE_GLOBALS = {
     ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
+    # Old pickles hold bytes as text that is to be encoded.
     ("_codecs", "encode"): lambda text, encoding: text.encode(encoding),
 }
 
@@ -127,6 +128,7 @@ def read_svhn(path: Path) -> ArrayImages:
     with _reading(path, advice):
         try:
             content = loadmat(path, variable_names=("X", "y"))
+        # Of no class that _reading knows, and importing scipy for its name would slow down all that read no .mat.
         except MatReadError as error:
             raise ValueError(error) from error
         images = np.ascontiguousarray(np.moveaxis(content["X"], -1, 0))

@@ -101,6 +101,7 @@ class EdmSampler:
         for step, chunk in zip(range(start_step, self.num_batches), real):
             rng = random_stream(self.seed, Purpose.MIX_GENERATED, epoch, self.rank, step)
             fill = self.batch_size - len(chunk)
+            # A short chunk, the last of a permutation, is filled up too: every batch has the same size.
             generated = rng.integers(self.n_sup, self.n_sup + self.n_unsup, size=fill) if fill else chunk[:0]
             yield rng.permutation(np.concatenate([chunk, generated]))
 

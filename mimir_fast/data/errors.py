@@ -27,6 +27,7 @@ class BadFiles:
         for path, reason in found.items():
             if path not in self.reasons:
                 self.reasons[path] = reason
+                # Where none is tolerated nothing is skipped: the error below names it.
                 if self.limit:
                     log.warning("skipping unreadable image %s: %s", path, reason)
         if len(self.reasons) > self.limit:

@@ -31,6 +31,7 @@ def crop_shift(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """CropShift: cut off 0 to 11 rows and columns, and paste the rest at a random place of a black image of the same size."""
     lines = int(rng.integers(CROPPED_LINES[0], CROPPED_LINES[1] + 1))
     columns = int(rng.integers(lines + 1))
+    # At least one pixel is left of an image smaller than the range.
     columns, rows = min(columns, image.width - 1), min(lines - columns, image.height - 1)
     width, height = image.width - columns, image.height - rows
     left, top = (int(rng.integers(most + 1)) for most in (columns, rows))
@@ -59,6 +60,7 @@ def color_or_shape(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 def _sheared(image: Image.Image, slope: float, along_x: bool) -> Image.Image:
     """Shift rows or columns in proportion to their distance from the centre."""
     x, y = (slope, 0.0) if along_x else (0.0, slope)
+    # The constant terms keep the centre where it is.
     matrix = (1.0, x, -x * image.height / 2, y, 1.0, -y * image.width / 2)
     return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
 

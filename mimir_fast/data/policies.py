@@ -131,6 +131,7 @@ def _edm_plan(edm_aug: str | None) -> AugmentPlan:
 
         return AugmentPlan(before=(_library(RandAugment(2, 14)),))
     if edm_aug == "idbh":
+        # CropShift takes the place of the padded crop.
         return AugmentPlan(move=False, after=(idbh.crop_shift, idbh.color_or_shape, idbh.erase))
     return AugmentPlan()
 

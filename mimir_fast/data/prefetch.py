@@ -21,6 +21,7 @@ def prefetch(batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> 
     for images, labels in batches:
         with torch.cuda.stream(stream):
             copies = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            # Queued before the batch in hand is given out, so that the copy runs while that one is in use.
             copied = stream.record_event()
         if upcoming is not None:
             yield _arrived(*upcoming)

@@ -126,6 +126,7 @@ class FolderImages:
                 return index, read_image(path, self.side)
             except BadImageError as error:
                 bad[path] = str(error)
+            # Paths are sorted by class: the next image is most often of the same one.
             index = (index + 1) % len(self)
         raise TooManyBadError(bad)
 

@@ -38,9 +38,9 @@ HEAD = "head"
 
 # Patterns of heads and decoders as other trainers call them.
 BESIDE = (
-    "mask_token",
+    MASK_TOKEN,
     "decoder*",
-    "head*",
+    f"{HEAD}*",
     "fc.*",
     "classifier*",
     "pre_logits.*",

@@ -97,5 +97,7 @@ class VisionTransformer(ViTEncoder, Classifier):
         # there is a last block, whose addition is left to do
         assert delta is not None
         assert bias is not None
+        # Not normalised: the original's adaptive attacks and information terms take the tokens as the last block
+        # leaves them.
         delta = delta + bias.to(delta.dtype)
         return tokens + (delta if keep is None else delta * keep[-1, :, None, None].to(delta.dtype))
