@@ -46,7 +46,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "evaluate":
-        # a package that can be called: the room and the public function have one name
+        # A package that can be called: the package and the public function have one name.
         return importlib.import_module("mimir_fast.evaluate")
     if name not in _HOMES:
         raise AttributeError(f"module 'mimir_fast' has no attribute {name!r}")

@@ -18,7 +18,7 @@ FILES = "checkpoints"
 SATURATED = 0.95
 NOTES = {
     "z": "features of the adversarial images, all tokens of all patches",
-    "delta": "x_adv - x, made from x and the model: what z tells about it may be what z tells about x",
+    "delta": "x_adv - x, a function of x and the model: information about it may be information about x",
     "null": "the same estimator on pairs that do not belong together",
     "excess": "value - null",
     "error, interval": "delete-a-group jackknife, 95 %, of the estimator's expectation at this many images",

@@ -8,8 +8,8 @@ looks like information.  So each value comes with its `null`, the same estimator
 Standard errors are those of the delete-a-group jackknife: 20 random groups of samples, each left out once.  Why not
 -  the bootstrap: a sample that is drawn twice is its own perfect match in both variables, which these estimators take for
    dependence; with independent variables the excess of a bootstrap sample is far above zero;
--  halves of the samples: nhsic of many dimensions is near its ceiling, m, and spreads less with fewer samples than a rescaling
-   by m tells.
+-  halves of the samples: nhsic of many dimensions is near its ceiling, m, and varies less with fewer samples than a rescaling
+   by m predicts.
 The jackknife stays near m samples, and where it errs it errs upwards (Efron and Stein, The Jackknife Estimate of Variance,
 1981): in simulations its 95 % intervals cover in 90 to 100 % of all cases, see tests/unit/analyze/test_estimates.py.
 An interval is that of the estimator's expectation at m samples, not of the true information, from which every estimator is

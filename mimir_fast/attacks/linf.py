@@ -84,7 +84,7 @@ def pgd(
     """Projected gradient ascent.
 
     loss         adv [B,C,H,W] -> scalar to ascend.  Its model should have no trainable parameters (pgd_mae.frozen_twin): a
-                 compiled loss would compute their gradients in vain
+                 compiled loss would compute their gradients as well, unused
     bounds       [4,C] eps, alpha, lo, hi of every channel in the images' units (mimir_fast.kernels.linf_bounds)
     start        None: the images; a seed (one int64 number) of uniform noise in the ball; or the noise itself [B,C,H,W]
     loss_scale   multiplies the loss before its backward pass, since fp16 gradients underflow; their signs stay as they are

@@ -134,7 +134,7 @@ def start_noise(indices: Tensor, shape: torch.Size, seed: int, restart: int = 0)
     """
     count = shape.numel()
     blocks = (count + 3) // 4
-    # The attack is not part of the key: all attacks start from the same noise, and differ by what they do, not by luck.
+    # The attack is not part of the key: all attacks start from the same noise, so that they can be compared image by image.
     key = torch.tensor((seed % 2**32) | (restart % 2**31) << 32, device=indices.device)
     block = indices[:, None] * blocks + torch.arange(blocks, device=indices.device)
     words = torch.stack(philox(key, block.flatten()), dim=1).view(len(indices), -1)[:, :count]

@@ -132,7 +132,7 @@ def ascend_reconstruction(
     start          see `starting_point` (default: a seed drawn from torch's generator); mask_noise: one [B,L] per step
     loss_scale     multiplies the loss before its backward pass: fp16 gradients underflow without; the sign ignores it
     functions      default: `plain_functions` of the model.  A compiled loss computes every gradient that it could be asked
-                   for: give it a model without trainable parameters (`frozen_twin`), or weight gradients are built in vain
+                   for: give it a model without trainable parameters (`frozen_twin`), or weight gradients are computed as well
     Returns [B,C,H,W], detached.  Raises ValueError if steps < 0 or mask_noise does not hold one entry per step.
     """
     if steps < 0:

@@ -19,7 +19,7 @@ def is_url(source: str) -> bool:
 def beside(source: str, folder: str) -> Path:
     """Path for results about a checkpoint: folder/NAME beside the file, or in the working directory for a URL."""
     path = PurePosixPath(source) if is_url(source) else Path(source)
-    # What is downloaded lies in a cache, where nobody would look for results.
+    # A download lies in torch.hub's cache, which is no place for results.
     return (Path() if is_url(source) else Path(source).parent) / folder / path.stem
 
 

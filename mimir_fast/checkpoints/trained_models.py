@@ -42,8 +42,8 @@ OVERRIDES = (
 # Keywords of a model's constructor -> their flags: of every model, and of a classifier alone.
 SIZE = {"img_size": "input_size", "patch_size": "patch_size"}
 HEAD = {"num_classes": "nb_classes", "global_pool": "global_pool"}
-# Facts that tensors tell, and whether a checkpoint's args must agree: the original's args hold the command line's input_size
-# and nb_classes even where the data set's own were used.
+# Facts that follow from the tensors, and whether a checkpoint's args must agree: the original's args hold the command line's
+# input_size and nb_classes even where the data set's own were used.
 BINDING = {"model": True, "patch_size": True, "global_pool": True, "input_size": False, "nb_classes": False}
 
 
@@ -123,7 +123,7 @@ def normalised(trained: Trained, images: Tensor) -> Tensor:
 
 
 def constructor_keywords(trained: Trained) -> dict:
-    """What made the model, without normalisation: its sizes, those of its name and what its tensors tell."""
+    """What made the model, without normalisation: its sizes, those of its name and those that follow from its tensors."""
     family, args = family_of(trained.model), trained.args
     # From the model's tensors: args say nothing of what only some files have.
     found = family.read(family.of_classifier(trained.model.state_dict()))
@@ -175,14 +175,14 @@ def _mae(contents: Contents, overrides: dict, device: str | torch.device) -> Tra
 
 
 def _keywords(contents: Contents, args: dict) -> dict:
-    """Keywords of the constructor beside those of the name; what nobody knows stays at the constructor's default."""
+    """Keywords of the constructor beside those of the name, as far as args and tensors say them."""
     family = _family(contents)
     found = family.read(family.of_classifier(contents.tensors))
     return {keyword: args[flag] for keyword, flag in SIZE.items() if flag in args} | _free(family, found)
 
 
 def _free(family: Family, found: dict) -> dict:
-    """What the tensors tell beyond the name's sizes."""
+    """Keywords that follow from the tensors and in which models of one name differ."""
     return {keyword: found[keyword] for keyword in family.free if keyword in found}
 
 
@@ -206,7 +206,7 @@ def _resolved(contents: Contents, overrides: dict, facts: dict) -> dict:
     family = _family(contents)
     for name, fact in facts.items():
         for whose, given in (("the command line says", overrides), ("its own args say", contents.args)):
-            # What somebody asks for must hold; what a file says of itself may be the original's wrong record of it.
+            # The command line always has to agree with the tensors; the original's args are wrong about some of them.
             binding = given is overrides or BINDING[name]
             if name in given and binding and _canonical(name, given[name], family) != fact:
                 raise CheckpointError(f"{name}: {contents.source} was trained with {fact}, {whose} {given[name]}")

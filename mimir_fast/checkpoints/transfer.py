@@ -74,7 +74,7 @@ def match_encoder(model: Classifier, given: dict, source: str) -> Match:
 
 
 def _check_sizes(family: Family, theirs: dict, ours: dict, source: str) -> None:
-    """What the tensors of the checkpoint and of the model tell; raises CheckpointError where the encoders' sizes differ."""
+    """Compare what `read` found in the checkpoint and in the model; raises CheckpointError where the encoders' sizes differ."""
     sizes = ours.keys() - set(family.free)
     # A file that lacks even these is reported by its missing tensors, which says more.
     if not sizes | {"patch_size"} <= theirs.keys():

@@ -40,7 +40,7 @@ class Trace(NamedTuple):
         return cls(*(np.array(column) for column in zip(*moments)))
 
     def peaks(self, batch: int) -> np.ndarray:
-        """[segments,kinds] bytes: what was alive when each segment stood highest."""
+        """[segments,kinds] bytes: the memory in use at each segment's peak."""
         powers = np.array([1, batch, batch**2])
         alive = self.terms @ powers
         # Applied here, at the batch that is asked about: scratch stops growing where the GPU is full.
@@ -51,7 +51,7 @@ class Trace(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What runs of fewer encoder blocks say about a model of `depth` blocks; a single run stands for itself."""
+    """Memory of a model of `depth` blocks, extrapolated from runs with fewer encoder blocks; from a single run, as it is."""
 
     traces: list[Trace]
     depths: list[int]
@@ -85,13 +85,12 @@ def predict(run: Run) -> Prediction:
 
 def _fake_task(run: Run) -> Pretraining | Finetuning:
     """The task, without data, on the CPU; inside of a FakeTensorMode its parameters are fake."""
-    # A truncated normal draw asks whether any value fell outside, which a fake tensor cannot answer.
-    with _Answers():
+    with _ConditionsFalse():
         return build_task(run, World(device=CPU))
 
 
-class _Answers(TorchDispatchMode):
-    """Says no to every question about a fake tensor's value: truncated normal draws ask whether any fell outside."""
+class _ConditionsFalse(TorchDispatchMode):
+    """Dispatch mode in which every condition on a fake tensor's value is false: truncated normal draws branch on one."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return False if func is torch.ops.aten._local_scalar_dense.default else func(*args, **(kwargs or {}))
@@ -164,5 +163,5 @@ def _update(engine: Engine, images_u8: Tensor) -> None:
     for i in range(count):
         # Let go of the last one's first, as the loop does.
         output = None
-        output = engine.micro_step(images_u8, labels, step=i, last=i + 1 == count)  # noqa: F841 (lives on)
+        output = engine.micro_step(images_u8, labels, step=i, last=i + 1 == count)  # noqa: F841 (kept until the next one)
     engine.update()

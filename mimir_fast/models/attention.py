@@ -17,7 +17,7 @@ from mimir_fast.models import narrow_attention
 
 # Up to this many tokens plain matrix products are faster on a CPU than sdpa's tiles.
 FEW_TOKENS = 64
-# Module -> the name that pip and our extra know it by.
+# Module -> its name for pip, which is also that of our extra.
 PACKAGES = {"flash_attn": "flash-attn", "xformers": "xformers"}
 
 

@@ -64,7 +64,7 @@ class Encoder(nn.Module):
         self.activation_checkpointing, self.drop_rates = activation_checkpointing, drop_rates or ()
         self.grid = img_size // patch_size
         self.num_patches = self.grid**2
-        # Not persistent: loading is strict, and the original's files know no such entries.
+        # Not persistent: loading is strict, and the original's files have no such entries.
         for name, values, shape in (("rates", drop_rates, (-1,)), ("mean", mean, (-1, 1, 1)), ("std", std, (-1, 1, 1))):
             constants = None if values is None else torch.tensor(values).view(shape)
             self.register_buffer(name, constants, persistent=False)

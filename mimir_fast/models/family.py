@@ -53,7 +53,7 @@ Tensors = Mapping[str, Tensor]
 
 
 class TimmModel(NamedTuple):
-    """timm's counterpart: its name, what timm.create_model is told beside it, the names of its first layer and its head."""
+    """timm's counterpart: its name, further arguments of timm.create_model, the names of its first layer and its head."""
 
     name: str
     options: dict[str, Any]
@@ -95,14 +95,14 @@ class Family:
     fresh           patterns of what a classifier may start without
     beside          patterns of what files have beside the encoder, decoders and heads of others, which a classifier's start
                     leaves out; whatever else a file has and the classifier lacks is another architecture
-    adapt           (classifier, tensors that it will start from) -> None: makes room in it for what only some files have
+    adapt           (classifier, tensors that it will start from) -> None: adds parameters to it that only some files have
     undecayed       patterns of what weight decay leaves alone in fine-tuning, beside vectors
     blocks          classes of the blocks, which are compiled, sharded and gathered one by one
     trunk           name of a model's list of encoder blocks if they are all alike: what one of them costs, all cost
     depth           model -> number of layers that layer decay counts, L
     layer_of        (name, model) -> 0 before the first of them, 1 to L in them, L + 1 after the last
     lacks           tensors of a file -> the name of one that every model of the family has and the file lacks; None: it is one
-    read            tensors of a classifier or autoencoder -> keywords of the constructors as far as their shapes tell them:
+    read            tensors of a classifier or autoencoder -> keywords of the constructors that follow from names and shapes:
                     those of `sizes` and of `free`
     free            keywords in which models of one name differ
     describe        what `read` found, in words
@@ -168,7 +168,7 @@ class Family:
         """The classifier's name for what `read` found; None if its sizes have no name."""
         sizes = {key: value for key, value in read.items() if key not in self.free}
         for name in self.sizes:
-            # What a name leaves to the constructor's default, such as mlp_ratio, a file tells all the same.
+            # A file also holds sizes that the name leaves to the constructor's default, such as mlp_ratio.
             own = {**self._defaults, **self.keywords(name)}
             if all(own[key] == value for key, value in sizes.items()):
                 return name

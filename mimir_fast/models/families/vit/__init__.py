@@ -111,7 +111,7 @@ def timm(name: str, keywords: dict[str, Any]) -> TimmModel:
     theirs_all = {"img_size": 224, "patch_size": 16, "depth": sizes["depth"], "mlp_ratio": 4.0, **sizes}
     ours = {"mlp_ratio": 4.0, **keywords}
     options = {"num_classes": ours.get("num_classes", 0), "global_pool": "avg" if ours.get("global_pool") else "token"}
-    # What timm has under this name anyway need not be said; vit_nano, for one, says depth and width.
+    # Only what differs from timm's model of this name: for vit_nano depth and width, for most others nothing.
     options |= {key: ours[key] for key, value in theirs_all.items() if ours[key] != value}
     return TimmModel(theirs, options, "patch_embed.proj", "head")
 
