@@ -13,6 +13,7 @@ import pytest
 
 import mimir_fast
 from mimir_fast.config.analysis import AnalyzeConfig
+from mimir_fast.config.cache import CacheConfig
 from mimir_fast.config.evaluation import EvaluateConfig
 from mimir_fast.config.export import ExportConfig
 from mimir_fast.config.fields import Configuration
@@ -24,7 +25,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("example
 FOLDERS = "mimir_fast|kernels|bench|tests|docs|examples"
 # flags of other programs, and of the verbs that have no configuration
 ELSEWHERE = {"nproc_per_node", "gpu", "memory_gib", "task", "seed", "recipe", "config", "aa_images"}
-CONFIGURATIONS = (PretrainConfig, FinetuneConfig, EvaluateConfig, AnalyzeConfig, ExportConfig)
+CONFIGURATIONS = (PretrainConfig, FinetuneConfig, EvaluateConfig, AnalyzeConfig, ExportConfig, CacheConfig)
 
 
 def name(page: Path) -> str:

@@ -9,6 +9,7 @@ VERBS = {
     "evaluate": ("mimir_fast.cli.evaluate", "a classifier's accuracy, clean and under attack"),
     "analyze": ("mimir_fast.cli.analyze", "what a checkpoint's features tell about images and perturbations"),
     "export": ("mimir_fast.cli.export", "a trained encoder or classifier as a file for timm or RobustBench"),
+    "cache": ("mimir_fast.cli.cache", "decoded images on disk, from which training reads many times as fast"),
     "demo": ("mimir_fast.cli.demo", "all of it on handwritten digits, on two CPU cores"),
     "memory": ("mimir_fast.cli.memory", "peak memory of a training and the largest batch that fits; needs no GPU"),
     "report": ("mimir_fast.cli.report", "HTML report of a run's folder"),

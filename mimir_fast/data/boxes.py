@@ -7,6 +7,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mimir_fast.data.crops import CROP_AREA, CROP_ATTEMPTS, CROP_RATIO, central_box
 from mimir_fast.data.randomness import Purpose
@@ -53,7 +54,7 @@ def draw(seed: int, epoch: int, indices: np.ndarray) -> Draws:
 
 
 def boxes(
-    numbers: np.ndarray, heights: np.ndarray, widths: np.ndarray, area_range: tuple[float, float] = CROP_AREA
+    numbers: np.ndarray, heights: ArrayLike, widths: ArrayLike, area_range: tuple[float, float] = CROP_AREA
 ) -> np.ndarray:
     """Boxes (top, left, height, width) int64 [B,4], distributed as torchvision's RandomResizedCrop, in images of these sizes.
 

@@ -75,7 +75,7 @@ def read_images(dataset: str, data_root: str | Path, split: str = "train", in_me
     if dataset == "tiny-imagenet":
         return tiny_imagenet.read(root, split, in_memory)
     if dataset in FOLDERS:
-        return _read_folders(root / FOLDERS[dataset], split, optional_train=dataset == "imagefolder")
+        return read_folders(root / FOLDERS[dataset], split, optional_train=dataset == "imagefolder")
     return _read_svhn(root, split) if dataset == "svhn" else _read_cifar(root, split, dataset)
 
 
@@ -96,7 +96,8 @@ def _folder(root: Path, split: str, optional_train: bool) -> tuple[Path, list[st
     return folder, class_folders(train if split == "train" or train.is_dir() else folder)
 
 
-def _read_folders(root: Path, split: str, optional_train: bool) -> FolderImages:
+def read_folders(root: Path, split: str, optional_train: bool) -> FolderImages:
+    """Images in root/train/CLASS or root/val/CLASS; with optional_train the training classes may lie in root itself."""
     folder, classes = _folder(root, split, optional_train)
     return FolderImages(scan_class_folders(folder, classes), str(folder))
 
@@ -142,7 +143,7 @@ def _read_archive(
         return read()
     for base in (root, root / name):
         if (base / "train").is_dir():
-            files = _read_folders(base, split, optional_train=False).files
+            files = read_folders(base, split, optional_train=False).files
             return decode_all(FolderImages(files, str(base / split), INFO[name].side))
     archives.download(fetch, root, f"{archive.name} or class folders in train/")
     return read()

@@ -107,13 +107,17 @@ def centre(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(center_crop(image, [size, size]))
 
 
-def resized_centre(image: Image.Image, size: int) -> np.ndarray:
-    """Resize the shorter side to size / CROPPED pixels, bicubic, and crop the centre: uint8 [S,S,C]."""
+def resized(image: Image.Image, size: int) -> Image.Image:
+    """Resize the shorter side of an image to size / CROPPED pixels, bicubic."""
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.functional import resize
 
-    resized = resize(image, [int(size / CROPPED)], InterpolationMode.BICUBIC, antialias=True)
-    return centre(resized, size)
+    return resize(image, [int(size / CROPPED)], InterpolationMode.BICUBIC, antialias=True)
+
+
+def resized_centre(image: Image.Image, size: int) -> np.ndarray:
+    """Resize the shorter side to size / CROPPED pixels, bicubic, and crop the centre: uint8 [S,S,C]."""
+    return centre(resized(image, size), size)
 
 
 def eval_batches(

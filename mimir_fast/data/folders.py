@@ -3,8 +3,11 @@
 import os
 import struct
 import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -41,6 +44,13 @@ class PathTable:
         self.root = os.fspath(root)
         self.ends = np.cumsum([0, *map(len, encoded)])
         self.text = np.frombuffer(b"".join(encoded), np.uint8)
+
+    @classmethod
+    def of(cls, root: str | Path, ends: np.ndarray, text: np.ndarray) -> "PathTable":
+        """A table of the arrays of another one."""
+        table = cls(root, [])
+        table.ends, table.text = ends, text
+        return table
 
     def __len__(self) -> int:
         return len(self.ends) - 1
@@ -133,15 +143,36 @@ def _unreadable_folder(error: OSError) -> None:
 
 def read_image(path: str, side: int | None = None) -> Image.Image:
     """Decode one image to RGB.  Raises BadImageError when that fails, or when it is not side x side pixels."""
-    try:
-        with open(path, "rb") as file, Image.open(file) as image:
-            rgb = image.convert("RGB")
-    # An empty file is what an interrupted copy or download leaves, and worth its own word.
-    except UnidentifiedImageError as error:
-        empty = os.path.getsize(path) == 0
-        raise BadImageError("empty file" if empty else "not an image") from error
-    except DECODE_ERRORS as error:
-        raise BadImageError(" ".join(f"{type(error).__name__}: {error}".split())) from error
+    return decode(lambda: open(path, "rb"), side)
+
+
+def decode(open_file: Callable[[], BinaryIO], side: int | None = None) -> Image.Image:
+    """Decode one image, wherever it comes from, to RGB; see read_image."""
+    with _decoding(open_file) as image:
+        rgb = image.convert("RGB")
     if side is not None and rgb.size != (side, side):
         raise BadImageError(f"{rgb.width}x{rgb.height} pixels, expected {side}x{side}")
     return rgb
+
+
+def decoded_size(open_file: Callable[[], BinaryIO]) -> tuple[int, int]:
+    """(width, height) of an image, from its first bytes alone.  Raises BadImageError."""
+    with _decoding(open_file) as image:
+        return image.size
+
+
+@contextmanager
+def _decoding(open_file: Callable[[], BinaryIO]) -> Iterator[Image.Image]:
+    """Context of an open image, in which what Pillow raises becomes BadImageError."""
+    try:
+        with open_file() as file:
+            # What an interrupted copy or download leaves, and worth its own word.
+            if not file.read(1):
+                raise BadImageError("empty file")
+            file.seek(0)
+            with Image.open(file) as image:
+                yield image
+    except UnidentifiedImageError as error:
+        raise BadImageError("not an image") from error
+    except DECODE_ERRORS as error:
+        raise BadImageError(" ".join(f"{type(error).__name__}: {error}".split())) from error

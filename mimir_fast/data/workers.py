@@ -119,8 +119,8 @@ class CropMaker(Dataset[Batch]):
         numbers = iter(drawn.numbers)
 
         def crop(image: Image.Image) -> np.ndarray:
-            (box,) = boxes(next(numbers)[None], np.array([image.height]), np.array([image.width])).tolist()
-            return resized_crop(image, *box, self.input_size)
+            ((top, left, height, width),) = boxes(next(numbers)[None], [image.height], [image.width]).tolist()
+            return resized_crop(image, top, left, height, width, self.input_size)
 
         taken = self.source.take(key.indices, crop)
         images = flip_where(taken.images.transpose(0, 3, 1, 2).copy(), drawn.flips)

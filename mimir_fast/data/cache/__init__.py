@@ -1,1 +1,1 @@
-"""Decoded pixels on disk."""
+"""Decoded images on disk: format (manifest, index, shards), building, verifying."""

@@ -5,6 +5,7 @@ from PIL import Image
 
 from mimir_fast.kernels._shared.bt601 import BLUE, CB, CR, GREEN, GREY, RED
 
+PIXELS = ("yuv420", "rgb")
 # Red, green, blue -> Cb, Cr, both around 0.
 CHROMA = np.array([[-RED, -GREEN, 1 - BLUE], [1 - RED, -GREEN, -BLUE]], np.float32) / np.array([[CB], [CR]], np.float32)
 
@@ -17,14 +18,63 @@ def to_yuv420(image: Image.Image) -> np.ndarray:
     """
     luma = np.asarray(image.convert("L"))
     height, width = luma.shape
-    luma = np.pad(luma, ((0, height % 2), (0, width % 2)), mode="edge")
+    if height % 2 or width % 2:
+        luma = np.pad(luma, ((0, height % 2), (0, width % 2)), mode="edge")
     # Squares that the edge cuts are averages of what is there: the same as of a last row or column repeated.
-    chroma = np.asarray(image.reduce(2), np.float32) @ CHROMA.T + GREY
-    chroma = np.clip(chroma + 0.5, 0, 255).astype(np.uint8)
-    pairs = [luma[0::2], luma[1::2], chroma[..., 0], chroma[..., 1]]
-    return np.concatenate(pairs, axis=1)
+    half = image.reduce(2)
+    # Pillow rounds to the nearest level and clamps, in half the time of NumPy.
+    cb, cr = (np.asarray(half.convert("L", (*weights, GREY))) for weights in CHROMA.tolist())
+    return np.concatenate([luma[0::2], luma[1::2], cb, cr], axis=1)
 
 
 def row_pair_bytes(width: int) -> int:
     """Bytes of one pair of rows of an image of this width: 3 W'."""
     return 3 * (width + width % 2)
+
+
+def to_pixels(image: Image.Image, pixels: str) -> np.ndarray:
+    """An RGB image as the rows of the format `pixels`, a word of PIXELS: uint8, two-dimensional."""
+    return to_yuv420(image) if pixels == "yuv420" else np.asarray(image).reshape(image.height, -1)
+
+
+def to_image(data: np.ndarray, pixels: str, height: int, width: int) -> Image.Image:
+    """The RGB image whose rows in the format `pixels` are data, uint8 [stored_bytes]; chroma is enlarged bicubically."""
+    if pixels == "rgb":
+        return Image.fromarray(data.reshape(height, width, 3))
+    even = width + width % 2
+    rows = data.reshape(-1, 3 * even)
+    luma, chroma = rows[:, : 2 * even].reshape(-1, even), rows[:, 2 * even :].reshape(len(rows), 2, even // 2)
+    planes = [Image.fromarray(np.ascontiguousarray(chroma[:, part])) for part in (0, 1)]
+    large = [plane.resize((even, len(luma)), Image.Resampling.BICUBIC) for plane in planes]
+    whole = Image.merge("YCbCr", [Image.fromarray(np.ascontiguousarray(luma)), *large]).convert("RGB")
+    return whole.crop((0, 0, width, height))
+
+
+def rows_in(pixels: str) -> int:
+    """Rows of an image that one row of the format holds."""
+    return 2 if pixels == "yuv420" else 1
+
+
+def row_bytes(pixels: str, width):
+    """Bytes of one row of the format; a number or an array."""
+    return row_pair_bytes(width) if pixels == "yuv420" else 3 * width
+
+
+def stored_bytes(pixels: str, height, width):
+    """Bytes of an image in the format; numbers or arrays."""
+    return -(-height // rows_in(pixels)) * row_bytes(pixels, width)
+
+
+def reduced_size(width: int, height: int, size: int) -> tuple[int, int]:
+    """(width, height) with the shorter side reduced to `size` pixels, the aspect kept; never enlarged, and not at size 0."""
+    shorter = min(width, height)
+    if not size or shorter <= size:
+        return width, height
+    longer = round(max(width, height) * size / shorter)
+    return (size, longer) if width < height else (longer, size)
+
+
+def reduced(image: Image.Image, size: int) -> Image.Image:
+    """The image with its shorter side reduced to `size` pixels by Lanczos's filter where it is larger."""
+    wanted = reduced_size(image.width, image.height, size)
+    return image if image.size == wanted else image.resize(wanted, Image.Resampling.LANCZOS)

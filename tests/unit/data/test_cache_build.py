@@ -1,0 +1,468 @@
+"""Building a cache: what it holds, the same bytes however it was made, and every fault in one line."""
+
+import errno
+import filecmp
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mimir_fast.cli.cache import main
+from mimir_fast.data import DataError
+from mimir_fast.data.cache import build, encoding, plan
+from mimir_fast.data.cache.build import build_cache
+from mimir_fast.data.cache.format import Options, read_index, read_manifest, shard_name
+from mimir_fast.data.cache.lock import locked
+from mimir_fast.data.cache.originals import open_originals
+from mimir_fast.data.cache.pixels import reduced, to_image, to_pixels
+from mimir_fast.data.cache.plan import estimated_bytes
+from mimir_fast.data.datasets import read_images
+from mimir_fast.data.eval_stream import resized
+
+SMALL = Options("train", "yuv420", 24, 0, 8)
+
+
+def picture(number: int, height: int, width: int) -> Image.Image:
+    """Smooth colours, a function of the number."""
+    blocks = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(blocks).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def write_pictures(root: Path, count: int = 22) -> Path:
+    """root/train/{ant,bee}/N.jpg of many sizes, the smallest 1x1 and one of 20:1; the sixth and the last are unreadable."""
+    for number in range(count):
+        path = root / "train" / ("ant" if number < count // 2 else "bee") / f"{number:03d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        height, width = {2: (1, 1), 3: (30, 600), 4: (33, 31)}.get(number, (20 + 3 * number % 60, 60 - number % 40))
+        picture(number, height, width).save(path, quality=90)
+    for number in (5, count - 1):
+        (root / "train" / ("ant" if number < count // 2 else "bee") / f"{number:03d}.jpg").write_bytes(b"not an image")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _tolerant(monkeypatch):
+    """Two unreadable images are tolerated, of 200 as of 22."""
+    monkeypatch.setattr("mimir_fast.data.errors.BadFiles.__init__", _many)
+
+
+def _many(self, where, num_images):
+    self.where, self.num_images, self.limit, self.reasons = where, num_images, 2, {}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+def make(pictures, dst, options=SMALL, workers=1, show=lambda done, total: None):
+    return build_cache(open_originals(pictures, options.split), Path(dst), options, workers, show)
+
+
+def same_files(one: Path, other: Path) -> bool:
+    names = sorted(path.name for path in one.iterdir())
+    assert names == sorted(path.name for path in other.iterdir())
+    return filecmp.cmpfiles(one, other, names, shallow=False)[0] == names
+
+
+@pytest.fixture(scope="module")
+def cache(pictures, tmp_path_factory):
+    """The cache of the pictures, made by one process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mimir_fast.data.errors.BadFiles.__init__", _many)
+        dst = tmp_path_factory.mktemp("cache")
+        make(pictures, dst)
+    return dst / "train"
+
+
+def stored(folder: Path, image: int) -> bytes:
+    """The bytes of one image."""
+    manifest = read_manifest(folder)
+    index = read_index(folder, manifest)
+    start, count = int(index.offset[image]), int(index.bytes(manifest.options.pixels)[image])
+    return (folder / shard_name(int(index.shard[image]))).read_bytes()[start : start + count]
+
+
+def test_every_image_is_there_as_training_names_it(pictures, cache):
+    """Reduced, in row pairs, under the index of the folder's image; the next readable one stands for an unreadable one."""
+    source, manifest = read_images("imagefolder", pictures), read_manifest(cache)
+    index = read_index(cache, manifest)
+    assert len(index) == len(source) == manifest.num_images == 22
+    for image in range(22):
+        shown = {5: 6, 21: 0}.get(image, image)
+        original = source.take(np.array([shown]), lambda whole: np.asarray(whole)).images[0]
+        small = reduced(Image.fromarray(original), 24)
+        assert stored(cache, image) == to_pixels(small, "yuv420").tobytes()
+        assert index.stored[image].tolist() == [small.height, small.width]
+        assert index.original[image].tolist() == list(original.shape[:2])
+        assert index.label[image] == source.labels[shown]
+        assert index.crc[image] == zlib.crc32(stored(cache, image))
+        assert index.names().relative(image) == source.files.paths.relative(image)
+    assert index.stored[3].tolist() == [24, 480]
+    assert index.stored[2].tolist() == [1, 1]
+    assert manifest.left_out == [[5, "ant/005.jpg", "not an image"], [21, "bee/021.jpg", "not an image"]]
+    assert manifest.classes == ["ant", "bee"]
+    shards = [path for path in cache.glob("shard-*.bin")]
+    assert len(shards) == 3
+    assert {path.name: path.stat().st_size for path in shards}.items() <= {
+        k: v[0] for k, v in manifest.files.items()
+    }.items()
+    assert sum(path.stat().st_size for path in shards) == int(np.delete(index.bytes("yuv420"), [5, 21]).sum())
+    assert sorted(path.name for path in cache.parent.iterdir()) == ["train"]  # no lock is left
+
+
+def test_an_image_comes_back(pictures, cache):
+    index = read_index(cache, read_manifest(cache))
+    for image in (0, 2, 4, 20):
+        data = np.frombuffer(stored(cache, image), np.uint8)
+        shown = np.asarray(to_image(data, "yuv420", *index.stored[image].tolist()), float)
+        small = np.asarray(reduced(open_originals(pictures, "train").read(image), 24), float)
+        assert shown.shape == small.shape
+        assert np.abs(shown - small).mean() < 4
+
+
+@pytest.mark.parametrize("workers", [2, 5])
+def test_the_same_bytes_by_any_number_of_processes(pictures, cache, tmp_path, workers, monkeypatch):
+    monkeypatch.setattr(encoding, "CHUNK", 3)
+    monkeypatch.setattr(build, "CHUNK", 3)
+    monkeypatch.setattr(encoding, "PIECE", 2000)
+    make(pictures, tmp_path, workers=workers)
+    assert same_files(cache, tmp_path / "train")
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [4, 12, 20])
+def test_the_same_bytes_after_a_stop(pictures, cache, tmp_path, after, monkeypatch):
+    """Whole shards are kept: they are not encoded again."""
+    monkeypatch.setattr(encoding, "CHUNK", 2)
+    monkeypatch.setattr(build, "CHUNK", 2)
+
+    def stop(done, total):
+        if done >= after:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        make(pictures, tmp_path, show=stop)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "train").glob("shard-*.bin")}
+    assert len(kept) == after // 8
+    first = []
+    make(pictures, tmp_path, workers=2, show=lambda done, total: first.append(done))
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert first[after // 8 - 1] == after // 8 * 8 if kept else True
+    assert same_files(cache, tmp_path / "train")
+
+
+def test_a_finished_cache_stays(pictures, cache, monkeypatch):
+    before = {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
+    make(pictures, cache.parent)
+    assert {path.name: path.stat().st_mtime_ns for path in cache.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (Options("train", "rgb", 24, 0, 8), "format: .*yuv420, not rgb"),
+        (Options("train", "yuv420", 16, 0, 8), "size: .*24, not 16"),
+        (Options("train", "yuv420", 24, 0, 9), "shard_images: .*8, not 9"),
+    ],
+)
+def test_other_options_are_refused(pictures, cache, options, named):
+    with pytest.raises(DataError, match=named) as caught:
+        make(pictures, cache.parent, options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_source_that_changed_is_refused(tmp_path, finished):
+    source = write_pictures(tmp_path / "source")
+
+    def stop(done, total):
+        if not finished and done >= 8:
+            raise StoppedError
+
+    if finished:
+        make(source, tmp_path / "dst")
+    else:
+        with pytest.raises(StoppedError):
+            make(source, tmp_path / "dst", show=stop)
+    picture(99, 20, 20).save(source / "train" / "ant" / "000.jpg")
+    with pytest.raises(DataError, match=r"src: .*other images than .*dst/train"):
+        make(source, tmp_path / "dst")
+    (source / "train" / "ant").rename(source / "train" / "asp")
+    with pytest.raises(DataError, match=r"src: .*other classes"):
+        make(source, tmp_path / "dst")
+
+
+def test_a_build_by_another_version_is_not_gone_on_with(pictures, tmp_path, monkeypatch):
+    def stop(done, total):
+        raise StoppedError
+
+    with pytest.raises(StoppedError):
+        make(pictures, tmp_path, show=stop)
+    monkeypatch.setattr(plan, "pillow", "1.0")
+    with pytest.raises(DataError, match=r"begun with .*'pillow'.*remove it"):
+        make(pictures, tmp_path)
+
+
+def test_other_files_are_left_alone(pictures, tmp_path):
+    (tmp_path / "train" / "ant").mkdir(parents=True)
+    with pytest.raises(DataError, match="holds other files"):
+        make(pictures, tmp_path)
+
+
+def test_a_second_build_names_the_first_and_a_dead_ones_lock_is_taken_over(pictures, cache, tmp_path):
+    lock = tmp_path / ".train.lock"
+    with locked(lock, "dst"), pytest.raises(DataError, match=rf"being written by \S+, process {os.getpid()};"):
+        make(pictures, tmp_path)
+    lock.write_text("elsewhere, process 1")
+    make(pictures, tmp_path)
+    assert same_files(cache, tmp_path / "train")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(pictures, cache, tmp_path, monkeypatch, number):
+    write_at = encoding.write_at
+
+    def full(path, offset, parts):
+        if path.name.startswith("shard-00001"):
+            raise OSError(number, os.strerror(number))
+        write_at(path, offset, parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding, "write_at", full)
+        with pytest.raises(
+            OSError, match=r"dst: could not write .*shard-00001.bin: .*make room.*same command"
+        ) as caught:
+            make(pictures, tmp_path)
+    assert "\n" not in str(caught.value)
+    make(pictures, tmp_path)
+    assert same_files(cache, tmp_path / "train")
+
+
+def test_too_little_space_is_said_first(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "free_bytes", lambda folder: 1000)
+    with pytest.raises(DataError, match=r"dst: .* needs about .* GB more, 0.0 GB are free"):
+        make(pictures, tmp_path)
+
+
+def test_the_size_is_known_beforehand(pictures, cache):
+    found = sum(path.stat().st_size for path in cache.glob("shard-*"))
+    assert estimated_bytes(open_originals(pictures, "train"), SMALL) == pytest.approx(found, rel=0.1)
+
+
+def test_a_killed_process_ends_the_build(pictures, cache, tmp_path, monkeypatch):
+    encode = encoding.encode
+
+    def killed(originals, index, options):
+        if index == 13:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return encode(originals, index, options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding, "encode", killed)
+        with pytest.raises(OSError, match="status -9"):
+            make(pictures, tmp_path, workers=3)
+    make(pictures, tmp_path)
+    assert same_files(cache, tmp_path / "train")
+
+
+def test_too_many_unreadable_images(tmp_path):
+    source = write_pictures(tmp_path / "source")
+    (source / "train" / "ant" / "001.jpg").write_bytes(b"")
+    with pytest.raises(DataError, match="at least 3 of 22 images are unreadable"):
+        make(source, tmp_path / "dst")
+
+
+def test_an_image_of_too_many_pixels_is_left_out(tmp_path):
+    for number in range(3):
+        (tmp_path / "train" / "ant").mkdir(parents=True, exist_ok=True)
+        picture(number, 20, 20).save(tmp_path / "train" / "ant" / f"{number}.png")
+    Image.new("1", (20_000, 9000)).save(tmp_path / "train" / "ant" / "1.png")
+    manifest = make(tmp_path, tmp_path / "dst")
+    ((index, name, reason),) = manifest.left_out
+    assert (index, name) == (1, "ant/1.png")
+    assert "DecompressionBombError" in reason
+
+
+def test_rgb_as_it_is(pictures, tmp_path):
+    make(pictures, tmp_path, Options("train", "rgb", 0, 0, 100))
+    for image in (0, 3, 20):
+        whole = open_originals(pictures, "train").read(image)
+        assert stored(tmp_path / "train", image) == np.asarray(whole).tobytes()
+
+
+def test_val_is_what_evaluation_resizes(tmp_path):
+    (tmp_path / "val" / "ant").mkdir(parents=True)
+    picture(0, 50, 70).save(tmp_path / "val" / "ant" / "0.png")
+    make(tmp_path, tmp_path / "dst", Options("val", "rgb", 0, 28, 100))
+    expected = resized(picture(0, 50, 70), 28)
+    assert expected.size == (44, 32)
+    assert stored(tmp_path / "dst" / "val", 0) == np.asarray(expected).tobytes()
+
+
+def write_tar(path: Path, first: int, count: int, **without) -> None:
+    with tarfile.open(path, "w") as tar:
+        for number in range(first, first + count):
+            buffer = io.BytesIO()
+            picture(number, 20, 30).save(buffer, "PNG")
+            files = {"png": buffer.getvalue(), "cls": str(number % 3).encode(), "json": b"{}"}
+            for ending, content in files.items():
+                if ending not in without:
+                    info = tarfile.TarInfo(f"a/{number:03d}.{ending}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+
+
+def test_tar_files(tmp_path):
+    write_tar(tmp_path / "b.tar", 5, 4)
+    write_tar(tmp_path / "a.tar", 0, 5)
+    manifest = make(tmp_path, tmp_path / "dst")
+    index = read_index(tmp_path / "dst" / "train", manifest)
+    assert index.label.tolist() == [number % 3 for number in range(9)]
+    assert index.names().relative(6) == "b.tar/a/006.png"
+    assert manifest.classes == ["0", "1", "2"]
+    for image in (0, 8):
+        expected = to_pixels(picture(image, 20, 30), "yuv420").tobytes()
+        assert stored(tmp_path / "dst" / "train", image) == expected
+    write_tar(tmp_path / "b.tar", 5, 4, cls=None)
+    with pytest.raises(DataError, match=r"b.tar: a/005.png has no class number"):
+        open_originals(tmp_path, "train")
+    (tmp_path / "b.tar").write_bytes(b"x" * 2000)
+    with pytest.raises(DataError, match=r"b.tar: not an uncompressed tar"):
+        open_originals(tmp_path, "train")
+
+
+def test_npz(tmp_path):
+    images = np.stack([np.asarray(picture(number, 20, 30)) for number in range(5)])
+    np.savez(tmp_path / "images.npz", image=images, label=np.array([2, 0, 1, 1, 0]))
+    manifest = make(tmp_path / "images.npz", tmp_path / "dst", Options("train", "rgb", 0, 0, 2))
+    assert read_index(tmp_path / "dst" / "train", manifest).label.tolist() == [2, 0, 1, 1, 0]
+    assert stored(tmp_path / "dst" / "train", 3) == images[3].tobytes()
+
+
+def test_the_verb(pictures, cache, tmp_path, capsys):
+    words = [str(pictures), str(tmp_path), *"--size 24 --shard_images 8 --workers 2".split()]
+    assert main([*words, "--dry_run"]) == 0
+    assert "22 images in 2 classes" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    assert main([*words, "--verify"]) == 0
+    assert "22 images, all whole" in capsys.readouterr().out
+    assert same_files(cache, tmp_path / "train")
+    for wrong, named in (
+        (["--split", "val", "--size", "3"], "size"),
+        (["--split", "val", "--format", "yuv420"], "format"),
+        (["--format", "yuv422"], "format"),
+        (["--shard_images", "0"], "shard_images"),
+    ):
+        assert main([*words[:2], *wrong]) == 2
+        assert f"error: {named}: " in capsys.readouterr().err
+    assert main([str(tmp_path)]) == 2
+    assert "dst: none" in capsys.readouterr().err
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damaged", ["shard-00001.bin", "index-label.npy", "manifest.json"])
+def test_a_flipped_bit_is_found(pictures, cache, tmp_path, capsys, damaged):
+    make(pictures, tmp_path)
+    index = read_index(cache, read_manifest(cache))
+    flip(
+        tmp_path / "train" / damaged,
+        int(index.offset[10]) + 5 if "shard" in damaged else 700 if "man" in damaged else -1,
+    )
+    assert main([str(tmp_path), "--verify"]) == 1
+    error = capsys.readouterr().err
+    assert damaged in error
+    assert "damaged" in error
+    assert "image 10 (ant/010.jpg)" in error or "shard" not in damaged
+    assert error.count("\n") == 1
+
+
+def test_a_short_or_missing_shard_is_found(pictures, tmp_path, capsys):
+    make(pictures, tmp_path)
+    path = tmp_path / "train" / shard_name(2)
+    os.truncate(path, path.stat().st_size - 1)
+    assert main([str(tmp_path), "--verify"]) == 1
+    assert f"{path}: " in capsys.readouterr().err
+    path.unlink()
+    assert main([str(tmp_path), "--verify"]) == 1
+    assert f"{path}: cannot be read" in capsys.readouterr().err
+
+
+def test_a_newer_format_is_refused(pictures, tmp_path):
+    make(pictures, tmp_path)
+    path = tmp_path / "train" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2, "news": []}))
+    with pytest.raises(DataError, match=r"manifest.json: a cache of format 2.*update"):
+        read_manifest(tmp_path / "train")
+
+
+SLOWLY = """
+import sys, time
+from mimir_fast.data.cache import build, encoding
+encode = encoding.encode
+def slow(*arguments):
+    time.sleep(0.02)
+    return encode(*arguments)
+encoding.encode = slow
+encoding.CHUNK = build.CHUNK = 2
+from mimir_fast.cli.cache import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)],
+    ids=["KILL", "INT", "TERM"],
+)
+def test_signals_keep_whole_shards_and_leave_no_process(tmp_path, number, status):
+    source = write_pictures(tmp_path / "source", 206)
+    words = [str(source), str(tmp_path / "dst"), *"--size 24 --shard_images 8 --workers 2".split()]
+    child = subprocess.Popen(
+        [sys.executable, "-c", SLOWLY, *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    folder = tmp_path / "dst" / "train"
+    deadline = time.monotonic() + 60
+    while not list(folder.glob("shard-0000[1-9].bin")):
+        assert time.monotonic() < deadline
+        assert child.poll() is None, child.stderr.read()
+        time.sleep(0.01)
+    os.killpg(child.pid, number) if number == signal.SIGINT else os.kill(child.pid, number)
+    error = child.communicate(timeout=60)[1].decode()
+    assert child.returncode == status, error
+    assert number == signal.SIGKILL or "whole shards are kept" in error
+    assert "Traceback" not in error
+    for _ in range(500):  # the processes of the build end with it
+        try:
+            os.killpg(child.pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.01)
+    else:
+        raise AssertionError("a process is left")
+    assert not (folder / "manifest.json").exists()
+    make(source, tmp_path / "dst", workers=2)
+    make(source, tmp_path / "again")
+    assert same_files(tmp_path / "again" / "train", folder)
