@@ -98,7 +98,7 @@ class Family:
     adapt           (classifier, tensors that it will start from) -> None: adds parameters to it that only some files have
     undecayed       patterns of what weight decay leaves alone in fine-tuning, beside vectors
     blocks          classes of the blocks, which are compiled, sharded and gathered one by one
-    trunk           name of a model's list of encoder blocks if they are all alike: what one of them costs, all cost
+    trunk           name of a model's list of encoder blocks, if all are alike, so that memory grows linearly with their number
     depth           model -> number of layers that layer decay counts, L
     layer_of        (name, model) -> 0 before the first of them, 1 to L in them, L + 1 after the last
     lacks           tensors of a file -> the name of one that every model of the family has and the file lacks; None: it is one

@@ -14,8 +14,6 @@ from mimir_fast.checkpoints.export import architecture, timm_tensors
 from mimir_fast.checkpoints.robustbench import model_file
 from mimir_fast.checkpoints.trained_models import latent_tokens, load_classifier, load_encoder, load_mae
 from mimir_fast.checkpoints.transfer import load_pretrained
-from mimir_fast.config.pretraining import PretrainConfig
-from mimir_fast.config.resolve import resolve
 from mimir_fast.models import (
     Classifier,
     MaskedAutoencoder,
@@ -26,12 +24,10 @@ from mimir_fast.models import (
 )
 from mimir_fast.models.families import family_of, find, listed, model_names, recognise
 from mimir_fast.models.families.vit import VIT
-from mimir_fast.models.family import kind_of, of_head
 from mimir_fast.objectives.reconstruction import ReconstructionObjective
 from mimir_fast.report.samples import save_samples
 from mimir_fast.training.compilation import blocks_of
 from mimir_fast.training.layer_decay import parameter_groups
-from mimir_fast.training.options import model_options
 from mimir_fast.training.pretrain_step import MaeAttack, draw_noise, pretrain_step
 from tests.support.golden import small_model
 from tests.support.toy_family import TOY, ToyBlock
@@ -79,55 +75,6 @@ def test_a_model_knows_its_family():
         family_of(torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="masking: expected patches or images, got 'tokens'"):
         dataclasses.replace(TOY, masking="tokens")
-
-
-@pytest.fixture(params=[VIT, TOY], ids=lambda family: family.name)
-def family(request):
-    return request.param
-
-
-def test_an_autoencoder_keeps_its_contract(family):
-    """Constructor options, attributes and shapes that the base class and the record's module list."""
-    run = resolve(PretrainConfig().updated({"device": "cpu", "input_size": 16, "patch_size": 4}), set())
-    torch.manual_seed(0)
-    model, images = (
-        create_model(family.names(True)[0], norm_pix_loss=True, **model_options(run)),
-        torch.rand(2, 3, 16, 16),
-    )
-    assert (model.img_size, model.in_chans, model.patch_size, model.num_patches) == (16, 3, 4, 16)
-    assert kind_of(family.of_classifier(model.state_dict())) == "autoencoder"
-    noise = torch.rand(model.noise_shape(2))
-    ids_shuffle, ids_restore, keep = model.random_masking(noise, 0.7)
-    ids_keep = ids_shuffle[:, :keep]
-    latent = model.encode(model.visible(images, ids_keep), ids_keep)
-    assert latent.shape[:2] == (2, model.prefix_tokens + keep)
-    everything = model.decode(latent, ids_shuffle, model.prefix_tokens)
-    loss, pred = model.reconstruct(latent, ids_shuffle, images)
-    assert (everything.shape, pred.shape) == ((2, 16, 48), (2, 16 - keep, 48))
-    torch.testing.assert_close(pred, everything[:, keep:])
-    whole = model(images, 0.7, noise=noise)
-    torch.testing.assert_close((loss, latent), (whole[0], whole[3]))
-    assert torch.equal(whole[2], (ids_restore >= keep).float())
-    assert family.named(family.read(family.of_classifier(model.state_dict()))) == family.names(False)[0]
-
-
-def test_a_classifier_keeps_its_contract(family):
-    run = resolve(PretrainConfig().updated({"device": "cpu", "input_size": 16, "patch_size": 4}), set())
-    constants = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
-    heads = {"num_classes": 5, "global_pool": True, "drop_path": 0.1}
-    model = create_classifier(family.names(False)[0], **heads, **constants, **model_options(run))
-    assert (model.img_size, model.in_chans, model.num_patches, model.num_classes) == (16, 3, 16, 5)
-    assert kind_of(model.state_dict()) == "classifier"
-    assert {name for name, _ in model.named_parameters() if of_head(name)} == {"head.weight", "head.bias"}
-    assert model.head.out_features == 5
-    images, draws = torch.rand(2, 3, 16, 16), torch.rand(len(model.drop_rates), model.branches, 2)
-    assert torch.equal(model(images, draws), model.classify(model.forward_features(images, draws)))
-    plain = create_classifier(family.names(False)[0], **heads, mean=None, std=None, **model_options(run))
-    plain.load_state_dict(model.state_dict())
-    torch.testing.assert_close(model(images), plain((images - 0.5) / 0.2))
-    found = family.read(model.state_dict())
-    assert family.named(found) == family.names(False)[0]
-    assert found["num_classes"] == 5
 
 
 def test_files_are_recognised(tmp_path):

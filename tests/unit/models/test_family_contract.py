@@ -1,0 +1,67 @@
+"""What every family must provide (mimir_fast/models/family.py), held against all of them and the toy family."""
+
+import pytest
+import torch
+
+from mimir_fast.config.pretraining import PretrainConfig
+from mimir_fast.config.resolve import resolve
+from mimir_fast.models import create_classifier, create_model, families
+from mimir_fast.models.family import kind_of, of_head
+from mimir_fast.training.options import model_options
+from tests.support.toy_family import TOY
+
+ALL = (*families.FAMILIES, TOY)
+
+
+@pytest.fixture(autouse=True)
+def all_families(monkeypatch):
+    monkeypatch.setattr(families, "FAMILIES", ALL)
+
+
+@pytest.fixture(params=ALL, ids=lambda family: family.name)
+def family(request):
+    return request.param
+
+
+def test_autoencoder(family):
+    """Constructor options, attributes and shapes that the base class and the record's module list."""
+    run = resolve(PretrainConfig().updated({"device": "cpu", "input_size": 16, "patch_size": 4}), set())
+    torch.manual_seed(0)
+    model, images = (
+        create_model(family.names(True)[0], norm_pix_loss=True, **model_options(run)),
+        torch.rand(2, 3, 16, 16),
+    )
+    assert (model.img_size, model.in_chans, model.patch_size, model.num_patches) == (16, 3, 4, 16)
+    assert kind_of(family.of_classifier(model.state_dict())) == "autoencoder"
+    noise = torch.rand(model.noise_shape(2))
+    ids_shuffle, ids_restore, keep = model.random_masking(noise, 0.7)
+    ids_keep = ids_shuffle[:, :keep]
+    latent = model.encode(model.visible(images, ids_keep), ids_keep)
+    assert latent.shape[:2] == (2, model.prefix_tokens + keep)
+    everything = model.decode(latent, ids_shuffle, model.prefix_tokens)
+    loss, pred = model.reconstruct(latent, ids_shuffle, images)
+    assert (everything.shape, pred.shape) == ((2, 16, 48), (2, 16 - keep, 48))
+    torch.testing.assert_close(pred, everything[:, keep:])
+    whole = model(images, 0.7, noise=noise)
+    torch.testing.assert_close((loss, latent), (whole[0], whole[3]))
+    assert torch.equal(whole[2], (ids_restore >= keep).float())
+    assert family.named(family.read(family.of_classifier(model.state_dict()))) == family.names(False)[0]
+
+
+def test_classifier(family):
+    run = resolve(PretrainConfig().updated({"device": "cpu", "input_size": 16, "patch_size": 4}), set())
+    constants = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
+    heads = {"num_classes": 5, "global_pool": True, "drop_path": 0.1}
+    model = create_classifier(family.names(False)[0], **heads, **constants, **model_options(run))
+    assert (model.img_size, model.in_chans, model.num_patches, model.num_classes) == (16, 3, 16, 5)
+    assert kind_of(model.state_dict()) == "classifier"
+    assert {name for name, _ in model.named_parameters() if of_head(name)} == {"head.weight", "head.bias"}
+    assert model.head.out_features == 5
+    images, draws = torch.rand(2, 3, 16, 16), torch.rand(len(model.drop_rates), model.branches, 2)
+    assert torch.equal(model(images, draws), model.classify(model.forward_features(images, draws)))
+    plain = create_classifier(family.names(False)[0], **heads, mean=None, std=None, **model_options(run))
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(images), plain((images - 0.5) / 0.2))
+    found = family.read(model.state_dict())
+    assert family.named(found) == family.names(False)[0]
+    assert found["num_classes"] == 5
