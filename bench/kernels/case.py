@@ -7,8 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from bench.budget import beyond_budget
 from bench.step.prices import Price
+from tests.support.budget import beyond_budget
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Inputs = dict[str, object]  # an operation's keyword arguments

@@ -1,6 +1,7 @@
-"""What a case cannot avoid, by the contracts of the operators that our implementation calls: bytes, FLOPs, the least time."""
+"""What a case cannot avoid, by the costs of the operators that our implementation calls: bytes, FLOPs, the least time."""
 
 from collections.abc import Callable
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 
 from bench.kernels.case import Case, leaves, outputs
 from bench.peaks import Peak
-from bench.step.prices import Price, price
+from bench.step.prices import Price
 from bench.step.trace import record
 
 COUNTED = ("ours", "GEMM", "attention")  # classes of bench/step/prices.py: not the views and copies around them
@@ -30,11 +31,11 @@ def work(case: Case) -> dict[str, list[Price]]:
 
 
 def _counted(call: Callable[[], object]) -> list[Price]:
-    return [p for called in record(call, "cpu") for p in price(called, tf32=True) if p.kind in COUNTED]
+    return [p for p in chain(*record(call, "cpu")) if p.kind in COUNTED]
 
 
 def figures(prices: list[Price], peak: Peak | None) -> dict[str, float | None]:
     """GB, TFLOP and, where the GPU's peaks are known, the bound in ms."""
     bound = sum(p.seconds(peak) for p in prices) * 1e3 if peak else None
-    flops = sum(count for p in prices for count in p.flops.values())
+    flops = sum(sum(p.flops.values()) for p in prices)
     return {"GB": sum(p.bytes for p in prices) / 1e9, "TFLOP": flops / 1e12, "bound ms": bound}

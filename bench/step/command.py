@@ -9,7 +9,7 @@ import torch
 from bench import records, steps
 from bench.peaks import PEAKS, peak_of
 from bench.simulated_gpu import marker
-from bench.step import roofline, table
+from bench.step import roofline
 
 EPILOG = """Trainer flags may follow --, for instance: python -m bench step --batch 256 -- --mask_ratio 0.6
 finetune is adversarial training of the classifier (PGD, eps 4/255), as mimir-fast finetune --recipe imagenet_vit_s does it.
@@ -26,13 +26,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--variant", choices=steps.VARIANTS, default="ours", help="which step (default: ours, as the trainer builds it)"
     )
     add("--steps", type=int, default=1, help="steps of the attack (default: %(default)s)")
-    add("--rounds", type=int, default=20, help="measured steps on a real GPU (default: %(default)s)")
     return parser
 
 
 def run(args: argparse.Namespace, flags: list[str]) -> int:
     """Print the table and append the record; raises ValueError naming what is wrong."""
-    steps.check(args, "steps", "rounds")
+    steps.check(args, "steps")
     if not torch.cuda.is_available():
         raise ValueError("device: no CUDA device here; --simulate h100 runs the step on a simulated one")
     device = records.device_name(torch.device("cuda"))
@@ -40,24 +39,21 @@ def run(args: argparse.Namespace, flags: list[str]) -> int:
     words = [*steps.flags_of(args), "--steps", str(args.steps), "--device", "cuda", *flags]
     config = steps.configuration(args.task, words, args.variant)
     with contextlib.redirect_stdout(sys.stderr):  # Inductor prints the names of the files it writes
-        found = priced(args, config, PEAKS[gpu])
+        found = roofline.summary(run_step(args.variant, config), PEAKS[gpu], args.batch)
     what = {"task": args.task, "peaks": gpu, "variant": args.variant, "config": config.flat()}
-    record = {**records.heading(device), **what, **found.record()}
+    record = {**records.heading(device), **what, **found}
     c = record["config"]
     print(f"{args.task}, {args.variant}: {args.model} {args.input_size}/{args.patch_size}, batch {args.batch}, attack "
           f"{c['steps']} step(s), {c['precision']}, compile {'on' if c['compile'] else 'off'}; {device}")  # fmt: skip
-    print(f"peaks of {gpu}: {PEAKS[gpu].source}\n", *table.lines(record), sep="\n")
+    print(f"peaks of {gpu}: {PEAKS[gpu].source}\n", *roofline.lines(record), sep="\n")
     records.append(record, args.results)
     return 0
 
 
-def priced(args: argparse.Namespace, config: steps.StepConfig, peak) -> roofline.Roofline:
-    """The step's roofline, here: on a real GPU with its time."""
+def run_step(variant: str, config: steps.StepConfig) -> roofline.Step:
+    """The step, run here and priced: on a real GPU with its time."""
     torch._inductor.config.benchmark_kernel = True  # every generated kernel then carries its byte count
     steps.leave_cudnn_out()
-    device, batch = torch.device("cuda"), config.flat()["batch_size"]
-    if not marker():
-        return roofline.on_gpu(steps.build_step(args.variant, config, device), peak, batch, args.rounds)
-    convolutions = steps.ConvolutionStandIn() if args.variant == "textbook" else contextlib.nullcontext()
-    with convolutions:
-        return roofline.on_simulated_gpu(steps.build_step(args.variant, config, device), peak, batch)
+    with steps.ConvolutionStandIn() if marker() and variant == "textbook" else contextlib.nullcontext():
+        step = steps.build_step(variant, config, torch.device("cuda"))
+        return roofline.on_simulated_gpu(step) if marker() else roofline.on_gpu(step)

@@ -1,33 +1,49 @@
-"""How often a step launches, waits and copies: from the log of a simulated GPU, or from torch's profiler on a real one."""
+"""What the host issues in a step: from the log of a simulated GPU, or from torch's profiler on a real one."""
 
-import itertools
-import statistics
-import subprocess
-import warnings
+import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-STEP, TRACE, END = "step", "trace", "end"  # marks in the log
+from bench.step.prices import Price
+
+STEP, TRACE, END, PRODUCT = "step", "trace", "end", "product"  # marks in the log
 OUTSIDE = -1
-WORK = ("KERNEL", "TRITON", "GEMM", "SOLVER", "MEMSET", "MEMCPY", "MEMCPY2D")
+LAUNCHES = ("KERNEL", "TRITON", "GEMM", "SOLVER")
+# count -> the CUDA calls that it counts
+CALLS = {
+    "kernels": r"cu(da)?LaunchKernel",
+    "memsets": r"cu(da)?Memset",
+    "graphs": r"cu(da)?GraphLaunch",
+    "copies": r"cu(da)?Memcpy",
+    "syncs": r"cu(da)?\w*Synchronize",
+    "allocations": r"cu(da)?(Malloc|MemAlloc|HostAlloc)",
+}
 
 
 @dataclass(frozen=True)
 class Counts:
-    """One step's kernels (matrix products apart), products, memsets, synchronisations and copies to the host."""
+    """One step's kernels (matrix products apart), products, memsets, dense solves, launches of CUDA graphs, copies and those of
+    them to the host, synchronisations, allocations outside of torch's pool, calls that are illegal in a capture."""
 
     kernels: int
     gemms: int
     memsets: int
-    syncs: int
-    to_host: int
+    solves: int = 0
+    graphs: int = 0
+    copies: int = 0
+    to_host: int = 0
+    syncs: int = 0
+    allocations: int = 0
+    illegal: int = 0
 
     def as_dict(self) -> dict[str, int]:
-        return {**asdict(self), "launches": self.kernels + self.gemms + self.memsets}
+        launches = self.kernels + self.gemms + self.memsets
+        issued = launches + self.solves + self.graphs + self.copies + self.syncs + self.allocations
+        return {**asdict(self), "launches": launches, "issued": issued}
 
 
 def region(log: Path, start: str) -> list[list[str]]:
@@ -37,79 +53,67 @@ def region(log: Path, start: str) -> list[list[str]]:
     return rows[first : rows.index(["MARK", END], first)]
 
 
-def from_log(log: Path) -> Counts:
-    """Counts of the undisturbed step.
-
-    Raises RuntimeError if a CUDA graph hides its launches, or if the traced step launched something else.
-    """
-    counted, traced = (_counts(region(log, mark)) for mark in (STEP, TRACE))
-    if counted != traced:
-        raise RuntimeError(f"tracing changed the step: {counted} without, {traced} with it")
-    return counted
-
-
-def _counts(rows: list[list[str]]) -> Counts:
+def from_log(rows: list[list[str]]) -> Counts:
+    """Counts of a region of the log."""
     kinds = Counter(row[0] for row in rows)
-    if kinds["GRAPH"]:
-        raise RuntimeError("the step replays a CUDA graph, which hides its launches; trace it without CUDA graphs")
-    to_host = sum(row[0] == "MEMCPY" and row[1] == "D2H" for row in rows)
-    return Counts(kinds["KERNEL"] + kinds["TRITON"], kinds["GEMM"], kinds["MEMSET"], kinds["SYNC"], to_host)
+    graphs = Counter(row[1] for row in rows if row[0] == "GRAPH")
+    copied = Counter(row[1] for row in rows if row[0] == "MEMCPY")
+    return Counts(
+        kernels=kinds["KERNEL"] + kinds["TRITON"],
+        gemms=kinds["GEMM"] + rows.count(["MARK", PRODUCT]),
+        memsets=kinds["MEMSET"],
+        solves=kinds["SOLVER"],
+        graphs=graphs["launch"],
+        copies=kinds["MEMCPY"] + kinds["MEMCPY2D"],
+        to_host=copied["D2H"],
+        syncs=kinds["SYNC"],
+        allocations=kinds["MALLOC"],
+        illegal=graphs["illegal"] + graphs["outside"],
+    )
 
 
-def launches_by_call(log: Path) -> dict[int, list[list[str]]]:
-    """Number of the call -> the log's lines during it; number -1: what was launched outside of every call."""
-    found: dict[int, list[list[str]]] = {}
+def beyond(calls: list[list[Price]], rows: list[list[str]]) -> Iterator[Price]:
+    """Prices of what the log knows beyond the calls: memsets inside of them, copies and launches outside of every call.
+
+    rows   of a region with marks, the number of the call before it and -1 after it
+    """
     number = OUTSIDE
-    for row in region(log, TRACE):
-        if row[0] == "MARK":
-            number = int(row[1])
-        elif row[0] in WORK:
-            found.setdefault(number, []).append(row)
-    return found
+    for kind, *rest in rows:
+        if kind == "MARK" and rest[0] != PRODUCT:
+            number = int(rest[0])
+        elif kind == "MEMSET" and (number == OUTSIDE or calls[number][0].kind != "copies"):
+            yield Price("copies", "memset", int(rest[0]))
+        elif kind in ("MEMCPY", "MEMCPY2D") and number == OUTSIDE:
+            yield Price("copies", f"memcpy {rest[0]}", (1 + (rest[0] == "D2D")) * int(rest[-1]))
+        elif kind in LAUNCHES and number == OUTSIDE:
+            yield Price("other ATen", rest[0], 0, why="launched outside of every recorded call, bytes unknown")
 
 
-def plain_name(symbol: str) -> str:
-    """A C++ symbol as a person writes it, without arguments; the symbol itself where c++filt is missing."""
-    try:
-        done = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return symbol
-    return done.stdout.strip().split("(")[0].split("<")[0].removeprefix("void ")
+def from_profiler(step: Callable[[], object], gemms: int) -> tuple[Counts, float]:
+    """Counts of one step on a real GPU, and the share of the step in which it was idle.
 
-
-def from_profiler(step: Callable[[], object], gemms: int) -> Counts:
-    """Counts of one step on a real GPU; `gemms`: how many of its kernels are matrix products (known from the trace)."""
+    gemms   how many of its kernels are matrix products (known from the trace)
+    """
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=activities) as profile:
-        step()
-        torch.cuda.synchronize()
-    on_device = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    names = [e.name for e in on_device if not e.is_user_annotation]
-    memsets = sum(name.startswith("Memset") for name in names)
-    copies = sum(name.startswith("Memcpy") for name in names)
-    to_host = sum(name.startswith("Memcpy DtoH") for name in names)
-    return Counts(len(names) - memsets - copies - gemms, gemms, memsets, synchronisations(step), to_host)
-
-
-def synchronisations(step: Callable[[], object]) -> int:
-    """How often torch makes the host wait for the device during a step."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
+        with torch.profiler.record_function(STEP):
             step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing CUDA operation" in str(w.message) for w in caught)
+        torch.cuda.synchronize()
+    return counts_of(profile.events(), gemms)
 
 
-def measure(step: Callable[[], object], rounds: int) -> float:
-    """Median milliseconds of a step between CUDA events; the host is not waited for in between."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
-    events[0].record()
-    for event in events[1:]:
-        step()
-        event.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in itertools.pairwise(events))
+def counts_of(events: list, gemms: int) -> tuple[Counts, float]:
+    """Counts and idle share from a profile's events, of which one on the host is called STEP."""
+    on_device = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
+    on_host = [e for e in events if e.device_type == torch.autograd.DeviceType.CPU]
+    (span,) = (e.time_range for e in on_host if e.name == STEP)
+    called = [e.name for e in on_host if span.start <= e.time_range.start <= span.end]
+    counts = {name: sum(bool(re.match(calls, c)) for c in called) for name, calls in CALLS.items()}
+    to_host = sum(e.name.startswith("Memcpy DtoH") for e in on_device)
+    busy, reached = 0.0, span.start
+    for e in sorted(on_device, key=lambda e: e.time_range.start):
+        busy += max(e.time_range.end - max(e.time_range.start, reached), 0)
+        reached = max(reached, e.time_range.end)
+    counted = Counts(**counts | {"kernels": counts["kernels"] - gemms}, gemms=gemms, to_host=to_host)
+    return counted, 1 - busy / max(reached - span.start, 1e-9)

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
 from bench.peaks import Peak, solve_seconds
-from bench.step.contracts import CONTRACTS
-from bench.step.trace import Call
+from mimir_fast.kernels._shared.cost import Cost, size
 
 CLASSES = ("Inductor", "GEMM", "attention", "ours", "AdamW", "solves", "copies", "other ATen")
-PRECISION = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+PRECISION = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 # passes along the diagonal: factorise 1, substitute forward and back 2
 SWEEPS = {
     "linalg_cholesky_ex": 1,
@@ -37,7 +39,6 @@ class Price:
     flops: dict[str, float] = field(default_factory=dict)
     solve: float = 0.0
     why: str = ""
-    file: str = ""
 
     def seconds(self, peak: Peak) -> float:
         """max(FLOPs / peak, bytes / bandwidth, solve): no implementation of this call can be faster."""
@@ -45,58 +46,53 @@ class Price:
         return max(compute, self.bytes / peak.bandwidth, self.solve)
 
 
-def price(call: Call, tf32: bool = False) -> list[Price]:
-    """The prices of one call, more than one where it does things of different classes.  tf32: what fp32 products are."""
-    if call.kind == "inductor":
-        return [_inductor(call)]
-    if call.name.startswith("mimir_fast."):
-        return _ours(call)
-    if call.flops:
-        factors = next(iter(call.reads.values()))[0].dtype
-        precision = PRECISION.get(factors, "fp32")
-        flops = {"tf32" if precision == "fp32" and tf32 else precision: float(call.flops)}
-        return [Price("attention" if "attention" in call.op else "GEMM", call.name, moved(call), flops)]
-    if call.op.startswith(("_fused_adamw_", "_fused_adam_")):
-        parts = {name: total(call, name) for name in ("self", "grads", "exp_avgs", "exp_avg_sqs")}
-        return [Price("AdamW", call.name, 2 * sum(parts.values()) - parts["grads"])]
-    if call.op in SWEEPS:
-        n = next(iter(call.reads.values()))[0].shape[-1]
-        return [Price("solves", call.name, moved(call), solve=solve_seconds(n, SWEEPS[call.op]))]
-    if call.op in EIGENSOLVERS:
-        return [Price("solves", call.name, moved(call), why="no figure for its time, bytes only")]
-    return [Price("copies" if call.op in COPIES else "other ATen", call.name, moved(call))]
+def price(
+    name: str, reads: dict[str, list[Tensor]], writes: list[Tensor], flops: float = 0.0, tf32: bool = False
+) -> Price:
+    """The price of an ATen operation.
+
+    name            like "aten.mm.out"
+    reads, writes   argument name -> its tensors, without those that are only overwritten; results and what is changed in place
+    flops           of matrix products and attention (torch.utils.flop_counter)
+    tf32            what fp32 products are
+    """
+    op, first = name.split(".")[1], next(iter(reads.values()), [])
+    if flops:
+        precision = PRECISION.get(first[0].dtype, "fp32")
+        precise = {"tf32" if precision == "fp32" and tf32 else precision: float(flops)}
+        return Price("attention" if "attention" in op else "GEMM", name, moved(op, reads, writes), precise)
+    if op.startswith(("_fused_adamw_", "_fused_adam_")):
+        parameters, grads, first_moments, second = (
+            size(*reads[part]) for part in ("self", "grads", "exp_avgs", "exp_avg_sqs")
+        )
+        return Price("AdamW", name, 2 * (parameters + first_moments + second) + grads)
+    if op in SWEEPS:
+        seconds = solve_seconds(first[0].shape[-1], SWEEPS[op])
+        return Price("solves", name, moved(op, reads, writes), solve=seconds)
+    if op in EIGENSOLVERS:
+        return Price("solves", name, moved(op, reads, writes), why="no figure for its time, bytes only")
+    return Price("copies" if op in COPIES else "other ATen", name, moved(op, reads, writes))
 
 
-def total(call: Call, name: str) -> int:
-    """Bytes of an argument's tensors."""
-    return sum(spec.bytes for spec in call.reads.get(name, []))
-
-
-def moved(call: Call) -> int:
+def moved(op: str, reads: dict[str, list[Tensor]], writes: list[Tensor]) -> int:
     """Bytes read plus bytes written; a source that is selected from counts as much as what is selected."""
-    written = sum(spec.bytes for spec in call.writes)
-    reads = {name: total(call, name) for name in call.reads}
-    source = SELECTS.get(call.op)
-    if source in reads:
-        reads[source] = min(reads[source], written)
-    return sum(reads.values()) + written
+    written, read = size(*writes), {name: size(*tensors) for name, tensors in reads.items()}
+    source = SELECTS.get(op)
+    if source in read:
+        read[source] = min(read[source], written)
+    return sum(read.values()) + written
 
 
-def _inductor(call: Call) -> Price:
-    if call.gb is None:
-        why = "Inductor gives no byte count, arguments once"
-        return Price("Inductor", call.name, moved(call), why=why, file=call.file)
-    if call.flops:  # a matrix template
-        precision = PRECISION.get(call.read("arguments").dtype, "fp32")
-        return Price("GEMM", call.name, call.gb * 1e9, {precision: call.flops}, file=call.file)
-    return Price("Inductor", call.name, call.gb * 1e9, file=call.file)
+def price_ours(name: str, cost: Cost) -> list[Price]:
+    """The prices of an operator of ours: its own and those of the dense solves inside of it."""
+    own = Price(cost.kind, name, cost.bytes, cost.flops)
+    return [own, *(Price("solves", f"{name}: {op}", 0, solve=solve_seconds(n, SWEEPS[op])) for op, n in cost.solves)]
 
 
-def _ours(call: Call) -> list[Price]:
-    if call.op not in CONTRACTS:
-        return [Price("ours", call.name, moved(call), why="no contract in bench/step/contracts.py, arguments once")]
-    contract = CONTRACTS[call.op](call)
-    prices = [Price(contract.kind, call.name, contract.bytes, contract.flops)]
-    for name, n in contract.solves:
-        prices.append(Price("solves", f"{call.name}: {name}", 0, solve=solve_seconds(n, SWEEPS[name])))
-    return prices
+def price_inductor(name: str, arguments: list[Tensor], gb: float | None, flops: float) -> Price:
+    """The price of a kernel that Inductor generated, from its own counts of GB and FLOPs."""
+    if gb is None:
+        return Price("Inductor", name, size(*arguments), why="Inductor gives no byte count, arguments once")
+    if flops:  # a matrix template
+        return Price("GEMM", name, gb * 1e9, {PRECISION.get(arguments[0].dtype, "fp32"): flops})
+    return Price("Inductor", name, gb * 1e9)

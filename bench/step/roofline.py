@@ -1,152 +1,79 @@
 """From a step to its roofline: warm up, count one undisturbed step, trace another, price its calls, add them up."""
 
 import os
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
+from triton.testing import do_bench
 
 from bench import simulated_gpu
 from bench.peaks import Peak
-from bench.step import launches
-from bench.step.prices import CLASSES, Price, price
-from bench.step.trace import Call, record, source_nodes
+from bench.step.launches import END, STEP, TRACE, Counts, beyond, from_log, from_profiler, region
+from bench.step.prices import CLASSES, Price
+from bench.step.trace import record
 
 WARM_UP = 3  # compile, compile again for what the first step could not know, settle
-TOP = 15
-OURS = "mimir_fast."
-GIGA, TERA = 1e9, 1e12
+MEASURED_MS = 2000  # of repeated steps on a real GPU
+TOTALS = """kernels + GEMMs + memsets {kernels} + {gemms} + {memsets} = {launches}; syncs {syncs}; copies to host {to_host}
+{gb:.1f} GB in all, {gb_outside_gemm_attention:.1f} GB outside GEMM and attention; GEMM {gemm_tflop:.2f} TFLOP; \
+peak {peak_gib:.2f} GiB; bound {bound_ms:.1f} ms ({bound_without_solves_ms:.1f} ms without dense solves)"""
+MEASURED = (
+    "measured {ms:.2f} ms, {images_per_s:.0f} images/s, MFU {mfu:.1%}, {share_of_bound:.1%} of the bound's speed, \
+device idle {idle:.1%}"
+)
 
 
 @dataclass(frozen=True)
-class Roofline:
-    """A step's prices on one GPU, with what was counted and, on a real GPU, measured.
-
-    outside   kernel name -> launches that belong to no recorded call and have no price
-    nodes     file of an Inductor kernel -> the operations it was made from
-    ms        median measured milliseconds, None on a simulated GPU
-    """
+class Step:
+    """What was found out about a step; ms and idle (a share of it) are measured, None on a simulated GPU."""
 
     prices: list[Price]
-    peak: Peak
-    counts: launches.Counts
+    counts: Counts
     peak_gib: float
-    batch: int
-    outside: dict[str, int] = field(default_factory=dict)
-    nodes: dict[str, str] = field(default_factory=dict)
     ms: float | None = None
-
-    def sum(self, prices: list[Price]) -> dict[str, float]:
-        """count, GB, TFLOP and bound in ms of some prices."""
-        return {
-            "count": len(prices),
-            "gb": sum(p.bytes for p in prices) / GIGA,
-            "tflop": sum(sum(p.flops.values()) for p in prices) / TERA,
-            "bound_ms": sum(p.seconds(self.peak) for p in prices) * 1e3,
-        }
-
-    def grouped(self, key: Callable[[Price], str], *kinds: str) -> list[dict]:
-        """Prices of some classes (of all, if none is named) added up by a key, most expensive first."""
-        groups: dict[str, list[Price]] = {}
-        for p in self.prices:
-            if p.kind in (kinds or CLASSES):
-                groups.setdefault(key(p), []).append(p)
-        rows = [{"name": g[0].name, **self.sum(g), "nodes": self.nodes.get(g[0].file, "")} for g in groups.values()]
-        return sorted(rows, key=lambda row: -row["bound_ms"])
-
-    def totals(self, classes: dict[str, dict[str, float]]) -> dict[str, float]:
-        """Counts of the step, GB of all and outside GEMM and attention, GEMM TFLOP, peak GiB, bound with and without solves."""
-        whole = self.sum(self.prices)
-        return {
-            **self.counts.as_dict(),
-            "gb": whole["gb"],
-            "gb_outside_gemm_attention": whole["gb"] - classes["GEMM"]["gb"] - classes["attention"]["gb"],
-            "gemm_tflop": classes["GEMM"]["tflop"],
-            "peak_gib": self.peak_gib,
-            "bound_ms": whole["bound_ms"],
-            "bound_without_solves_ms": whole["bound_ms"] - classes["solves"]["bound_ms"],
-        }
-
-    def measured(self, classes: dict[str, dict[str, float]], bound_ms: float) -> dict[str, float] | None:
-        """ms, images/s, MFU (GEMM and attention FLOPs over what the bf16 peak could do in that time), bound / ms."""
-        if self.ms is None:
-            return None
-        flops = (classes["GEMM"]["tflop"] + classes["attention"]["tflop"]) * TERA
-        mfu = flops / (self.ms / 1e3 * self.peak.flops["bf16"])
-        rate = self.batch / self.ms * 1e3
-        return {"ms": self.ms, "images_per_s": rate, "mfu": mfu, "share_of_bound": bound_ms / self.ms}
-
-    def unpriced(self) -> list[dict]:
-        """Calls that lack a part of their price, and launches that belong to no call."""
-        lacking: dict[tuple[str, str], list[Price]] = {}
-        for p in self.prices:
-            if p.why:
-                lacking.setdefault((p.name, p.why), []).append(p)
-        rows = [{"name": n, "why": why, "count": len(g), "gb": self.sum(g)["gb"]} for (n, why), g in lacking.items()]
-        outside = "launched outside of every recorded call, bytes unknown"
-        return rows + [{"name": n, "why": outside, "count": c, "gb": 0.0} for n, c in self.outside.items()]
-
-    def record(self) -> dict:
-        """Everything the table shows, for one line of JSON."""
-        classes = {kind: self.sum([p for p in self.prices if p.kind == kind]) for kind in CLASSES}
-        totals = self.totals(classes)
-        ours = [p for p in self.prices if p.name.startswith(OURS) and p.kind != "solves"]
-        names = dict.fromkeys(p.name for p in ours)
-        return {
-            "classes": classes,
-            "totals": totals,
-            "measured": self.measured(classes, totals["bound_ms"]),
-            "unpriced": self.unpriced(),
-            "remainder": [
-                {k: row[k] for k in ("name", "count", "gb")} for row in self.grouped(lambda p: p.name, "other ATen")
-            ],
-            "ours": {
-                name.removeprefix(OURS).removesuffix(".default"): self.sum([p for p in ours if p.name == name])
-                for name in names
-            },
-            "top": self.grouped(lambda p: p.file, "Inductor")[:TOP],
-        }
+    idle: float | None = None
 
 
-def on_gpu(step: Callable[[], object], peak: Peak, batch: int, rounds: int) -> Roofline:
-    """Prices, the profiler's counts, and the median time of `rounds` steps."""
-    peak_gib = warmed_up(step)
-    priced = price_all(record(step, "cuda"))
-    gemms = sum(prices[0].kind == "GEMM" for prices in priced)
-    counted, ms = launches.from_profiler(step, gemms), launches.measure(step, rounds)
-    return Roofline(_flat(priced), peak, counted, peak_gib, batch, nodes=source_nodes(), ms=ms)
+def on_gpu(step: Callable[[], object]) -> Step:
+    """Prices, the profiler's counts, and the median time of repeated steps."""
+    warm_up(step)
+    peak_gib, calls = peak_of_memory(step), record(step, "cuda")
+    counts, idle = from_profiler(step, sum(prices[0].kind == "GEMM" for prices in calls))
+    ms = do_bench(step, rep=MEASURED_MS, return_mode="median")
+    return Step([*chain(*calls)], counts, peak_gib, ms, idle)
 
 
-def on_simulated_gpu(step: Callable[[], object], peak: Peak, batch: int) -> Roofline:
+def on_simulated_gpu(step: Callable[[], object]) -> Step:
     """Prices and the log's counts; the log also shows whether a launch escaped the trace.
 
-    Raises ValueError outside of a simulated GPU.
+    Raises ValueError outside of a simulated GPU, RuntimeError if the traced step launched something else.
     """
     mark = simulated_gpu.marker()
     if mark is None:
         raise ValueError("simulated_gpu: this process runs on none")
-    warmed_up(step)
-    mark(launches.STEP)
+    warm_up(step)
+    peak_of_memory(step)
+    mark(STEP)
     peak_gib = peak_of_memory(step)
-    mark(launches.END)
-    mark(launches.TRACE)
+    mark(END)
+    mark(TRACE)
     calls = record(step, "cuda", lambda number: mark(str(number)))
-    mark(launches.END)
-    log, priced = Path(os.environ[simulated_gpu.LOG]), price_all(calls)
-    extra, outside = beyond_the_calls(priced, launches.launches_by_call(log))
-    counted = launches.from_log(log)
-    counted = replace(counted, gemms=counted.gemms + convolutions(calls))
-    return Roofline(_flat(priced) + extra, peak, counted, peak_gib, batch, outside, source_nodes())
+    mark(END)
+    log = Path(os.environ[simulated_gpu.LOG])
+    traced = region(log, TRACE)
+    counts, disturbed = from_log(region(log, STEP)), from_log(traced)
+    if counts != disturbed:
+        raise RuntimeError(f"tracing changed the step: {counts} without, {disturbed} with it")
+    return Step([*chain(*calls), *beyond(calls, traced)], counts, peak_gib)
 
 
-def warmed_up(step: Callable[[], object]) -> float:
-    """Compile and settle; gives the peak of one step [GiB]."""
+def warm_up(step: Callable[[], object]) -> None:
     for _ in range(WARM_UP):
         step()
     torch.cuda.synchronize()
-    return peak_of_memory(step)
 
 
 def peak_of_memory(step: Callable[[], object]) -> float:
@@ -156,43 +83,64 @@ def peak_of_memory(step: Callable[[], object]) -> float:
     return torch.cuda.max_memory_allocated() / 2**30
 
 
-def price_all(calls: list[Call]) -> list[list[Price]]:
-    """The prices of every call, call by call."""
-    tf32 = torch.get_float32_matmul_precision() != "highest"
-    return [price(call, tf32) for call in calls]
+# ---- the record, and the record as text
 
 
-def convolutions(calls: list[Call]) -> int:
-    """How many products the log of a simulated GPU without cuDNN misses: backward one for each wanted gradient."""
-    count = sum(call.op == "convolution" for call in calls)
-    for call in calls:
-        if call.op == "convolution_backward":
-            wanted = [call.read("input").shape, call.read("weight").shape]
-            count += sum(spec.shape in wanted for spec in call.writes)
-    return count
+def sums(prices: list[Price], peak: Peak) -> dict[str, float]:
+    """count, GB, TFLOP and bound in ms of some prices."""
+    return {
+        "count": len(prices),
+        "gb": sum(p.bytes for p in prices) / 1e9,
+        "tflop": sum(sum(p.flops.values()) for p in prices) / 1e12,
+        "bound_ms": sum(p.seconds(peak) for p in prices) * 1e3,
+    }
 
 
-def beyond_the_calls(
-    priced: list[list[Price]], found: dict[int, list[list[str]]]
-) -> tuple[list[Price], dict[str, int]]:
-    """What the log knows beyond the calls: memsets inside of them, copies and launches outside of every call.
+def summary(step: Step, peak: Peak, batch: int) -> dict:
+    """A step on a GPU for one line of JSON.
 
-    Returns prices by bytes for the memsets and copies, and {name: count} of launches without a price.
+    classes   class of call -> sums; totals: counts and sums of the step; calls: sums by name, most expensive first
+    measured  ms, images/s, MFU (GEMM and attention FLOPs over what the bf16 peak could do in that time), bound / ms, idle share
     """
-    prices: list[Price] = []
-    outside: Counter[str] = Counter()
-    for number, rows in found.items():
-        known = number != launches.OUTSIDE
-        for row in rows:
-            if row[0] == "MEMSET" and not (known and priced[number][0].kind == "copies"):
-                prices.append(Price("copies", "memset", int(row[1])))
-            elif row[0].startswith("MEMCPY") and not known:
-                ends = 2 if row[1] == "D2D" else 1
-                prices.append(Price("copies", f"memcpy {row[1]}", ends * int(row[-1])))
-            elif row[0] != "MEMSET" and not row[0].startswith("MEMCPY") and not known:
-                outside[launches.plain_name(row[1])] += 1
-    return prices, dict(outside)
+    classes = {kind: sums([p for p in step.prices if p.kind == kind], peak) for kind in CLASSES}
+    whole, gemm, attention = sums(step.prices, peak), classes["GEMM"], classes["attention"]
+    totals = {
+        **step.counts.as_dict(),
+        "gb": whole["gb"],
+        "gb_outside_gemm_attention": whole["gb"] - gemm["gb"] - attention["gb"],
+        "gemm_tflop": gemm["tflop"],
+        "peak_gib": step.peak_gib,
+        "bound_ms": whole["bound_ms"],
+        "bound_without_solves_ms": whole["bound_ms"] - classes["solves"]["bound_ms"],
+    }
+    groups: dict[tuple, list[Price]] = {}
+    for p in step.prices:
+        groups.setdefault((p.kind, p.name, p.why), []).append(p)
+    calls = [{"kind": k, "name": name, "why": why, **sums(g, peak)} for (k, name, why), g in groups.items()]
+    measured = None
+    if step.ms is not None:
+        measured = {
+            "ms": step.ms,
+            "images_per_s": batch / step.ms * 1e3,
+            "mfu": (gemm["tflop"] + attention["tflop"]) * 1e12 / (step.ms / 1e3 * peak.flops["bf16"]),
+            "share_of_bound": totals["bound_ms"] / step.ms,
+            "idle": step.idle,
+        }
+    calls.sort(key=lambda row: (-row["bound_ms"], row["name"]))
+    return {"classes": classes, "totals": totals, "measured": measured, "calls": calls}
 
 
-def _flat(priced: list[list[Price]]) -> list[Price]:
-    return [price for prices in priced for price in prices]
+def lines(found: dict) -> Iterator[str]:
+    """A summary for people."""
+    row = "{:<12}{count:>7}{gb:>10.3f}{tflop:>9.3f}{bound_ms:>10.3f}  {}".format
+    yield "{:<12}{:>7}{:>10}{:>9}{:>10}".format("class", "calls", "GB", "TFLOP", "bound ms")
+    for kind, part in found["classes"].items():
+        yield row(kind, "", **part)
+    yield "\ncalls by name: ours by kernels/*/cost.py, Inductor's kernels by its own counts, the rest by input plus output"
+    for call in found["calls"]:
+        yield row(call["kind"], call["name"], **{name: call[name] for name in ("count", "gb", "tflop", "bound_ms")})
+    lacking = [f"{call['name']}: {call['why']}" for call in found["calls"] if call["why"]]
+    yield "\n".join(["\nunpriced in part or in whole: " + ("" if lacking else "nothing"), *lacking])
+    yield "\n" + TOTALS.format(**found["totals"])
+    if found["measured"]:
+        yield MEASURED.format(**found["measured"])

@@ -1,54 +1,18 @@
-"""One step, written down: every operation that reaches a device, every Inductor kernel, with the tensors they touch."""
+"""One step, written down: the price of every operation that reaches a device and of every Inductor kernel."""
 
 import itertools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
 from unittest.mock import patch
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-
-@dataclass(frozen=True)
-class Spec:
-    """A tensor as a call sees it: shape, dtype ("float32", ...), bytes of the distinct elements (expanded ones count once)."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    bytes: int
-
-
-@dataclass
-class Call:
-    """One operation (kind "op", name like "aten.mm.out") or one Inductor kernel (kind "inductor").
-
-    reads     argument name -> its tensors; arguments that are only overwritten are not here
-    writes    the tensors written: results, and arguments changed in place
-    flops     of matrix products and attention (torch.utils.flop_counter; of an Inductor kernel its own count)
-    gb        Inductor's own byte count in GB, file the name of the kernel's file
-    """
-
-    kind: str
-    name: str
-    reads: dict[str, list[Spec]] = field(default_factory=dict)
-    writes: list[Spec] = field(default_factory=list)
-    flops: float = 0.0
-    gb: float | None = None
-    file: str = ""
-
-    @property
-    def op(self) -> str:
-        """ "aten.mm.out" -> "mm", "mimir_fast.nhsic.default" -> "nhsic"."""
-        return self.name.split(".")[1] if self.kind == "op" else self.name
-
-    def read(self, name: str) -> Spec:
-        """The one tensor of an argument."""
-        return self.reads[name][0]
-
+from bench.step.prices import Price, price, price_inductor, price_ours
+from mimir_fast.kernels._shared.cost import cost
 
 # results that are new memory without a value, or the argument's own memory: no kernel
 NO_KERNEL = re.compile(
@@ -58,15 +22,16 @@ OVERWRITTEN = re.compile(r"(copy|fill|zero|uniform|normal|random|exponential|ber
 
 
 class Recorder(TorchDispatchMode):
-    """Appends a `Call` to `calls` for every operation on `device_type` that runs inside; compiled code stays compiled.
+    """Appends the prices of every operation on `device_type` that runs inside to `calls`; compiled code stays compiled.
 
     mark is called with the call's number before it and with -1 after it, so that another log can be lined up.
     """
 
     def __init__(self, device_type: str, mark: Callable[[int], None] = lambda number: None):
         super().__init__()
-        self.calls: list[Call] = []
+        self.calls: list[list[Price]] = []
         self.device_type, self.mark = device_type, mark
+        self.tf32 = torch.get_float32_matmul_precision() != "highest"
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -79,48 +44,40 @@ class Recorder(TorchDispatchMode):
         self.mark(len(self.calls))
         result = func(*args, **kwargs)
         self.mark(-1)
-        call = describe(func, args, kwargs, result, self.device_type)
-        if call.reads or call.writes:
-            self.calls.append(call)
+        if prices := self.priced(func, args, kwargs, result):
+            self.calls.append(prices)
         return result
 
+    def priced(self, func, args: tuple, kwargs: dict, result) -> list[Price]:
+        """The prices of a call by what it read and wrote on the device; none if it touched nothing there."""
+        name, reads, changed, values = str(func), {}, [], []
+        for argument, value in zip(func._schema.arguments, itertools.chain(args, itertools.repeat(None))):
+            values.append(kwargs.get(argument.name, value))
+            found = list(self.tensors(values[-1]))
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written:
+                changed += found
+            overwritten = argument.is_out or OVERWRITTEN.match(name.split(".")[1])
+            if found and not (written and overwritten):
+                reads[argument.name] = found
+        new = [t for t in self.tensors(result) if not any(t is other for other in changed)]
+        writes = [*changed, *new]
+        if not (reads or writes):
+            return []
+        if func.namespace == "mimir_fast":
+            return price_ours(name, cost(name.split(".")[1], values, writes))
+        formula = flop_registry.get(func._overloadpacket)
+        flops = formula(*args, **kwargs, out_val=result) if formula else 0.0
+        return [price(name, reads, writes, flops, self.tf32)]
 
-def describe(func, args: tuple, kwargs: dict, result, device_type: str) -> Call:
-    """What `func` read and wrote on the device; tensors elsewhere are left out."""
-    name = str(func)
-    call = Call("op", name)
-    changed: list[Tensor] = []
-    for argument, value in zip(func._schema.arguments, itertools.chain(args, itertools.repeat(None))):
-        value = kwargs.get(argument.name, value)
-        found = list(tensors(value, device_type))
-        written = argument.alias_info is not None and argument.alias_info.is_write
-        if written:
-            changed += found
-        overwritten = argument.is_out or OVERWRITTEN.match(name.split(".")[1])
-        if found and not (written and overwritten):
-            call.reads[argument.name] = [spec(t) for t in found]
-    new = [t for t in tensors(result, device_type) if not any(t is other for other in changed)]
-    call.writes = [spec(t) for t in (*changed, *new)]
-    if func._overloadpacket in flop_registry:
-        call.flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
-    return call
-
-
-def tensors(value, device_type: str) -> Iterator[Tensor]:
-    """The tensors on the device in an argument or result, lists and tuples included."""
-    if isinstance(value, Tensor):
-        if value.device.type == device_type:
-            yield value
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from tensors(part, device_type)
-
-
-def spec(tensor: Tensor) -> Spec:
-    distinct = 1
-    for size, stride in zip(tensor.shape, tensor.stride()):
-        distinct *= size if stride else min(size, 1)
-    return Spec(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), distinct * tensor.element_size())
+    def tensors(self, value) -> Iterator[Tensor]:
+        """The tensors on the device in an argument or result, lists and tuples included."""
+        if isinstance(value, Tensor):
+            if value.device.type == self.device_type:
+                yield value
+        elif isinstance(value, (list, tuple)):
+            for part in value:
+                yield from self.tensors(part)
 
 
 @contextmanager
@@ -134,13 +91,10 @@ def inductor_kernels(recorder: Recorder) -> Iterator[None]:
     launch = CachingAutotuner.run
 
     def run(self, *args, **kwargs):
-        meta = self.inductor_meta
-        touched = {"arguments": [spec(t) for t in tensors(args, recorder.device_type)]}
-        file = Path(self.filename or "").stem
+        meta, touched = self.inductor_meta, list(recorder.tensors(args))
         recorder.mark(len(recorder.calls))
-        call = Call("inductor", self.fn.__name__, touched, gb=meta.get("kernel_num_gb"), file=file)
-        call.flops = meta.get("kernel_flop") or 0.0
-        recorder.calls.append(call)
+        counts = (meta.get("kernel_num_gb"), meta.get("kernel_flop") or 0.0)
+        recorder.calls.append([price_inductor(self.fn.__name__, touched, *counts)])
         result = launch(self, *args, **kwargs)
         recorder.mark(-1)
         return result
@@ -151,24 +105,9 @@ def inductor_kernels(recorder: Recorder) -> Iterator[None]:
 
 def record(
     step: Callable[[], object], device_type: str, mark: Callable[[int], None] = lambda number: None
-) -> list[Call]:
-    """Run the step once and return its calls in order."""
+) -> list[list[Price]]:
+    """Run the step once and return the prices of its calls in order."""
     recorder = Recorder(device_type, mark)
     with inductor_kernels(recorder), recorder:
         step()
     return recorder.calls
-
-
-def source_nodes() -> dict[str, str]:
-    """File of an Inductor kernel -> the names and ATen operations it was made from, read from the generated code."""
-    from torch._inductor.codecache import PyCodeCache
-
-    nodes: dict[str, str] = {}
-    pattern = re.compile(
-        r"# kernel path: (\S+)\n# \w+(?: Sorted)? Source Nodes: \[([^\]]*)\], Original ATen: \[([^\]]*)\]"
-    )
-    files = (module.__file__ for module in PyCodeCache.modules)
-    for file in filter(None, files):
-        for path, names, operations in pattern.findall(Path(file).read_text()):
-            nodes.setdefault(Path(path).stem, f"[{names}] {operations.replace('aten.', '')}")
-    return nodes

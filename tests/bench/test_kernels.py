@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from bench.__main__ import main
-from bench.budget import beyond_budget
 from bench.kernels import bench_linf_patch_step, bench_linf_start, bench_nhsic, command
 from bench.kernels.case import Case, Drawn
 from bench.kernels.suite import OPS, SIZES, Size, entries
 from bench.kernels.work import figures, work
 from bench.peaks import PEAKS
+from tests.support.budget import beyond_budget
 from tests.support.simulation import needs_simulated_gpu
 
 CPU = torch.device("cpu")

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import compile as gate
-from bench.sass import SHARED_PER_BLOCK
 from mimir_fast import kernels as package
 from mimir_fast.kernels._shared import column_sums
+from tests.support import compiled as gate
+from tests.support.sass import SHARED_PER_BLOCK
 
 DTYPES = ("bf16", "fp32", "uint8")
 

@@ -1,0 +1,104 @@
+"""Every kernel that the operations can launch, compiled for A100 and H100, its machine code read.
+
+No GPU is needed.  What is compiled is what is launched: the operations' `launches()` call the real launchers on tensors without
+data, each kernel call is recorded with the argument types, divisibilities and constants that Triton itself would see, and
+compiled.
+"""
+
+import importlib
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest.mock import patch
+
+import triton
+from triton._C.libtriton import native_specialize_impl
+from triton.backends.compiler import BaseBackend, GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from tests.support.sass import read
+
+ARCHS = (80, 90)  # A100, H100
+ROOT = Path(__file__).parents[2]
+OPS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/kernel.py"))
+TABLE = ROOT / "bench" / "results" / "compile.jsonl"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel as one launch specialises it; everything in it can be pickled."""
+
+    op: str
+    kernel: str
+    config: str
+    dtype: str
+    wide: bool  # 16-byte global loads and stores are expected
+    archs: tuple[int, ...] = field(repr=False)
+    module: str = field(repr=False)
+    signature: dict = field(repr=False)
+    constants: dict = field(repr=False)
+    attributes: dict = field(repr=False)
+    options: dict = field(repr=False)
+
+
+def variants(op: str) -> list[Variant]:
+    """Every distinct kernel variant that an operation's `launches()` launch."""
+    found: dict[str, Variant] = {}
+    for launch in importlib.import_module(f"mimir_fast.kernels.{op}.kernel").launches():
+        for kernel, arguments, options in _recorded(launch.call):
+            wide = kernel.__name__ not in launch.narrow
+            source = _source(kernel, arguments)
+            key = repr((kernel.__name__, *source, options, launch.archs))
+            label = (op, kernel.__name__, launch.config, launch.dtype, wide, launch.archs, kernel.__module__)
+            found.setdefault(key, Variant(*label, *source, options))
+    return list(found.values())
+
+
+def _recorded(call) -> list[tuple[JITFunction, dict, dict]]:
+    """(kernel, arguments by name, options such as num_warps) of every launch during `call`, none of which runs."""
+    calls = []
+
+    def record(kernel, *args, grid, warmup=False, **kwargs):
+        options = {name: kwargs.pop(name) for name in list(kwargs) if name not in kernel.arg_names}
+        calls.append((kernel, dict(zip(kernel.arg_names, args)) | kwargs, options))
+
+    with patch.object(JITFunction, "run", record):
+        call()
+    return calls
+
+
+def _source(kernel: JITFunction, arguments: dict) -> tuple[dict, dict, dict]:
+    """signature, constants and attributes as Triton derives them when it launches the kernel with these arguments."""
+    signature, constants, attributes = {}, {}, {}
+    for parameter in kernel.params:
+        value = arguments[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        kind, key = native_specialize_impl(BaseBackend, value, False, True, True)
+        signature[parameter.name] = kind
+        if kind == "constexpr":
+            constants[parameter.name] = key
+        elif key and "D" in key:
+            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def compiled(variant: Variant, arch: int) -> dict:
+    """The record of one variant on one architecture."""
+    kernel = getattr(importlib.import_module(variant.module), variant.kernel)
+    source = ASTSource(kernel, variant.signature, variant.constants, variant.attributes)
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=variant.options)
+    warps, shared = binary.metadata.num_warps, binary.metadata.shared
+    label = {name: getattr(variant, name) for name in ("op", "kernel", "config", "dtype", "wide")}
+    facts = read(binary.asm["cubin"], warps, arch, shared)
+    return {**label, "arch": arch, "warps": warps, "dot": "tt.dot" in binary.asm["ttir"], **facts}
+
+
+def compile_all(ops: list[str], dtypes: tuple[str, ...] | None = None, processes: int = 2) -> list[dict]:
+    """Records of every variant of these operations on every architecture; dtypes: only those of these, None: all."""
+    chosen = [v for op in ops for v in variants(op) if dtypes is None or v.dtype in dtypes]
+    jobs = [(variant, arch) for variant in chosen for arch in variant.archs]
+    with ProcessPoolExecutor(processes) as pool:
+        return list(pool.map(compiled, *zip(*jobs), chunksize=4))
