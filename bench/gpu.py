@@ -16,6 +16,7 @@ import torch
 from bench import records
 from bench.simulated_gpu import marker
 from bench.steps import FINETUNE, VARIANTS
+from mimir_fast.checkpoints.atomic import write_text_atomically
 
 GROUPS = ("tests", "kernels", "step", "finetune", "train", "profile")
 FLAGS = ["--residual_dtype", "bf16"]  # of docs/performance.md
@@ -32,22 +33,17 @@ Exit status: 0 all stages ok, 1 not all, 2 wrong input or no GPU, 130 Ctrl-C."""
 
 
 class Stage(NamedTuple):
-    """One command.  share: its part of the time [any unit]; why: not to be run."""
+    """One command.  share: its part of the time [any unit]."""
 
     name: str
     command: list[str]
     share: float
-    why: str = ""
-
-    @property
-    def group(self) -> str:
-        return self.name.split()[0]
 
 
 class Outcome(NamedTuple):
-    """How a stage went: ok, failed, over time or skipped; seconds taken and allowed; what it printed."""
+    """How a stage went: ok, failed or over time; seconds taken and allowed; what it printed."""
 
-    stage: Stage
+    name: str
     status: str
     seconds: float
     limit: float
@@ -81,8 +77,8 @@ def run(args: argparse.Namespace, flags: list[str]) -> int:
         raise ValueError("device: no CUDA device here; --simulate h100 runs everything on a simulated one")
     args.output, args.results = Path(args.output).resolve(), Path(args.results).resolve()
     stages, heading = plan(args, flags or FLAGS), records.heading(records.device_name(torch.device("cuda")))
-    args.output.mkdir(parents=True, exist_ok=True)
     summary, outcomes, ends = args.output / "summary.md", [], time.monotonic() + args.minutes * 60
+    args.output.mkdir(parents=True, exist_ok=True)
     try:
         for number, stage in enumerate(stages, 1):
             # what one leaves over goes to those after it
@@ -91,70 +87,59 @@ def run(args: argparse.Namespace, flags: list[str]) -> int:
             print(f"[{number}/{len(stages)}] {stage.name}: at most {limit:.0f} s of {left:.0f} s left", flush=True)
             outcomes.append(run_one(stage, limit, args.output / f"{number:02d}-{stage.name.replace(' ', '-')}.log"))
             print(f"[{number}/{len(stages)}] {stage.name}: {outcomes[-1].status}", flush=True)
-            summary.write_text(page(outcomes, len(stages), heading))
+            write_text_atomically(summary, page(outcomes, len(stages), heading), "output")
     except KeyboardInterrupt:
         print(f"python -m bench gpu: stopped; what was done is in {args.output}", file=sys.stderr)
         return 130
     print(f"\n{summary.read_text()}\nsummary: {summary}; records: {args.results}")
-    return int(any(o.status in ("failed", "over time") for o in outcomes))
+    return int(any(o.status != "ok" for o in outcomes))
 
 
 def plan(args: argparse.Namespace, flags: list[str]) -> list[Stage]:
     """The stages in order, those of args.only.  flags: pre-training's, for step, train and profile."""
-    python, tuned, results = [sys.executable, "-m"], args.models[0].removeprefix("mae_"), Path(args.results)
     sizes = ["--input_size", str(args.input_size), "--patch_size", str(args.patch_size), "--batch"]
     loop = [*sizes, str(args.batch), "--model", args.models[0], "--data_root", args.data_root]
     after = ["--", "--num_workers", str(max((os.cpu_count() or 1) - 1, 1)), *flags]
+    found: list[Stage] = []
 
-    def bench(verb: str, *words: str) -> list[str]:
-        return [
-            *python,
-            "bench",
-            verb,
-            *([] if verb == "profile" else ["--results", f"{results / verb}.jsonl"]),
-            *words,
-        ]
+    def add(name: str, share: float, verb: str, *words: str) -> None:
+        results = [] if verb == "profile" else ["--results", f"{args.results / verb}.jsonl"]
+        found.append(Stage(name, [sys.executable, "-m", "bench", verb, *results, *words], share))
 
-    tests = [*python, "pytest", "-p", "no:cacheprovider", *TESTS]
-    stages = [Stage("tests", tests, 80, "a simulated GPU computes nothing" if marker() else "")]
-    stages += [Stage("kernels", bench("kernels"), 90)]
+    if not marker():  # a simulated GPU computes nothing
+        found.append(Stage("tests", [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *TESTS], 80))
+    add("kernels", 90, "kernels")
     for model in args.models:
         for variant in VARIANTS:
             words = [*sizes, str(args.batch), "--model", model, "--variant", variant, "--", *flags]
-            share = COMPILED / 2 if variant == "textbook" else COMPILED  # it is not compiled
-            stages.append(Stage(f"step {model} {variant}", bench("step", *words), share))
-    for steps in ATTACKS:  # the second attack finds its code compiled
+            # the textbook's is not compiled
+            add(f"step {model} {variant}", COMPILED / (1 + (variant == "textbook")), "step", *words)
+    tuned = args.models[0].removeprefix("mae_")
+    for steps in ATTACKS:
         words = [*sizes, str(max(args.batch // 2, 1)), "--model", tuned, "--steps", str(steps), "--", *FLAGS]
-        share = COMPILED if steps == ATTACKS[0] else COMPILED / 2
-        stages.append(Stage(f"finetune {tuned} PGD-{steps}", bench("step", "--task", FINETUNE, *words), share))
-    stages.append(Stage("train", bench("train", *loop, *after), 60))
-    stages.append(Stage("profile", bench("profile", "--output", str(Path(args.output) / "profile"), *loop, *after), 45))
-    return [stage for stage in stages if stage.group in args.only]
+        # the second attack finds its code compiled
+        share = COMPILED / (1 + (steps != ATTACKS[0]))
+        add(f"finetune {tuned} PGD-{steps}", share, "step", "--task", FINETUNE, *words)
+    add("train", 60, "train", *loop, *after)
+    add("profile", 45, "profile", "--output", str(args.output / "profile"), *loop, *after)
+    return [stage for stage in found if stage.name.split()[0] in args.only]
 
 
 def run_one(stage: Stage, limit: float, log: Path) -> Outcome:
     """One stage; whatever it prints goes into the log."""
-    if stage.why:
-        return Outcome(stage, "skipped", 0, limit, [stage.why])
     started, command = time.monotonic(), list(stage.command)
     if stage.name == "kernels":  # it can end by itself
         command += ["--seconds", f"{MARGIN * limit:.0f}"]
     with log.open("w") as out:
-        process = subprocess.Popen(
-            command,
-            start_new_session=True,
-            cwd=records.ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-        )
+        own = {"start_new_session": True, "cwd": records.ROOT, "stdin": subprocess.DEVNULL, "stdout": out}
+        process = subprocess.Popen(command, stderr=subprocess.STDOUT, **own)
         try:
             status = "ok" if process.wait(limit) == 0 else "failed"
         except subprocess.TimeoutExpired:
             status = "over time"
         finally:
             _end(process)
-    return Outcome(stage, status, time.monotonic() - started, limit, log.read_text(errors="replace").splitlines())
+    return Outcome(stage.name, status, time.monotonic() - started, limit, log.read_text(errors="replace").splitlines())
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -166,20 +151,17 @@ def _end(process: subprocess.Popen) -> None:
             process.wait(GRACE)
 
 
-# ---- the page
-
-
 def page(outcomes: list[Outcome], planned: int, heading: dict) -> str:
     """Markdown of the outcomes so far, out of `planned` stages, each with the end of what it printed."""
-    bad = [o.stage.name for o in outcomes if o.status in ("failed", "over time")]
+    bad = ", ".join(o.name for o in outcomes if o.status != "ok")
     head = "# {device}, commit {commit}\n\n{date}; torch {torch}, triton {triton}; ".format(**heading)
-    lines = [f"{head}{len(outcomes)} of {planned} stages done{f'; NOT ok: {chr(44).join(bad)}' if bad else ''}."]
+    lines = [f"{head}{len(outcomes)} of {planned} stages done{f'; NOT ok: {bad}' if bad else ''}."]
     if heading["device"].startswith(records.SIMULATED):
         lines.append("A simulated GPU: launches and memory are exact, nothing here is a measured time.")
     lines.append("\n| stage | outcome | seconds | allowed |\n| --- | --- | --- | --- |")
-    lines += [f"| {o.stage.name} | {o.status} | {o.seconds:.0f} | {o.limit:.0f} |" for o in outcomes]
+    lines += [f"| {o.name} | {o.status} | {o.seconds:.0f} | {o.limit:.0f} |" for o in outcomes]
     for o in outcomes:
         # without progress bars and the profiler's own lines
         told = [line for line in o.told if "%|" not in line and not line.startswith("USDT:")]
-        lines.append("\n".join([f"\n## {o.stage.name}: {o.status}\n\n```", *told[-SHOWN:], "```"]))
+        lines.append("\n".join([f"\n## {o.name}: {o.status}\n\n```", *told[-SHOWN:], "```"]))
     return "\n".join(lines) + "\n"

@@ -1,16 +1,16 @@
-"""The real trainer for a number of updates, listened to: what `bench train` and `bench profile` share."""
+"""The real trainer for a number of updates: what `bench train` and `bench profile` share."""
 
 import argparse
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from bench import steps
 from bench.images import write_images
 from mimir_fast.training.loop import Loop
 from mimir_fast.training.running import running
-from mimir_fast.training.stages import listening
 from mimir_fast.training.train import build_loop
 
 # as little beside the step as possible; flags after -- win
@@ -34,7 +34,8 @@ def open_trainer(args: argparse.Namespace, flags: list[str]) -> Iterator[Loop]:
     """
     steps.check(args, "updates", "warmup")
     count = args.warmup + args.updates
-    words = [*QUIET, f"--data_root={args.data_root}", *steps.flags_of(args), "--max_steps", str(count), *flags]
+    own = ["--max_steps", str(count), "--log_every", str(args.warmup)]
+    words = [*QUIET, f"--data_root={args.data_root}", *steps.flags_of(args), *own, *flags]
     if args.task == steps.FINETUNE:
         words = ["--test_every", "0", *words]
     run = steps.asked(args.task, words)
@@ -47,39 +48,18 @@ def open_trainer(args: argparse.Namespace, flags: list[str]) -> Iterator[Loop]:
         with running(run, build_loop) as trainer:
             if trainer.world.size > 1:
                 raise ValueError(f"processes: expected one, got {trainer.world.size}; start it without torchrun")
-            yield whole(trainer, count)
+            found = trainer.total_updates - trainer.position.update
+            if found != count:
+                raise ValueError(
+                    f"updates: {count} are needed (warmup + updates), but the trainer's flags make it {found}; "
+                    "raise --epochs, leave --max_steps and --resume out"
+                )
+            yield trainer
 
 
-def whole(trainer: Loop, count: int) -> Loop:
-    """The trainer, if its run is `count` updates long.  Raises ValueError if not."""
-    found = trainer.total_updates - trainer.position.update
-    if found != count:
-        raise ValueError(
-            f"updates: {count} are needed (warmup + updates), but the trainer's flags make it {found}; "
-            "raise --epochs, leave --max_steps and --resume out"
-        )
-    return trainer
-
-
-def run(trainer: Loop, opened: Callable[[str], AbstractContextManager], updated: Callable[[int], object]) -> str:
-    """Train to the end; updated(n) is called after the n-th update, outside of every stage.
-
-    Gives why the training ended early (it diverged, a signal stopped it), "" if it did not.
-    """
-    done = 0
-
-    @contextmanager
-    def counted(name: str) -> Iterator[None]:
-        nonlocal done
-        with opened(name):
-            yield
-        if name == "optimizer":
-            done += 1
-            updated(done)
-
-    with listening(counted):
-        status = trainer.run()
+def run(trainer: Loop) -> None:
+    """Train to the end; ends the program with status 1 if the training ended early: it diverged, a signal stopped it."""
+    status = trainer.run()
     if status or trainer.position.update < trainer.total_updates:
         at = f"{trainer.position.update} of {trainer.total_updates} updates"
-        return f"the training ended with status {status} after {at}"
-    return ""
+        sys.exit(f"python -m bench: error: the training ended with status {status} after {at}")

@@ -1,15 +1,17 @@
 """python -m bench profile: a trace of some updates, the time of their stages, and their most expensive kernels."""
 
 import argparse
-import sys
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from bench import loop, records
 from bench.simulated_gpu import marker
 from mimir_fast.training import stages
+from mimir_fast.training.stages import listening
 
 EPILOG = f"""Trainer flags may follow --.  Stages (mimir_fast/training/stages.py):
 {stages.__doc__.split(chr(10), 2)[2].strip()}
@@ -24,40 +26,7 @@ the attack's first 40 kernels in detail (any other stage's name in its place; th
       python -m bench profile --ranges_only --updates 1"""
 
 
-class NvtxRanges:
-    """For nsys and ncu: ranges, cudaProfilerStart and cudaProfilerStop.  Raises ValueError without a GPU."""
-
-    def __init__(self):
-        if not torch.cuda.is_available():
-            raise ValueError("ranges_only: no CUDA device here; NVIDIA's profilers look at GPUs only")
-        self.opened, self.start, self.stop = torch.cuda.nvtx.range, torch.cuda.profiler.start, torch.cuda.profiler.stop
-
-    def told(self) -> str:
-        return "NVTX ranges only, no trace"
-
-
-class TorchProfiler:
-    """torch.profiler with a range for every stage, the trace in a file."""
-
-    def __init__(self, trace: Path):
-        self.trace, activities = trace, [torch.profiler.ProfilerActivity.CPU]
-        self.on_gpu = torch.cuda.is_available() and not marker()
-        if self.on_gpu:
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
-        self.profile, self.opened = torch.profiler.profile(activities=activities), torch.profiler.record_function
-        self.start, self.stop = self.profile.start, self.profile.stop
-
-    def told(self) -> str:
-        """Writes the trace; the stages' time, and the table of the ten most expensive kernels, on a CPU of the operations."""
-        self.trace.parent.mkdir(parents=True, exist_ok=True)
-        self.profile.export_chrome_trace(str(self.trace))
-        rows, where = self.profile.key_averages(), "cuda" if self.on_gpu else "cpu"
-        table = rows.table(sort_by=f"self_{where}_time_total", row_limit=10, max_name_column_width=80)
-        attribute = "device_time_total" if self.on_gpu else "cpu_time_total"
-        times = {name: sum(getattr(row, attribute) for row in rows if row.key == name) for name in stages.STAGES}
-        shown = [f"{name:<10}{us / 1e3:12.3f} ms" for name, us in times.items()]
-        note = ["a simulated GPU: no kernel runs and none has a time; these are the host's"] if marker() else []
-        return "\n".join([*note, "stages, what lies inside of them included", *shown, table, f"trace: {self.trace}"])
+Opened = Callable[[str], AbstractContextManager]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,23 +39,66 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace, flags: list[str]) -> int:
-    """Profile and print; returns the exit status: 0, or 1 if the training ended early."""
-    profiler: Any = NvtxRanges() if args.ranges_only else TorchProfiler(Path(args.output) / "trace.json.gz")
+    """Profile and print."""
+    if args.ranges_only and not torch.cuda.is_available():
+        raise ValueError("ranges_only: no CUDA device here; NVIDIA's profilers look at GPUs only")
+    opened = torch.cuda.nvtx.range if args.ranges_only else torch.profiler.record_function
+    observed = cuda_profiler(args) if args.ranges_only else traced(args)
     with torch.autograd.set_multithreading_enabled(False), loop.open_trainer(args, flags) as trainer:
-        device = trainer.world.device
-
-        def updated(count: int) -> None:
-            """The profiler sees the updates after the warm-up, the device drained at both ends."""
-            if count in (args.warmup, args.warmup + args.updates) and device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if count == args.warmup:
-                profiler.start()
-            elif count == args.warmup + args.updates:
-                profiler.stop()
-
-        if why := loop.run(trainer, profiler.opened, updated):
-            print(f"python -m bench profile: error: {why}", file=sys.stderr)
-            return 1
-        name = records.device_name(device)
-    print(f"{args.updates} updates after {args.warmup} of {args.model}, batch {args.batch}; {name}\n{profiler.told()}")
+        name = records.device_name(trainer.world.device)
+        with observed as updated, listening(counted(opened, updated)):
+            loop.run(trainer)
+    print(f"{args.updates} updates after {args.warmup} of {args.model}, batch {args.batch}; {name}")
     return 0
+
+
+def counted(opened: Opened, updated: Callable[[], object]) -> Opened:
+    """Contexts for the stages; updated() is called after every update, outside of every stage."""
+
+    @contextmanager
+    def stage(name: str) -> Iterator[None]:
+        with opened(name):
+            yield
+        if name == "optimizer":
+            updated()
+
+    return stage
+
+
+@contextmanager
+def cuda_profiler(args: argparse.Namespace) -> Iterator[Callable[[], object]]:
+    """For nsys and ncu: their profiler sees the updates after the warm-up, the device drained at both ends."""
+    done = itertools.count(1)
+
+    def updated() -> None:
+        number = next(done)
+        if number in (args.warmup, args.warmup + args.updates):
+            torch.cuda.synchronize()
+            (torch.cuda.profiler.start if number == args.warmup else torch.cuda.profiler.stop)()
+
+    yield updated
+
+
+@contextmanager
+def traced(args: argparse.Namespace) -> Iterator[Callable[[], object]]:
+    """torch.profiler over the same updates; at the end the trace in a file, the stages' time, the most expensive kernels.
+
+    On a CPU the most expensive operations.
+    """
+    activities, on_gpu = [torch.profiler.ProfilerActivity.CPU], torch.cuda.is_available() and not marker()
+    if on_gpu:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    schedule = torch.profiler.schedule(wait=args.warmup - 1, warmup=1, active=args.updates, repeat=1)
+    with torch.profiler.profile(activities=activities, schedule=schedule) as profile:
+        yield profile.step
+    trace = Path(args.output) / "trace.json.gz"
+    trace.parent.mkdir(parents=True, exist_ok=True)
+    profile.export_chrome_trace(str(trace))
+    if marker():
+        print("a simulated GPU: no kernel runs and none has a time; these are the host's")
+    rows, attribute = profile.key_averages(), "device_time_total" if on_gpu else "cpu_time_total"
+    print("stages, what lies inside of them included")
+    for name in stages.STAGES:
+        print(f"{name:<10}{sum(getattr(row, attribute) for row in rows if row.key == name) / 1e3:12.3f} ms")
+    where = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    print(rows.table(sort_by=where, row_limit=10, max_name_column_width=80), f"trace: {trace}", sep="\n")

@@ -62,6 +62,14 @@ def device_name(device: torch.device) -> str:
     return f"{SIMULATED}{peak_of(name)}" if marker() else name
 
 
+def peaks_of(device: str, gpu: str | None = None) -> str | None:
+    """Key of PEAKS for a record's device, None where they are not known: on any CPU."""
+    try:
+        return None if device == "cpu" else gpu or peak_of(device)
+    except ValueError:
+        return None
+
+
 def driver() -> str | None:
     """The CUDA version that the installed driver supports, "13.0"; None without a driver."""
     try:

@@ -11,6 +11,7 @@ from bench.peaks import PEAKS
 from bench.records import RESULTS, ROOT
 from bench.step.prices import CLASSES
 from bench.steps import VARIANTS
+from mimir_fast.checkpoints.atomic import write_text_atomically
 
 PAGES = ("README.md", "docs/performance.md")
 BLOCK = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
@@ -91,4 +92,4 @@ def rewritten(text: str) -> str:
 
 if __name__ == "__main__":
     for page in PAGES:
-        (ROOT / page).write_text(rewritten((ROOT / page).read_text()))
+        write_text_atomically(ROOT / page, rewritten((ROOT / page).read_text()), page)

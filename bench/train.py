@@ -1,63 +1,24 @@
 """python -m bench train: images per second of the real training loop, model FLOPs utilisation, memory, the wait for data."""
 
 import argparse
+import json
 import statistics
-import sys
-import time
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 
 from bench import loop, records
-from bench.peaks import PEAKS, peak_of
+from bench.peaks import PEAKS
 from bench.simulated_gpu import marker
 from bench.steps import model_flops
-from mimir_fast.training.logs import peak_memory_gib
 
 EPILOG = """Trainer flags may follow --, for instance: python -m bench train --data_root FOLDER -- --num_workers 8
-Nothing is saved unless --output_dir is among them.  data wait is the host's: the device may have had work meanwhile.
+Nothing is saved unless --output_dir is among them.  Times, the wait for data and memory are those of the trainer's own
+metrics.jsonl; they are means of as many updates as the warm-up has, between two of which the device is waited for.
 MFU: products and attention of attack, forward and backward pass, without the penalty, against the dense peak of the arithmetic
 used.  python -m bench profile tells where the time goes."""
-
-
-class Updates:
-    """When the observed updates ended, on the device where there is one, and how long the host waited for images meanwhile."""
-
-    def __init__(self, device: torch.device, warmup: int):
-        self.device, self.warmup = device, warmup
-        self.ends: list = []  # from the update number `warmup` on: CUDA events, on CPUs the host's seconds
-        self.waited = self.began = self.ended = 0.0  # host seconds
-
-    @contextmanager
-    def opened(self, name: str) -> Iterator[None]:
-        asked = time.perf_counter()
-        yield
-        if self.ends and name == "data":
-            self.waited += time.perf_counter() - asked
-
-    def updated(self, count: int) -> None:
-        if count < self.warmup:
-            return
-        self.ended = time.perf_counter()
-        if count == self.warmup:
-            self.began = self.ended
-            if self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(self.device)
-        if self.device.type == "cuda":  # read after the last update, so that the step never waits
-            self.ends.append(torch.cuda.Event(enable_timing=True))
-            self.ends[-1].record()
-        else:
-            self.ends.append(self.ended)
-
-    def seconds(self) -> list[float]:
-        """Of every observed update; waits for the device."""
-        if self.device.type != "cuda":
-            return [end - start for start, end in pairwise(self.ends)]
-        torch.cuda.synchronize(self.device)
-        return [start.elapsed_time(end) / 1e3 for start, end in pairwise(self.ends)]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,50 +28,46 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace, flags: list[str]) -> int:
-    """Train, print, append the record; returns the exit status: 0, or 1 if the training ended early."""
-    with loop.open_trainer(args, flags) as trainer:
-        updates = Updates(trainer.world.device, args.warmup)
-        if why := loop.run(trainer, updates.opened, updates.updated):
-            print(f"python -m bench train: error: {why}", file=sys.stderr)
-            return 1
-        record = measured(args, trainer, updates)
+    """Train, print, append the record."""
+    with loop.open_trainer(args, flags) as trainer, tempfile.TemporaryDirectory() as folder:
+        if trainer.folder is None:  # metrics, but no checkpoints
+            trainer.log.folder = Path(folder)
+        loop.run(trainer)
+        rows = [json.loads(line) for line in (trainer.log.folder / "metrics.jsonl").read_text().splitlines()]
+        record = measured(args, trainer, rows[-args.updates :])
     print(*lines(record), sep="\n")
     records.append(record, args.results)
     return 0
 
 
-def measured(args: argparse.Namespace, trainer: loop.Loop, updates: Updates) -> dict:
-    """The record.  On a simulated GPU every time is None: there is none."""
+def measured(args: argparse.Namespace, trainer: loop.Loop, rows: list[dict]) -> dict:
+    """The record, from the trainer's rows of the observed updates.  On a simulated GPU every time is None: there is none."""
     device, run = records.device_name(trainer.world.device), trainer.task.run
     config = run.config.flat() | run.flat()
     record = {
         **records.heading(device),
         "task": args.task,
         "threads": torch.get_num_threads(),
-        "peaks": peaks_of(device, args.gpu),
+        "peaks": records.peaks_of(device, args.gpu),
         "config": config | {"data_root": Path(config["data_root"]).name},
         "updates": args.updates,
         "warmup": args.warmup,
         "images": trainer.stream.num_images,
-        "peak GiB": peak_memory_gib(trainer.world.device),
+        "peak GiB": rows[-1]["peak_memory_gib"],
         "model GFLOP per image": model_flops(run.config.updated(run.flat())) / 1e9,
     }
     if marker():
         return record | dict.fromkeys(("images/s", "percentiles", "mfu", "data wait"))
-    seconds = updates.seconds()
-    rate = config["batch_size"] * config["accum_iter"] / statistics.mean(seconds)
-    wait = updates.waited / (updates.ended - updates.began)
-    return record | {
-        "images/s": rate, "percentiles": records.percentiles(seconds), "mfu": mfu(record, rate), "data wait": wait
-    }  # fmt: skip
+    images = config["batch_size"] * config["accum_iter"]
+    return record | times(images, rows) | {"mfu": mfu(record, times(images, rows)["images/s"])}
 
 
-def peaks_of(device: str, gpu: str | None) -> str | None:
-    """Key of PEAKS for the record's device, None where they are not known: on any CPU."""
-    try:
-        return None if device == "cpu" else gpu or peak_of(device)
-    except ValueError:
-        return None
+def times(images: int, rows: list[dict]) -> dict:
+    """images/s, percentiles of an update's seconds, and the share of time waiting for data, of updates of so many images."""
+    seconds = [images / row["images_per_s"] for row in rows]
+    waited = sum(s * row["data_wait"] for s, row in zip(seconds, rows))
+    rate = images / statistics.mean(seconds)
+    return {"images/s": rate, "percentiles": records.percentiles(seconds), "data wait": waited / sum(seconds)}
 
 
 def mfu(record: dict, rate: float) -> float | None:

@@ -3,14 +3,18 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from bench.step.prices import Price
+from bench.step.trace import record
 from tests.support.budget import beyond_budget
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+COUNTED = ("ours", "GEMM", "attention")  # classes of bench/step/prices.py: not the views and copies around them
 Inputs = dict[str, object]  # an operation's keyword arguments
 
 
@@ -69,14 +73,10 @@ def random_order(B: int, L: int, device: torch.device) -> Tensor:
 
 @dataclass
 class Drawn:
-    """A case's inputs with a random gradient for each floating-point output, and what is true of them in float64.
-
-    work   prices by direction, see bench/kernels/work.py
-    """
+    """A case's inputs with a random gradient for each floating-point output, and what is true of them in float64."""
 
     case: Case
     device: torch.device
-    work: dict[str, list[Price]] = field(default_factory=dict)
 
     def __post_init__(self):
         torch.manual_seed(0)
@@ -120,6 +120,27 @@ class Drawn:
             if complaint := self.case.judge(value, eager, truth):
                 return f"{part}: {complaint}"
         return ""
+
+    @cached_property
+    def work(self) -> dict[str, list[Price]]:
+        """What no implementation can avoid, by the costs of the operators that ours calls; empty if ours refuses the case.
+
+        By direction: forward, and with a differentiable input backward and both.
+        """
+        if self.case.refused:
+            return {}
+
+        def counted(call: Callable[[], object]) -> list[Price]:
+            return [p for p in chain(*record(call, "cpu")) if p.kind in COUNTED]
+
+        with FakeTensorMode():
+            inputs, results = self.case.draw(torch.device("cpu")), []
+            found = {"forward": counted(lambda: results.extend(outputs(self.case.ours(**inputs))))}
+            if wanted := list(leaves(inputs).values()):
+                upstream = [torch.ones_like(result) for result in results]
+                found["backward"] = counted(lambda: torch.autograd.grad(results, wanted, upstream))
+                found["both"] = found["forward"] + found["backward"]
+        return found
 
     @cached_property
     def compiled(self) -> Callable:

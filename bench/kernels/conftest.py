@@ -1,59 +1,64 @@
-"""Options of `pytest bench/kernels`, what its tests are made of, and the record that each of them leaves."""
+"""Options of `pytest bench/kernels`, what its tests are made of, the record that each leaves, and who won."""
 
 import itertools
-import os
-from collections.abc import Callable
-from pathlib import Path
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from bench import records, steps
 from bench.kernels.suite import ON_CPU, ON_GPU, OPS, entries
-from bench.kernels.work import figures
 from bench.peaks import PEAKS
-from bench.train import peaks_of
+from bench.step.roofline import sums
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DIRECTIONS = ("forward", "backward", "both")
-CONTEXT_LOST = 75  # exit status where the GPU answers no more
-TIMES = ("ms", "ms_p20", "ms_p80", "call ms")
+FOUND = pytest.StashKey[list[dict]]()  # records of this session
 
 
 def pytest_addoption(parser):
     add = parser.getgroup("mimir_fast").addoption
     for name in ("ops", "recipes", "dtypes"):
         add(f"--{name}", type=records.words, metavar="A,B", help="see python -m bench kernels -h")
-    add("--first", type=int, default=0, metavar="N", help="leave the first N measurements out")
-    add("--progress", metavar="FILE", help="where to write which measurement is going on")
+    add("--seconds", type=float, help="for everything")
     add("--results", metavar="FILE", help="JSON lines to append to (default: none)")
+
+
+def pytest_configure(config):
+    config.stash[FOUND] = []
 
 
 def pytest_generate_tests(metafunc):
     """One test for each case, implementation and direction, the most important first."""
     option, (recipes, dtypes) = metafunc.config.getoption, ON_CPU if DEVICE.type == "cpu" else ON_GPU
     steps.leave_cudnn_out()
-    found = entries(option("ops") or list(OPS), option("recipes") or recipes, option("dtypes") or dtypes)
-    jobs: list = []
-    for entry in found:
+    jobs = []
+    for entry in entries(option("ops") or list(OPS), option("recipes") or recipes, option("dtypes") or dtypes):
         names = [*(["ours"] if DEVICE.type == "cuda" else []), "eager", "compiled", *entry.case.rivals]
         for name, direction in itertools.product(names, DIRECTIONS):
             identity = f"{entry.recipes[0]} {entry.case.label} {name} {direction}"
-            jobs.append(pytest.param(entry, len(jobs), name, direction, id=identity))
-    metafunc.parametrize(("drawn", "number", "name", "direction"), jobs[option("first") :], indirect=["drawn"])
+            jobs.append(pytest.param(entry, name, direction, id=identity))
+    metafunc.parametrize(("drawn", "name", "direction"), jobs, indirect=["drawn"])
+
+
+@pytest.fixture(scope="session")
+def started() -> float:
+    return time.monotonic()
 
 
 @pytest.fixture(autouse=True)
-def progress(request, number):
-    """Says which measurement is going on, and ends the process after one that the GPU did not survive."""
-    if file := request.config.getoption("progress"):
-        Path(file).write_text(str(number))
+def in_time(request, started):
+    """Skips what there is no time for, and ends everything after a measurement that the GPU did not survive."""
+    seconds = request.config.getoption("seconds")
+    if seconds is not None and time.monotonic() - started > seconds:
+        pytest.skip("out of time")
     yield
     try:
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
-    except RuntimeError:
-        os._exit(CONTEXT_LOST)
+    except RuntimeError as error:
+        pytest.exit(f"{request.node.name}: the GPU answers no more: {error}", returncode=1)
 
 
 @pytest.fixture
@@ -64,11 +69,35 @@ def note(request, drawn, name, direction) -> Callable[..., None]:
 
     def append(status: str, why: str = "", times: dict | None = None) -> None:
         what = {"op": case.op, "config": case.shape, "dtype": case.dtype, "direction": direction, "impl": name}
-        row = {"kind": "kernels", **entry.names(), **what, "status": status, "why": why, **dict.fromkeys(TIMES)}
+        row = {"kind": "kernels", **entry.names(), **what, "status": status, "why": why}
+        row |= dict.fromkeys(("ms", "ms_p20", "ms_p80", "call ms")) | (times or {})
         if known := drawn.work.get(direction):
-            gpu = peaks_of(device, None)
-            row |= figures(known, PEAKS.get(gpu) if gpu else None)
+            gpu = records.peaks_of(device)
+            found = sums(known, PEAKS[gpu] if gpu else None)
+            row |= {"GB": found["gb"], "TFLOP": found["tflop"], "bound ms": found["bound_ms"]}
+        request.config.stash[FOUND].append(row)
         if file:
-            records.append({**records.heading(device), **row, **(times or {})}, file)
+            records.append({**records.heading(device), **row}, file)
 
     return append
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for line in verdicts(config.stash[FOUND]):
+        terminalreporter.write_line(line)
+
+
+def verdicts(found: list[dict]) -> Iterator[str]:
+    """Ours against the fastest of the others, per case and direction, where both have a time."""
+    groups: dict[str, dict[str, dict]] = {}
+    for r in found:
+        if r["ms"]:
+            shape = " ".join(f"{name}{size}" for name, size in r["config"].items())
+            groups.setdefault(f"{r['op']} {r['dtype']} {shape} {r['direction']}", {})[r["impl"]] = r
+    for label, times in groups.items():
+        ours = times.pop("ours", None)
+        if ours and times:
+            best = min(times.values(), key=lambda r: r["ms"])
+            share = f", {ours['bound ms'] / ours['ms']:.0%} of the data sheet's peak" if ours.get("bound ms") else ""
+            rival = f"{best['ms'] / ours['ms']:.2f} x the speed of {best['impl']} ({best['ms']:.4f} ms)"
+            yield f"{label}: {ours['ms']:.4f} ms{share}; {rival}"

@@ -12,7 +12,6 @@ from triton.testing import do_bench
 
 from bench.kernels.case import Drawn, leaves
 from bench.kernels.conftest import DEVICE
-from bench.kernels.work import work
 from bench.records import percentiles
 from bench.simulated_gpu import marker
 
@@ -22,9 +21,7 @@ def drawn(request) -> Iterator[Drawn]:
     """A case's inputs; nothing compiled for another case counts against this one, buffers of kept graphs are not given away."""
     torch._dynamo.reset()
     with torch._functorch.config.patch(donated_buffer=False):
-        found = Drawn(request.param.case, DEVICE)
-        found.work = work(found.case)
-        yield found
+        yield Drawn(request.param.case, DEVICE)
 
 
 def test_speed(drawn, name, direction, benchmark, note):

@@ -86,13 +86,13 @@ def peak_of_memory(step: Callable[[], object]) -> float:
 # ---- the record, and the record as text
 
 
-def sums(prices: list[Price], peak: Peak) -> dict[str, float]:
-    """count, GB, TFLOP and bound in ms of some prices."""
+def sums(prices: list[Price], peak: Peak | None) -> dict:
+    """count, GB, TFLOP of some prices, and their bound in ms (None where no peak is known)."""
     return {
         "count": len(prices),
         "gb": sum(p.bytes for p in prices) / 1e9,
         "tflop": sum(sum(p.flops.values()) for p in prices) / 1e12,
-        "bound_ms": sum(p.seconds(peak) for p in prices) * 1e3,
+        "bound_ms": sum(p.seconds(peak) for p in prices) * 1e3 if peak else None,
     }
 
 

@@ -33,7 +33,7 @@ def test_a_trace_of_the_observed_updates(tmp_path, capsys):
     assert 1 <= len(re.findall(r"^ *aten::", printed, re.MULTILINE)) <= 10
 
 
-def test_the_profilers_see_the_observed_updates_in_ranges(tmp_path, monkeypatch, capsys):
+def test_nvidias_profilers_see_the_updates_after_the_warm_up(monkeypatch):
     happened = []
 
     @contextmanager
@@ -42,25 +42,22 @@ def test_the_profilers_see_the_observed_updates_in_ranges(tmp_path, monkeypatch,
         yield
         happened.append("end")
 
-    start, stop = (lambda word=word: happened.append(word) for word in ("START", "STOP"))
-    ranges = SimpleNamespace(opened=opened, start=start, stop=stop, told=lambda: "NVTX ranges only")
-    monkeypatch.setattr(profile, "NvtxRanges", lambda: ranges)
-    assert main([*SMALL, "--ranges_only", "--data_root", str(make_images(tmp_path)), *ON_CPU]) == 0
-    update = "data prepare attack loss encoder penalty decoder loss backward optimizer".split()
-    assert [word for word in happened if word != "end"] == [*update, "START", *update, *update, "STOP"]
-    before = happened[: happened.index("START")]
-    assert before.count("end") == len(update)  # no range is open where the profiler starts
-    assert "NVTX ranges only" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: happened.append("drained"))
+    for word in ("start", "stop"):
+        monkeypatch.setattr(torch.cuda.profiler, word, lambda word=word: happened.append(word.upper()))
+    with profile.cuda_profiler(SimpleNamespace(warmup=1, updates=2)) as updated:
+        stage = profile.counted(opened, updated)
+        for name in ("data", "optimizer") * 3:
+            with stage(name):
+                pass
+    update = ["data", "end", "optimizer", "end"]
+    assert happened == [*update, "drained", "START", *update, *update, "drained", "STOP"]
 
 
-def test_ranges_are_nvtxs_and_need_a_gpu(monkeypatch, capsys):
+def test_ranges_need_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["profile", "--ranges_only"]) == 2
     assert "ranges_only: no CUDA device here" in capsys.readouterr().err
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    found = profile.NvtxRanges()
-    expected = (torch.cuda.nvtx.range, torch.cuda.profiler.start, torch.cuda.profiler.stop)
-    assert (found.opened, found.start, found.stop) == expected
 
 
 def test_the_words_for_nvidias_profilers_parse():

@@ -1,19 +1,16 @@
-"""python -m bench train: how updates are timed, whole runs of both tasks on the CPU, wrong arguments, the simulated GPU."""
+"""python -m bench train: times from the trainer's rows, whole runs on the CPU, wrong arguments, the simulated GPU."""
 
 import json
 import os
-from contextlib import nullcontext
 
 import pytest
 import torch
 from PIL import Image
 
-from bench import train
 from bench.__main__ import main
 from bench.images import DISTINCT, write_images
-from bench.records import percentiles
-from bench.train import mfu, peaks_of
-from mimir_fast.training.stages import listening, stage
+from bench.records import peaks_of, percentiles
+from bench.train import mfu, times
 from tests.support.runs import make_images
 from tests.support.simulation import needs_simulated_gpu
 
@@ -21,44 +18,12 @@ SMALL = "--batch 4 --input_size 16 --patch_size 8 --warmup 1 --model".split()
 ON_CPU = "--device cpu --num_workers 0".split()
 
 
-class Clock:
-    """Stands still between the calls of `pass_`; `Event` is a CUDA event on a device that lags nothing behind."""
-
-    now = 0.0
-
-    def perf_counter(self) -> float:
-        return Clock.now
-
-    def pass_(self, seconds: float) -> None:
-        Clock.now += seconds
-
-
-class Event:
-    def __init__(self, enable_timing: bool):
-        assert enable_timing
-
-    def record(self) -> None:
-        self.at = Clock.now
-
-    def elapsed_time(self, end: "Event") -> float:
-        return (end.at - self.at) * 1e3
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_updates_after_the_warm_up_are_timed_and_the_wait_for_data(device, monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(train, "time", clock)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    updates = train.Updates(torch.device(device), warmup=2)
-    for count, seconds in enumerate((7.0, 3.0, 10.0, 20.0), 1):
-        for name, share in (("data", 0.1), ("attack", 0.6), ("optimizer", 0.3)):
-            with updates.opened(name):
-                clock.pass_(share * seconds)
-        updates.updated(count)
-    assert updates.seconds() == pytest.approx([10, 20])
-    assert updates.waited / (updates.ended - updates.began) == pytest.approx(0.1)
+def test_times_are_those_of_the_trainers_rows():
+    rows = [{"images_per_s": rate, "data_wait": wait} for rate, wait in ((10.0, 0.1), (10.0, 0.1), (5.0, 0.3))]
+    found = times(40, rows)
+    assert found["images/s"] == pytest.approx(120 / 16)
+    assert found["percentiles"] == {"20": 4.0, "80": pytest.approx(6.4)}
+    assert found["data wait"] == pytest.approx((0.4 + 0.4 + 2.4) / 16)
 
 
 def test_percentiles():
@@ -100,12 +65,12 @@ def test_a_whole_run_on_the_cpu(task, model, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("verb", ["train", "profile"])
-def test_a_training_that_ends_early_leaves_no_record(verb, tmp_path, monkeypatch, capsys):
+def test_a_training_that_ends_early_leaves_no_record(verb, tmp_path, monkeypatch):
     monkeypatch.setattr("mimir_fast.training.loop.Loop.run", lambda self: 1)
     results = ["--results", str(tmp_path / "none")] if verb == "train" else ["--output", str(tmp_path / "none")]
     words = [*SMALL, "mae_vit_ti", "--updates", "2", "--data_root", str(make_images(tmp_path)), *results]
-    assert main([verb, *words, "--", *ON_CPU]) == 1
-    assert "the training ended with status 1 after 0 of 3 updates" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="the training ended with status 1 after 0 of 3 updates"):
+        main([verb, *words, "--", *ON_CPU])
     assert not (tmp_path / "none").exists()
 
 
@@ -133,25 +98,6 @@ def test_synthetic_images_are_many_but_take_little_room(tmp_path):
     assert len({os.stat(file).st_ino for file in files}) == len({file.read_bytes() for file in files}) == DISTINCT
     with Image.open(files[-1]) as image:
         assert (image.format, image.size, image.mode) == ("JPEG", (20, 12), "RGB")
-
-
-def test_compiled_code_neither_breaks_nor_depends_on_the_listener():
-    graphs, opened = [], []
-
-    def loss(x):
-        with stage("loss"):
-            return x.sin()
-
-    compiled = torch.compile(loss, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)
-    compiled(torch.zeros(3))
-    with listening(lambda name: opened.append(name) or nullcontext()):
-        compiled(torch.zeros(3))
-        assert opened == []
-        loss(torch.zeros(3))
-        with pytest.raises(RuntimeError, match="one listener"), listening(nullcontext):
-            pass
-    loss(torch.zeros(3))
-    assert (len(graphs), opened) == (1, ["loss"])
 
 
 @needs_simulated_gpu
