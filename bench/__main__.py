@@ -25,7 +25,7 @@ VERBS |= {name: f"bench.{name}" for name in ("compile", "train", "profile", "gpu
 
 
 def main(arguments: list[str]) -> int:
-    """Each verb's module has build_parser() and run(args, the trainer's flags after --) -> exit status.
+    """Each verb's module has build_parser() and run(args, flags of the trainer, or words of pytest) -> exit status.
 
     Returns that status, or 2 with one line on wrong input.
     """
@@ -35,11 +35,12 @@ def main(arguments: list[str]) -> int:
     verb, *words = arguments
     where = words.index("--") if "--" in words else len(words)
     module = importlib.import_module(VERBS[verb])
-    args = module.build_parser().parse_args(words[:where])
+    args, flags = module.build_parser().parse_known_args(words[:where])
+    flags += words[where + 1 :]
     try:
         if getattr(args, "simulate", None) and not simulated_gpu.marker():
             return start_again(args.simulate, arguments)
-        return module.run(args, words[where + 1 :])
+        return module.run(args, flags)
     except ValueError as error:
         print(f"python -m bench {verb}: error: {error}", file=sys.stderr)
         return 2

@@ -26,7 +26,7 @@ MINUTES, COMPILED = 8.0, 40  # by default; seconds of a step that is compiled fi
 MARGIN = 0.8  # of the limit is what a command is told: its processes have to start
 GRACE = 5.0  # seconds between asking a process to end and ending it
 SHOWN = 20  # lines of a log that the summary shows
-EPILOG = f"""Flags of pre-training may follow -- (default: {" ".join(FLAGS)}, which the fine-tuning steps always have).
+EPILOG = f"""Other flags are pre-training's (default: {" ".join(FLAGS)}, which the fine-tuning steps always have).
 Each stage is a process of its own with its part of the time; what fails or takes too long is reported and the rest goes on.
 summary.md is written anew after every stage, records as soon as they are there.
 Exit status: 0 all stages ok, 1 not all, 2 wrong input or no GPU, 130 Ctrl-C."""
@@ -57,9 +57,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--minutes", type=float, default=MINUTES, help="for everything together (default: %(default)g)")
     add("--data_root", default="", help="folder of class folders with images (default: synthetic JPEG files)")
     names("--models", default="mae_vit_base,mae_vit_small", help="the first trains, all are priced (%(default)s)")
-    add("--batch", type=int, default=512, help="images per step (default: %(default)s)")
-    add("--input_size", type=int, default=224, help="image side [pixels] (default: %(default)s)")
-    add("--patch_size", type=int, default=16, help="patch side [pixels] (default: %(default)s)")
     names("--only", default=",".join(GROUPS), help="these stages only (default: %(default)s)")
     add("--output", default="runs/bench_gpu", metavar="FOLDER", help="logs, trace, summary.md (default: %(default)s)")
     add("--results", default=str(records.RESULTS), metavar="FOLDER", help="of JSON lines (default: %(default)s)")
@@ -97,9 +94,8 @@ def run(args: argparse.Namespace, flags: list[str]) -> int:
 
 def plan(args: argparse.Namespace, flags: list[str]) -> list[Stage]:
     """The stages in order, those of args.only.  flags: pre-training's, for step, train and profile."""
-    sizes = ["--input_size", str(args.input_size), "--patch_size", str(args.patch_size), "--batch"]
-    loop = [*sizes, str(args.batch), "--model", args.models[0], "--data_root", args.data_root]
-    after = ["--", "--num_workers", str(max((os.cpu_count() or 1) - 1, 1)), *flags]
+    workers = ["--num_workers", str(max((os.cpu_count() or 1) - 1, 1))]
+    loop = ["--data_root", args.data_root, "--model", args.models[0], *workers, *flags]
     found: list[Stage] = []
 
     def add(name: str, share: float, verb: str, *words: str) -> None:
@@ -111,17 +107,15 @@ def plan(args: argparse.Namespace, flags: list[str]) -> list[Stage]:
     add("kernels", 90, "kernels")
     for model in args.models:
         for variant in VARIANTS:
-            words = [*sizes, str(args.batch), "--model", model, "--variant", variant, "--", *flags]
-            # the textbook's is not compiled
-            add(f"step {model} {variant}", COMPILED / (1 + (variant == "textbook")), "step", *words)
+            share = COMPILED / (1 + (variant == "textbook"))  # which is not compiled
+            add(f"step {model} {variant}", share, "step", "--variant", variant, "--model", model, *flags)
     tuned = args.models[0].removeprefix("mae_")
     for steps in ATTACKS:
-        words = [*sizes, str(max(args.batch // 2, 1)), "--model", tuned, "--steps", str(steps), "--", *FLAGS]
-        # the second attack finds its code compiled
-        share = COMPILED / (1 + (steps != ATTACKS[0]))
-        add(f"finetune {tuned} PGD-{steps}", share, "step", "--task", FINETUNE, *words)
-    add("train", 60, "train", *loop, *after)
-    add("profile", 45, "profile", "--output", str(args.output / "profile"), *loop, *after)
+        share = COMPILED / (1 + (steps != ATTACKS[0]))  # the second finds its code compiled
+        words = ["--task", FINETUNE, "--model", tuned, "--steps", str(steps), *FLAGS]
+        add(f"finetune {tuned} PGD-{steps}", share, "step", *words)
+    add("train", 60, "train", *loop)
+    add("profile", 45, "profile", "--output", str(args.output / "profile"), *loop)
     return [stage for stage in found if stage.name.split()[0] in args.only]
 
 
@@ -131,8 +125,9 @@ def run_one(stage: Stage, limit: float, log: Path) -> Outcome:
     if stage.name == "kernels":  # it can end by itself
         command += ["--seconds", f"{MARGIN * limit:.0f}"]
     with log.open("w") as out:
-        own = {"start_new_session": True, "cwd": records.ROOT, "stdin": subprocess.DEVNULL, "stdout": out}
-        process = subprocess.Popen(command, stderr=subprocess.STDOUT, **own)
+        process = subprocess.Popen(
+            command, cwd=records.ROOT, start_new_session=True, stdin=subprocess.DEVNULL, stdout=out, stderr=out
+        )
         try:
             status = "ok" if process.wait(limit) == 0 else "failed"
         except subprocess.TimeoutExpired:

@@ -13,7 +13,7 @@ from mimir_fast.training.loop import Loop
 from mimir_fast.training.running import running
 from mimir_fast.training.train import build_loop
 
-# as little beside the step as possible; flags after -- win
+# as little beside the step as possible; flags that are given win
 QUIET = "--dataset imagefolder --output_dir= --log_dir= --checkpoint_steps 0".split()
 
 
@@ -32,10 +32,12 @@ def open_trainer(args: argparse.Namespace, flags: list[str]) -> Iterator[Loop]:
 
     flags: the trainer's own, over everything else.  Raises ValueError if they do not fit, or end the run earlier.
     """
-    steps.check(args, "updates", "warmup")
+    for name in ("updates", "warmup"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name}: expected 1 or more, got {getattr(args, name)}")
     count = args.warmup + args.updates
     own = ["--max_steps", str(count), "--log_every", str(args.warmup)]
-    words = [*QUIET, f"--data_root={args.data_root}", *steps.flags_of(args), *own, *flags]
+    words = [*QUIET, f"--data_root={args.data_root}", *own, *flags]
     if args.task == steps.FINETUNE:
         words = ["--test_every", "0", *words]
     run = steps.asked(args.task, words)

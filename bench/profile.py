@@ -13,7 +13,7 @@ from bench.simulated_gpu import marker
 from mimir_fast.training import stages
 from mimir_fast.training.stages import listening
 
-EPILOG = f"""Trainer flags may follow --.  Stages (mimir_fast/training/stages.py):
+EPILOG = f"""Other flags are the trainer's.  Stages (mimir_fast/training/stages.py):
 {stages.__doc__.split(chr(10), 2)[2].strip()}
 Backward passes run on the main thread here, so that their kernels fall into their stages.  The trace opens in
 https://ui.perfetto.dev.  Times under a profiler are longer than without: python -m bench train measures.
@@ -45,10 +45,11 @@ def run(args: argparse.Namespace, flags: list[str]) -> int:
     opened = torch.cuda.nvtx.range if args.ranges_only else torch.profiler.record_function
     observed = cuda_profiler(args) if args.ranges_only else traced(args)
     with torch.autograd.set_multithreading_enabled(False), loop.open_trainer(args, flags) as trainer:
-        name = records.device_name(trainer.world.device)
+        name, config = records.device_name(trainer.world.device), trainer.config.flat()
         with observed as updated, listening(counted(opened, updated)):
             loop.run(trainer)
-    print(f"{args.updates} updates after {args.warmup} of {args.model}, batch {args.batch}; {name}")
+    batch = f"batch {config['batch_size']}"
+    print(f"{args.updates} updates after {args.warmup} of {config['model']}, {batch}; {name}")
     return 0
 
 

@@ -14,7 +14,7 @@ from bench.peaks import PEAKS
 from bench.simulated_gpu import marker
 from bench.steps import model_flops
 
-EPILOG = """Trainer flags may follow --, for instance: python -m bench train --data_root FOLDER -- --num_workers 8
+EPILOG = """Other flags are the trainer's, for instance: python -m bench train --data_root FOLDER --num_workers 8
 Nothing is saved unless --output_dir is among them.  Times, the wait for data and memory are those of the trainer's own
 metrics.jsonl; they are means of as many updates as the warm-up has, between two of which the device is waited for.
 MFU: products and attention of attack, forward and backward pass, without the penalty, against the dense peak of the arithmetic
@@ -30,8 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace, flags: list[str]) -> int:
     """Train, print, append the record."""
     with loop.open_trainer(args, flags) as trainer, tempfile.TemporaryDirectory() as folder:
-        if trainer.folder is None:  # metrics, but no checkpoints
-            trainer.log.folder = Path(folder)
+        trainer.log.folder = trainer.folder or Path(folder)  # metrics without checkpoints, if these are not asked for
         loop.run(trainer)
         rows = [json.loads(line) for line in (trainer.log.folder / "metrics.jsonl").read_text().splitlines()]
         record = measured(args, trainer, rows[-args.updates :])

@@ -134,7 +134,8 @@ class Drawn:
             return [p for p in chain(*record(call, "cpu")) if p.kind in COUNTED]
 
         with FakeTensorMode():
-            inputs, results = self.case.draw(torch.device("cpu")), []
+            inputs = self.case.draw(torch.device("cpu"))
+            results: list[Tensor] = []
             found = {"forward": counted(lambda: results.extend(outputs(self.case.ours(**inputs))))}
             if wanted := list(leaves(inputs).values()):
                 upstream = [torch.ones_like(result) for result in results]

@@ -11,7 +11,7 @@ from bench.peaks import PEAKS, peak_of
 from bench.simulated_gpu import marker
 from bench.step import roofline
 
-EPILOG = """Trainer flags may follow --, for instance: python -m bench step --batch 256 -- --mask_ratio 0.6
+EPILOG = """Other flags are the trainer's, for instance: python -m bench step --batch_size 256 --mask_ratio 0.6
 finetune is adversarial training of the classifier (PGD, eps 4/255), as mimir-fast finetune --recipe imagenet_vit_s does it.
 Units: GB 1e9 bytes, GiB 2**30 bytes, TFLOP 1e12 operations (a multiply-add is two), ms of one step; syncs, copies: per step.
 Bounds are what the calls of this step cannot undercut at the GPU's peaks; they are no predictions.  Only "measured" lines, on
@@ -25,26 +25,23 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--variant", choices=steps.VARIANTS, default="ours", help="which step (default: ours, as the trainer builds it)"
     )
-    add("--steps", type=int, default=1, help="steps of the attack (default: %(default)s)")
     return parser
 
 
 def run(args: argparse.Namespace, flags: list[str]) -> int:
     """Print the table and append the record; raises ValueError naming what is wrong."""
-    steps.check(args, "steps")
     if not torch.cuda.is_available():
         raise ValueError("device: no CUDA device here; --simulate h100 runs the step on a simulated one")
     device = records.device_name(torch.device("cuda"))
     gpu = args.gpu or peak_of(device)
-    words = [*steps.flags_of(args), "--steps", str(args.steps), "--device", "cuda", *flags]
-    config = steps.configuration(args.task, words, args.variant)
+    config = steps.configuration(args.task, ["--device", "cuda", *flags], args.variant)
     with contextlib.redirect_stdout(sys.stderr):  # Inductor prints the names of the files it writes
-        found = roofline.summary(run_step(args.variant, config), PEAKS[gpu], args.batch)
+        found = roofline.summary(run_step(args.variant, config), PEAKS[gpu], config.flat()["batch_size"])
     what = {"task": args.task, "peaks": gpu, "variant": args.variant, "config": config.flat()}
     record = {**records.heading(device), **what, **found}
-    c = record["config"]
-    print(f"{args.task}, {args.variant}: {args.model} {args.input_size}/{args.patch_size}, batch {args.batch}, attack "
-          f"{c['steps']} step(s), {c['precision']}, compile {'on' if c['compile'] else 'off'}; {device}")  # fmt: skip
+    size = "{model} {input_size}/{patch_size}, batch {batch_size}, attack {steps} step(s), {precision}"
+    compiled = f"compile {'on' if config.flat()['compile'] else 'off'}"
+    print(f"{args.task}, {args.variant}: {size.format(**config.flat())}, {compiled}; {device}")
     print(f"peaks of {gpu}: {PEAKS[gpu].source}\n", *roofline.lines(record), sep="\n")
     records.append(record, args.results)
     return 0

@@ -15,7 +15,7 @@ from bench.__main__ import main
 from mimir_fast.training.stages import STAGES
 from tests.support.runs import make_images
 
-SMALL = "profile --model mae_vit_ti --batch 4 --input_size 16 --patch_size 8 --warmup 1 --updates 2".split()
+SMALL = "profile --model mae_vit_ti --batch_size 4 --input_size 16 --patch_size 8 --warmup 1 --updates 2".split()
 ON_CPU = "-- --device cpu --num_workers 0".split()
 
 

