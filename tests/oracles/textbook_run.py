@@ -25,6 +25,8 @@ def textbook_run(config: Config, images_u8: Tensor, labels: Tensor) -> Callable[
     images, device = images_u8 / 255, images_u8.device
     batch: tuple[Tensor, ...]
     flat = config.flat()
+    step: Callable[..., Tensor]
+    numbers: tuple[float, ...]
     sizes = {"img_size": flat["input_size"], "patch_size": flat["patch_size"]}
     eps, alpha = flat["eps"] / 255, flat["alpha"] / 255
     if isinstance(config, FinetuneConfig):
