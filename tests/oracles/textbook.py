@@ -5,7 +5,6 @@ from einsum, blocks from timm, the penalty from matrix inverses.  Independent of
 can compare the two and benchmarks have an honest baseline.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -36,7 +35,7 @@ class TextbookMAE(nn.Module):
         self.patch_size, self.norm_pix_loss = patch_size, norm_pix_loss
 
         def blocks(width: int, heads: int, count: int) -> nn.ModuleList:
-            norm: Callable = partial(nn.LayerNorm, eps=1e-6)
+            norm = partial(nn.LayerNorm, eps=1e-6)
             return nn.ModuleList([Block(width, heads, mlp_ratio, qkv_bias=True, norm_layer=norm) for _ in range(count)])
 
         grid = img_size // patch_size

@@ -23,10 +23,7 @@ def textbook_run(config: Config, images_u8: Tensor, labels: Tensor) -> Callable[
     Raises ValueError for pre-training with an attack of more than one step.
     """
     images, device = images_u8 / 255, images_u8.device
-    batch: tuple[Tensor, ...]
     flat = config.flat()
-    step: Callable[..., Tensor]
-    numbers: tuple[float, ...]
     sizes = {"img_size": flat["input_size"], "patch_size": flat["patch_size"]}
     eps, alpha = flat["eps"] / 255, flat["alpha"] / 255
     if isinstance(config, FinetuneConfig):
