@@ -34,7 +34,7 @@ def name(page: Path) -> str:
 
 def words(page: Path) -> str:
     """A page's text; the first column of the changelog's tables is history; OP and FAMILY stand for any of them."""
-    text = re.sub(r"(?<=[/_])OP(?=[/.])", "token_restore", page.read_text()).replace("/FAMILY/", "/vit/")
+    text = re.sub(r"(?<=[/_])OP(?=[/.])", "short_attention", page.read_text()).replace("/FAMILY/", "/vit/")
     return re.sub(r"^ *\|[^|]*\|", "|", text, flags=re.MULTILINE) if page.name == "CHANGELOG.md" else text
 
 
