@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,21 +32,26 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], flag: str 
 
 
 def write_text_atomically(path: Path, text: str, flag: str = "output_dir") -> None:
-    """Replace `path` by a text in UTF-8; see write_atomically."""
-    write_atomically(path, lambda file: file.write(text.encode()), flag)
+    """Replace `path` by a text in UTF-8, paths of any bytes included; see write_atomically."""
+    write_atomically(path, lambda file: file.write(text.encode(errors="surrogateescape")), flag)
 
 
 def append_text(path: Path, text: str, flag: str = "output_dir") -> None:
     """Append whole lines in UTF-8 to a file, on the disk when it returns; a kill may cut the last of them.
 
-    Raises OSError naming flag and file if that fails.
+    Raises OSError naming flag and file if that fails; the file is then as long as before.
     """
     try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(text)
-            # Python's buffer first, then the kernel's: fsync knows nothing of the former.
-            file.flush()
-            os.fsync(file.fileno())
+        with open(path, "ab", buffering=0) as file:
+            length, rest = os.fstat(file.fileno()).st_size, memoryview(text.encode(errors="surrogateescape"))
+            try:
+                # A nearly full disk takes a part at a time.
+                while rest:
+                    rest = rest[file.write(rest) :]
+                os.fsync(file.fileno())
+            except OSError:
+                os.truncate(path, length)
+                raise
     except OSError as error:
         raise OSError(f"{flag}: could not write {path}: {error}") from error
 
@@ -54,11 +60,13 @@ def append_text(path: Path, text: str, flag: str = "output_dir") -> None:
 def in_place_when_done(*paths: Path, keep_suffix: bool = False) -> Iterator[list[Path]]:
     """Context with temporary files that become `paths` at its end, or are removed after an exception.
 
-    keep_suffix   call them NAME.tmp.SUFFIX, for libraries that choose the format by the suffix; else NAME.SUFFIX.tmp, which
-                  no pattern for finished files matches
+    keep_suffix   call them NAME.PROCESS.tmp.SUFFIX, for libraries that choose the format by the suffix; else
+                  NAME.SUFFIX.PROCESS.tmp, which no pattern for finished files matches
     """
+    # With the process in the name: two programs may write one file, of which either is then whole.
+    own = f"{os.getpid()}.tmp"
     temporary = [
-        path.with_name(f"{path.stem}.tmp{path.suffix}" if keep_suffix else f"{path.name}.tmp") for path in paths
+        path.with_name(f"{path.stem}.{own}{path.suffix}" if keep_suffix else f"{path.name}.{own}") for path in paths
     ]
     try:
         yield temporary
@@ -81,6 +89,12 @@ def move(path: Path, target: Path) -> None:
     # Both folders: the entry that is gone and the one that is new.
     for folder in {path.parent, target.parent}:
         _sync_folder(folder)
+
+
+def free_name(path: Path) -> Path:
+    """The path itself, or with the first number from 2 on behind it that no file or folder has: NAME, NAME.2, NAME.3."""
+    candidates = (path.with_name(f"{path.name}.{number}") for number in count(2))
+    return path if not path.exists() else next(candidate for candidate in candidates if not candidate.exists())
 
 
 def remove_temporaries(folder: Path) -> None:

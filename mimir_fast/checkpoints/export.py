@@ -36,6 +36,8 @@ from mimir_fast.models.families import family_of
 from mimir_fast.models.family import PREFIX, matches
 from mimir_fast.models.features import FeatureModel
 
+# What timm prepares images by: without it the call would take them from the name's own configuration.
+OVERLAY = ("input_size", "mean", "std", "interpolation", "crop_pct")
 # Of the largest output: rounding is below 1e-5, a wrong architecture far above.
 TOLERANCE = 1e-3
 
@@ -49,7 +51,7 @@ class Architecture(NamedTuple):
 
     def call(self, path: Path) -> str:
         """The line of Python that loads it."""
-        overlay = {name: self.pretrained_cfg[name] for name in ("input_size", "mean", "std")}
+        overlay = {name: self.pretrained_cfg[name] for name in OVERLAY}
         words = {"checkpoint_path": str(path), **self.options, "pretrained_cfg_overlay": overlay}
         return f"timm.create_model({self.name!r}, {', '.join(f'{name}={value!r}' for name, value in words.items())})"
 
@@ -124,7 +126,7 @@ def export_timm(trained: Trained, path: Path, json_path: Path) -> list[str]:
         with refused_by_disk(path):
             # Not save_file, which has temporary files of its own, with random names that stay after a kill.
             written.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
-            written_json.write_text(json.dumps(config, indent=2) + "\n")
+            written_json.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         model = timm.create_model(built.name, checkpoint_path=str(written), **built.options)
         difference = checked(trained, PixelModel(model, built.pretrained_cfg), path)
     return [f"wrote {path} and {json_path}; outputs differ by at most {difference:.0e}", config["create_model"]]
@@ -146,7 +148,7 @@ def export_robustbench(trained: Trained, path: Path, python_path: Path) -> list[
     with in_place_when_done(path, python_path, keep_suffix=True) as (written, written_python):
         with refused_by_disk(path):
             torch.save({"state_dict": trained.model.state_dict(), "args": training(trained)}, written)
-            written_python.write_text(model_file(trained, path))
+            written_python.write_text(model_file(trained, path), encoding="utf-8")
         difference = checked(trained, runpy.run_path(str(written_python))["load"](written), path)
     return [f"wrote {path} and {python_path}; logits differ by at most {difference:.0e}"]
 

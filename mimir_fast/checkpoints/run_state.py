@@ -16,7 +16,12 @@ import yaml
 from torch import nn
 
 from mimir_fast.checkpoints import folder as ckpt
-from mimir_fast.checkpoints.atomic import write_text_atomically
+from mimir_fast.checkpoints.atomic import (
+    free_name,
+    remove_temporaries,
+    write_atomically,
+    write_text_atomically,
+)
 from mimir_fast.checkpoints.errors import CheckpointError
 from mimir_fast.checkpoints.matching import load_model_state, load_optimizer_state
 from mimir_fast.checkpoints.reader import read
@@ -168,15 +173,19 @@ def resume(
     return p, state, own
 
 
-def open_folder(folder: Path, flat: dict, position: Position) -> list[str]:
-    """Prepare a run's folder for its starting position, and write config.yaml; returns lines to print."""
+def open_folder(folder: Path, flat: dict, position: Position) -> bool:
+    """Prepare a run's folder and write config.yaml; returns whether it holds checkpoints past the run's starting position."""
     folder.mkdir(parents=True, exist_ok=True)
-    ckpt.clean_folder(folder)
-    past = ckpt.supersede(folder, position.epoch, position.step)
+    remove_temporaries(folder)
     # YAML's safe dumper knows no tuples.
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
-    write_text_atomically(folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False))
-    return [f"output_dir: {path} is past this run's start and was moved to superseded/" for path in past]
+    path, text = folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False)
+    # Another run's, which has its flags nowhere else but in its checkpoints.
+    if not position.update and path.exists() and path.read_bytes() != text.encode(errors="surrogateescape"):
+        before = path.read_bytes()
+        write_atomically(free_name(path.with_name("config.yaml.old")), lambda file: file.write(before))
+    write_text_atomically(path, text)
+    return bool(ckpt.beyond(folder, position.epoch, position.step))
 
 
 class Due(NamedTuple):

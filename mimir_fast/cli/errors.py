@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 
 from mimir_fast.checkpoints.errors import CheckpointError
+from mimir_fast.config.machine import prepare_machine
 from mimir_fast.data import DataError
 
 # Errors of the disk, the memory or the data while a run is under way: exit status 1.
@@ -27,6 +28,7 @@ def guarded(prog: str, body: Callable[[], int], stopped: str) -> int:
 
     stopped   printed after Ctrl-C: what was saved and how to continue
     """
+    prepare_machine()
     # Other exceptions are bugs, and keep their tracebacks.
     try:
         return body()

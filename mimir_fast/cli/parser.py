@@ -73,20 +73,22 @@ def build_parser(command: Command) -> argparse.ArgumentParser:
     )
     new = " (new)" if command.original else ""
     if command.recipes:
-        named = (f"{name}: {_summary(recipe)}" for name, recipe in command.recipes.items())
+        named = (": ".join(filter(None, (name, _summary(recipe)))) for name, recipe in command.recipes.items())
         text = f"start from a named run{new}. {'; '.join(named)}".replace("%", "%%")
         parser.add_argument("--recipe", choices=list(command.recipes), help=text)
     parser.add_argument("--config", metavar="FILE.yaml", help=f"read flags from a file of `flag: value` lines{new}")
-    for kind in command.config.sections().values():
-        group = parser.add_argument_group(_summary(kind))
+    for name, kind in command.config.sections().items():
+        group = parser.add_argument_group(_summary(kind) or name)
         for f in fields(kind):
             _add_flag(group, f, command.original)
     return parser
 
 
 def _summary(documented: object) -> str:
-    """The first line of a docstring, without its full stop."""
-    return (inspect.getdoc(documented) or "").partition("\n")[0].rstrip(".")
+    """The first line of a docstring, without its full stop; empty where there is none (python -OO)."""
+    line = (inspect.getdoc(documented) or "").partition("\n")[0].rstrip(".")
+    # A dataclass without a docstring is given its signature for one.
+    return "" if line.startswith(f"{getattr(documented, '__name__', '')}(") else line
 
 
 def _add_flag(group, f: Field, mark_new: bool) -> None:
@@ -140,8 +142,8 @@ def canonical(word: str, command: Command) -> str:
 def read_config_file(path: str, command: Command) -> dict:
     """Flags from a YAML file.  Raises ValueError naming the file and the line that is no flag or has the wrong type."""
     try:
-        values = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"config: cannot read {path}: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"config: {path} must hold `flag: value` lines")

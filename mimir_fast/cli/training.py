@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from mimir_fast.cli.errors import RUN_ERRORS, complain
 from mimir_fast.cli.parser import Command, parse_args
+from mimir_fast.config.machine import prepare_machine
 from mimir_fast.config.resolve import Config, Run, resolve
 from mimir_fast.training.distributed import World
 from mimir_fast.training.running import Runs, running
@@ -21,6 +22,7 @@ def train(
     instead: what flags may ask for in place of a training; returns its exit status, or None to train
     """
     began, words = False, sys.argv[1:] if argv is None else argv
+    prepare_machine()
     try:
         run = resolve(*parse_args(command, words))
         if instead and (status := instead(run)) is not None:

@@ -7,6 +7,7 @@ from typing import Generic, TypeVar
 import torch
 
 from mimir_fast.config.finetuning import FinetuneConfig
+from mimir_fast.config.machine import kept_elsewhere
 from mimir_fast.config.pretraining import PretrainConfig
 from mimir_fast.config.sections import ComputeConfig
 
@@ -124,6 +125,8 @@ def resolve(config: Config, explicit: set[str], machine: Machine | None = None) 
     if compiled and (reason := machine.missing_compiler()):
         notes.append(f"compile: {reason}; running eager")
         compiled = False
+    if compiled and (note := kept_elsewhere()):
+        notes.append(note)
     compute = Compute(
         dtype=DTYPES[precision],
         residual_dtype=None if asked.residual_dtype == "fp32" else DTYPES[asked.residual_dtype],

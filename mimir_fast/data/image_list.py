@@ -34,7 +34,7 @@ def listed_images(dataset: str, data_root: str | Path, split: str, image_list: s
 def _lines(path: Path) -> list[str]:
     """Relative paths without duplicates; blank lines do not count."""
     try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"image_list: {path} cannot be read ({error})") from error
     lines = [PurePosixPath(line).as_posix() for line in lines if line]

@@ -54,7 +54,7 @@ def _val_files(root: Path) -> ImageList:
         return scan_class_folders(root / "val", classes, skip=("images",))
     if not annotations.is_file():
         raise DataError(f"{annotations}: no such file; it names the class of each image in {images}")
-    pairs = [line.split("\t")[:2] for line in annotations.read_text().splitlines() if line.strip()]
+    pairs = [line.split("\t")[:2] for line in annotations.read_text(encoding="utf-8").splitlines() if line.strip()]
     return _annotated(images, annotations, pairs, classes)
 
 

@@ -42,10 +42,10 @@ def write_demo_page(root: Path, seed: int, aa_images: int) -> Path:
 def read_results(arm: Arm, root: Path, seed: int, aa_images: int) -> dict[str, tuple[Interval, int]]:
     """Column -> ((accuracy, low, high), images)."""
     at = places(arm, root)
-    wide = json.loads((at.evaluation / "results.json").read_text())["attacks"]
+    wide = json.loads((at.evaluation / "results.json").read_text(encoding="utf-8"))["attacks"]
     found = {"clean": _find(wide, "clean", seed), "PGD-20": _find(wide, "pgd-20", seed)}
     if aa_images:
-        narrow = json.loads((at.autoattack / "results.json").read_text())["attacks"]
+        narrow = json.loads((at.autoattack / "results.json").read_text(encoding="utf-8"))["attacks"]
         found["AutoAttack"] = _find(narrow, "aa", seed)
     return found
 

@@ -41,7 +41,7 @@ def demo(args: argparse.Namespace) -> int:
 def check_seed(root: Path, seed: int) -> None:
     """Raise ValueError if the folder holds runs of another seed, which would be resumed."""
     for path in root.glob("*/*/config.yaml"):
-        before = yaml.safe_load(path.read_text()).get("seed")
+        before = yaml.safe_load(path.read_text(encoding="utf-8")).get("seed")
         require(before == seed, "seed", seed, f"{before}, which {root} was begun with, or another --output_dir")
 
 

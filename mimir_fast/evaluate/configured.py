@@ -8,6 +8,7 @@ from mimir_fast.attacks.named import parse_attacks
 from mimir_fast.checkpoints.fetch import beside
 from mimir_fast.checkpoints.trained_models import Trained, load_classifier, training_eps
 from mimir_fast.config.evaluation import USUAL_EPS, EvaluateConfig
+from mimir_fast.config.machine import prepare_machine
 from mimir_fast.config.resolve import resolve_device
 from mimir_fast.evaluate.evaluation import run_evaluation
 from mimir_fast.evaluate.images import Images
@@ -25,6 +26,7 @@ def evaluate(config: EvaluateConfig, explicit: set[str] | None = None) -> dict:
     Raises ValueError (DataError, CheckpointError) for wrong input, OSError where the disk refuses.
     Source: docs/evaluate.md says what is counted and how.
     """
+    prepare_machine()
     config = config.check()
     # Adversarial examples lie close to the decision boundary, where tf32 decides otherwise than fp32.
     torch.set_float32_matmul_precision("highest")

@@ -11,6 +11,7 @@ from torch import nn
 from mimir_fast.attacks.linf import gradient
 from mimir_fast.attacks.named import Attack, cross_entropy, make_attack
 from mimir_fast.attacks.pgd_mae import frozen_twin
+from mimir_fast.checkpoints.lock import locked
 from mimir_fast.data.crops import to_float
 from mimir_fast.evaluate import checks
 from mimir_fast.evaluate.checks import AttackResult, Finding
@@ -70,8 +71,9 @@ def run_evaluation(
     for attack in attacks:
         rounds_of(attack, subject, sizes, seed)
     identity = {"model": {"source": source, "hash": model_hash(subject.model)}, "images": chosen.identity()}
-    evaluation = Evaluation(subject, chosen, Results(Path(output_dir), identity), sizes, seed, say)
-    return evaluation.run(attacks, with_checks)
+    with locked(Path(output_dir), say=say):
+        evaluation = Evaluation(subject, chosen, Results(Path(output_dir), identity), sizes, seed, say)
+        return evaluation.run(attacks, with_checks)
 
 
 def _subject(model: nn.Module, source: str, num_classes: int) -> Subject:

@@ -128,7 +128,7 @@ class Results:
         if not self.path.exists():
             return None
         try:
-            data = json.loads(self.path.read_text())
+            data = json.loads(self.path.read_text(encoding="utf-8"))
             _key(data["identity"])
             data["attacks"].keys()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

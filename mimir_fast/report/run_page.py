@@ -32,7 +32,7 @@ def read_lines(path: Path, key: str) -> tuple[list[dict], int]:
     skipped = 0
     if path.exists():
         # A kill can cut a line in the middle of a character.
-        with open(path, errors="replace") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
                     row = json.loads(line)
@@ -106,7 +106,7 @@ def write_report(run_dir: str | Path) -> Path:
 def _read_config(path: Path) -> dict:
     # A report without the configuration is better than none.
     try:
-        config = yaml.safe_load(path.read_text())
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return config if isinstance(config, dict) else {}

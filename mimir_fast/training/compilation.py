@@ -1,9 +1,7 @@
 """torch.compile of the step: which functions are compiled, where compiled code is kept, how long it took."""
 
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,12 +10,6 @@ from mimir_fast.models.families import family_of
 
 # Graphs that one block may have; torch's own limit is 8.
 BLOCK_GRAPHS = 32
-CACHE = Path.home() / ".cache" / "mimir_fast" / "inductor"
-
-
-def keep_compiled_code() -> None:
-    """Keep compiled code in the user's cache folder, so that the next run finds it; a folder set by the user stays."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))
 
 
 class Compiler:

@@ -1,4 +1,4 @@
-"""Logs of a run: metrics.jsonl and TensorBoard per update, log.txt per epoch, a progress bar, Weights & Biases.
+"""Logs of a run: metrics.jsonl and TensorBoard per update, log.txt per epoch, a progress bar, Weights & Biases (see sinks.py).
 
 Device scalars are queued and read together every `log_every` updates, so that logging never makes the device wait.
 """
@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mimir_fast.checkpoints.atomic import append_text, move, write_text_atomically
+from mimir_fast.checkpoints.atomic import free_name, move, write_atomically
 from mimir_fast.config.sections import RunConfig
 from mimir_fast.training.distributed import World
+from mimir_fast.training.events import Events, drop_points
+from mimir_fast.training.sinks import Console, Lines, WandbRun, can_show
 
 GIB = 2**30
 COUNTS = ("skipped_penalties", "skipped_steps")
@@ -37,26 +39,29 @@ def peak_memory_gib(device: torch.device) -> float:
     return peak / GIB if sys.platform == "darwin" else peak * 1024 / GIB
 
 
-def drop_lines(path: Path, key: str, last: float) -> None:
-    """Keep the lines of a JSON-lines file whose `key` is at most `last`; what a killed run wrote after its checkpoint is
-    removed."""
+def drop_lines(path: Path, key: str, last: float, below: float = math.inf) -> None:
+    """Keep the lines of a JSON-lines file whose `key` is at most `last` and whose epoch is below `below`.
+
+    What a killed run wrote after its checkpoint is removed, and so is what cannot be read, whatever bytes it holds.
+    """
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().split(b"\n"):
         try:
-            if json.loads(line)[key] <= last:
-                kept.append(line + "\n")
-        # A line cut by the kill.
-        except (json.JSONDecodeError, KeyError, TypeError):
+            row = json.loads(line)
+            if row[key] <= last and row.get("epoch", 0) < below:
+                kept.append(line + b"\n")
+        # A line cut by the kill, or damaged.
+        except (ValueError, KeyError, TypeError, AttributeError):
             continue
-    write_text_atomically(path, "".join(kept))
+    write_atomically(path, lambda file: file.writelines(kept))
 
 
 def set_aside(path: Path) -> None:
-    """Rename the file of an earlier run to NAME.old."""
+    """Rename the file of an earlier run to NAME.old, NAME.old.2, ..."""
     if path.exists():
-        move(path, path.with_name(path.name + ".old"))
+        move(path, free_name(path.with_name(path.name + ".old")))
 
 
 class RunLog:
@@ -66,38 +71,50 @@ class RunLog:
     """
 
     def __init__(
-        self, config: RunConfig, flat: dict, world: World, tags: dict[str, str], total_updates: int, position: tuple
+        self,
+        config: RunConfig,
+        flat: dict,
+        world: World,
+        tags: dict[str, str],
+        total_updates: int,
+        start: tuple[int, int, float],
+        wandb_run: str | None = None,
     ):
+        """start: epochs and updates done, and the position in epochs; wandb_run: the run to continue there."""
         self.world, self.tags, self.total = world, tags, total_updates
-        epoch, update, x = position
-        self.folder = Path(config.output_dir) if config.output_dir and world.is_main else None
-        self.writer = self.wandb = self.bar = None
+        epoch, update, position = start
+        self.writer: Events | None = None
+        self.wandb: WandbRun | None = None
+        self.files: dict[str, Lines] = {}
         self.pending: list[tuple[dict, Tensor]] = []
         self.first_update, self.last_update, self.started = update, update, time.perf_counter()
         self.last_flush, self.data_seconds, self.images = self.started, 0.0, 0
         self.epoch_started, self.epoch_images = self.started, 0
         if not world.is_main:
             return
-        if self.folder and update:
-            drop_lines(self.folder / "metrics.jsonl", "update", update)
-            drop_lines(self.folder / "log.txt", "epoch", epoch - 1)
-        elif self.folder:
-            set_aside(self.folder / "metrics.jsonl")
-            set_aside(self.folder / "log.txt")
+        self.console = Console(total_updates, update)
+        if config.output_dir:
+            self._open_files(Path(config.output_dir), *start)
         if config.log_dir:
-            # Slow to import: only where it writes.
-            from torch.utils.tensorboard import SummaryWriter
+            if update:
+                drop_points(Path(config.log_dir), tuple(EPOCH_TAGS), epoch)
+            self.writer = Events(config.log_dir, self.say, int(1000 * position) if update else None)
+        self.wandb = WandbRun(config.output_dir, flat, self.say, wandb_run) if config.wandb else None
 
-            self.writer = SummaryWriter(log_dir=config.log_dir, purge_step=x if update else None)
-        self.wandb = _start_wandb(config, flat) if config.wandb else None
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=total_updates, initial=update, unit="step", dynamic_ncols=True)
+    def _open_files(self, folder: Path, epoch: int, update: int, position: float) -> None:
+        self.files = {name: Lines(folder / name, self.say) for name in ("metrics.jsonl", "log.txt")}
+        if update:
+            # An epoch that begins again has its rows again: by the number of updates alone the x-axis would go back.
+            drop_lines(folder / "metrics.jsonl", "update", update, position)
+            drop_lines(folder / "log.txt", "epoch", epoch - 1)
+        else:
+            for name in self.files:
+                set_aside(folder / name)
 
     def say(self, text: str) -> None:
         """Print one line on rank 0 without breaking the bar."""
         if self.world.is_main:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            self.console.say(text)
 
     def add_update(self, update: int, epoch: float, lr: float, scalars: dict[str, Tensor], images: int, data_s: float):
         """Queue one update: scalars on the device; images, and seconds waited for data (data_s), since the last update."""
@@ -107,8 +124,8 @@ class RunLog:
         self.images += images
         self.epoch_images += images
         self.data_seconds += data_s
-        if self.bar is not None:
-            self.bar.update(1)
+        if self.world.is_main:
+            self.console.advance()
 
     def flush(self) -> dict:
         """Read the queue back, averaged over all ranks, and write it everywhere; returns the newest row."""
@@ -131,15 +148,15 @@ class RunLog:
         return rows[-1]
 
     def _write(self, rows: list[dict]) -> None:
-        if self.folder:
-            append_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        for row in rows:
-            if self.writer:
-                for tag, key in {**self.tags, **{tag: tag for tag in OWN_TAGS}}.items():
-                    if row.get(key) is not None:
-                        self.writer.add_scalar(tag, row[key], row["x"])
-            if self.wandb:
-                self.wandb.log({key: value for key, value in row.items() if value is not None}, step=row["update"])
+        if self.files:
+            self.files["metrics.jsonl"].add("".join(json.dumps(row) + "\n" for row in rows))
+        if self.writer:
+            tags = {**self.tags, **{tag: tag for tag in OWN_TAGS}}.items()
+            shown = [(tag, row[key], row["x"]) for row in rows for tag, key in tags if row.get(key) is not None]
+            self.writer.add(shown)
+        if self.wandb:
+            for row in rows:
+                self.wandb.log(row, row["update"])
         self.last_update = rows[-1]["update"]
         self._show(rows[-1])
 
@@ -151,17 +168,12 @@ class RunLog:
         words["wait"] = f"{row['data_wait']:.0%}"
         words["mem"] = f"{row['peak_memory_gib']:.1f}GiB"
         postfix = ", ".join(f"{key}={value}" for key, value in words.items())
-        if self.bar is not None:
-            self.bar.set_postfix_str(postfix)
+        if self.console.bar is not None:
+            self.console.note(postfix)
             return
-        done, seconds = row["update"] - self.first_update, time.perf_counter() - self.started
-        self.say(
-            tqdm.format_meter(
-                row["update"], self.total, seconds, ncols=140, unit="step", postfix=postfix, initial=self.first_update
-            )
-            if done
-            else postfix
-        )
+        seconds, blocks = time.perf_counter() - self.started, can_show("█")
+        how = {"ncols": 140, "unit": "step", "postfix": postfix, "initial": self.first_update, "ascii": not blocks}
+        self.say(tqdm.format_meter(row["update"], self.total, seconds, **how))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -179,28 +191,25 @@ class RunLog:
         return rate
 
     def add_epoch(self, row: dict) -> None:
-        """Append one epoch's means to log.txt, the original's keys first, and flush TensorBoard's file."""
+        """Append one epoch's means to log.txt, the original's keys first, and to TensorBoard's file."""
         if not self.world.is_main:
             return
-        if self.folder:
-            line = json.dumps({key: _finite(value) for key, value in row.items()})
-            append_text(self.folder / "log.txt", line + "\n")
+        if self.files:
+            self.files["log.txt"].add(json.dumps({key: _finite(value) for key, value in row.items()}) + "\n")
         if self.writer:
-            for tag, key in EPOCH_TAGS.items():
-                if row.get(key) is not None:
-                    self.writer.add_scalar(tag, row[key], row["epoch"])
-            self.writer.flush()
+            points = [(tag, row[key], row["epoch"]) for tag, key in EPOCH_TAGS.items() if row.get(key) is not None]
+            self.writer.add(points)
         if self.wandb:
-            known = {f"epoch/{key}": value for key, value in row.items() if value is not None}
-            self.wandb.log(known, step=self.last_update)
+            self.wandb.log({f"epoch/{key}": value for key, value in row.items()}, self.last_update)
         self.say("epoch " + ", ".join(f"{key} {_short(value)}" for key, value in row.items() if value is not None))
 
     def close(self) -> None:
-        for sink in (self.bar, self.writer):
+        """Close everything, as far as that is possible."""
+        if self.world.is_main:
+            self.console.close()
+        for sink in (*self.files.values(), self.writer, self.wandb):
             if sink is not None:
                 sink.close()
-        if self.wandb is not None:
-            self.wandb.finish()
 
 
 def _row(host: dict, line: list[float], shared: dict) -> dict:
@@ -218,13 +227,3 @@ def _short(value) -> str:
     if value is None:
         return "nan"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _start_wandb(config: RunConfig, flat: dict):
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError(
-            "wandb: the package is not installed; pip install 'mimir-fast[wandb]' or leave the flag out"
-        ) from error
-    return wandb.init(project="mimir_fast", dir=config.output_dir or None, config=flat)

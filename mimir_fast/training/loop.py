@@ -46,21 +46,26 @@ class Loop:
         self.engine = Engine(task, world, updater, state.get("model_ema"))
         self.compile_clock = CompileClock()
         # Of the epoch under way; empty between two epochs.
-        self.sums = EpochSums({}, world.device)
+        self.sums = EpochSums(self.position.sums, world.device)
+        # Of Weights & Biases, where the run has one.
+        self.wandb_run: str | None = own.get("wandb")
         self._open_outputs(notes)
 
     def _open_outputs(self, notes: list[str]) -> None:
         o, r, p = self.config.optim, self.config.run, self.position
-        own = self.task.state()
-        if self.folder and self.world.is_main:
-            notes += open_folder(self.folder, self.task.run.flat(), p)
-            if "best" in own and own["best"] is None:
-                notes += ckpt.set_best_aside(self.folder)
+        own, flags = self.task.state(), self.task.run.flat()
+        writes = self.folder if self.world.is_main else None
+        # What an earlier run got done is what a kill goes back to, until the start of this one is on the disk.
+        if self.world.any(writes is not None and open_folder(writes, flags, p)):
+            notes += self._save(f"resume-{p.epoch}-{p.step}.pth", None, None)
+        if writes and "best" in own and own["best"] is None:
+            notes += ckpt.set_best_aside(writes)
         self.total_updates = o.epochs * self.updates_per_epoch
         if r.max_steps:
             self.total_updates = min(self.total_updates, r.max_steps)
-        where = (p.epoch, p.update, int(1000 * (p.epoch + p.step / len(self.stream))))
-        self.log = RunLog(r, self.task.run.flat(), self.world, self.task.tags, self.total_updates, where)
+        where = (p.epoch, p.update, p.epoch + p.step / len(self.stream))
+        self.log = RunLog(r, flags, self.world, self.task.tags, self.total_updates, where, self.wandb_run)
+        self.wandb_run = self.log.wandb.identity if self.log.wandb else self.wandb_run
         for line in [*notes, *describe(self.task, self.stream, self.world, self.lr)]:
             self.log.say(line)
 
@@ -207,9 +212,11 @@ class Loop:
 
     # ---- state
 
-    def _save(self, name: str, batch: Batch | None, output: Output | None, extra: dict | None = None) -> None:
-        """Write a checkpoint on rank 0; every rank calls."""
+    def _save(self, name: str, batch: Batch | None, output: Output | None, extra: dict | None = None) -> list[str]:
+        """Write a checkpoint on rank 0, then retire those that it replaces; returns lines about these.  Every rank calls."""
         own = {"geometry": self._geometry(), **self.task.state()}
+        own |= {"wandb": self.wandb_run} if self.wandb_run else {}
+        moved: list[str] = []
         states = self.engine.states() if self.folder else {}
         self.position.sums = self.sums.means(self.world)
         if self.folder and self.world.is_main:
@@ -217,11 +224,13 @@ class Loop:
             entries = (self.engine.updater, self.position, self.task.run.flat(), self.lr, self.stream.name)
             state = checkpoint_state(weights, moments, *entries, own) | (extra or {}) | states
             ckpt.save_checkpoint(self.folder / name, state)
+            moved = ckpt.supersede(self.folder, self.position.epoch, self.position.step)
             # Temporary files stay: a report of the run may be writing its own.
             ckpt.drop_resume_points(self.folder)
             if batch is not None and output is not None:
                 self.task.save_samples(self.folder, self.position, batch[0], output)
         self.world.barrier()
+        return moved
 
     def _save_failure(self, batch: Batch, output: Output) -> None:
         """Save the state with the last micro-step's batch and results, and say so."""

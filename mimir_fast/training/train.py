@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar, cast
 
 from mimir_fast.config.finetuning import FinetuneConfig
+from mimir_fast.config.machine import prepare_machine
 from mimir_fast.config.pretraining import PretrainConfig
 from mimir_fast.config.resolve import Run, resolve
 from mimir_fast.training import finetuning, pretraining
@@ -45,6 +46,7 @@ def train(config: Config) -> TrainResult:
     """
     if isinstance(config, FinetuneConfig) and config.validation.eval:
         raise ValueError("eval: got True, expected False: call mimir_fast.evaluate with an EvaluateConfig to evaluate")
+    prepare_machine()
     explicit = config.changed() | config.given
     run = resolve(config.completed(explicit).check(), explicit)
     with running(run, build_loop) as loop:

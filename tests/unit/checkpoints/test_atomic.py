@@ -174,7 +174,7 @@ def test_file_then_name_then_folder_are_on_the_disk_in_this_order(tmp_path, monk
     monkeypatch.setattr(os, "replace", rename)
     folder = tmp_path / "new"
     write_atomically(folder / "a.txt", lambda file: file.write(b"whole"))
-    assert seen == [str(folder / "a.txt.tmp"), "rename", str(folder)]
+    assert seen == [str(folder / f"a.txt.{os.getpid()}.tmp"), "rename", str(folder)]
     seen.clear()
     move(folder / "a.txt", tmp_path / "aside" / "a.txt")
     assert seen == ["rename", *seen[1:]]

@@ -10,11 +10,11 @@ import torch
 
 from mimir_fast.checkpoints.errors import CheckpointError
 from mimir_fast.checkpoints.folder import (
-    clean_folder,
     drop_resume_points,
     find_checkpoints,
     read_newest,
     save_checkpoint,
+    set_best_aside,
     supersede,
 )
 from mimir_fast.checkpoints.run_state import Position
@@ -35,25 +35,20 @@ def test_order_of_checkpoints_and_rotation(tmp_path):
     found = [path.name for path in find_checkpoints(tmp_path)]
     assert found == [
         "resume-21-40.pth",
-        "checkpoint-20.pth",
         "resume-21-0.pth",
+        "checkpoint-20.pth",
         "resume-20-300.pth",
         "resume-3-9.pth",
         "checkpoint-0.pth",
     ]
+    everything = {path.name for path in tmp_path.iterdir()}
+    # an older point goes when both newer ones can be read, not before
     drop_resume_points(tmp_path)
-    assert (tmp_path / "resume-21-80.pth.tmp").exists()
-    assert not (tmp_path / "resume-3-9.pth").exists()
-    clean_folder(tmp_path)
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {
-        "resume-21-40.pth",
-        "checkpoint-20.pth",
-        "resume-21-0.pth",
-        "checkpoint-0.pth",
-        "failed-30-1.pth",
-        "notes.txt",
-    }
+    assert {path.name for path in tmp_path.iterdir()} == everything
+    for name in ("resume-21-40.pth", "resume-21-0.pth"):
+        save_checkpoint(tmp_path / name, {"epoch": 20})
+    drop_resume_points(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == everything - {"resume-20-300.pth", "resume-3-9.pth"}
 
 
 @pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.999])
@@ -99,10 +94,48 @@ except CheckpointError as error:
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 100_000
 
 
-def test_checkpoints_past_the_start_are_moved_aside(tmp_path):
-    for name in ("checkpoint-0.pth", "checkpoint-20.pth", "resume-3-10.pth", "resume-3-11.pth", "failed-9-9.pth"):
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_checkpoints_past_the_start_are_moved_aside_and_no_earlier_ones_overwritten(tmp_path):
+    for name in ("checkpoint-0.pth", "resume-3-10.pth", "failed-9-9.pth"):
         (tmp_path / name).write_bytes(b"x")
-    moved = supersede(tmp_path, 3, 10)
-    assert sorted(path.name for path in moved) == ["checkpoint-20.pth", "resume-3-11.pth"]
-    assert sorted(path.name for path in (tmp_path / "superseded").iterdir()) == ["checkpoint-20.pth", "resume-3-11.pth"]
+    assert supersede(tmp_path, 3, 10) == []
+    (tmp_path / "metrics.jsonl").write_text("rows")
+    for times, folder in enumerate(("superseded", "superseded.2", "superseded.3")):
+        for name in ("checkpoint-20.pth", "resume-3-11.pth"):
+            (tmp_path / name).write_bytes(b"x" * times)
+        said = supersede(tmp_path, 3, 10)
+        assert len(said) == 2
+        assert all(line.endswith(f"was moved to {folder}/") for line in said)
+        assert names(tmp_path / folder) == ["checkpoint-20.pth", "metrics.jsonl", "resume-3-11.pth"]
+        assert (tmp_path / folder / "resume-3-11.pth").stat().st_size == times
     assert [path.name for path in find_checkpoints(tmp_path)] == ["resume-3-10.pth", "checkpoint-0.pth"]
+    for folder in ("superseded", "superseded.2"):
+        (tmp_path / "best.pth").write_bytes(b"x")
+        assert folder in set_best_aside(tmp_path)[0]
+
+
+def test_what_is_left_after_a_failed_save_is_said_as_it_is(tmp_path, monkeypatch):
+    """Planted: "older checkpoints are intact" whatever the folder holds."""
+
+    def full(path, write, flag=""):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("mimir_fast.checkpoints.folder.write_atomically", full)
+    for folder, words in ((tmp_path, "holds no older checkpoint"), (tmp_path / "gone", "is gone")):
+        with pytest.raises(CheckpointError, match=words) as error:
+            save_checkpoint(folder / "resume-0-2.pth", {})
+        assert "intact" not in str(error.value)
+    (tmp_path / "resume-0-1.pth").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"intact \(newest: resume-0-1.pth\)"):
+        save_checkpoint(tmp_path / "resume-0-2.pth", {})
+
+
+def test_a_text_file_as_the_newest_checkpoint_is_named_and_passed_over(tmp_path):
+    save_checkpoint(tmp_path / "checkpoint-0.pth", state_of(*trained(), Position(epoch=1)))
+    (tmp_path / "resume-9-9.pth").write_text("not a checkpoint\n")
+    lines = []
+    assert read_newest(tmp_path, lines.append).epoch == 0
+    assert "resume-9-9.pth" in lines[0]

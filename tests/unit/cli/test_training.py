@@ -1,5 +1,7 @@
 """How a verb that trains ends: what is built and closed, statuses, and Ctrl-C at every moment."""
 
+import os
+
 import pytest
 
 from mimir_fast.checkpoints.errors import CheckpointError
@@ -24,6 +26,11 @@ class Fake:
         self.closed += 1
         if self.late:
             raise self.late
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
 def failing(error):
@@ -88,3 +95,16 @@ def test_what_is_built_gets_the_resolved_run_and_something_else_may_be_asked_for
     assert train(PRETRAIN, words, build, instead=lambda run: 7 if "batch_size" in run.explicit else None) == 7
     assert train(PRETRAIN, words, build, instead=lambda run: None) == 0
     assert len(seen) == 2
+
+
+def test_two_runs_on_one_folder_are_an_error_that_names_the_first(tmp_path, capsys):
+    """Planted: no lock."""
+
+    def second(run, world):
+        assert train(PRETRAIN, ["--device", "cpu", "--output_dir", "mine"], failing(AssertionError("built"))) == 2
+        assert f"output_dir: mine is in use by process {os.getpid()} on " in capsys.readouterr().err
+        assert train(PRETRAIN, ["--device", "cpu", "--output_dir", "another"], lambda run, world: Fake()) == 0
+        return Fake()
+
+    assert train(PRETRAIN, ["--device", "cpu", "--output_dir", "mine"], second) == 0
+    assert not list((tmp_path / "mine").iterdir())

@@ -6,7 +6,6 @@ import torch._inductor.config
 
 from mimir_fast.data import prefetch
 from mimir_fast.models import MaskedAutoencoderViT
-from mimir_fast.training import compilation as compiling
 from mimir_fast.training.compilation import CompileClock
 from mimir_fast.training.distributed import World
 from mimir_fast.training.engine import Engine
@@ -65,16 +64,6 @@ def _train_by_block(model: MaskedAutoencoderViT) -> None:
     noise = draw_noise(torch.Generator().manual_seed(1), 8, 64, MaeAttack(1, BOUNDS))
     for _ in range(2):
         engine.forward_backward(golden_images()[0], noise)
-
-
-def test_a_users_cache_folder_stays(monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/mine")
-    compiling.keep_compiled_code()
-    assert compiling.os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    compiling.keep_compiled_code()
-    assert compiling.os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(compiling.CACHE)
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
 
 
 def test_prefetch_passes_every_batch_in_order():

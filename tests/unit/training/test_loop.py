@@ -4,10 +4,13 @@ import itertools
 import math
 import os
 import signal
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from mimir_fast.checkpoints.errors import CheckpointError
 from mimir_fast.data import DataError
 from mimir_fast.training.distributed import World
 from mimir_fast.training.epoch_sums import EpochSums
@@ -210,6 +213,104 @@ def test_ctrl_c_saves_after_the_update_and_a_second_one_interrupts(tmp_path, cap
         finish(loop)
     assert loop.position.update == 1
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def test_nothing_is_moved_before_the_start_of_the_run_that_replaces_it_is_on_the_disk(tmp_path, monkeypatch):
+    """Planted: checkpoints, best.pth or config.yaml moved while the run is built."""
+    assert finish(build(tmp_path)) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def refuse(path, state):
+        raise CheckpointError(f"output_dir: could not save {path}")
+
+    monkeypatch.setattr("mimir_fast.checkpoints.folder.save_checkpoint", refuse)
+    with pytest.raises(CheckpointError, match=r"resume-0-0\.pth"):
+        build(tmp_path, seed=5)
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert after.pop("config.yaml") != before["config.yaml"]
+    assert after.pop("config.yaml.old") == before.pop("config.yaml")
+    assert after == before
+
+
+def test_a_kill_after_a_resume_that_begins_its_epoch_again_loses_no_update(tmp_path, capsys):
+    """Planted: the resume points of the epoch are moved first: the run fell back to checkpoint-0.pth with its two updates."""
+    first = build(tmp_path, max_steps=3)
+    assert finish(first) == 0
+    # another seed: the position inside of the epoch means nothing; killed before its first update
+    build(tmp_path, resume="auto", seed=1).close()
+    assert "resume-1-2.pth is past this run's start and was moved to superseded/" in capsys.readouterr().out
+    assert {"resume-1-2.pth", "metrics.jsonl"} <= names(tmp_path / "superseded")
+    again = build(tmp_path, resume="auto", seed=1)
+    assert (again.position.epoch, again.position.step, again.position.update) == (1, 0, 3)
+    assert torch.equal(again.task.model.weight, first.task.model.weight)
+    # the x-axis only rises: the update that the epoch's new beginning stands before is in superseded/
+    assert finish(again) == 0
+    rows = lines(tmp_path / "metrics.jsonl")
+    assert [row["epoch"] for row in rows] == sorted(row["epoch"] for row in rows)
+    assert [row["update"] for row in rows] == [1, 2, 4, 5, 6, 7]
+    assert [row["update"] for row in lines(tmp_path / "superseded" / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_start_that_is_saved_again_is_the_same_run(tmp_path):
+    """The newest point is passed over by hand: sums, counts and moments of the middle of an epoch are kept."""
+    whole = build(tmp_path / "whole")
+    assert finish(whole) == 0
+    assert finish(build(tmp_path / "run", checkpoint_steps=1, max_steps=4)) == 0
+    build(tmp_path / "run", resume=str(tmp_path / "run" / "resume-1-2.pth")).close()
+    assert finish(build(tmp_path / "run", resume="auto")) == 0
+    for name in ("log.txt", "metrics.jsonl"):
+        mine, theirs = (lines(tmp_path / folder / name) for folder in ("whole", "run"))
+        times = ("images_per_s", "peak_memory_gib", "data_wait")
+        assert [{k: v for k, v in row.items() if k not in times} for row in mine] == [
+            {k: v for k, v in row.items() if k not in times} for row in theirs
+        ]
+
+
+def test_a_third_run_overwrites_nothing_of_the_first(tmp_path):
+    for seed in range(3):
+        assert finish(build(tmp_path, seed=seed)) == 0
+    for folder, seed in (("superseded", 0), ("superseded.2", 1)):
+        assert load(tmp_path / folder / "checkpoint-2.pth")["args"].seed == seed
+        assert load(tmp_path / folder / "best.pth")["args"].seed == seed
+    for name in ("metrics.jsonl", "log.txt", "config.yaml"):
+        assert {f"{name}.old", f"{name}.old.2"} <= names(tmp_path)
+    assert "seed: 1" in (tmp_path / "config.yaml.old.2").read_text()
+
+
+def test_a_resumed_run_goes_on_in_the_same_run_of_weights_and_biases(tmp_path, monkeypatch):
+    asked = []
+
+    def init(**words):
+        asked.append((words.get("id"), words.get("resume")))
+        return SimpleNamespace(log=lambda row, step: None, finish=lambda: None, id=words.get("id", f"new{len(asked)}"))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    assert finish(build(tmp_path, wandb=True, max_steps=1)) == 0
+    # an hour without it does not break the thread
+    assert finish(build(tmp_path, resume="auto", max_steps=2)) == 0
+    assert finish(build(tmp_path, wandb=True, resume="auto", max_steps=3)) == 0
+    assert asked == [(None, None), ("new1", "allow")]
+
+
+def test_full_or_missing_places_for_logs_do_not_end_a_run(tmp_path, monkeypatch, capsys):
+    """Planted: the OSError of append_text, or of the folder of log_dir, goes through."""
+    (tmp_path / "file").write_text("in the way")
+
+    def full(path, text, flag="output_dir"):
+        raise OSError(f"{flag}: could not write {path}: No space left on device")
+
+    monkeypatch.setattr("mimir_fast.training.sinks.append_text", full)
+    loop = build(tmp_path / "out", log_dir=str(tmp_path / "file" / "logs"))
+    assert finish(loop) == 0
+    assert {"checkpoint-0.pth", "checkpoint-2.pth"} <= names(tmp_path / "out")
+    said = capsys.readouterr().out
+    assert said.count("metrics.jsonl: No space left") == 1
+    assert said.count("warning: log_dir: could not write") == 1
+    assert "6 lines are missing" in said
 
 
 def test_nothing_is_written_without_a_folder(tmp_path, monkeypatch):

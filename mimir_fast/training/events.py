@@ -1,0 +1,131 @@
+"""TensorBoard's files of scalars: writing them, and dropping points that will be written again."""
+
+import contextlib
+import os
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from mimir_fast.checkpoints.atomic import write_atomically
+
+FILES = "events.out.tfevents.*"
+# A record: the content's length and the length's checksum, the content, its checksum.
+HEADER, FOOTER = struct.Struct("<QI"), 4
+_numbers = count()
+
+
+class Events:
+    """TensorBoard's file of scalars.
+
+    purge_step   x from which TensorBoard hides what earlier files of the folder hold; None: nothing
+    """
+
+    # Not torch's SummaryWriter: it writes in a thread, where a full disk is a traceback, and its `flush` then waits for ever.
+
+    def __init__(self, log_dir: str, say: Callable[[str], None], purge_step: int | None = None):
+        # Slow to import: only where it writes.
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self.log_dir, self.say, self.told, self.file = log_dir, say, False, None
+        self.events, self.summaries, self.record_writer = event_pb2, summary_pb2, RecordWriter
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
+        self.path, self.purge_step = Path(log_dir) / name, purge_step
+        self.add([])
+
+    def add(self, points: list[tuple[str, float, int]]) -> None:
+        """Write points (tag, value, x); they are in the file when it returns."""
+        try:
+            if self.file is None:
+                self._open()
+            length = self.file.tell()
+            try:
+                self._write([self._point(*point) for point in points])
+            except OSError:
+                # A half-written record would hide all that follows it.
+                with contextlib.suppress(OSError):
+                    self.file.truncate(length)
+                    self.file.seek(length)
+                raise
+        except OSError as error:
+            if not self.told:
+                self.say(
+                    f"warning: log_dir: could not write {self.path}: {error}; training goes on, points will be missing"
+                )
+            self.told = True
+
+    def close(self) -> None:
+        if self.file is not None:
+            with contextlib.suppress(OSError):
+                self.file.close()
+
+    def _open(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Unbuffered: what the disk refuses must not stay in a buffer and be tried again out of place.
+        self.file: Any = open(self.path, "ab", buffering=0)  # noqa: SIM115
+        try:
+            first = [self.events.Event(wall_time=time.time(), file_version="brain.Event:2")]
+            if self.purge_step is not None:
+                log = self.events.SessionLog(status=self.events.SessionLog.START)
+                first.append(self.events.Event(wall_time=time.time(), step=self.purge_step, session_log=log))
+            self._write(first)
+        except OSError:
+            # Made anew the next time: a file without its beginning cannot be read.
+            self.file.close()
+            self.file = None
+            raise
+
+    def _point(self, tag: str, value: float, x: int):
+        scalar = self.summaries.Summary.Value(tag=tag, simple_value=value)
+        return self.events.Event(wall_time=time.time(), step=x, summary=self.summaries.Summary(value=[scalar]))
+
+    def _write(self, events: list) -> None:
+        parts = _Parts()
+        records = self.record_writer(parts)
+        for event in events:
+            records.write(event.SerializeToString())
+        rest = memoryview(b"".join(parts))
+        while rest:
+            rest = rest[self.file.write(rest) :]
+
+
+class _Parts(list):
+    """What TensorBoard's writer of records writes, in pieces."""
+
+    write = list.append
+
+
+def drop_points(log_dir: Path, tags: tuple[str, ...], first: int) -> None:
+    """Remove the points of some tags from x = first on from the files of a folder; all other records stay as they are.
+
+    For tags whose x is not that of the others, which TensorBoard's own purge_step cannot tell apart.
+    """
+    from tensorboard.compat.proto import event_pb2
+
+    def dropped(record: memoryview) -> bool:
+        event = event_pb2.Event.FromString(bytes(record[HEADER.size : -FOOTER]))
+        return event.step >= first and any(value.tag in tags for value in event.summary.value)
+
+    words = [tag.encode() for tag in tags]
+    for path in sorted(log_dir.glob(FILES)):
+        content = path.read_bytes()
+        if any(word in content for word in words):
+            kept = [r for r in _records(content) if not (any(word in bytes(r) for word in words) and dropped(r))]
+            if sum(map(len, kept)) < len(content):
+                write_atomically(path, lambda file, kept=kept: file.writelines(kept), "log_dir")
+
+
+def _records(content: bytes) -> Iterator[memoryview]:
+    """The whole records of a file; what a kill cut is left out."""
+    view, start = memoryview(content), 0
+    while start + HEADER.size <= len(view):
+        length, _ = HEADER.unpack_from(view, start)
+        end = start + HEADER.size + length + FOOTER
+        if end > len(view):
+            return
+        yield view[start:end]
+        start = end
