@@ -171,9 +171,13 @@ class RunLog:
         if self.console.bar is not None:
             self.console.note(postfix)
             return
-        seconds, blocks = time.perf_counter() - self.started, can_show("█")
-        how = {"ncols": 140, "unit": "step", "postfix": postfix, "initial": self.first_update, "ascii": not blocks}
-        self.say(tqdm.format_meter(row["update"], self.total, seconds, **how))
+        seconds, ascii_only = time.perf_counter() - self.started, not can_show("█")
+        done = (row["update"], self.total, seconds)
+        self.say(
+            tqdm.format_meter(
+                *done, ncols=140, ascii=ascii_only, unit="step", postfix=postfix, initial=self.first_update
+            )
+        )
 
     @contextmanager
     def paused(self) -> Iterator[None]:
