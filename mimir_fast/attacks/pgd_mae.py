@@ -188,6 +188,7 @@ def _ascend_images(
     loss_scale: float,
 ) -> Tensor:
     """The same step by the gradient of whole images."""
+    # A fresh mask for every step, as in the original.
     ids_shuffle, _, keep = model.random_masking(noise, mask_ratio)
     _, grad = gradient(lambda leaf: functions.loss(model, leaf, ids_shuffle, keep), adv, loss_scale)
     return functions.step(images, adv, grad, bounds)

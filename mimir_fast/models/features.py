@@ -5,6 +5,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 
+# isinstance compares names of methods alone, so that timm's models are FeatureModels too.
 @runtime_checkable
 class FeatureModel(Protocol):
     """A model that gives features of images [B,C,H,W], as ours and timm's do."""

@@ -108,6 +108,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, patch_size: int, channels: int, width: int):
         super().__init__()
+        # For the original's names and shapes, [D,C,p,p]; its forward pass is never called.
         self.proj = nn.Conv2d(channels, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, patches_BKP: Tensor) -> Tensor:

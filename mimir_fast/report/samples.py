@@ -21,6 +21,7 @@ def reconstruct(pred_BMP: Tensor, ids_BM: Tensor, images_BCHW: Tensor, patch_siz
     """
     patches_BLP = target_patches(images_BCHW.float(), patch_size)
     if norm_pix_loss:
+        # Those of the clean patches, which the model does not know: the picture shows more than it predicts.
         mean, std = (t.gather(1, ids_BM[:, :, None]) for t in patch_statistics(patches_BLP))
         pred_BMP = pred_BMP * std + mean
     filled_BLP = patches_BLP.scatter(1, ids_BM[:, :, None].expand_as(pred_BMP), pred_BMP.float())
@@ -44,6 +45,7 @@ def save_samples(
     position    epoch, update and eps_255, which are stored as well
     """
     images, adv, pred, ids = (t[:SAMPLES] for t in (images, output.adv, output.pred, output.ids_removed))
+    # A family may mask the whole batch alike, with one row.
     ids = ids.expand(len(images), -1)
     mask = torch.zeros(len(images), images[0, 0].numel() // patch_size**2, device=images.device).scatter(1, ids, 1.0)
     pictures = {"clean": images, "adv": adv, "recon": reconstruct(pred, ids, images, patch_size, norm_pix_loss)}

@@ -101,6 +101,7 @@ class MaskedAutoencoderViT(ViTEncoder, MaskedAutoencoder):
         tokens = token_restore(tokens, self.mask_token[0, 0], pos_embed, ids_shuffle, impl=self.kernels)
         # Attention does not ask for the order of tokens: they stay shuffled, so that removed patches are the last ones.
         stream: Stream = (self.residual(tokens), None, None)
+        # Never recomputed, whatever activation_checkpointing says: these blocks are few and narrow.
         for block in self.decoder_blocks[:-1]:
             stream = block(*stream)
         stream = self.decoder_blocks[-1](*stream, query_start)
