@@ -94,7 +94,7 @@ def product(config: StepConfig, images_u8: Tensor, labels: Tensor) -> Callable[[
     """The trainer's own: noise, attack, forward, backward and update of a batch that is prepared once."""
     world = World(device=images_u8.device)
     engine = Engine(build_task(resolve(config, set()), world), world)
-    batch = engine.task.prepare(images_u8, labels, 0, 0)
+    batch, _ = engine.prepare(images_u8, labels, 0, 0)
     # what the step returned is alive during the update, as in the loop
     return lambda: (engine.forward_backward(batch, engine.task.draw_noise(engine.generator, batch)), engine.update())
 

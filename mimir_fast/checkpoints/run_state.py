@@ -125,7 +125,7 @@ def restore(
             return Position(epoch=epoch, update=epoch * updates_per_epoch), {}
         # The third, the longest series of skipped updates, ends a run that reaches a limit: a new run begins its own.
         total, in_a_row, _ = own["counters"]
-        updater.counters = torch.tensor([total, in_a_row, in_a_row], device=updater.counters.device)
+        updater.counters.copy_(torch.tensor([total, in_a_row, in_a_row]))
         return _position(own, geometry, say), own
     # Entries of those names that another program wrote.
     except (KeyError, TypeError, ValueError, AttributeError) as error:

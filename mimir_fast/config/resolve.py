@@ -54,6 +54,7 @@ class Compute:
     dtype               of autocast; torch.float32: no autocast
     residual_dtype      storage of the tokens between blocks; None: fp32
     scaled              whether the loss is scaled (fp16)
+    step_graph          whether steps are captured as CUDA graphs, where they can be
     kernels, mlp        triton or reference
     attention           a backend other than auto
     fsdp                whether processes share the parameters; with one process it changes compile_region only
@@ -66,6 +67,7 @@ class Compute:
     compile: bool
     compile_mode: str
     compile_region: str
+    step_graph: bool
     kernels: str
     attention: str
     mlp: str
@@ -79,6 +81,7 @@ class Compute:
         words["precision"] = WORDS[self.dtype]
         words["residual_dtype"] = WORDS[self.residual_dtype or torch.float32]
         words["parallel"] = "fsdp" if self.fsdp else "ddp"
+        words["step_graph"] = "auto" if self.step_graph else "off"
         words["grad_compression"] = "bf16" if self.compress_gradients else "none"
         return words
 
@@ -134,6 +137,7 @@ def resolve(config: Config, explicit: set[str], machine: Machine | None = None) 
         compile=compiled,
         compile_mode=asked.compile_mode,
         compile_region=_region(asked, precision, explicit),
+        step_graph=on_cuda and asked.step_graph == "auto",
         **_implementations(asked, on_cuda, precision, compiled, machine),
         activation_checkpointing=asked.activation_checkpointing,
         fsdp=asked.parallel == "fsdp",

@@ -15,6 +15,7 @@ from mimir_fast.config.choices import (
     PARALLEL,
     PRECISIONS,
     RESIDUAL_DTYPES,
+    STEP_GRAPH,
 )
 from mimir_fast.config.fields import flag, require
 from mimir_fast.data.datasets import DATASETS
@@ -79,6 +80,12 @@ class ComputeConfig:
         "model",
         "what is compiled as one: the whole model, or one block used for all (compiles in a fraction of the time)",
         choices=COMPILE_REGIONS,
+        new=True,
+    )
+    step_graph: str = flag(
+        "auto",
+        "launch the whole step as one CUDA graph, captured after three updates; auto: on CUDA wherever it can be",
+        choices=STEP_GRAPH,
         new=True,
     )
     kernels: str = flag(

@@ -5,7 +5,7 @@ from mimir_fast.data.crops import to_float
 from mimir_fast.data.datasets import DATASETS, dataset_info
 from mimir_fast.data.errors import DataError
 from mimir_fast.data.eval_stream import EvalStream, eval_batches
-from mimir_fast.data.mixing import Mixing, mix, mixing_seed, warmup_mixing
+from mimir_fast.data.mixing import Mixing, mix, mix_as_drawn, mixing_draws, mixing_seed, warmup_mixing
 from mimir_fast.data.policies import Augment, warmup_augment
 from mimir_fast.data.prefetch import prefetch
 from mimir_fast.data.splits import subset_indices
@@ -23,6 +23,8 @@ __all__ = [
     "dataset_info",
     "eval_batches",
     "mix",
+    "mix_as_drawn",
+    "mixing_draws",
     "mixing_seed",
     "prefetch",
     "subset_indices",

@@ -90,11 +90,27 @@ def mix(mixing: Mixing, images: Tensor, labels: Tensor, seed: int) -> tuple[Tens
     Image i is mixed with image B - 1 - i.  The host draws and does not wait for the device.
     Raises DataError for an odd batch with mode "pair".
     """
+    draws = mixing_draws(mixing, images, seed)
+    if images.device.type == "cuda":
+        draws = draws.pin_memory()
+    return mix_as_drawn(mixing, images, labels, draws.to(images.device, non_blocking=True))
+
+
+def mixing_draws(mixing: Mixing, images: Tensor, seed: int) -> Tensor:
+    """All that is drawn for images [B,C,H,W], of which only the sizes matter: float32 [7,B] on the host.
+
+    Raises DataError for an odd batch with mode "pair".
+    """
     batch, _, height, width = images.shape
     if mixing.mode == "pair" and batch % 2:
         raise DataError(f"batch_size: {batch} is odd, but mixup_mode pair needs pairs")
-    table = _draw(mixing, batch, height, width, np.random.RandomState(seed))
-    share, rest, cut, top, bottom, left, right = _to_device(table, images.device)
+    return torch.from_numpy(_draw(mixing, batch, height, width, np.random.RandomState(seed)).astype(np.float32))
+
+
+def mix_as_drawn(mixing: Mixing, images: Tensor, labels: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """`mix` with its draws [7,B] on the images' device: work on the device alone."""
+    _, _, height, width = images.shape
+    share, rest, cut, top, bottom, left, right = draws
     # Boxes as comparisons and not as slices: their corners are on the device, and the host does not know them.
     rows, columns = (torch.arange(side, device=images.device) for side in (height, width))
     inside_rows = (rows >= top[:, None]) & (rows < bottom[:, None])
@@ -115,12 +131,6 @@ def _targets(mixing: Mixing, labels: Tensor, share: Tensor, rest: Tensor) -> Ten
     smooth = torch.full((len(labels), mixing.num_classes), off, device=labels.device)
     smooth.scatter_(1, labels[:, None], 1.0 - mixing.smoothing + off)
     return smooth * share[:, None] + smooth.flip(0) * rest[:, None]
-
-
-def _to_device(table: np.ndarray, device: torch.device) -> Tensor:
-    """float32 [7,B], copied without a wait."""
-    host = torch.from_numpy(table.astype(np.float32))
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def _draw(mixing: Mixing, batch: int, height: int, width: int, rng: np.random.RandomState) -> np.ndarray:

@@ -49,7 +49,7 @@ def renyi_mi(
         kx = _normalised_kernel(x_md, sigma_x)
         kz = _normalised_kernel(z_me, sigma_z)
         joint = kx * kz
-        hx, hz, hxz = (renyi_entropy(k, alpha) for k in (kx, kz, joint / joint.trace()))
+        hx, hz, hxz = (renyi_entropy(k, alpha) for k in (kx, kz, joint / _trace(joint)))
         return (hx + hz - hxz).to(torch.promote_types(z_me.dtype, torch.float32))
 
 
@@ -81,7 +81,12 @@ def _normalised_kernel(x_md: Tensor, sigma: float | None) -> Tensor:
     distances = squared_distances(x_md)
     # Divided by the bandwidth itself, not by its square: the original's form of the Gaussian kernel.
     kernel = torch.exp(-distances / (_rule(distances) if sigma is None else sigma))
-    return kernel / kernel.trace()
+    return kernel / _trace(kernel)
+
+
+def _trace(k_mm: Tensor) -> Tensor:
+    # The gradient of Tensor.trace makes the host wait for a GPU.
+    return k_mm.diagonal().sum()
 
 
 def squared_distances(x_md: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Shapes: B batch, C channels, H W sides, L patches, K kept patches, P numbers per
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from mimir_fast.models import MaskedAutoencoder
 from mimir_fast.objectives.information import penalty_value
 from mimir_fast.training.stages import stage
+from mimir_fast.training.step_graph import leaves, outside
 
 
 class PretrainOutput(NamedTuple):
@@ -69,21 +71,31 @@ class ReconstructionObjective(nn.Module):
             # There is nothing to skip, hence True: skipped penalties are counted from this.
             none, used = torch.zeros_like(recon), torch.ones_like(recon, dtype=torch.bool)
             return PretrainOutput(recon, recon.detach(), none, used, seen, pred.detach(), ids_removed)
-        with self._on_the_side(), stage("penalty"):
-            mi, used, grad = guarded_penalty(self.penalty, latent, images, adv, self.model.kernels)
+        penalty = partial(_penalty_stage, self.penalty, latent, images, adv, self.model.kernels)
+        # dib_mi waits for eigenvalues.
+        between_graphs = leaves("penalty", always=self.penalty == "dib_mi")
+        side = None if between_graphs else self.side
+        with _beside(side):
+            mi, used, grad = outside(penalty) if between_graphs else penalty()
         with stage("decoder"):
             recon, pred = self.reconstruct(latent, ids_shuffle, images)
-        if self.side:
-            torch.cuda.current_stream().wait_stream(self.side)
+        if side:
+            torch.cuda.current_stream().wait_stream(side)
         term = torch.where(used, mi, 0) + InjectGradient.apply(latent, grad)
         return PretrainOutput(recon + self.weight * term, recon.detach(), mi, used, adv, pred.detach(), ids_removed)
 
-    def _on_the_side(self) -> torch.cuda.StreamContext:
-        """Context whose work runs on the side stream, after all work so far."""
-        # Memory that both streams use is safe from reuse: every use begins with this wait and ends with that in `forward`.
-        if self.side:
-            self.side.wait_stream(torch.cuda.current_stream())
-        return torch.cuda.stream(self.side)
+
+def _beside(side: torch.cuda.Stream | None) -> torch.cuda.StreamContext:
+    """Context whose work runs on the side stream, if there is one, after all work so far."""
+    # Memory that both streams use is safe from reuse: every use begins with this wait and ends with that in `forward`.
+    if side:
+        side.wait_stream(torch.cuda.current_stream())
+    return torch.cuda.stream(side)
+
+
+def _penalty_stage(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    with stage("penalty"):
+        return guarded_penalty(*arguments)
 
 
 def guarded_penalty(

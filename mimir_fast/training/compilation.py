@@ -8,6 +8,8 @@ from torch import nn
 
 from mimir_fast.models.families import family_of
 
+# Modes that run CUDA graphs of their own -> the same without them.
+WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 # Graphs that one block may have; torch's own limit is 8.
 BLOCK_GRAPHS = 32
 

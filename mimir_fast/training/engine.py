@@ -1,7 +1,8 @@
 """Engine: the only place where a training step is assembled.
 
-The order of calls: Loop._train_epoch -> Engine.micro_step -> prepare (Task.prepare, seed, Task.draw_noise) -> forward_backward
-(autocast, Task.step, Updater.backward); after the last micro-batch of an update Engine.update (Updater.update, average).
+The order of calls: Loop._train_epoch -> Engine.advance -> the host's part (Task.host_draws, learning rates, seed), then work on
+the device alone, which a CUDA graph holds (captured_steps.py): prepare (Task.prepare, Task.draw_noise) -> forward_backward
+(autocast, Task.step, Updater.backward); where an update ends Engine.update (Updater.update, average); Meters.add.
 
 It holds the 16-bit copy or the shards, the frozen twin that the attack runs on, compiled functions, data parallelism, the
 generator of noise, and the updater.  The loop, bench and the memory prediction each make one; it needs no data set.
@@ -9,6 +10,7 @@ generator of noise, and the updater.  The loop, bench and the memory prediction 
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,13 +18,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mimir_fast.attacks.pgd_mae import frozen_twin
-from mimir_fast.training.compilation import Compiler
+from mimir_fast.training.captured_steps import CapturedSteps
+from mimir_fast.training.compilation import WITHOUT_GRAPHS, Compiler
 from mimir_fast.training.distributed import World, average_gradients
+from mimir_fast.training.meters import Meters
 from mimir_fast.training.optimizer import Updater, peak_learning_rate
 from mimir_fast.training.parameter_ema import ParameterEMA
 from mimir_fast.training.precision import ComputeCopy
 from mimir_fast.training.seeds import step_seed
 from mimir_fast.training.stages import stage
+from mimir_fast.training.step_graph import CudaRecorder, Recorder
 from mimir_fast.training.task import Output, Step
 
 if TYPE_CHECKING:
@@ -38,6 +43,8 @@ class Engine:
     updater     backward passes and optimizer updates
     average     running average of the parameters, or None
     rated       the model to validate: the average, else `attacked`
+    captured    whether and how micro-steps are launched as CUDA graphs
+    meters      what `advance` counts
     `task.model` is up to date after every update, unless it is sharded.
     """
 
@@ -48,12 +55,14 @@ class Engine:
         updater: Updater | None = None,
         average: dict | None = None,
         backend: str | Callable = "inductor",
+        recorder: Recorder | None = None,
     ):
         """Assemble the step of a task.
 
-        updater   that of a resumed run; None: a new one
-        average   state of a resumed running average
-        backend   of torch.compile
+        updater    that of a resumed run; None: a new one
+        average    state of a resumed running average
+        backend    of torch.compile
+        recorder   what captures steps; None: CUDA graphs, where the run asks for them
         """
         optim, compute = task.run.config.optim, task.run.compute
         self.task, self.world, self.seed, self.accum_iter = task, world, task.run.config.run.seed, optim.accum_iter
@@ -61,6 +70,10 @@ class Engine:
         self.generator, self.dtype = torch.Generator(world.device), compute.dtype
         self.sharded = world.size > 1 and compute.fsdp
         self.shards: Shards | None = None
+        reason = self._uncapturable()
+        recorder = recorder or (None if reason else CudaRecorder(world.device))
+        self.captured = CapturedSteps(recorder, world, list(task.model.parameters()), reason)
+        self.meters = Meters(task, self.updater, task.run.config.run.log_every)
         world.share(task.model.parameters())
         self.average = self._start_average(average)
         model = self._compute_model()
@@ -74,21 +87,57 @@ class Engine:
 
     # ---- the step
 
+    def advance(
+        self, images_u8: Tensor, labels: Tensor, epoch: int, step: int, number: int | None = None, first: bool = True
+    ) -> Output:
+        """One micro-step of a training, the update that it ends, and what the meters count: the only call of the loop.
+
+        epoch, step   its position, which decides its random numbers
+        number        of the update that it ends, counted from 1 over the whole run; None: of none
+        first         whether it begins an update
+        Where steps are captured its output's tensors are overwritten by the next call.
+        """
+        draws = self._host_draws(images_u8, epoch, step)
+        if first:
+            self.updater.place()
+        if self.average and number is not None:
+            self.average.place(number)
+
+        def work(inputs: list[Tensor]) -> Output:
+            output = self.forward_backward(*self._prepared(*inputs), number is not None)
+            self.meters.add(output, None if number is None else self.update(number))
+            return output
+
+        inputs = [images_u8, labels, *([] if draws is None else [draws])]
+        place = (first, number is not None)
+        return self.captured.run(inputs, self.task.form, *place, partial(self._seed, epoch, step), work)
+
     def micro_step(self, images_u8: Tensor, labels: Tensor, epoch: int = 0, step: int = 0, last: bool = True) -> Output:
-        """Prepare, attack, forward and backward pass: adds the gradients of one micro-batch.
+        """Prepare, attack, forward and backward pass, uncaptured: adds the gradients of one micro-batch.
 
         images_u8, labels   uint8 [B,3,H,W] and int64 [B] on the device
         epoch, step         its position, which decides its random numbers
         last                whether an update follows
-        The host waits for the device at most in `prepare`.
         """
         return self.forward_backward(*self.prepare(images_u8, labels, epoch, step), last)
 
     def prepare(self, images_u8: Tensor, labels: Tensor, epoch: int, step: int) -> tuple[Any, Any]:
         """The task's batch, and its random numbers."""
+        draws = self._host_draws(images_u8, epoch, step)
+        self._seed(epoch, step)
+        return self._prepared(images_u8, labels, None if draws is None else draws.to(self.world.device))
+
+    def _host_draws(self, images_u8: Tensor, epoch: int, step: int) -> Tensor | None:
+        draws = self.task.host_draws(images_u8, epoch, step)
+        return draws if draws is None or self.world.device.type != "cuda" else draws.pin_memory()
+
+    def _seed(self, epoch: int, step: int) -> None:
+        self.generator.manual_seed(step_seed(self.seed, self.world.rank, epoch, step))
+
+    def _prepared(self, images_u8: Tensor, labels: Tensor, draws: Tensor | None = None) -> tuple[Any, Any]:
+        """Work on the device alone."""
         with stage("prepare"):
-            batch = self.task.prepare(images_u8, labels, epoch, step)
-            self.generator.manual_seed(step_seed(self.seed, self.world.rank, epoch, step))
+            batch = self.task.prepare(images_u8, labels, draws)
             return batch, self.task.draw_noise(self.generator, batch)
 
     def forward_backward(self, batch: Any, noise: Any, last: bool = True) -> Output:
@@ -119,6 +168,14 @@ class Engine:
 
     # ---- assembly
 
+    def _uncapturable(self) -> str:
+        """Why steps are not captured; "" if they are."""
+        if self.world.device.type != "cuda":
+            return f"on {self.world.device.type}"
+        if not self.task.run.compute.step_graph:
+            return "--step_graph off"
+        return "--parallel fsdp gathers parameters block by block" if self.sharded else self.task.uncapturable
+
     def _start_average(self, saved: dict | None) -> ParameterEMA | None:
         if self.task.average_decay is None:
             return None
@@ -142,7 +199,16 @@ class Engine:
 
     def _compiler(self, backend: str | Callable) -> Compiler:
         compute = self.task.run.compute
-        how = (compute.compile, compute.compile_mode, compute.compile_region, backend, compute.kernels == "reference")
+        mode, uncaptured = compute.compile_mode, self.captured.reason
+        # One graph holds the whole step: inside of it there are no others.
+        if not uncaptured:
+            mode = WITHOUT_GRAPHS.get(mode, mode)
+        if self.world.device.type == "cuda" and compute.compile and mode in WITHOUT_GRAPHS and self.accum_iter > 1:
+            raise ValueError(
+                f"compile_mode: {mode} keeps one micro-batch's gradients, not those of --accum_iter {self.accum_iter}, where "
+                f"the step is not captured ({uncaptured}); pass --compile_mode {WITHOUT_GRAPHS[mode]}"
+            )
+        how = (compute.compile, mode, compute.compile_region, backend, compute.kernels == "reference")
         return Compiler(*how, through=self._gathered if self.sharded else None)
 
     def _gathered(self, function: Callable) -> Callable:

@@ -14,7 +14,16 @@ from mimir_fast.checkpoints.run_state import Position
 from mimir_fast.checkpoints.transfer import load_pretrained
 from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.config.resolve import Run
-from mimir_fast.data import Augment, BatchStream, build_train_data, dataset_info, mix, mixing_seed, to_float
+from mimir_fast.data import (
+    Augment,
+    BatchStream,
+    build_train_data,
+    dataset_info,
+    mix_as_drawn,
+    mixing_draws,
+    mixing_seed,
+    to_float,
+)
 from mimir_fast.data.datasets import DatasetInfo
 from mimir_fast.models import Classifier, create_classifier
 from mimir_fast.objectives.adversarial_losses import cross_entropy
@@ -63,6 +72,9 @@ class Finetuning:
         self.model = build_model(run, stream or dataset_info(config.data.dataset), world.device)
         self.average_decay = config.optim.model_ema_decay if config.optim.model_ema else None
         self.summary = summary(config)
+        self.bounds = torch.empty(4, 3, device=world.device)
+        self.attack = build_attack(run, self.bounds)
+        self.uncapturable = "dib_mi waits for eigenvalues" if config.penalty.mi_loss == "dib_mi" else ""
         self.start_epoch(config.optim.epochs - 1)
 
     # ---- the step
@@ -88,11 +100,17 @@ class Finetuning:
         features = compiler.trained(model.forward_features)
         return ClassificationObjective(model, a.attack_train, criterion, a.trades_beta, information, features)
 
-    def prepare(self, images_u8: Tensor, labels: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        images = to_float(images_u8)
+    def host_draws(self, images_u8: Tensor, epoch: int, step: int) -> Tensor | None:
         if self.mixing is None:
+            return None
+        seed = mixing_seed(self.config.run.seed, self.world.rank, epoch, step)
+        return mixing_draws(self.mixing, images_u8, seed)
+
+    def prepare(self, images_u8: Tensor, labels: Tensor, draws: Tensor | None) -> tuple[Tensor, Tensor]:
+        images = to_float(images_u8)
+        if self.mixing is None or draws is None:
             return images, labels
-        return mix(self.mixing, images, labels, mixing_seed(self.config.run.seed, self.world.rank, epoch, step))
+        return mix_as_drawn(self.mixing, images, labels, draws)
 
     def draw_noise(self, generator: torch.Generator, batch: tuple[Tensor, Tensor]) -> ClassifierNoise:
         return draw_noise(generator, self.model, batch[0], self.attack)
@@ -110,8 +128,11 @@ class Finetuning:
     # ---- epochs
 
     def start_epoch(self, epoch: int) -> None:
-        self.attack = build_attack(self.run, epoch, self.world.device)
+        eps, alpha = radius_and_step(self.config.attack, epoch, self.config.optim.epochs)
+        # In place: a captured step reads the bounds where they were.
+        self.bounds.copy_(attack_bounds(eps, alpha, self.bounds.device))
         self.mixing = build_mixing(self.config, epoch)
+        self.form = self.mixing is not None
 
     def end_epoch(self, engine, epoch: int, ends: Callable[[], bool]) -> Measured | None:
         row = self.validator.rate(engine.rated, engine.functions, epoch, ends)
@@ -179,11 +200,9 @@ def build_model(run: Run[FinetuneConfig], images: BatchStream | DatasetInfo, dev
     return on_device(create_classifier(m.model, **heads, **constants, **model_options(run)), device)
 
 
-def build_attack(run: Run[FinetuneConfig], epoch: int, device: torch.device) -> ClassifierAttack:
-    """The training attack of an epoch, in pixels of [0,1]."""
+def build_attack(run: Run[FinetuneConfig], bounds: Tensor) -> ClassifierAttack:
+    """The training attack, in pixels of [0,1]; bounds [4,3] are written anew for every epoch."""
     a = run.config.attack
-    eps, alpha = radius_and_step(a, epoch, run.config.optim.epochs)
-    bounds = attack_bounds(eps, alpha, device)
     scale = FP16_ATTACK_SCALE if run.compute.scaled else 1.0
     return ClassifierAttack(a.attack_train, a.steps, bounds, scale, a.trades_beta)
 

@@ -1,6 +1,7 @@
 """Logs of a run: metrics.jsonl and TensorBoard per update, log.txt per epoch, a progress bar, Weights & Biases (see sinks.py).
 
-Device scalars are queued and read together every `log_every` updates, so that logging never makes the device wait.
+The device's numbers are read together every `log_every` updates, and written when they have arrived: logging never makes the
+device wait.
 """
 
 import json
@@ -11,15 +12,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from mimir_fast.checkpoints.atomic import free_name, move, write_atomically
 from mimir_fast.config.sections import RunConfig
 from mimir_fast.training.distributed import World
 from mimir_fast.training.events import Events, drop_points
+from mimir_fast.training.metrics_table import MetricsTable, Reading
 from mimir_fast.training.sinks import Console, Lines, WandbRun, can_show
 
 GIB = 2**30
@@ -64,10 +66,21 @@ def set_aside(path: Path) -> None:
         move(path, free_name(path.with_name(path.name + ".old")))
 
 
+class Asked(NamedTuple):
+    """Rows on their way from the device: the host's share of each; images, and seconds waited for data, meanwhile."""
+
+    hosts: list[dict]
+    reading: Reading
+    images: int
+    data_seconds: float
+
+
 class RunLog:
     """All outputs of a run but its checkpoints; only rank 0 writes, every rank calls.
 
     tags   the original's TensorBoard tags, in its order -> the keys they show; a key without a value is not written
+    rows   what the device writes of every update
+    skipped_in_a_row   updates skipped in a row, at worst, by the rows written so far
     """
 
     def __init__(
@@ -78,6 +91,7 @@ class RunLog:
         tags: dict[str, str],
         total_updates: int,
         start: tuple[int, int, float],
+        rows: MetricsTable,
         wandb_run: str | None = None,
     ):
         """start: epochs and updates done, and the position in epochs; wandb_run: the run to continue there."""
@@ -86,7 +100,10 @@ class RunLog:
         self.writer: Events | None = None
         self.wandb: WandbRun | None = None
         self.files: dict[str, Lines] = {}
-        self.pending: list[tuple[dict, Tensor]] = []
+        self.rows, self.skipped_in_a_row = rows, 0.0
+        # The host's share of rows that are on the device, and rows that are on their way.
+        self.pending: list[dict] = []
+        self.asked: list[Asked] = []
         self.first_update, self.last_update, self.started = update, update, time.perf_counter()
         self.last_flush, self.data_seconds, self.images = self.started, 0.0, 0
         self.epoch_started, self.epoch_images = self.started, 0
@@ -116,36 +133,52 @@ class RunLog:
         if self.world.is_main:
             self.console.say(text)
 
-    def add_update(self, update: int, epoch: float, lr: float, scalars: dict[str, Tensor], images: int, data_s: float):
-        """Queue one update: scalars on the device; images, and seconds waited for data (data_s), since the last update."""
-        host = {"update": update, "epoch": epoch, "x": int(1000 * epoch), "lr": lr}
-        names, values = zip(*scalars.items())
-        self.pending.append((host | {"names": names}, torch.stack([value.detach().float() for value in values])))
+    def add_update(self, update: int, epoch: float, lr: float, images: int, data_s: float) -> None:
+        """Count an update, whose row the device writes; images, and seconds waited for data (data_s), since the last update."""
+        self.pending.append({"update": update, "epoch": epoch, "x": int(1000 * epoch), "lr": lr})
         self.images += images
         self.epoch_images += images
         self.data_seconds += data_s
+        if len(self.pending) == self.rows.capacity:
+            self._ask()
+        if self.asked and self.asked[-1].reading.is_there():
+            self._write_asked()
         if self.world.is_main:
             self.console.advance()
 
-    def flush(self) -> dict:
-        """Read the queue back, averaged over all ranks, and write it everywhere; returns the newest row."""
-        if not self.pending:
-            return {}
-        hosts, values = zip(*self.pending)
-        self.pending = []
-        table = self.world.mean(torch.stack(values)).tolist()
+    def flush(self, wait: bool = True) -> None:
+        """Write the rows asked for by the last call, and ask for those since then, averaged over all ranks.
+
+        wait   write these as well; without, the host does not wait for a GPU, and they are written when they have arrived
+        """
+        self._write_asked()
+        self._ask()
+        # Not whether they are there already: every rank must have seen the same rows.
+        if wait or not self.asked or self.asked[-1].reading.copied is None:
+            self._write_asked()
+
+    def _ask(self) -> None:
+        if self.pending:
+            reading = self.rows.read(len(self.pending), self.world)
+            self.asked.append(Asked(self.pending, reading, self.images, self.data_seconds))
+            self.pending, self.images, self.data_seconds = [], 0, 0.0
+
+    def _write_asked(self) -> None:
+        if not self.asked:
+            return
+        lines = [line for asked in self.asked for line in asked.reading.lines()]
+        hosts = [host for asked in self.asked for host in asked.hosts]
         now = time.perf_counter()
         elapsed = max(now - self.last_flush, 1e-9)
         shared = {
-            "images_per_s": self.images * self.world.size / elapsed,
-            "data_wait": min(self.data_seconds / elapsed, 1.0),
+            "images_per_s": sum(asked.images for asked in self.asked) * self.world.size / elapsed,
+            "data_wait": min(sum(asked.data_seconds for asked in self.asked) / elapsed, 1.0),
             "peak_memory_gib": peak_memory_gib(self.world.device),
         }
-        self.last_flush, self.data_seconds, self.images = now, 0.0, 0
-        rows = [_row(host, line, shared) for host, line in zip(hosts, table)]
+        self.asked, self.last_flush = [], now
+        self.skipped_in_a_row = lines[-1]["skipped_in_a_row"]
         if self.world.is_main:
-            self._write(rows)
-        return rows[-1]
+            self._write([_row(host, line, shared) for host, line in zip(hosts, lines)])
 
     def _write(self, rows: list[dict]) -> None:
         if self.files:
@@ -216,10 +249,10 @@ class RunLog:
                 sink.close()
 
 
-def _row(host: dict, line: list[float], shared: dict) -> dict:
-    row = {key: host[key] for key in ("update", "epoch", "x", "lr")} | dict(zip(host["names"], line)) | shared
+def _row(host: dict, line: dict[str, float], shared: dict) -> dict:
+    row = host | line | shared
     row |= {key: round(row[key]) for key in COUNTS if key in row}
-    return {key: _finite(value) for key, value in row.items()}
+    return {key: _finite(value) for key, value in row.items() if key != "skipped_in_a_row"}
 
 
 def _finite(value):

@@ -3,7 +3,6 @@
 import time
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from mimir_fast.checkpoints import folder as ckpt
@@ -13,11 +12,11 @@ from mimir_fast.training.compilation import CompileClock
 from mimir_fast.training.describe import describe
 from mimir_fast.training.distributed import World
 from mimir_fast.training.engine import Engine
-from mimir_fast.training.epoch_sums import EpochSums
 from mimir_fast.training.logs import RunLog, peak_memory_gib
-from mimir_fast.training.optimizer import learning_rate, peak_learning_rate, set_learning_rate
+from mimir_fast.training.optimizer import learning_rate, peak_learning_rate
 from mimir_fast.training.signals import StopSignals
 from mimir_fast.training.stages import stage
+from mimir_fast.training.step_graph import Recorder
 from mimir_fast.training.task import Measured, Output, Task
 
 # Images uint8 [B,3,H,W] and labels int64 [B], on the device.
@@ -27,7 +26,8 @@ Batch = tuple[Tensor, Tensor]
 class Loop:
     """One run of a task: made, it is started or resumed; then `run()`.  Raises ValueError where something does not fit."""
 
-    def __init__(self, task: Task, world: World):
+    def __init__(self, task: Task, world: World, recorder: Recorder | None = None):
+        """recorder: see Engine."""
         if task.stream is None:
             raise ValueError("stream: a loop needs a task with images, got None")
         self.task, self.world, self.config, self.stream = task, world, task.run.config, task.stream
@@ -43,10 +43,9 @@ class Loop:
         self.position, state, own = resume(r.resume, self.folder, world, *entries, notes.append)
         task.resume(state, own, notes.append)
         self.first_update = self.position.update + 1
-        self.engine = Engine(task, world, updater, state.get("model_ema"))
+        self.engine = Engine(task, world, updater, state.get("model_ema"), recorder=recorder)
         self.compile_clock = CompileClock()
-        # Of the epoch under way; empty between two epochs.
-        self.sums = EpochSums(self.position.sums, world.device)
+        self.engine.meters.sums.restart(self.position.sums)
         # Of Weights & Biases, where the run has one.
         self.wandb_run: str | None = own.get("wandb")
         self._open_outputs(notes)
@@ -63,10 +62,11 @@ class Loop:
         self.total_updates = o.epochs * self.updates_per_epoch
         if r.max_steps:
             self.total_updates = min(self.total_updates, r.max_steps)
-        where = (p.epoch, p.update, p.epoch + p.step / len(self.stream))
-        self.log = RunLog(r, flags, self.world, self.task.tags, self.total_updates, where, self.wandb_run)
+        where, rows = (p.epoch, p.update, p.epoch + p.step / len(self.stream)), self.engine.meters.rows
+        self.log = RunLog(r, flags, self.world, self.task.tags, self.total_updates, where, rows, self.wandb_run)
+        self.engine.captured.say = self.log.say
         self.wandb_run = self.log.wandb.identity if self.log.wandb else self.wandb_run
-        for line in [*notes, *describe(self.task, self.stream, self.world, self.lr)]:
+        for line in [*notes, *describe(self.task, self.stream, self.world, self.lr, self.engine.captured.reason)]:
             self.log.say(line)
 
     # ---- the loop
@@ -74,7 +74,7 @@ class Loop:
     def run(self) -> int:
         """Train to the end, to --max_steps, or to a signal; returns the exit status (0, 1 diverged, 130 Ctrl-C)."""
         self.compile_clock.start()
-        with StopSignals() as stop:
+        with StopSignals() as stop, self.engine.captured.context():
             most, p = self.config.run.max_steps, self.position
             # The run was stopped between an epoch's last update and its end.
             unmeasured = p.step == len(self.stream)
@@ -89,26 +89,24 @@ class Loop:
         # Gradients of an epoch's last micro-steps, too few for an update, are dropped.
         self.engine.updater.optimizer.zero_grad(set_to_none=True)
         self.task.start_epoch(p.epoch)
-        self.sums = EpochSums(p.sums, device)
+        self.engine.meters.sums.restart(p.sums)
         batches = prefetch(self.stream.epoch(p.epoch, p.step), device)
         batch = output = None
         lr, waited = 0.0, 0.0
         for step in range(p.step, len(self.stream)):
-            if step % o.accum_iter == 0:
+            first, last = step % o.accum_iter == 0, (step + 1) % o.accum_iter == 0
+            if first:
                 lr = self._set_learning_rate(p.epoch + step / len(self.stream))
             started = time.perf_counter()
             with stage("data"):
                 batch = next(batches)
             waited += time.perf_counter() - started
-            updates = (step + 1) % o.accum_iter == 0
             # Free the last step's tensors before the next step needs the memory.
             output = None
-            output = self.engine.micro_step(*batch, p.epoch, step, updates)
-            grad_norm = self.engine.update(p.update + 1) if updates else None
-            self._sum_up(output, grad_norm, lr)
+            output = self.engine.advance(*batch, p.epoch, step, p.update + 1 if last else None, first)
             p.step = step + 1
-            if grad_norm is not None:
-                self._after_update(output, grad_norm, lr, waited)
+            if last:
+                self._after_update(lr, waited)
                 waited = 0.0
                 if reason := self._save_or_stop(stop, batch, output):
                     return reason
@@ -117,35 +115,25 @@ class Loop:
     def _set_learning_rate(self, epoch: float) -> float:
         o = self.config.optim
         lr = learning_rate(epoch, self.lr, o.min_lr, o.warmup_epochs, o.epochs)
-        set_learning_rate(self.engine.updater.optimizer, lr)
+        self.engine.updater.set_learning_rate(lr)
         return lr
 
-    def _sum_up(self, output: Output, grad_norm: Tensor | None, lr: float) -> None:
-        loss, finite = output.loss.detach(), output.loss.isfinite()
-        norm = torch.zeros_like(loss) if grad_norm is None else torch.where(grad_norm.isfinite(), grad_norm, 0)
-        one = torch.ones_like(loss)
-        ours = {"loss": torch.where(finite, loss, 0), "finite": finite}
-        counts = {"grad_norm": norm, "updates": one * (grad_norm is not None), "micro_steps": one, "lr": lr * one}
-        self.sums.add({**ours, **self.task.terms(output), **counts})
-
-    def _after_update(self, output: Output, grad_norm: Tensor, lr: float, waited: float) -> None:
+    def _after_update(self, lr: float, waited: float) -> None:
         o, p, clock = self.config.optim, self.position, self.compile_clock
         p.update += 1
         if clock.count and p.update == self.first_update:
             self.log.say(f"compiled {clock.count} functions in {clock.seconds:.0f} s")
-        scalars = {"loss": output.loss, **self.task.scalars(output), "grad_norm": grad_norm}
-        scalars["skipped_steps"] = self.engine.updater.counters[0]
         epoch = p.epoch + (p.step - 1) / len(self.stream)
-        self.log.add_update(p.update, epoch, lr, scalars, o.batch_size * o.accum_iter, waited)
+        self.log.add_update(p.update, epoch, lr, o.batch_size * o.accum_iter, waited)
 
     def _save_or_stop(self, stop: StopSignals, batch: Batch, output: Output) -> str | None:
         """After an update: logs, resume points, and the reasons to end."""
         p, ends = self.position, self._stops(stop)
         log, resume_point, reason = due(self.config.run, p, len(self.stream), self.first_update, ends)
         if log:
-            self.log.flush()
+            self.log.flush(wait=resume_point or reason is not None)
             # Every rank has the same count, so that all of them end.
-            if int(self.engine.updater.counters[2]) >= self.config.optim.max_bad_steps:
+            if self.log.skipped_in_a_row >= self.config.optim.max_bad_steps:
                 self._save_failure(batch, output)
                 return "diverged"
         if resume_point:
@@ -162,14 +150,14 @@ class Loop:
         batch, output   of the last micro-step; None if an earlier run did them all
         """
         o, r, p = self.config.optim, self.config.run, self.position
-        self.log.flush()
+        self.log.flush(wait=True)
         measured = self._measure(stop, batch, output)
         # The saved position is the end of this epoch: the run that resumes measures it.
         if measured is None:
             return "signal"
         self._log_epoch(measured)
         epoch = p.epoch
-        p.epoch, p.step, p.sums, self.sums = epoch + 1, 0, {}, EpochSums({}, self.world.device)
+        p.epoch, p.step, p.sums = epoch + 1, 0, {}
         if measured.is_best:
             self._save(ckpt.BEST_FILE, batch, output)
         ends, enough = self._stops(stop), r.max_steps and p.update >= r.max_steps
@@ -197,9 +185,9 @@ class Loop:
         return measured
 
     def _log_epoch(self, measured: Measured) -> None:
-        s, updater = self.sums.means(self.world), self.engine.updater
+        s, updater = self.engine.meters.sums.means(self.world), self.engine.updater
         row = {
-            "train_lr": s["lr"] / s["micro_steps"],
+            "train_lr": s["lr"] / max(s["micro_steps"], 1),
             "train_loss": s["loss"] / s["finite"] if s["finite"] else float("nan"),
             **self.task.epoch_row(self.position.epoch, s, measured),
             "grad_norm": s["grad_norm"] / max(s["updates"], 1),
@@ -218,7 +206,8 @@ class Loop:
         own |= {"wandb": self.wandb_run} if self.wandb_run else {}
         moved: list[str] = []
         states = self.engine.states() if self.folder else {}
-        self.position.sums = self.sums.means(self.world)
+        # Between two epochs there are none.
+        self.position.sums = self.engine.meters.sums.means(self.world) if self.position.step else {}
         if self.folder and self.world.is_main:
             weights, moments = states.pop("model"), states.pop("optimizer")
             entries = (self.engine.updater, self.position, self.task.run.flat(), self.lr, self.stream.name)

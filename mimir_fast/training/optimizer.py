@@ -1,7 +1,8 @@
 """Optimizer: parameter groups, learning-rate schedule, and updates that skip non-finite steps on the device."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -62,7 +63,9 @@ class Updater:
     """Backward passes and optimizer updates of one model.
 
     A non-finite loss makes every gradient NaN, on all ranks once gradients are averaged; a non-finite gradient norm then
-    skips the update on the device.
+    skips the update on the device.  Everything that an update reads or writes stays at its address, so that a CUDA graph can
+    hold it; `place` is the host's part.
+    lr           learning rate before the groups' scales, scalar on the device
     counters     [3] int64 on the device: updates skipped in all, in a row now, in a row at worst
     scaler       torch's GradScaler for fp16; in bf16 and fp32 it is disabled and its state empty
     compute      what computes in place of the parameters: a 16-bit copy, shards, or None
@@ -82,6 +85,25 @@ class Updater:
         self.total_norm: Callable[[list[Tensor]], Tensor] = torch.nn.utils.get_total_norm
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.counters = torch.zeros(3, dtype=torch.int64, device=device)
+        # The fused kernel reads a learning rate from CUDA memory in fp32 only.
+        dtype = torch.float32 if device.type == "cuda" else torch.float64
+        self._numbers = torch.zeros(1 + len(optimizer.param_groups), dtype=dtype, device=device)
+        self._placed: list[float] = []
+        self.lr, self._asked = self._numbers[0], 0.0
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Set every group's learning rate, for the updates after the next `place`."""
+        set_learning_rate(self.optimizer, lr)
+        self._asked = lr
+
+    def place(self) -> None:
+        """Copy the learning rates to the device, without a wait: what an update needs of the host."""
+        numbers = [self._asked, *(group["lr"] for group in self.optimizer.param_groups)]
+        if numbers != self._placed:
+            device = self._numbers.device
+            host = torch.tensor(numbers, dtype=self._numbers.dtype, pin_memory=device.type == "cuda")
+            self._numbers.copy_(host, non_blocking=True)
+            self._placed = numbers
 
     def backward(self, loss: Tensor, accum_iter: int) -> None:
         """Accumulate the gradients of one micro-batch's loss / accum_iter."""
@@ -99,25 +121,43 @@ class Updater:
             return self._update()
 
     def _update(self) -> Tensor:
+        self.place()
         self.scaler.unscale_(self.optimizer)
         trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = self.total_norm([p.grad for p in trained])
         if self.max_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(trained, self.max_norm, norm)
         bad = ~norm.isfinite()
-        if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        else:
-            # The flag of the fused kernel, which GradScaler sets in the same way.  torch declares it nowhere.
-            self.optimizer.grad_scale = None  # type: ignore[attr-defined]
-            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
-            self.optimizer.step()
+        with self._rates_on_device():
+            if self.scaler.is_enabled():
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+            else:
+                # The flag of the fused kernel, which GradScaler sets in the same way.  torch declares it nowhere.
+                self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+                self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+                self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.compute:
             self.compute.refresh()
         self._count(bad)
         return norm
+
+    @contextmanager
+    def _rates_on_device(self) -> Iterator[None]:
+        """Context in which the optimizer reads its learning rates from the device."""
+        # For the step alone: everywhere else, and in checkpoints, they are plain numbers.
+        groups = self.optimizer.param_groups
+        kept: list[dict] = [{name: group[name] for name in ("lr", "capturable") if name in group} for group in groups]
+        for group, rate in zip(groups, self._numbers[1:].unbind()):
+            group["lr"] = rate
+            if "capturable" in group:
+                group["capturable"] = True
+        try:
+            yield
+        finally:
+            for group, plain in zip(groups, kept):
+                group.update(plain)
 
     def _count(self, bad: Tensor) -> None:
         total, in_a_row, worst = self.counters.unbind()

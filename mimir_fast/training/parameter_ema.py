@@ -22,13 +22,22 @@ class ParameterEMA:
         self.module = copy.deepcopy(model, memo=own | {id(b): b for b in model.buffers()}).eval()
         self.averages: list[Tensor] = list(self.module.parameters())
         self.parameters: list[Tensor] = list(model.parameters())
+        # 1 - d of the next update.
+        self._share = torch.zeros((), device=self.parameters[0].device)
+        self._placed = 0
+
+    def place(self, number: int) -> None:
+        """Set the decay of update `number` on the device, without a wait: what an update needs of the host."""
+        # The number is an argument and no state, so that checkpoints hold the averaged model alone.
+        if number != self._placed:
+            self._share.fill_(1 - min(self.decay, (1 + number) / (10 + number)))
+            self._placed = number
 
     @torch.no_grad()
     def update(self, number: int) -> None:
         """Follow the model after its update `number`, counted from 1 over the whole run."""
-        # The number is an argument and no state, so that checkpoints hold the averaged model alone.
-        decay = min(self.decay, (1 + number) / (10 + number))
-        torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
+        self.place(number)
+        torch._foreach_lerp_(self.averages, self.parameters, [self._share] * len(self.averages))
 
     def state_dict(self) -> dict:
         """The state dict of the averaged model."""

@@ -38,7 +38,7 @@ class Pretraining:
     stream   this process's images; None: a step needs none, and normalises as the data set's name says
     """
 
-    average_decay = None
+    average_decay, form, uncapturable = None, None, ""
 
     def __init__(self, run: Run[PretrainConfig], world: World, stream: BatchStream | None = None):
         self.run, self.world, self.stream = run, world, stream
@@ -71,7 +71,10 @@ class Pretraining:
         pieces = compiler.trained(model.encode), compiler.trained(model.reconstruct)
         return ReconstructionObjective(model, c.model.mask_ratio, self.penalty, c.penalty.mi_xpl, *pieces)
 
-    def prepare(self, images_u8: Tensor, labels: Tensor, epoch: int, step: int) -> Tensor:
+    def host_draws(self, images_u8: Tensor, epoch: int, step: int) -> None:
+        """Nothing is drawn by the host."""
+
+    def prepare(self, images_u8: Tensor, labels: Tensor, draws: Tensor | None) -> Tensor:
         return to_float(images_u8, self.mean, self.std)
 
     def draw_noise(self, generator: torch.Generator, images: Tensor) -> MaeNoise:

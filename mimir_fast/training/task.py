@@ -4,7 +4,7 @@
 nothing.  The smallest one is tests/support/toy_task.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -45,6 +45,8 @@ class Step(Protocol):
     run             the resolved configuration
     model           the fp32 model, which the engine trains
     average_decay   decay of a running average of the parameters; None: no average is kept
+    uncapturable    why a CUDA graph cannot hold `prepare`, `draw_noise` and `step`; "" if it can
+    form            what their operations depend on beside tensors and the run; where it changes, a step is captured anew
     Models, batches, noise and outputs are of types that only the task knows: Any.
     """
 
@@ -56,6 +58,12 @@ class Step(Protocol):
 
     @property
     def average_decay(self) -> float | None: ...
+
+    @property
+    def uncapturable(self) -> str: ...
+
+    @property
+    def form(self) -> Hashable: ...
 
     def updater(self, lr: float) -> Updater:
         """The optimizer in its parameter groups, with the settings of its updates."""
@@ -69,8 +77,12 @@ class Step(Protocol):
         """The module to train: its call is the training forward pass of `model`, which is the task's or a copy of it."""
         ...
 
-    def prepare(self, images_u8: Tensor, labels: Tensor, epoch: int, step: int) -> Any:
-        """The batch for `step` from images uint8 [B,3,H,W] and labels int64 [B] on the device.  The host may wait."""
+    def host_draws(self, images_u8: Tensor, epoch: int, step: int) -> Tensor | None:
+        """What the host draws for these images: a tensor in its memory, of one shape for all steps; None: nothing."""
+        ...
+
+    def prepare(self, images_u8: Tensor, labels: Tensor, draws: Tensor | None) -> Any:
+        """The batch from images uint8 [B,3,H,W], labels int64 [B] and the host's draws, all on the device."""
         ...
 
     def draw_noise(self, generator: torch.Generator, batch: Any) -> Any:
@@ -79,6 +91,14 @@ class Step(Protocol):
 
     def step(self, objective: nn.Module, attacked: Any, functions: Any, batch: Any, noise: Any) -> Output:
         """Attack and training forward pass, on the device alone: the host does not wait."""
+        ...
+
+    def terms(self, output: Any) -> dict[str, Tensor]:
+        """A micro-step's own terms of the epoch's sums: scalars on the device."""
+        ...
+
+    def scalars(self, output: Any) -> dict[str, Tensor]:
+        """An update's own values for the logs: scalars on the device."""
         ...
 
 
@@ -123,14 +143,6 @@ class Task(Step, Protocol):
 
     def keeps(self, epoch: int) -> bool:
         """Whether the checkpoint of this epoch is kept."""
-        ...
-
-    def terms(self, output: Any) -> dict[str, Tensor]:
-        """A micro-step's own terms of the epoch's sums: scalars on the device."""
-        ...
-
-    def scalars(self, output: Any) -> dict[str, Tensor]:
-        """An update's own values for the logs: scalars on the device."""
         ...
 
     def epoch_row(self, epoch: int, means: dict[str, float], measured: Measured) -> dict:

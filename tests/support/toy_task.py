@@ -40,6 +40,7 @@ class ToyTask:
     """A linear model learns to add up pixels, to which a little noise was added."""
 
     tags, summary = {"loss": "loss"}, "a toy"
+    form, uncapturable = None, ""
 
     def __init__(self, run: Run, average_decay: float | None = None):
         self.run, self.stream, self.model, self.average_decay = run, ToyStream(), nn.Linear(12, 1), average_decay
@@ -55,8 +56,10 @@ class ToyTask:
     def objective(self, model: nn.Module, compiler) -> nn.Module:
         return model
 
-    def prepare(self, images_u8: Tensor, labels: Tensor, epoch: int, step: int) -> Tensor:
+    def host_draws(self, images_u8: Tensor, epoch: int, step: int) -> None:
         self.told.append((epoch, step))
+
+    def prepare(self, images_u8: Tensor, labels: Tensor, draws: None) -> Tensor:
         return images_u8.flatten(1) / 255
 
     def draw_noise(self, generator: torch.Generator, pixels: Tensor) -> Tensor:

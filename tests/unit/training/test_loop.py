@@ -55,7 +55,7 @@ def by_hand(loop: Loop) -> tuple[torch.Tensor, list[float]]:
     for epoch, first in itertools.product(range(3), (0, 2)):
         for step in (first, first + 1):
             images_u8, labels = next(loop.stream.epoch(epoch, step))
-            pixels = task.prepare(images_u8, labels, epoch, step)
+            pixels = task.prepare(images_u8, labels, None)
             noise = task.draw_noise(torch.Generator().manual_seed(step_seed(0, 0, epoch, step)), pixels)
             (task.step(task.model, None, None, pixels, noise).loss / 2).backward()
         where = epoch + first / STEPS
@@ -194,10 +194,10 @@ class Pressed(ToyTask):
 
     again = False
 
-    def prepare(self, images_u8, labels, epoch, step):
+    def host_draws(self, images_u8, epoch, step):
         if epoch == 0 and step in ((2, 3) if self.again else (2,)):
             os.kill(os.getpid(), signal.SIGINT)
-        return super().prepare(images_u8, labels, epoch, step)
+        return super().host_draws(images_u8, epoch, step)
 
 
 class PressedTwice(Pressed):

@@ -1,0 +1,111 @@
+"""The trainer on a simulated GPU: captured steps break none of CUDA's rules and launch what uncaptured ones launch, an update
+issues a handful of operations, and nothing waits or allocates between two of them."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.support import finetune_runs, runs
+from tests.support.simulation import needs_simulated_gpu, run_simulated
+
+# Marks the log after every update, then runs the command of the words.
+PROGRAM = """
+import sys, torch
+from bench.simulated_gpu import marker
+from mimir_fast.cli import finetune, pretrain
+from mimir_fast.training.loop import Loop
+
+torch.backends.cuda.enable_cudnn_sdp(False)
+mark, after = marker(), Loop._after_update
+
+def marked(self, *arguments):
+    after(self, *arguments)
+    mark(f"update {self.position.update} {torch.cuda.memory_reserved()}")
+
+Loop._after_update = marked
+sys.exit({"pretrain": pretrain, "finetune": finetune}[sys.argv[1]].main(sys.argv[2:]))
+"""
+WORK = ("KERNEL", "TRITON", "GEMM", "SOLVER", "MEMSET", "MEMCPY", "MEMCPY2D")
+PLACES = "--device cuda --output_dir= --log_dir= --epochs 3 --no_compile"
+UPDATES = 8
+
+
+class Log:
+    """What every update called, [call, ...] split at |, and how much memory the allocator held after it."""
+
+    def __init__(self, path: Path):
+        self.updates, self.reserved, calls = [], [], []
+        for line in path.read_text().splitlines():
+            kind, *rest = line.split("|")
+            if kind == "MARK":
+                self.updates.append(calls)
+                self.reserved.append(int(rest[0].split()[2]))
+                calls = []
+            else:
+                calls.append([kind, *rest])
+
+    def graphs(self, *kinds: str) -> list[list[str]]:
+        return [call for calls in self.updates for call in calls if call[0] == "GRAPH" and call[1] in kinds]
+
+    def captured(self) -> tuple[Counter, Counter]:
+        """What the first captured update launched inside of its graphs, and the update before it in all, by name and grid."""
+        number = next(
+            i for i, calls in enumerate(self.updates) if any(call[:2] == ["GRAPH", "begin"] for call in calls)
+        )
+        inside, recorded = False, Counter()
+        for kind, *rest in self.updates[number]:
+            if kind == "GRAPH" and rest[0] in ("begin", "end"):
+                inside = rest[0] == "begin"
+            elif inside and kind in WORK:
+                recorded[(kind, *rest)] += 1
+        return recorded, Counter(tuple(call) for call in self.updates[number - 1] if call[0] in WORK)
+
+
+def trained(folder: Path, task: str, words: list[str]) -> Log:
+    (folder / "program.py").write_text(PROGRAM)
+    run_simulated([sys.executable, folder / "program.py", task, *words], folder / "log")
+    return Log(folder / "log")
+
+
+def check(log: Log, launches: int, issued: int) -> None:
+    """Every captured update launches so many graphs and issues at most so many operations, the graphs among them."""
+    assert not log.graphs("illegal", "outside")
+    assert len(log.graphs("begin")) == launches
+    recorded, eager = log.captured()
+    # The few results that are kept of a micro-step without an update are copied inside.
+    assert all(call[:2] == ("MEMCPY", "D2D") for call in recorded - eager)
+    # What the host copies into place is issued beside the graph.
+    assert all(call[:2] == ("MEMCPY", "H2D") for call in eager - recorded)
+    for calls in log.updates[5:]:
+        kinds = Counter(call[0] if call[0] != "GRAPH" else call[1] for call in calls)
+        assert kinds["launch"] == launches
+        assert sum(kinds[kind] for kind in (*WORK, "launch")) <= issued
+        assert not kinds["SYNC"]
+        assert not kinds["MALLOC"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return runs.make_images(tmp_path_factory.mktemp("images"), 40)
+
+
+@pytest.fixture(scope="module")
+def test_data(tmp_path_factory):
+    return finetune_runs.make_data(tmp_path_factory.mktemp("images"), 40)
+
+
+@needs_simulated_gpu
+@pytest.mark.parametrize(
+    ("extra", "launches"),
+    [
+        ("--use_normalize", 1),
+        ("--accum_iter 2 --steps 2 --activation_checkpointing", 2),
+        ("--precision fp16 --mi_train renyi2", 1),
+        ("--precision fp32 --kernels reference", 1),
+    ],
+)
+def test_pretraining(data, tmp_path, extra, launches):
+    words = runs.command(data, tmp_path, f"{PLACES} {extra} --max_steps {UPDATES} --log_every 100")
+    check(trained(tmp_path, "pretrain", words), launches, 8 * launches)

@@ -1,0 +1,109 @@
+"""Captured steps, on a tape in place of CUDA graphs: the same training to the last bit, whatever changes from one launch to the
+next, wherever the training stops and goes on, and whatever cannot be captured."""
+
+from contextlib import nullcontext
+
+import pytest
+
+from mimir_fast.training.stages import listening
+from tests.support import finetune_runs, runs
+from tests.support.captured_runs import same, train
+from tests.support.tape import Tape
+
+EPOCHS = "--epochs 3 --warmup_epochs 1 --log_every 2"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return runs.make_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def test_data(tmp_path_factory):
+    return finetune_runs.make_data(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    finetune_runs.tiny_models(monkeypatch.setitem)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "",
+        "--accum_iter 2 --precision bf16",
+        # 6 micro-batches an epoch: an update and two that no update follows
+        "--accum_iter 4 --epochs 6 --steps 2 --use_normalize",
+    ],
+)
+def test_pretraining(data, tmp_path, extra):
+    tape = Tape()
+    loop = train("pretrain", data, tmp_path / "graph", f"{EPOCHS} {extra}", tape)
+    train("pretrain", data, tmp_path / "eager", f"{EPOCHS} {extra}")
+    assert same(tmp_path / "graph", tmp_path / "eager")
+    assert tape.begun == min(loop.config.optim.accum_iter, 3)
+    assert tape.launched > 0
+    assert loop.engine.captured.reason == ""
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "--layer_decay .7 --drop_path .1 --model_ema --mixup .8 --cutmix 1 --eps_warmup_epochs 2",
+        "--attack_train trades --precision bf16 --clip_grad 1 --accum_iter 3 --val_attack pgd2 --test_every 2",
+        # images are mixed from epoch 6 on: other targets, another step
+        "--warmup_aa --start_epoch 4 --epochs 9 --attack_train apgd",
+    ],
+)
+def test_finetuning(test_data, tmp_path, extra):
+    tape = Tape()
+    train("finetune", test_data, tmp_path / "graph", f"{EPOCHS} {extra}", tape)
+    train("finetune", test_data, tmp_path / "eager", f"{EPOCHS} {extra}")
+    assert same(tmp_path / "graph", tmp_path / "eager")
+    assert tape.launched > 0
+
+
+@pytest.mark.parametrize("order", [("graph", "eager"), ("eager", "graph"), ("graph", "graph")])
+def test_a_run_in_pieces_is_the_whole_run_whoever_captures(data, tmp_path, order):
+    train("pretrain", data, tmp_path / "whole", EPOCHS)
+    for stop, how in zip((5, 0), order):
+        tape = Tape() if how == "graph" else None
+        train("pretrain", data, tmp_path / "pieces", f"{EPOCHS} --resume auto --max_steps {stop}", tape)
+        assert tape is None or tape.launched > 0
+    assert same(tmp_path / "whole", tmp_path / "pieces")
+
+
+@pytest.mark.parametrize(
+    ("extra", "refused", "stretches"),
+    [("", "aten.linalg_cholesky_ex", 1 + 2), ("--mi_train dib_mi", "aten._linalg_eigh", 2)],
+)
+def test_a_penalty_that_cannot_be_captured_runs_between_two_graphs(data, tmp_path, capsys, extra, refused, stretches):
+    tape = Tape(refused)
+    loop = train("pretrain", data, tmp_path / "graph", f"{EPOCHS} {extra}", tape)
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step_graph: ")]
+    train("pretrain", data, tmp_path / "eager", f"{EPOCHS} {extra}")
+    assert same(tmp_path / "graph", tmp_path / "eager")
+    assert (tape.begun, loop.engine.captured.reason) == (stretches, "")
+    assert len(told) == (stretches == 3)
+    assert all(
+        "operation not permitted when stream is capturing); the penalty runs between two graphs" in line
+        for line in told
+    )
+
+
+def test_a_step_that_cannot_be_captured_runs_uncaptured_and_says_so(data, tmp_path, capsys):
+    tape = Tape("aten._fused_adamw_")
+    loop = train("pretrain", data, tmp_path / "graph", EPOCHS, tape)
+    assert "step_graph: the step could not be captured (aten._fused_adamw_" in capsys.readouterr().out
+    assert loop.engine.captured.reason.startswith("its capture failed: aten._fused_adamw_")
+    assert (tape.begun, tape.launched) == (3, 0)  # once, and with the penalty outside
+
+
+def test_who_listens_to_the_stages_inside_of_a_step_sees_it_uncaptured(data, tmp_path):
+    for inside in (True, False):
+        tape, opened = Tape(), []
+        with listening(lambda name, opened=opened: opened.append(name) or nullcontext(), inside):
+            train("pretrain", data, tmp_path / str(inside), EPOCHS, tape)
+        assert (tape.launched == 0) is inside
+        assert opened.count("data") == 18
