@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -21,7 +20,7 @@ from mimir_fast.checkpoints.atomic import free_name, move, write_atomically
 from mimir_fast.config.sections import RunConfig
 from mimir_fast.training.distributed import World
 from mimir_fast.training.events import Events, drop_points
-from mimir_fast.training.metrics_table import MetricsTable, Reading
+from mimir_fast.training.metrics_table import MetricsTable, RowQueue
 from mimir_fast.training.sinks import Console, Lines, WandbRun, can_show
 
 GIB = 2**30
@@ -66,15 +65,6 @@ def set_aside(path: Path) -> None:
         move(path, free_name(path.with_name(path.name + ".old")))
 
 
-class Asked(NamedTuple):
-    """Rows on their way from the device: the host's share of each; images, and seconds waited for data, meanwhile."""
-
-    hosts: list[dict]
-    reading: Reading
-    images: int
-    data_seconds: float
-
-
 class RunLog:
     """All outputs of a run but its checkpoints; only rank 0 writes, every rank calls.
 
@@ -100,12 +90,9 @@ class RunLog:
         self.writer: Events | None = None
         self.wandb: WandbRun | None = None
         self.files: dict[str, Lines] = {}
-        self.rows, self.skipped_in_a_row = rows, 0.0
-        # The host's share of rows that are on the device, and rows that are on their way.
-        self.pending: list[dict] = []
-        self.asked: list[Asked] = []
+        self.rows, self.skipped_in_a_row = RowQueue(rows, world), 0.0
         self.first_update, self.last_update, self.started = update, update, time.perf_counter()
-        self.last_flush, self.data_seconds, self.images = self.started, 0.0, 0
+        self.last_flush = self.started
         self.epoch_started, self.epoch_images = self.started, 0
         if not world.is_main:
             return
@@ -135,14 +122,11 @@ class RunLog:
 
     def add_update(self, update: int, epoch: float, lr: float, images: int, data_s: float) -> None:
         """Count an update, whose row the device writes; images, and seconds waited for data (data_s), since the last update."""
-        self.pending.append({"update": update, "epoch": epoch, "x": int(1000 * epoch), "lr": lr})
-        self.images += images
+        host = {"update": update, "epoch": epoch, "x": int(1000 * epoch), "lr": lr}
+        self.rows.add(host, {"images": images, "data_seconds": data_s})
         self.epoch_images += images
-        self.data_seconds += data_s
-        if len(self.pending) == self.rows.capacity:
-            self._ask()
-        if self.asked and self.asked[-1].reading.is_there():
-            self._write_asked()
+        if self.rows.arrived():
+            self._write_arrived()
         if self.world.is_main:
             self.console.advance()
 
@@ -151,34 +135,26 @@ class RunLog:
 
         wait   write these as well; without, the host does not wait for a GPU, and they are written when they have arrived
         """
-        self._write_asked()
-        self._ask()
-        # Not whether they are there already: every rank must have seen the same rows.
-        if wait or not self.asked or self.asked[-1].reading.copied is None:
-            self._write_asked()
+        self._write_arrived()
+        if self.rows.ask() or wait:
+            self._write_arrived()
 
-    def _ask(self) -> None:
-        if self.pending:
-            reading = self.rows.read(len(self.pending), self.world)
-            self.asked.append(Asked(self.pending, reading, self.images, self.data_seconds))
-            self.pending, self.images, self.data_seconds = [], 0, 0.0
-
-    def _write_asked(self) -> None:
-        if not self.asked:
+    def _write_arrived(self) -> None:
+        """Write all rows that were asked for; waits for them."""
+        rows, totals = self.rows.take()
+        if not rows:
             return
-        lines = [line for asked in self.asked for line in asked.reading.lines()]
-        hosts = [host for asked in self.asked for host in asked.hosts]
         now = time.perf_counter()
         elapsed = max(now - self.last_flush, 1e-9)
         shared = {
-            "images_per_s": sum(asked.images for asked in self.asked) * self.world.size / elapsed,
-            "data_wait": min(sum(asked.data_seconds for asked in self.asked) / elapsed, 1.0),
+            "images_per_s": totals["images"] * self.world.size / elapsed,
+            "data_wait": min(totals["data_seconds"] / elapsed, 1.0),
             "peak_memory_gib": peak_memory_gib(self.world.device),
         }
-        self.asked, self.last_flush = [], now
-        self.skipped_in_a_row = lines[-1]["skipped_in_a_row"]
+        self.last_flush = now
+        self.skipped_in_a_row = rows[-1]["skipped_in_a_row"]
         if self.world.is_main:
-            self._write([_row(host, line, shared) for host, line in zip(hosts, lines)])
+            self._write([_row(row | shared) for row in rows])
 
     def _write(self, rows: list[dict]) -> None:
         if self.files:
@@ -249,8 +225,7 @@ class RunLog:
                 sink.close()
 
 
-def _row(host: dict, line: dict[str, float], shared: dict) -> dict:
-    row = host | line | shared
+def _row(row: dict) -> dict:
     row |= {key: round(row[key]) for key in COUNTS if key in row}
     return {key: _finite(value) for key, value in row.items() if key != "skipped_in_a_row"}
 

@@ -1,5 +1,6 @@
 """Table of metrics: one row per update, written on the device by the step itself and read back without stopping it."""
 
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -63,3 +64,38 @@ class MetricsTable:
         copied = torch.cuda.Event()
         copied.record()
         return Reading(self.names, host, copied)
+
+
+class RowQueue:
+    """Rows of a table with the host's share of each, on their way: counted, asked for, taken."""
+
+    def __init__(self, table: MetricsTable, world: World):
+        self.table, self.world = table, world
+        self._hosts: list[dict] = []
+        self._totals: Counter[str] = Counter()
+        self._asked: list[tuple[list[dict], Counter[str], Reading]] = []
+
+    def add(self, host: dict, amounts: dict[str, float]) -> None:
+        """Count a row that the device writes; amounts: are added up over the rows that are taken together."""
+        self._hosts.append(host)
+        self._totals.update(amounts)  # type: ignore[arg-type]
+        if len(self._hosts) == self.table.capacity:
+            self.ask()
+
+    def ask(self) -> bool:
+        """Ask for the rows since the last time, averaged over all processes, which all call; returns whether there is nothing
+        to wait for: not whether the rows are there by now, since every process must act alike."""
+        if self._hosts:
+            self._asked.append((self._hosts, self._totals, self.table.read(len(self._hosts), self.world)))
+            self._hosts, self._totals = [], Counter()
+        return all(reading.copied is None for _, _, reading in self._asked)
+
+    def arrived(self) -> bool:
+        """Whether there are rows to take, and `take` would not wait."""
+        return bool(self._asked) and self._asked[-1][2].is_there()
+
+    def take(self) -> tuple[list[dict], Counter[str]]:
+        """The rows asked for, and their amounts; the host waits for them."""
+        asked, self._asked = self._asked, []
+        rows = [host | line for hosts, _, reading in asked for host, line in zip(hosts, reading.lines())]
+        return rows, sum((totals for _, totals, _ in asked), Counter())

@@ -20,20 +20,20 @@ def test_five_steps_without_a_host_synchronisation(tmp_path, monkeypatch, extra,
     from mimir_fast.training.engine import Engine
 
     data, steps = make_images(tmp_path / "data"), []
-    micro_step, flush = Engine.micro_step, RunLog.flush
+    advance, flush = Engine.advance, RunLog.flush
 
     def counted(self, *args):
         steps.append(1)
         torch.cuda.set_sync_debug_mode(
             "error" if len(steps) > 2 else "default"
         )  # after compilation, until the next flush
-        return micro_step(self, *args)
+        return advance(self, *args)
 
-    def reading(self):
+    def reading(self, **options):
         torch.cuda.set_sync_debug_mode("default")
-        return flush(self)
+        return flush(self, **options)
 
-    monkeypatch.setattr(Engine, "micro_step", counted)
+    monkeypatch.setattr(Engine, "advance", counted)
     monkeypatch.setattr(RunLog, "flush", reading)
     words = f"""--dataset imagefolder --data_root {data} --model mae_vit_ti --input_size 32 --patch_size 4 --norm_pix_loss
         --batch_size 2 --num_workers 0 --attack pgd_mae --mi_train hsic --max_steps 7 --epochs 9 --warmup_epochs 1

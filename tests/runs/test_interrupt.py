@@ -14,16 +14,16 @@ START = {"pretrain": (runs.run, runs.make_images), "finetune": (finetune_runs.fi
 @pytest.mark.parametrize("verb", START)
 def test_a_second_ctrl_c_ends_at_once(verb, tmp_path, monkeypatch, capsys):
     train, make_data = START[verb]
-    micro_step, steps = Engine.micro_step, []
+    advance, steps = Engine.advance, []
 
     def interrupted(self, *arguments):
         steps.append(arguments)
         if len(steps) == 2:
             for _ in range(2):
                 os.kill(os.getpid(), signal.SIGINT)
-        return micro_step(self, *arguments)
+        return advance(self, *arguments)
 
-    monkeypatch.setattr(Engine, "micro_step", interrupted)
+    monkeypatch.setattr(Engine, "advance", interrupted)
     before = signal.getsignal(signal.SIGINT)
     assert train(make_data(tmp_path / "data"), tmp_path / "out", "--epochs 1") == 130
     assert len(steps) == 2

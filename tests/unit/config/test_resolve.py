@@ -94,7 +94,7 @@ def test_what_is_recorded_is_what_was_asked_with_nothing_left_open():
     flat = run.flat()
     assert list(flat) == list(run.config.flat())
     filled = {"device": "cpu", "precision": "fp32", "compile": False, "compile_region": "block"}
-    filled |= {"kernels": "reference", "attention": "sdpa", "mlp": "reference"}
+    filled |= {"kernels": "reference", "attention": "sdpa", "mlp": "reference", "step_graph": "off"}
     assert flat == run.config.flat() | filled
     assert run.config.compute.precision is None
     assert resolve(run.config.updated(flat), set(flat) - {"compile_region"}, CPU).flat() == flat

@@ -273,15 +273,15 @@ def test_unknown_gpu_is_refused(capsys):
 
 
 def test_the_loop_lets_go_of_the_last_step(tmp_path, monkeypatch):
-    micro_step, alive = Engine.micro_step, []
+    advance, alive = Engine.advance, []
 
     def watched(self, *arguments):
         assert not [ref for ref in alive if ref() is not None]
-        output = micro_step(self, *arguments)
+        output = advance(self, *arguments)
         alive[:] = [weakref.ref(t) for t in (output.adv, output.pred)]
         return output
 
-    monkeypatch.setattr(Engine, "micro_step", watched)
+    monkeypatch.setattr(Engine, "advance", watched)
     assert run(make_images(tmp_path / "data"), tmp_path / "out", "--max_steps 3") == 0
     assert alive
 
