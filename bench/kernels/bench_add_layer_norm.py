@@ -2,9 +2,9 @@
 
 import torch
 
-from bench.kernels.case import DTYPES, Case
 from bench.kernels.suite import Size
 from mimir_fast.kernels import add_layer_norm
+from tests.support.cases import DTYPES, Case
 
 
 def cases(size: Size, dtype: str) -> list[Case]:

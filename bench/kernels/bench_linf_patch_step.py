@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from bench.kernels.case import DTYPES, Case, random_order
 from bench.kernels.suite import Size
 from mimir_fast.kernels import linf_bounds, linf_patch_step
+from tests.support.cases import DTYPES, Case, random_order
 
 EPS = 8 / 255
 FLIPPED = 1e-3  # share of pixels whose gradient may be so close to zero that rounding decides its sign

@@ -6,9 +6,9 @@ torch noise, the rival from elsewhere, draws other numbers: it is held to the ba
 import torch
 from torch import Tensor
 
-from bench.kernels.case import DTYPES, Case
 from bench.kernels.suite import Size
 from mimir_fast.kernels import linf_bounds, linf_start
+from tests.support.cases import DTYPES, Case
 
 EPS = 8 / 255
 ALL = 2**63 - 1  # seeds

@@ -2,10 +2,10 @@
 
 import torch
 
-from bench.kernels.case import DTYPES, Case
 from bench.kernels.suite import Size
 from mimir_fast.kernels import mlp
 from mimir_fast.kernels.mlp.op import supported
+from tests.support.cases import DTYPES, Case
 
 RATIO = 4  # hidden width to width
 

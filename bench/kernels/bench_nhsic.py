@@ -6,11 +6,11 @@ A rival that never stores the kernel matrices, as KeOps does, cannot be: their i
 import torch
 from torch import Tensor
 
-from bench.kernels.case import DTYPES, Case
 from bench.kernels.suite import Size
 from bench.simulated_gpu import marker
 from mimir_fast.kernels import nhsic
 from mimir_fast.kernels.nhsic.reference import RIDGE, center_rows, ridge_inverse
+from tests.support.cases import DTYPES, Case
 
 CLOSE = {"fp32": 2e-3, "fp16": 2e-2, "bf16": 2e-2}  # relative, in the L2 norm
 

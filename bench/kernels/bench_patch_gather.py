@@ -2,9 +2,9 @@
 
 import torch
 
-from bench.kernels.case import DTYPES, Case, random_order
 from bench.kernels.suite import Size
 from mimir_fast.kernels import patch_gather
+from tests.support.cases import DTYPES, Case, random_order
 
 
 def cases(size: Size, dtype: str) -> list[Case]:

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.kernels.case import DTYPES, Case
 from bench.kernels.suite import Size
 from bench.simulated_gpu import marker
 from mimir_fast.kernels import short_attention
 from mimir_fast.kernels.short_attention.op import supported
 from mimir_fast.models.attention import PACKAGES, attention
+from tests.support.cases import DTYPES, Case
 
 HALF = ("bf16", "fp16")  # what the others' kernels take
 

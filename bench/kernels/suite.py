@@ -4,10 +4,10 @@ import importlib
 from collections import namedtuple
 from dataclasses import dataclass
 
-from bench.kernels.case import DTYPES, Case
 from mimir_fast.config.pretraining import PretrainConfig
 from mimir_fast.config.pretraining_recipes import cifar10_vit_s, imagenet_vit_b, imagenet_vit_s
 from mimir_fast.models.families import find
+from tests.support.cases import DTYPES, Case
 
 # by what is at stake in a step; tests/test_layout.py holds the list to the folders of kernels/
 OPS: tuple[str, ...] = (

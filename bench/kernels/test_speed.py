@@ -10,18 +10,19 @@ import pytest
 import torch
 from triton.testing import do_bench
 
-from bench.kernels.case import Drawn, leaves
+from bench.kernels.case import Timed
 from bench.kernels.conftest import DEVICE
 from bench.records import percentiles
 from bench.simulated_gpu import marker
+from tests.support.cases import leaves
 
 
 @pytest.fixture(scope="module")
-def drawn(request) -> Iterator[Drawn]:
+def drawn(request) -> Iterator[Timed]:
     """A case's inputs; nothing compiled for another case counts against this one, buffers of kept graphs are not given away."""
     torch._dynamo.reset()
     with torch._functorch.config.patch(donated_buffer=False):
-        yield Drawn(request.param.case, DEVICE)
+        yield Timed(request.param.case, DEVICE)
 
 
 def test_speed(drawn, name, direction, benchmark, note):
@@ -32,7 +33,7 @@ def test_speed(drawn, name, direction, benchmark, note):
         pytest.skip(drawn.case.refused)
     try:
         function = drawn.implementation(name)
-        wrong = "" if marker() else drawn.wrong(name, function)
+        wrong = "" if marker() else drawn.wrong(name, drawn.values(function))
         times = None if wrong else timed(drawn.call(function, direction), benchmark)
     except Exception as error:
         note("failed", " ".join(f"{type(error).__name__}: {error}".split())[:200])
