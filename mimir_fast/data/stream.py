@@ -11,6 +11,7 @@ from mimir_fast.data.batch_order import KeySampler, Schedule
 from mimir_fast.data.crops import Channels
 from mimir_fast.data.datasets import DatasetInfo
 from mimir_fast.data.errors import BadFiles, DataError
+from mimir_fast.data.fingerprints import names_fingerprint
 from mimir_fast.data.workers import BatchMaker, CropMaker, sigterm_held, start_worker, unchanged
 
 
@@ -21,6 +22,7 @@ class BatchStream:
     num_images   real training images
     classes      their names in label order; num_classes of them
     mean, std    per channel, of images in [0,1]
+    fingerprint  of the images' names and labels, which the order of an epoch depends on
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class BatchStream:
         self.mean: Channels = info.mean
         self.std: Channels = info.std
         self._bad: BadFiles = batches.source.bad
+        self.fingerprint = names_fingerprint(batches.source)
         self._keys = KeySampler(schedule)
         self._length = len(schedule)
         self._running: Generator[tuple[Tensor, Tensor], None, None] | None = None

@@ -40,7 +40,9 @@ class Loop:
         notes, updater = list(task.run.notes), task.updater(self.lr)
         start = Position(o.start_epoch, update=o.start_epoch * self.updates_per_epoch)
         entries = (task.model, updater, start, self._geometry(), self.updates_per_epoch)
-        self.position, state, own = resume(r.resume, self.folder, world, *entries, notes.append)
+        self.position, state, own = resume(
+            r.resume, self.folder, world, *entries, notes.append, self.stream.fingerprint
+        )
         task.resume(state, own, notes.append)
         self.first_update = self.position.update + 1
         self.engine = Engine(task, world, updater, state.get("model_ema"), recorder=recorder)
@@ -202,7 +204,7 @@ class Loop:
 
     def _save(self, name: str, batch: Batch | None, output: Output | None, extra: dict | None = None) -> list[str]:
         """Write a checkpoint on rank 0, then retire those that it replaces; returns lines about these.  Every rank calls."""
-        own = {"geometry": self._geometry(), **self.task.state()}
+        own = {"geometry": self._geometry(), "images": self.stream.fingerprint, **self.task.state()}
         own |= {"wandb": self.wandb_run} if self.wandb_run else {}
         moved: list[str] = []
         states = self.engine.states() if self.folder else {}
