@@ -101,7 +101,7 @@ def analyzed(config: AnalyzeConfig, source: str, device: str, left: TimeLeft) ->
     overrides = overrides_of(config.model.model, config.model.use_normalize, config.data.dataset)
     trained = load_encoder(source, overrides=overrides, device=device)
     for line in trained.notes:
-        _say(line)
+        print(line)
     how = perturbation(config, trained)
     left.begin()
     batches, indices = images(config, trained)
