@@ -13,14 +13,15 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from triton.runtime.jit import JITFunction
 
+from bench.kernels.suite import OPS
 from mimir_fast import kernels
 from mimir_fast.kernels._shared import column_sums
-from tests.kernels.test_devices import OPERATIONS, draws
+from tests.kernels.test_devices import SMALL, cases
+from tests.support.cases import Drawn
 from tests.support.interpreter import interpret
 from tests.support.simulation import needs_simulated_gpu, run_simulated
 
 FOLDER = Path(kernels.__file__).parent
-OPS = sorted(path.parent.name for path in FOLDER.glob("*/kernel.py"))
 
 
 def modules(op: str) -> list:
@@ -33,7 +34,7 @@ def test_a_second_call_of_the_same_shapes_computes_nothing_anew(op):
     remembered = [f for m in (*modules(op), column_sums) for f in vars(m).values() if isinstance(f, _lru_cache_wrapper)]
     launched = []
     with patch.object(JITFunction, "run", lambda kernel, *_, **__: launched.append(kernel.__name__)):
-        for launch in modules_kernel(op).launches():
+        for launch in importlib.import_module(f"mimir_fast.kernels.{op}.kernel").launches():
             launch.call()
             first, misses = len(launched), [f.cache_info().misses for f in remembered]
             launch.call()
@@ -44,31 +45,30 @@ def test_a_second_call_of_the_same_shapes_computes_nothing_anew(op):
         assert "_kernel[" not in inspect.getsource(module), f"{module.__name__}: a kernel is launched past Prepared"
 
 
-def modules_kernel(op: str):
-    return importlib.import_module(f"mimir_fast.kernels.{op}.kernel")
-
-
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_compiled_code_calls_kernels_alone(name):
-    """The graphs of forward and backward pass hold operators that have no layer of autograd, and no other call of ours."""
-    tensors, ids = draws(
-        torch.device("cpu"), {"B": 2, "side": 24, "p": 8, "E": 32, "m": 9, "d": 70, "T": 5}, torch.float32
-    )
+@pytest.mark.parametrize("op", OPS)
+def test_compiled_code_calls_kernels_alone(op):
+    """The graphs of forward and backward pass hold operators that have no layer of autograd, and compute the same bits."""
     called = []
 
     def record(graph, _):
         called.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
         return make_boxed_func(graph)
 
+    # All cases share the code that is compiled.
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=record, bw_compiler=record)
+    case = cases(op, SMALL, "bf16")[0]
     with interpret():
-        operation = torch.compile(lambda: OPERATIONS[name](tensors, ids, 8, "triton"), fullgraph=True,
-                                  backend=aot_autograd(fw_compiler=record, bw_compiler=record))  # fmt: skip
-        operation().sum().backward()
+        drawn = Drawn(case, torch.device("cpu"))
+        eager, compiled = (
+            drawn.values(f) for f in (case.ours, torch.compile(case.ours, fullgraph=True, backend=backend))
+        )
+    assert all(torch.equal(value, compiled[name]) for name, value in eager.items())
     ours = [target for target in called if getattr(target, "namespace", "") == "mimir_fast"]
-    assert len(ours) > 1
+    assert len(ours) > any("gradient" in name for name in eager)
     for target in ours:
-        assert not torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd"), target
-        assert not torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "Autograd"), target
+        for key in ("CompositeImplicitAutograd", "Autograd"):
+            assert not torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), key), target
     assert not [target for target in called if "autograd" in str(target)]
 
 
