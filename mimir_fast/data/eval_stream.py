@@ -17,12 +17,13 @@ from mimir_fast.config.choices import EVAL_RESIZE, SPLITS
 from mimir_fast.data.build import check_input_size
 from mimir_fast.data.crops import Channels, evaluated_side
 from mimir_fast.data.datasets import DatasetInfo, Source, dataset_info, read_images
+from mimir_fast.data.delivery import Batch, delivered
 from mimir_fast.data.errors import DataError
 from mimir_fast.data.image_list import listed_images
 from mimir_fast.data.sources import ArrayImages, FolderImages
 from mimir_fast.data.splits import class_names, held_out_indices
 from mimir_fast.data.stream import batch_loader
-from mimir_fast.data.workers import Batch, batch_or_bad, sigterm_held
+from mimir_fast.data.workers import batch_or_bad, workers_starting
 
 
 class EvalStream:
@@ -64,9 +65,9 @@ class EvalStream:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Images uint8 [B,3,S,S] and labels int64 [B].  Raises DataError for an unreadable image, naming it."""
-        with sigterm_held():
+        with workers_starting():
             batches = iter(self._loader)
-        for images, labels, bad in batches:
+        for images, labels, bad in delivered(batches):
             self._bad.record(bad)
             yield images, labels
 
