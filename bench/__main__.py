@@ -5,7 +5,8 @@ compile   every kernel compiled for A100 and H100, its machine code read (no GPU
 step      one step of pre-training or fine-tuning priced against a GPU's limits, and measured where the GPU is there
 train     images per second of the real training loop from a folder of images, MFU, memory, the wait for data
 profile   a trace of some updates, the time of their stages, their ten most expensive kernels
-gpu       tests, kernels, step, training loop and profile in one go on one GPU: what to run there first
+capture   updates launched as a CUDA graph against the same ones uncaptured, bit for bit
+gpu       capture, tests, kernels, step, training loop and profile in one go on one GPU: what to run there first
 
 --simulate h100 (or h200, a100) runs a verb on a simulated GPU (bench/simulated_gpu): calls and memory are exact, times do not
 exist.
@@ -21,7 +22,7 @@ from bench import simulated_gpu
 from bench.simulated_gpu.build import unsuitable
 
 VERBS = {"kernels": "bench.kernels.command", "step": "bench.step.command"}
-VERBS |= {name: f"bench.{name}" for name in ("compile", "train", "profile", "gpu")}
+VERBS |= {name: f"bench.{name}" for name in ("compile", "train", "profile", "capture", "gpu")}
 
 
 def main(arguments: list[str]) -> int:

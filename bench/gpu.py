@@ -1,4 +1,4 @@
-"""python -m bench gpu: tests, kernels, steps, training loop and profile on one GPU, in one go, with a summary."""
+"""python -m bench gpu: capture, tests, kernels, steps, training loop and profile on one GPU, in one go, with a summary."""
 
 import argparse
 import contextlib
@@ -18,7 +18,7 @@ from bench.simulated_gpu import marker
 from bench.steps import FINETUNE, VARIANTS
 from mimir_fast.checkpoints.atomic import write_text_atomically
 
-GROUPS = ("tests", "kernels", "step", "finetune", "train", "profile")
+GROUPS = ("capture", "tests", "kernels", "step", "finetune", "train", "profile")
 FLAGS = ["--residual_dtype", "bf16"]  # of docs/performance.md
 ATTACKS = (1, 10)  # steps of the fine-tuning steps
 TESTS = ("tests/kernels/test_devices.py", "tests/runs/test_gpu.py")
@@ -99,9 +99,11 @@ def plan(args: argparse.Namespace, flags: list[str]) -> list[Stage]:
     found: list[Stage] = []
 
     def add(name: str, share: float, verb: str, *words: str) -> None:
-        results = [] if verb == "profile" else ["--results", f"{args.results / verb}.jsonl"]
+        results = [] if verb in ("profile", "capture") else ["--results", f"{args.results / verb}.jsonl"]
         found.append(Stage(name, [sys.executable, "-m", "bench", verb, *results, *words], share))
 
+    # first of all whether a captured step computes what the others compute
+    add("capture", COMPILED, "capture", "--model", args.models[-1], *flags)
     if not marker():  # a simulated GPU computes nothing
         found.append(Stage("tests", [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *TESTS], 80))
     add("kernels", 90, "kernels")

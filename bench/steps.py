@@ -1,7 +1,7 @@
-"""The step of each variant as a function without arguments: attack, forward, backward, optimizer update of one random batch.
+"""The step of each variant as functions without arguments: attack, forward, backward, optimizer update of one random batch.
 
 ours         as the trainer builds it from its flags
-references   the same, with every kernel's reference implementation, under plain torch.compile
+references   the same, with every kernel's reference implementation, under plain torch.compile, uncaptured
 textbook     tests/oracles/textbook.py, eager: the step written straightforwardly; its fine-tuning model is timm's own
 
 The images are on the device already, as floats: reading, decoding and copying them is the data pipeline's.
@@ -9,8 +9,11 @@ The images are on the device already, as floats: reading, decoding and copying t
 
 import argparse
 import importlib
+import itertools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,7 +70,7 @@ def asked(task: str, words: list[str]) -> Run:
 def configuration(task: str, words: list[str], variant: str = "ours") -> StepConfig:
     """The configuration of a variant's step."""
     if variant == "references":
-        words = [*words, "--kernels", "reference"]  # attention and MLP follow
+        words = [*words, "--kernels", "reference", "--step_graph", "off"]  # attention and MLP follow
     run = asked(task, words)
     config = run.config.updated(run.flat())
     return (config.updated({"compile": False}) if variant == "textbook" else config).check()
@@ -76,8 +79,20 @@ def configuration(task: str, words: list[str], variant: str = "ours") -> StepCon
 # ---- the steps
 
 
-def build_step(variant: str, config: StepConfig, device: torch.device) -> Callable[[], object]:
-    """The variant's step, ready to be called any number of times.
+class Update(NamedTuple):
+    """A step, twice; both are functions without arguments, to be called any number of times in the context.
+
+    uncaptured   what the device does, launch by launch
+    run          the same as the training runs it, which is what the host issues
+    """
+
+    uncaptured: Callable[[], object]
+    run: Callable[[], object]
+    context: AbstractContextManager
+
+
+def build_step(variant: str, config: StepConfig, device: torch.device) -> Update:
+    """The variant's step.
 
     Raises ValueError for a textbook pre-training step with an attack of more than one step.
     """
@@ -85,18 +100,30 @@ def build_step(variant: str, config: StepConfig, device: torch.device) -> Callab
     shape = (flat["batch_size"], 3, flat["input_size"], flat["input_size"])
     images_u8 = torch.randint(256, shape, dtype=torch.uint8, device=device)
     labels = torch.randint(flat.get("nb_classes", 1), shape[:1], device=device)
+    if variant != "textbook":
+        return product(config, images_u8, labels)
     # imported here, untyped: bench runs from a checkout, where the tests' oracles are at hand
-    textbook = importlib.import_module("tests.oracles.textbook_run").textbook_run
-    return (textbook if variant == "textbook" else product)(config, images_u8, labels)
+    step = importlib.import_module("tests.oracles.textbook_run").textbook_run(config, images_u8, labels)
+    return Update(step, step, nullcontext())
 
 
-def product(config: StepConfig, images_u8: Tensor, labels: Tensor) -> Callable[[], object]:
-    """The trainer's own: noise, attack, forward, backward and update of a batch that is prepared once."""
+def product(config: StepConfig, images_u8: Tensor, labels: Tensor) -> Update:
+    """The trainer's own.  Uncaptured: noise, attack, forward, backward and update of a batch that is prepared once."""
     world = World(device=images_u8.device)
     engine = Engine(build_task(resolve(config, set()), world), world)
     batch, _ = engine.prepare(images_u8, labels, 0, 0)
-    # what the step returned is alive during the update, as in the loop
-    return lambda: (engine.forward_backward(batch, engine.task.draw_noise(engine.generator, batch)), engine.update())
+
+    def uncaptured() -> object:
+        # what the step returned is alive during the update, as in the loop
+        return engine.forward_backward(batch, engine.task.draw_noise(engine.generator, batch)), engine.update()
+
+    number = itertools.count(1)
+
+    def run() -> object:
+        n = next(number)
+        return engine.advance(images_u8, labels, 0, n - 1, n)
+
+    return Update(uncaptured, run, engine.captured.context())
 
 
 def model_flops(config: StepConfig) -> float:
@@ -106,7 +133,7 @@ def model_flops(config: StepConfig) -> float:
     work, what activation checkpointing computes twice.
     """
     plain = {name: value for name, value in PLAIN.items() if name in config.flags()}
-    step = build_step("ours", config.updated(plain), torch.device("cpu"))
+    step = build_step("ours", config.updated(plain), torch.device("cpu")).uncaptured
     # torch's FlopCounterMode cannot look into the attack: its module tracker fails under torch.autograd.grad (torch 2.14)
     return sum(sum(p.flops.values()) for p in chain(*record(step, "cpu")))
 

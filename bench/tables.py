@@ -20,6 +20,7 @@ SAME = "task variant peaks model batch_size input_size patch_size residual_dtype
 PUBLISHED_MFU = 0.229  # the highest among the trainings that docs/performance.md cites
 # head=format; ...
 BOUNDS = """model={model}; step={step}; for={gpu}; kernels + products + memsets={kernels} + {gemms} + {memsets}
+issued by the host={issued}; host ms={host_ms}; host / bound={host_share}
 waits={syncs}; GB={gb:.1f}; GB outside products and attention={gb_outside_gemm_attention:.1f}; product TFLOP={gemm_tflop:.1f}
 peak GiB={peak_gib:.1f}; bound ms={bound_ms:.1f}; of which dense solves ms={solves_ms:.1f}; measured ms={ms}
 configuration={setting}; record: device · CUDA driver · torch · Triton · commit · date={source}"""
@@ -49,13 +50,16 @@ def figures(r: dict) -> dict:
     tflop = r["classes"]["GEMM"]["tflop"] + r["classes"]["attention"]["tflop"]
     bound_ms = r["totals"]["bound_ms"]
     shares = {kind: f"{c['bound_ms']:.1f} ({c['bound_ms'] / bound_ms:.0%})" for kind, c in r["classes"].items()}
-    how = "compiled" if r["compile"] else "eager"
+    how, host = "compiled" if r["compile"] else "eager", r.get("host")
     reached = f"{r['batch_size'] * PUBLISHED_MFU * peak / tflop:,.0f}"
     own = {
         "size": list(SIZES).index(size),
         "model": f"ViT-{SIZES[size]}/{r['patch_size']}",
         "step": r["variant"].replace("ours", "mimir_fast") + attack,
         "gpu": r["peaks"].upper(),
+        "issued": host["issued"] if host else "—",
+        "host_ms": f"{host['ms']:.2f}" if host else "—",
+        "host_share": f"{host['share_of_bound']:.0%}" if host else "—",
         "solves_ms": bound_ms - r["totals"]["bound_without_solves_ms"],
         "ms": f"{r['measured']['ms']:.1f}" if r["measured"] else "unknown",
         "rate": r["batch_size"] / bound_ms * 1e3,

@@ -10,7 +10,8 @@ there.  simulated.hpp describes the log.
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from bench.peaks import PEAKS
@@ -42,3 +43,14 @@ def marker() -> Callable[[str], None] | None:
     """What writes a mark into the log of this process's simulated GPU; None on a real GPU or without one."""
     mark = getattr(ctypes.CDLL(None), "simulated_gpu_mark", None)
     return None if mark is None else lambda text: mark(text.encode())
+
+
+@contextmanager
+def host_timed() -> Iterator[None]:
+    """While inside, this process's simulated GPU logs nothing and carries out small copies only: they are not the host's."""
+    switch = ctypes.CDLL(None).simulated_gpu_time_host
+    switch(1)
+    try:
+        yield
+    finally:
+        switch(0)

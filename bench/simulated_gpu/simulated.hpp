@@ -18,6 +18,9 @@ namespace simulated {
 // One line of the log; a line feed is added.
 void log(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
+// Whether the host's own time is being taken: nothing is logged, and only small copies and memsets are carried out.
+bool timed();
+
 int architecture();     // compute capability, 80 or 90
 size_t memory_bytes();  // of the whole device
 int attribute(int which);  // a CUdevice_attribute

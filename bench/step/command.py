@@ -52,5 +52,6 @@ def run_step(variant: str, config: steps.StepConfig) -> roofline.Step:
     torch._inductor.config.benchmark_kernel = True  # every generated kernel then carries its byte count
     steps.leave_cudnn_out()
     with steps.ConvolutionStandIn() if marker() and variant == "textbook" else contextlib.nullcontext():
-        step = steps.build_step(variant, config, torch.device("cuda"))
-        return roofline.on_simulated_gpu(step) if marker() else roofline.on_gpu(step)
+        update = steps.build_step(variant, config, torch.device("cuda"))
+        with update.context:
+            return roofline.on_simulated_gpu(update) if marker() else roofline.on_gpu(update)

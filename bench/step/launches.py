@@ -10,7 +10,7 @@ import torch
 
 from bench.step.prices import Price
 
-STEP, TRACE, END, PRODUCT = "step", "trace", "end", "product"  # marks in the log
+STEP, TRACE, HOST, END, PRODUCT = "step", "trace", "host", "end", "product"  # marks in the log
 OUTSIDE = -1
 LAUNCHES = ("KERNEL", "TRITON", "GEMM", "SOLVER")
 # count -> the CUDA calls that it counts

@@ -2,6 +2,6 @@
 
 import sys
 
-from mimir_fast.cli import run_verb
+from mimir_fast.cli.analyze import main
 
-sys.exit(run_verb("analyze", sys.argv[1:]))
+sys.exit(main())

@@ -32,5 +32,4 @@ COMPAT = ("none", "original")
 
 # Evaluation and analysis.
 SPLITS = ("val", "train", "held_out")
-EVAL_RESIZE = ("crop", "none")
 BANDWIDTHS = ("squared", "distance")

@@ -1,6 +1,6 @@
 import sys
 
-from mimir_fast.cli import run_verb
+from mimir_fast.cli.demo import main
 
 if __name__ == "__main__":
-    sys.exit(run_verb("demo", sys.argv[1:]))
+    sys.exit(main())

@@ -1,5 +1,5 @@
 import sys
 
-from mimir_fast.cli import run_verb
+from mimir_fast.cli.memory import main
 
-sys.exit(run_verb("memory", sys.argv[1:]))
+sys.exit(main())

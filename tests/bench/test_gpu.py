@@ -10,7 +10,7 @@ import torch
 
 from bench import gpu, profile, train
 from bench.__main__ import main
-from bench.gpu import FLAGS, GROUPS, Outcome, Stage, page, plan
+from bench.gpu import FLAGS, GROUPS, Outcome, Stage, plan
 from bench.kernels import command as kernels
 from bench.records import ROOT
 from bench.step import command as step
@@ -28,7 +28,8 @@ def script(text: str) -> list[str]:
 def test_the_plan_is_made_of_commands_that_parse():
     args = gpu.build_parser().parse_args("--data_root images --output out --results res".split())
     args.output, args.results = Path(args.output), Path(args.results)
-    tests, *found = plan(args, ["--mask_ratio", "0.6"])
+    capture, tests, *found = plan(args, ["--mask_ratio", "0.6"])
+    assert capture.command[3:] == ["capture", "--model", "mae_vit_small", "--mask_ratio", "0.6"]
     assert all((ROOT / word).exists() for word in tests.command if word.startswith("tests/"))
     steps = [f"step mae_vit_{m} {v}" for m in ("base", "small") for v in ("ours", "references", "textbook")]
     tuned = ["finetune vit_base PGD-1", "finetune vit_base PGD-10"]
@@ -132,11 +133,6 @@ def test_ctrl_c_ends_the_stage_and_keeps_what_was_done(go, monkeypatch, capsys):
     assert "| works | ok |" in summary
 
 
-def test_a_simulated_gpu_is_called_one():
-    heading = {"device": "simulated-h100", "commit": "abc", "date": "today", "torch": "2", "triton": "3"}
-    assert "nothing here is a measured time" in page([], 1, heading)
-
-
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
@@ -159,5 +155,6 @@ def test_on_a_simulated_gpu(tmp_path, capfd):
     assert main(command.split()) == 0, capfd.readouterr()
     summary = (tmp_path / "out" / "summary.md").read_text()
     assert summary.startswith("# simulated-h100, commit ")
+    assert "nothing here is a measured time" in summary
     assert "| profile | ok |" in summary
     assert (tmp_path / "out" / "profile" / "trace.json.gz").exists()

@@ -292,7 +292,7 @@ from bench.steps import build_step, leave_cudnn_out
 from mimir_fast.cli.memory import COMMANDS
 from mimir_fast.cli.parser import parse_args
 leave_cudnn_out()
-step = build_step("ours", parse_args(COMMANDS[sys.argv[1]], sys.argv[2:])[0], torch.device("cuda"))
+step = build_step("ours", parse_args(COMMANDS[sys.argv[1]], sys.argv[2:])[0], torch.device("cuda")).uncaptured
 step()
 torch.cuda.reset_peak_memory_stats()
 step()

@@ -1,0 +1,30 @@
+"""python -m bench capture: what counts as different, and what cannot be captured."""
+
+import pytest
+import torch
+
+from bench.__main__ import main
+from bench.capture import differing
+from tests.support.simulation import needs_simulated_gpu
+
+SMALL = "--model mae_vit_ti --batch_size 2 --input_size 32 --patch_size 8 --no_compile".split()
+
+
+def test_a_single_bit_is_a_difference():
+    these = {"a": torch.ones(3), "b": torch.ones(2)}
+    assert differing(these, {name: t.clone() for name, t in these.items()}) == ""
+    those = {"a": torch.tensor([1, 1, 1 + 2**-23]), "b": torch.ones(2)}
+    assert differing(these, those) == "1 of 2 parameters differ: a by 1.19e-07"
+    assert "nan" in differing({"a": torch.tensor(torch.nan)}, {"a": torch.tensor(torch.nan)})
+
+
+def test_a_cpu_captures_nothing(capsys):
+    assert main(["capture", *SMALL, "--device", "cpu", "--updates", "1"]) == 2
+    assert "step_graph: the step is not captured: on cpu" in capsys.readouterr().err
+
+
+@needs_simulated_gpu
+@pytest.mark.parametrize("flags", [[], ["--accum_iter", "2"]])
+def test_on_a_simulated_gpu(flags, capfd):
+    assert main(["capture", "--simulate", "h100", *SMALL, "--updates", "5", *flags]) == 0
+    assert "5 captured and 5 uncaptured updates: the same parameters" in capfd.readouterr().out
