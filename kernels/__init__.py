@@ -9,6 +9,8 @@ if __name__ != "mimir_fast.kernels":
     raise ImportError("this folder is the package mimir_fast.kernels: import it by that name")
 
 from mimir_fast.kernels.add_layer_norm.op import add_layer_norm
+from mimir_fast.kernels.crop_resize.op import crop_resize
+from mimir_fast.kernels.crop_resize_yuv420.op import crop_resize_yuv420
 from mimir_fast.kernels.linf_patch_step.op import linf_bounds, linf_patch_step
 from mimir_fast.kernels.linf_start.op import linf_start
 from mimir_fast.kernels.mask_indices.op import mask_indices
@@ -21,6 +23,8 @@ from mimir_fast.kernels.token_restore.op import token_restore
 
 __all__ = [
     "add_layer_norm",
+    "crop_resize",
+    "crop_resize_yuv420",
     "linf_bounds",
     "linf_patch_step",
     "linf_start",

@@ -12,7 +12,7 @@ from tests.support.cases import DTYPES, Case
 # by what is at stake in a step; tests/test_layout.py holds the list to the folders of kernels/
 OPS: tuple[str, ...] = (
     *("mlp", "short_attention", "add_layer_norm", "nhsic", "linf_patch_step", "masked_patch_loss", "linf_start"),
-    *("patch_gather", "token_restore", "mask_indices"),
+    *("crop_resize_yuv420", "crop_resize", "patch_gather", "token_restore", "mask_indices"),
 )
 
 

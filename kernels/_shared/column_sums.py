@@ -3,11 +3,12 @@
 Shapes: K sums at once, G groups of rows, D columns, [ROWS, COLUMNS] a tile.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mimir_fast.kernels._shared.launch import FUSED
+from mimir_fast.kernels._shared.launch import FUSED, Prepared, memoised
 
 TILE = {"ROWS": 128, "COLUMNS": 32, "num_warps": 8}
 # The results are three separate pointers of the kernel: add_layer_norm sums for weight, bias and delta_bias.
@@ -40,8 +41,14 @@ def _add_partials_kernel(partials, first, second, third, G, D, ROWS: tl.constexp
         tl.store(third + column_1C, sum_1C.to(third.dtype.element_ty), mask=exists_1C & (which == 2))
 
 
-def add_partials(partials_KGD: Tensor, sums: list[Tensor]) -> None:
-    """Sum each of the K partials over the groups into its [D]; K is 1, 2 or 3."""
-    K, G, D = partials_KGD.shape
-    results = [*sums, *[None] * (SUMS - K)]
-    _add_partials_kernel[(triton.cdiv(D, TILE["COLUMNS"]), K)](partials_KGD, *results, G, D, **TILE, **FUSED)
+def add_partials(partials_KGD: Tensor, dtypes: tuple[torch.dtype, ...]) -> list[Tensor]:
+    """Each of the K partials summed over the groups, [D] in its dtype; K is 1, 2 or 3."""
+    return _prepared(partials_KGD.shape, dtypes)(partials_KGD)[: len(dtypes)]
+
+
+@memoised
+def _prepared(shape: torch.Size, dtypes: tuple[torch.dtype, ...]) -> Prepared:
+    K, G, D = shape
+    results = [((D,), dtype) for dtype in dtypes] + [None] * (SUMS - K)
+    grid = (triton.cdiv(D, TILE["COLUMNS"]), K)
+    return Prepared(_add_partials_kernel, grid, G, D, results=results, **TILE, **FUSED)

@@ -1,13 +1,128 @@
-"""Launches: what they share, and how an operation tells the compile gate which kernels it can launch."""
+"""Launches: how a kernel is launched, and how an operation tells the compile gate which kernels it can launch."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
+import triton
+from torch import Tensor
+from torch._C import _cuda_getCurrentRawStream as current_stream
+from torch._C._dynamo.guards import _empty_strided_cuda as allocate  # type: ignore[attr-defined]
+from triton import knobs
 
 STORAGE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Whether multiply-adds are fused is said at every launch: Triton's default depends on its version.
 FUSED = {"enable_fp_fusion": True}
+# The versions of Triton whose compiled kernels `_handle` knows how to launch; any other version launches them itself.
+HANDLES = ("3.5", "3.6", "3.7", "3.8")
+VERSION = ".".join(triton.__version__.split(".")[:2])
+# Addresses of torch's allocations are multiples of it, and Triton compiles another kernel where one is not.
+ALIGNMENT = 16
+
+# For what follows from shapes, dtypes and flags: computed once, for more of them than a run has.
+memoised = lru_cache(maxsize=1024)
+
+
+# A result's shape and dtype; None where the kernel writes nothing.
+Result = tuple[tuple[int, ...], torch.dtype] | None
+
+
+class Prepared:
+    """A kernel with its grid, its results' shapes, its numbers and options: called with tensors, it is launched.
+
+        launch = Prepared(kernel, grid, n, results=[((n,), torch.float32)], BLOCK=256, num_warps=4)
+        (y,) = launch(x, None)
+
+    The kernel's parameters are the tensors given (None where there is none), the results, which are allocated here and are
+    contiguous, then numbers, in order, then constants, by name.
+
+    Triton's own launch specialises every argument anew and looks the compiled kernel up by a string of all of it, 16 us of
+    host time.  Here the compiled kernel is kept by what is not fixed and Triton specialises on: the device, and of every
+    tensor its dtype, or None.  Whether addresses are multiples of 16 is the rest of it: where one is not, Triton launches.
+    So it does on other devices than CUDA, under a profiler's hooks, and in a version that is not among HANDLES.
+    """
+
+    def __init__(
+        self,
+        kernel: triton.JITFunction,
+        grid: tuple[int, ...],
+        *numbers: float,
+        results: Sequence[Result] = (),
+        **options,
+    ):
+        self.kernel, self.grid = kernel, grid
+        self.numbers = (*numbers, *(options.pop(name) for name in kernel.arg_names if name in options))
+        self.options = options
+        self.results = [result and (tuple(result[0]), _strides(result[0]), result[1]) for result in results]
+        # Triton's launcher takes three sizes.
+        self._sizes = (*grid, 1, 1)[:3]
+        self._compiled: dict[tuple, tuple] = {}
+
+    def __call__(self, *tensors: Tensor | None) -> list[Any]:
+        key: list[torch.dtype | int | None] = []
+        addresses: list[int | None] = []
+        bits = 0
+        for tensor in tensors:
+            if tensor is None:
+                key.append(None)
+                addresses.append(None)
+            else:
+                given, address = tensor, tensor.data_ptr()
+                bits |= address
+                addresses.append(address)
+                key.append(tensor.dtype)
+        device = given.get_device()
+        key.append(device)
+        handle = self._compiled.get(tuple(key))
+        if handle is None or bits % ALIGNMENT or _unusual(device):
+            return self._launched_by_triton(given, tensors, tuple(key), bits % ALIGNMENT == 0)
+        results = [layout and allocate(*layout) for layout in self.results]
+        for result in results:
+            addresses.append(result if result is None else result.data_ptr())
+        launch, arguments = handle
+        launch(*self._sizes, current_stream(device), *arguments, (*addresses, *self.numbers))
+        return results
+
+    def _launched_by_triton(self, like: Tensor, tensors: tuple, key: tuple, aligned: bool) -> list[Any]:
+        # Triton launches on the current device, which need not be the one that holds the tensors.
+        with torch.cuda.device_of(like):
+            results = [layout and like.new_empty(layout[0], dtype=layout[2]) for layout in self.results]
+            compiled = self.kernel[self.grid](*tensors, *results, *self.numbers, **self.options)
+            if like.is_cuda and aligned and VERSION in HANDLES:
+                self._compiled[key] = _handle(compiled)
+        return results
+
+
+def _handle(compiled: triton.compiler.CompiledKernel) -> tuple[Callable[..., None], tuple]:
+    """What launches a compiled kernel, and its arguments between stream and the kernel's own."""
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    if hasattr(run, "kernel_signature") and not (run.global_scratch_size or run.profile_scratch_size):
+        # From 3.7 on one function launches all kernels.  What is None here is for memory of the kernel's own, and for hooks.
+        settings = run.launch_cooperative_grid, run.launch_pdl, metadata
+        return run.launch, (function, *settings, *[None] * 5, run.arg_annotations, run.kernel_signature)
+
+    def launch(x: int, y: int, z: int, stream: int, arguments: tuple) -> None:
+        run(x, y, z, stream, function, metadata, None, None, None, *arguments)
+
+    return launch, ()
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(max(1, size) for size in shape[i + 1 :]) for i in range(len(shape)))
+
+
+def _unusual(device: int) -> bool:
+    """Whether it is not the current device, memory shall be filled with NaN, or a profiler wants to be told of launches."""
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(
+        device != torch._C._cuda_getDevice()
+        or torch._C._get_deterministic_algorithms()
+        or getattr(enter, "calls", enter)
+        or getattr(leave, "calls", leave)
+    )
 
 
 @dataclass(frozen=True)

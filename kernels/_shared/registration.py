@@ -1,11 +1,16 @@
 """Registration: how an operation checks its arguments, chooses its implementation, and becomes a torch operator."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef
+from torch._ops import OpOverload
+from torch.autograd.function import once_differentiable
+from torch.library import Library
 
+# Alive as long as the operators are.
+LIBRARY = Library("mimir_fast", "FRAGMENT")
 IMPLS = ("auto", "triton", "reference")
 # The element types that the kernels read and write.
 STORAGE = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
@@ -60,23 +65,64 @@ def check_storage(**tensors: Tensor) -> None:
             raise ValueError(f"{name}: the triton implementation takes {allowed}, got {tensor.dtype}")
 
 
-def register(name: str, schema: str, launch: Callable, fake: Callable) -> CustomOpDef:
+def register(
+    name: str,
+    schema: str,
+    launch: Callable,
+    fake: Callable,
+    gradient: tuple[Callable, Callable] | None = None,
+) -> OpOverload:
     """Define the torch operator mimir_fast::name, which torch.compile does not look into.
 
     launch    runs the kernels, on CUDA tensors; on CPU tensors inside Triton's interpreter
     fake      gives results of the same shapes, strides and dtypes without computing, for tracing
+    gradient  save(ctx, inputs, output), which keeps what the backward pass needs, and backward(ctx, *upstream), which gives one
+              gradient or None per input; None: no gradient.  There is no second derivative
+
+    A differentiable operator is a function of autograd around the overload `kernel`, and a composite that tracing sees through:
+    compiled code calls the overload, with nothing of Python's autograd around it.
     """
+    if not gradient:
+        return _define(name, "default", schema, launch, fake)
+    # The first of two overloads of one schema is what the operator's name alone means.
+    LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+    kernel = _define(name, "kernel", schema, launch, fake)
+    LIBRARY.impl(name, _with_gradient(name, kernel, *gradient), "CompositeImplicitAutograd")
+    return getattr(torch.ops.mimir_fast, name).default
 
-    def launch_there(*arguments):
-        tensors = (argument for argument in arguments if isinstance(argument, Tensor))
-        # Triton launches on the current device, which need not be the one that holds the tensors.
-        with torch.cuda.device_of(next(tensors)):
-            return launch(*arguments)
 
-    op = torch.library.custom_op(
-        f"mimir_fast::{name}", launch_there, mutates_args=(), device_types="cuda", schema=schema
-    )
+def _define(name: str, overload: str, schema: str, launch: Callable, fake: Callable) -> OpOverload:
+    """An operator without a gradient."""
+    full = name if overload == "default" else f"{name}.{overload}"
+    LIBRARY.define(full + schema, tags=torch.Tag.pt2_compliant_tag)
+    LIBRARY.impl(full, launch, "CUDA")
     # On CPU tensors for tests only, in Triton's interpreter: `choose` gives them the reference.
-    op.register_kernel("cpu")(launch)
-    op.register_fake(fake)
-    return op
+    LIBRARY.impl(full, launch, "CPU")
+    torch.library.register_fake(f"mimir_fast::{full}", fake, lib=LIBRARY)
+    return getattr(getattr(torch.ops.mimir_fast, name), overload)
+
+
+def _with_gradient(name: str, kernel: OpOverload, save: Callable, backward: Callable) -> Callable:
+    """kernel as a function of autograd, where a gradient is asked for."""
+    first_derivative = once_differentiable(backward)
+
+    def forward(ctx, *inputs):
+        output = kernel(*inputs)
+        save(ctx, inputs, output)
+        return output
+
+    def gradients(ctx, *upstream):
+        # For create_graph: only where these require a gradient is a second derivative refused, and not left out.
+        if torch.is_grad_enabled():
+            upstream = tuple(None if grad is None else grad.detach().requires_grad_() for grad in upstream)
+        return first_derivative(ctx, *upstream)
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
+    function: Any = type(name, (torch.autograd.Function,), methods)
+
+    def call(*inputs):
+        if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in inputs):
+            return function.apply(*inputs)
+        return kernel(*inputs)
+
+    return call

@@ -6,6 +6,7 @@ The forward pass stores mean and 1/deviation, 8 bytes beside a row's D numbers o
 reductions over a row instead of four, and each reduction synchronises all warps.
 """
 
+import math
 from functools import partial
 
 import torch
@@ -14,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mimir_fast.kernels._shared.column_sums import add_partials
-from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, empty
+from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, Prepared, empty, memoised
 from mimir_fast.kernels._shared.patch_tile import tile_block, tile_rows
 from mimir_fast.kernels._shared.registration import register
 
@@ -148,15 +149,43 @@ def add_layer_norm_forward(
     keep_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum [...,D] (empty without delta), the normalised sum [...,D], mean and 1/deviation of every row [2,rows]."""
-    s, n, statistics = _fake_forward(x, delta, delta_bias_D, weight_D, bias_D, eps, out_dtype, keep_B)
-    D, rows = x.shape[-1], statistics.shape[1]
-    x, *strides = _rows_of(x, runs=1 if keep_B is None else len(keep_B))
-    delta, delta_bias_D, keep_B = (t if t is None else t.contiguous() for t in (delta, delta_bias_D, keep_B))
-    _add_norm_kernel[(groups(rows, D, sums=False),)](
-        x, delta, delta_bias_D, keep_B, weight_D.contiguous(), bias_D.contiguous(), None if delta is None else s, n, statistics,
-        rows, *strides, eps, D=D, num_warps=_warps(D), **FUSED,
-    )  # fmt: skip
-    return s, n, statistics
+    x = _rows_of(x)
+    launch = _prepared_forward(
+        x.shape, x.stride(), x.dtype, delta is None, None if keep_B is None else len(keep_B), eps, out_dtype
+    )
+    tensors = (
+        x,
+        _contiguous(delta),
+        _contiguous(delta_bias_D),
+        _contiguous(keep_B),
+        weight_D.contiguous(),
+        bias_D.contiguous(),
+    )
+    s, n, statistics = launch(*tensors)
+    return x.new_empty(0) if s is None else s, n, statistics
+
+
+@memoised
+def _prepared_forward(
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    alone: bool,
+    images: int | None,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> Prepared:
+    """alone: without delta, where the sum is x; images: how many keep has; x that is not contiguous has three dimensions."""
+    D, rows = shape[-1], math.prod(shape[:-1])
+    # Rows per run, and strides from run to run and from row to row.
+    run: tuple[int, ...] = rows, 0, D
+    if strides != torch.empty(shape, device="meta").stride():
+        run = shape[1], *strides[:2]
+    elif images is not None and images > 1:
+        run = rows // images, rows // images * D, D
+    results = (None if alone else (shape, dtype), (shape, out_dtype), ((2, rows), torch.float32))
+    grid, options = (groups(rows, D, sums=False),), {"D": D, "num_warps": _warps(D), **FUSED}
+    return Prepared(_add_norm_kernel, grid, rows, *run, eps, results=results, **options)
 
 
 def add_layer_norm_backward(
@@ -176,34 +205,44 @@ def add_layer_norm_backward(
     of_norm             whether weight and bias need gradients
     delta_bias_dtype    None if delta_bias needs no gradient
     """
-    dx, d_delta, *sums = _fake_backward(ds, dn, s, statistics, weight_D, delta_dtype, of_norm, delta_bias_dtype, keep_B)
-    D, rows = s.shape[-1], statistics.shape[1]
-    flags = {"OF_NORM": of_norm, "OF_DELTA_BIAS": delta_bias_dtype is not None}
-    count = 2 * of_norm + flags["OF_DELTA_BIAS"]
+    images, of_delta_bias = 1 if keep_B is None else len(keep_B), delta_bias_dtype is not None
+    launch = _prepared_backward(s.shape, s.dtype, images, delta_dtype, of_norm, of_delta_bias)
+    tensors = _contiguous(ds), dn.contiguous(), s.contiguous(), statistics, weight_D.contiguous(), _contiguous(keep_B)
+    dx, d_delta, partials_KGD = launch(*tensors)
+    of_bias = () if delta_bias_dtype is None else (delta_bias_dtype,)
+    dtypes = (weight_D.dtype, weight_D.dtype, *of_bias) if of_norm else of_bias
+    sums = add_partials(partials_KGD, dtypes) if dtypes else []
+    # What was not asked for is empty.
+    d_delta = s.new_empty(0) if d_delta is None else d_delta
+    d_weight, d_bias = sums[:2] if of_norm else (weight_D.new_empty(0), weight_D.new_empty(0))
+    return dx, d_delta, d_weight, d_bias, sums[-1] if of_delta_bias else s.new_empty(0)
+
+
+@memoised
+def _prepared_backward(
+    shape: torch.Size,
+    dtype: torch.dtype,
+    images: int,
+    delta_dtype: torch.dtype | None,
+    of_norm: bool,
+    of_delta_bias: bool,
+) -> Prepared:
+    D, rows, count = shape[-1], math.prod(shape[:-1]), 2 * of_norm + of_delta_bias
     programs = groups(rows, D, count > 0)
-    partials = s.new_empty((count, programs, D), dtype=torch.float32)
-    _add_norm_grad_kernel[(programs,)](
-        ds if ds is None else ds.contiguous(), dn.contiguous(), s.contiguous(), statistics, weight_D.contiguous(),
-        keep_B if keep_B is None else keep_B.contiguous(), dx, None if delta_dtype is None else d_delta, partials,
-        rows, rows if keep_B is None else rows // len(keep_B), D=D, **flags, num_warps=_warps(D), maxnreg=REGISTERS,
-        **FUSED,
-    )  # fmt: skip
-    if count:
-        # An empty sum was not asked for, and has no partial sums.
-        add_partials(partials, [t for t in sums if t.numel()])
-    return dx, d_delta, *sums
+    of_delta = None if delta_dtype is None else (shape, delta_dtype)
+    results = (shape, dtype), of_delta, ((count, programs, D), torch.float32)
+    constants = {"D": D, "OF_NORM": of_norm, "OF_DELTA_BIAS": of_delta_bias}
+    options = {"num_warps": _warps(D), "maxnreg": REGISTERS, **FUSED}
+    return Prepared(_add_norm_grad_kernel, (programs,), rows, rows // images, results=results, **constants, **options)
 
 
-def _rows_of(x: Tensor, runs: int = 1) -> tuple[Tensor, int, int, int]:
-    """x (copied only if two strides do not reach all its rows), rows per run, strides from run to run and from row to row.
+def _rows_of(x: Tensor) -> Tensor:
+    """x, copied only if two strides do not reach all its rows."""
+    return x if x.ndim == 3 and x.stride(2) == 1 else x.contiguous()
 
-    runs: 1 or x's first dimension; x that is not contiguous has one run per image anyway.
-    """
-    D = x.shape[-1]
-    if not x.is_contiguous() and x.ndim == 3 and x.stride(2) == 1:
-        return x, x.shape[1], x.stride(0), x.stride(1)
-    rows = x.numel() // D // runs
-    return x.contiguous(), rows, rows * D if runs > 1 else 0, D
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _warps(D: int) -> int:
@@ -229,22 +268,6 @@ def _fake_backward(ds, dn, s, statistics, weight_D, delta_dtype, of_norm, delta_
     d_weight, d_bias = (weight_D.new_empty(D if of_norm else 0) for _ in range(2))
     d_delta_bias = s.new_empty(0) if delta_bias_dtype is None else s.new_empty(D, dtype=delta_bias_dtype)
     return s.new_empty(s.shape), d_delta, d_weight, d_bias, d_delta_bias
-
-
-add_layer_norm = register(
-    "add_layer_norm",
-    "(Tensor x, Tensor? delta, Tensor? delta_bias, Tensor weight, Tensor bias, float eps, ScalarType out_dtype,"
-    " Tensor? keep) -> (Tensor, Tensor, Tensor)",
-    add_layer_norm_forward,
-    _fake_forward,
-)
-add_layer_norm_grad = register(
-    "add_layer_norm_grad",
-    "(Tensor? ds, Tensor dn, Tensor s, Tensor statistics, Tensor weight, ScalarType? delta_dtype, bool of_norm,"
-    " ScalarType? delta_bias_dtype, Tensor? keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    add_layer_norm_backward,
-    _fake_backward,
-)
 
 
 def _save(ctx, inputs, output):
@@ -285,7 +308,21 @@ def _backward(ctx, ds, dn, _):
     )  # fmt: skip
 
 
-add_layer_norm.register_autograd(_backward, setup_context=_save)
+add_layer_norm = register(
+    "add_layer_norm",
+    "(Tensor x, Tensor? delta, Tensor? delta_bias, Tensor weight, Tensor bias, float eps, ScalarType out_dtype,"
+    " Tensor? keep) -> (Tensor, Tensor, Tensor)",
+    add_layer_norm_forward,
+    _fake_forward,
+    gradient=(_save, _backward),
+)
+add_layer_norm_grad = register(
+    "add_layer_norm_grad",
+    "(Tensor? ds, Tensor dn, Tensor s, Tensor statistics, Tensor weight, ScalarType? delta_dtype, bool of_norm,"
+    " ScalarType? delta_bias_dtype, Tensor? keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    add_layer_norm_backward,
+    _fake_backward,
+)
 
 
 def launches() -> list[Launch]:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, empty
+from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, Prepared, empty, memoised
 from mimir_fast.kernels._shared.patch_tile import (
     NUM_WARPS,
     image_offsets,
@@ -95,15 +95,23 @@ def linf_patch_step_forward(
     """The next adversarial images [B,C,H,W], contiguous."""
     images_BCHW, adv_BCHW = images_BCHW.contiguous(), adv_BCHW.contiguous()
     pred_BMP = pred_BMP if pred_BMP.stride(2) == 1 else pred_BMP.contiguous()
-    stepped_BCHW = images_BCHW.new_empty(images_BCHW.shape)
-    C, width = images_BCHW.shape[1], images_BCHW.shape[3]
-    (B, L), P = ids_restore_BL.shape, pred_BMP.shape[2]
-    _linf_patch_step_kernel[tile_grid(B, L, P)](
-        images_BCHW, adv_BCHW, grad_visible_BKP.contiguous(), pred_BMP, ids_restore_BL.contiguous(),
-        bounds_4C.contiguous(), stepped_BCHW, *pred_BMP.stride()[:2], L, grad_visible_BKP.shape[1],
-        width // patch_size, C, patch_size, NORM=norm_pix_loss, num_warps=NUM_WARPS, **FUSED,
-    )  # fmt: skip
-    return stepped_BCHW
+    shape, dtype = images_BCHW.shape, images_BCHW.dtype
+    launch = _prepared(shape, dtype, grad_visible_BKP.shape[1], pred_BMP.stride(), patch_size, norm_pix_loss)
+    grad_visible_BKP, ids_restore_BL = grad_visible_BKP.contiguous(), ids_restore_BL.contiguous()
+    (stepped,) = launch(images_BCHW, adv_BCHW, grad_visible_BKP, pred_BMP, ids_restore_BL, bounds_4C.contiguous())
+    return stepped
+
+
+@memoised
+def _prepared(
+    shape: torch.Size, dtype: torch.dtype, K: int, strides: tuple[int, ...], patch_size: int, norm: bool
+) -> Prepared:
+    """shape and dtype of the images, strides of pred."""
+    (B, C, height, width), p = shape, patch_size
+    L, grid_w = height // p * (width // p), width // p
+    options = {"C": C, "PATCH": p, "NORM": norm, "num_warps": NUM_WARPS, **FUSED}
+    grid, numbers = tile_grid(B, L, C * p * p), (*strides[:2], L, K, grid_w)
+    return Prepared(_linf_patch_step_kernel, grid, *numbers, results=[(shape, dtype)], **options)
 
 
 linf_patch_step = register(

@@ -1,5 +1,6 @@
 """linf_start in Triton: noise from a counter-based generator, added and clamped in one pass."""
 
+import math
 from functools import partial
 
 import torch
@@ -7,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mimir_fast.kernels._shared.launch import STORAGE, Launch, empty
+from mimir_fast.kernels._shared.launch import STORAGE, Launch, Prepared, empty, memoised
 from mimir_fast.kernels._shared.registration import register
 
 # Counters per program; Philox gives four numbers for each.
@@ -47,14 +48,18 @@ def _linf_start_kernel(images, bounds, seed, start, n, plane, C: tl.constexpr, B
 def linf_start_forward(images_BCHW: Tensor, bounds_4C: Tensor, seed: Tensor) -> Tensor:
     """The starting point [B,C,H,W], contiguous."""
     images_BCHW = images_BCHW.contiguous()
-    start_BCHW = images_BCHW.new_empty(images_BCHW.shape)
-    n, (C, H, W) = images_BCHW.numel(), images_BCHW.shape[1:]
-    # Without fused multiply-adds every product and sum is rounded, as in the reference: both give the same bits.
-    _linf_start_kernel[(triton.cdiv(n, 4 * BLOCK),)](
-        images_BCHW, bounds_4C.contiguous(), seed, start_BCHW, n, H * W, C, BLOCK,
-        num_warps=NUM_WARPS, enable_fp_fusion=False,
-    )  # fmt: skip
+    launch = _prepared(images_BCHW.shape, images_BCHW.dtype)
+    (start_BCHW,) = launch(images_BCHW, bounds_4C.contiguous(), seed)
     return start_BCHW
+
+
+@memoised
+def _prepared(shape: torch.Size, dtype: torch.dtype) -> Prepared:
+    _, C, H, W = shape
+    n, results = math.prod(shape), [(shape, dtype)]
+    # Without fused multiply-adds every product and sum is rounded, as in the reference: both give the same bits.
+    options = {"C": C, "BLOCK": BLOCK, "num_warps": NUM_WARPS, "enable_fp_fusion": False}
+    return Prepared(_linf_start_kernel, (triton.cdiv(n, 4 * BLOCK),), n, H * W, results=results, **options)
 
 
 linf_start = register(

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, empty
+from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, Prepared, empty, memoised
 from mimir_fast.kernels._shared.registration import register
 
 # Entries that a program ranks: a whole row, up to 256 patches.
@@ -51,13 +51,16 @@ def _mask_indices_kernel(
 
 def mask_indices_forward(noise_BL: Tensor) -> tuple[Tensor, Tensor]:
     """ids_shuffle [B,L], ids_restore [B,L]."""
-    ids_shuffle_BL, ids_restore_BL = _fake(noise_BL)
-    B, L = noise_BL.shape
-    block = min(BLOCK, triton.next_power_of_2(L))
-    _mask_indices_kernel[(B, triton.cdiv(L, block))](
-        noise_BL, ids_shuffle_BL, ids_restore_BL, *noise_BL.stride(), L, block, CHUNK, num_warps=NUM_WARPS, **FUSED
-    )
+    ids_shuffle_BL, ids_restore_BL = _prepared(noise_BL.shape, noise_BL.stride())(noise_BL)
     return ids_shuffle_BL, ids_restore_BL
+
+
+@memoised
+def _prepared(shape: torch.Size, strides: tuple[int, int]) -> Prepared:
+    B, L = shape
+    block = min(BLOCK, triton.next_power_of_2(L))
+    grid, options = (B, triton.cdiv(L, block)), {"BLOCK": block, "CHUNK": CHUNK, "num_warps": NUM_WARPS, **FUSED}
+    return Prepared(_mask_indices_kernel, grid, *strides, L, results=[(shape, torch.int64)] * 2, **options)
 
 
 def _fake(noise_BL):

@@ -3,6 +3,7 @@
 The target is never stored: each program reads its patches from the image and normalises them in registers.
 """
 
+import math
 from functools import partial
 
 import torch
@@ -10,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, empty
+from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, Prepared, Result, empty, memoised
 from mimir_fast.kernels._shared.patch_tile import (
     NUM_WARPS,
     image_offsets,
@@ -96,14 +97,11 @@ def masked_patch_loss_forward(
 ) -> Tensor:
     """The loss, an fp32 scalar."""
     pred_BMP, images_BCHW, ids_BM = _layout(pred_BMP, images_BCHW, ids_BM)
-    B, M, P = pred_BMP.shape
-    errors_BM, mean = (images_BCHW.new_empty(shape, dtype=torch.float32) for shape in ((B, M), ()))
-    _patch_error_kernel[tile_grid(B, M, P)](
-        pred_BMP, images_BCHW, ids_BM, errors_BM, *_geometry(pred_BMP, images_BCHW, patch_size),
-        NORM=norm_pix_loss, num_warps=NUM_WARPS, **FUSED,
-    )  # fmt: skip
-    # One program adds them all: atomics would add in another order every time.
-    _mean_kernel[(1,)](errors_BM, mean, B * M, BLOCK=MEAN_BLOCK, num_warps=16, **FUSED)
+    launch = _prepared(
+        "error", pred_BMP.shape, pred_BMP.stride(), pred_BMP.dtype, images_BCHW.shape, patch_size, norm_pix_loss
+    )
+    (errors_BM,) = launch(pred_BMP, images_BCHW, ids_BM)
+    (mean,) = _prepared_mean(errors_BM.shape)(errors_BM)
     return mean
 
 
@@ -143,11 +141,10 @@ def masked_patch_loss_grad_pred(
 ) -> Tensor:
     """Gradient in pred [B,M,P]."""
     pred_BMP, images_BCHW, ids_BM = _layout(pred_BMP, images_BCHW, ids_BM)
-    grad_BMP = pred_BMP.new_empty(pred_BMP.shape)
-    _grad_pred_kernel[tile_grid(*pred_BMP.shape)](
-        grad, pred_BMP, images_BCHW, ids_BM, grad_BMP, 2 / pred_BMP.numel(),
-        *_geometry(pred_BMP, images_BCHW, patch_size), NORM=norm_pix_loss, num_warps=NUM_WARPS, **FUSED,
-    )  # fmt: skip
+    launch = _prepared(
+        "grad_pred", pred_BMP.shape, pred_BMP.stride(), pred_BMP.dtype, images_BCHW.shape, patch_size, norm_pix_loss
+    )
+    (grad_BMP,) = launch(grad, pred_BMP, images_BCHW, ids_BM)
     return grad_BMP
 
 
@@ -188,11 +185,43 @@ def masked_patch_loss_grad_images(
     pred_BMP, images_BCHW, ids_BM = _layout(pred_BMP, images_BCHW, ids_BM)
     # Zeros: the kernel writes removed patches only, and the target does not depend on the others.
     grad_BCHW = images_BCHW.new_zeros(images_BCHW.shape)
-    _grad_images_kernel[tile_grid(*pred_BMP.shape)](
-        grad, pred_BMP, images_BCHW, ids_BM, grad_BCHW, 2 / pred_BMP.numel(),
-        *_geometry(pred_BMP, images_BCHW, patch_size), NORM=norm_pix_loss, num_warps=NUM_WARPS, **FUSED,
-    )  # fmt: skip
+    launch = _prepared(
+        "grad_images", pred_BMP.shape, pred_BMP.stride(), pred_BMP.dtype, images_BCHW.shape, patch_size, norm_pix_loss
+    )
+    launch(grad, pred_BMP, images_BCHW, ids_BM, grad_BCHW)
     return grad_BCHW
+
+
+@memoised
+def _prepared(
+    of: str,
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    images: torch.Size,
+    patch_size: int,
+    norm: bool,
+) -> Prepared:
+    """of: "error", "grad_pred" or "grad_images"; shape, strides and dtype of pred, shape of the images."""
+    (B, M, P), (_, C, height, width), p = shape, images, patch_size
+    kernels = {"error": _patch_error_kernel, "grad_pred": _grad_pred_kernel, "grad_images": _grad_images_kernel}
+    # The images' gradient is not a result: it is zero before.
+    results: dict[str, list[Result]] = {
+        "error": [((B, M), torch.float32)],
+        "grad_pred": [(shape, dtype)],
+        "grad_images": [],
+    }
+    scale = () if of == "error" else (2 / (B * M * P),)
+    numbers = (*scale, *strides[:2], M, height // p * (width // p), width // p)
+    options = {"C": C, "PATCH": p, "NORM": norm, "num_warps": NUM_WARPS, **FUSED}
+    return Prepared(kernels[of], tile_grid(B, M, P), *numbers, results=results[of], **options)
+
+
+@memoised
+def _prepared_mean(shape: torch.Size) -> Prepared:
+    options = {"BLOCK": MEAN_BLOCK, "num_warps": 16, **FUSED}
+    # One program adds them all: atomics would add in another order every time.
+    return Prepared(_mean_kernel, (1,), math.prod(shape), results=[((), torch.float32)], **options)
 
 
 def _layout(pred_BMP: Tensor, images_BCHW: Tensor, ids_BM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,33 +229,6 @@ def _layout(pred_BMP: Tensor, images_BCHW: Tensor, ids_BM: Tensor) -> tuple[Tens
     # pred is usually a slice of the decoder's output, without the class token: copying it would cost more than the loss.
     pred_BMP = pred_BMP if pred_BMP.stride(2) == 1 else pred_BMP.contiguous()
     return pred_BMP, images_BCHW.contiguous(), ids_BM.contiguous()
-
-
-def _geometry(pred_BMP: Tensor, images_BCHW: Tensor, patch_size: int) -> tuple[int, ...]:
-    """The kernels' arguments stride_b, stride_m, M, L, grid_w, C and PATCH."""
-    (_, C, height, width), p = images_BCHW.shape, patch_size
-    return *pred_BMP.stride()[:2], pred_BMP.shape[1], height // p * (width // p), width // p, C, p
-
-
-_ARGUMENTS = "Tensor pred, Tensor images, Tensor ids, int patch_size, bool norm_pix_loss) -> Tensor"
-masked_patch_loss = register(
-    "masked_patch_loss",
-    f"({_ARGUMENTS}",
-    masked_patch_loss_forward,
-    lambda pred, images, *_: images.new_empty((), dtype=torch.float32),
-)
-grad_pred = register(
-    "masked_patch_loss_grad_pred",
-    f"(Tensor grad, {_ARGUMENTS}",
-    masked_patch_loss_grad_pred,
-    lambda grad, pred, *_: pred.new_empty(pred.shape),
-)
-grad_images = register(
-    "masked_patch_loss_grad_images",
-    f"(Tensor grad, {_ARGUMENTS}",
-    masked_patch_loss_grad_images,
-    lambda grad, pred, images, *_: images.new_empty(images.shape),
-)
 
 
 def _save(ctx, inputs, output):
@@ -241,7 +243,26 @@ def _backward(ctx, grad):
     return of_pred, of_images, None, None, None
 
 
-masked_patch_loss.register_autograd(_backward, setup_context=_save)
+_ARGUMENTS = "Tensor pred, Tensor images, Tensor ids, int patch_size, bool norm_pix_loss) -> Tensor"
+masked_patch_loss = register(
+    "masked_patch_loss",
+    f"({_ARGUMENTS}",
+    masked_patch_loss_forward,
+    lambda pred, images, *_: images.new_empty((), dtype=torch.float32),
+    gradient=(_save, _backward),
+)
+grad_pred = register(
+    "masked_patch_loss_grad_pred",
+    f"(Tensor grad, {_ARGUMENTS}",
+    masked_patch_loss_grad_pred,
+    lambda grad, pred, *_: pred.new_empty(pred.shape),
+)
+grad_images = register(
+    "masked_patch_loss_grad_images",
+    f"(Tensor grad, {_ARGUMENTS}",
+    masked_patch_loss_grad_images,
+    lambda grad, pred, images, *_: images.new_empty(images.shape),
+)
 
 
 def launches() -> list[Launch]:

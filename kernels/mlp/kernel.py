@@ -10,9 +10,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mimir_fast.kernels._shared.column_sums import add_partials
-from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, empty
+from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, Prepared, empty, memoised
 from mimir_fast.kernels._shared.registration import register
 
 # Tiles of rows whose programs run together, so that they find the same weights in the L2 cache.
@@ -125,10 +126,9 @@ def _gelu_linear_grad_kernel(
 
 def linear_gelu_forward(x_MD: Tensor, weight_FD: Tensor, bias_F: Tensor, config: dict | None = None) -> tuple:
     """gelu(pre) and pre = x weight^T + bias, both [M,F]."""
-    (M, D), F, config = x_MD.shape, weight_FD.shape[0], config or _config(x_MD)
-    act_MF, pre_MF = _fake_forward(x_MD, weight_FD, bias_F)
-    tensors = (x_MD.contiguous(), weight_FD.contiguous(), bias_F.contiguous(), act_MF, pre_MF)
-    _linear_gelu_kernel[_grid(M, F, config)](*tensors, M, F, D, GROUP=GROUP, **config, **FUSED)
+    (M, D), sizes = x_MD.shape, (config or _config(x_MD.device)).values()
+    launch = _prepared_forward(M, weight_FD.shape[0], D, x_MD.dtype, *sizes)
+    act_MF, pre_MF = launch(x_MD.contiguous(), weight_FD.contiguous(), bias_F.contiguous())
     return act_MF, pre_MF
 
 
@@ -136,25 +136,39 @@ def gelu_linear_backward(
     grad_MD: Tensor, weight_DF: Tensor, pre_MF: Tensor, with_sums: bool, config: dict | None = None
 ) -> tuple[Tensor, Tensor]:
     """Gradient in pre [M,F], and its sum over the rows [F], empty unless with_sums."""
-    (M, D), F, config = grad_MD.shape, weight_DF.shape[1], config or _config(grad_MD)
-    grad_pre_MF, sum_F = _fake_backward(grad_MD, weight_DF, pre_MF, with_sums)
-    tiles = triton.cdiv(M, config["BLOCK_M"])
-    sums_TF = grad_MD.new_empty((tiles, F), dtype=torch.float32) if with_sums else None
-    tensors = (grad_MD.contiguous(), weight_DF.contiguous(), pre_MF.contiguous(), grad_pre_MF, sums_TF)
-    _gelu_linear_grad_kernel[_grid(M, F, config)](*tensors, M, F, D, GROUP=GROUP, **config, **FUSED)
-    if sums_TF is not None:
-        add_partials(sums_TF[None], [sum_F])
-    return grad_pre_MF, sum_F
+    (M, F), sizes = pre_MF.shape, (config or _config(grad_MD.device)).values()
+    launch = _prepared_backward(M, F, grad_MD.shape[1], pre_MF.dtype, with_sums, *sizes)
+    grad_pre_MF, sums_1TF = launch(grad_MD.contiguous(), weight_DF.contiguous(), pre_MF.contiguous())
+    return grad_pre_MF, add_partials(sums_1TF, (pre_MF.dtype,))[0] if with_sums else pre_MF.new_empty(0)
 
 
-def _config(tensor: Tensor) -> dict:
-    """Tile sizes for this tensor's GPU; Hopper's on the CPU, where the interpreter runs."""
-    newer = not tensor.is_cuda or torch.cuda.get_device_capability(tensor.device)[0] >= 9
-    return HOPPER if newer else AMPERE
+@memoised
+def _prepared_forward(M: int, F: int, D: int, dtype: torch.dtype, *sizes: int) -> Prepared:
+    """sizes: the values of AMPERE or HOPPER."""
+    config, results = dict(zip(HOPPER, sizes)), [((M, F), dtype)] * 2
+    return Prepared(_linear_gelu_kernel, _grid(M, F, config), M, F, D, results=results, GROUP=GROUP, **config, **FUSED)
+
+
+@memoised
+def _prepared_backward(M: int, F: int, D: int, dtype: torch.dtype, with_sums: bool, *sizes: int) -> Prepared:
+    config = dict(zip(HOPPER, sizes))
+    sums = ((1, triton.cdiv(M, config["BLOCK_M"]), F), torch.float32) if with_sums else None
+    numbers, options = (M, F, D), {"GROUP": GROUP, **config, **FUSED}
+    return Prepared(_gelu_linear_grad_kernel, _grid(M, F, config), *numbers, results=[((M, F), dtype), sums], **options)
 
 
 def _grid(M: int, F: int, config: dict) -> tuple[int]:
     return (triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(F, config["BLOCK_F"]),)
+
+
+def _config(device: torch.device) -> dict:
+    """Tile sizes for this GPU; Hopper's on the CPU, where the interpreter runs."""
+    return HOPPER if device.type != "cuda" or _generation(device) >= 9 else AMPERE
+
+
+@memoised
+def _generation(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def _fake_forward(x_MD, weight_FD, bias_F):
@@ -188,6 +202,7 @@ class MLP(torch.autograd.Function):
         return (act_MF @ weight2_DF.T).view(*x.shape[:-1], -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         x_MD, weight1_FD, weight2_DF, act_MF, pre_MF = ctx.saved_tensors
         of_x, of_weight1, of_bias1, of_weight2 = ctx.needs_input_grad

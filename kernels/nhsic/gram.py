@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mimir_fast.kernels._shared.launch import FUSED
+from mimir_fast.kernels._shared.launch import FUSED, Prepared, memoised
 
 # About four per multiprocessor on A100 and H100.  Not read from the device: results would depend on it.
 PROGRAMS = 512
@@ -111,17 +111,25 @@ def gaussian_gram(rows_md: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
     """Centred rows [m,d] and their Gaussian kernel minus one [m,m], both fp32."""
     m, d = rows_md.shape
     rows_md = rows_md if rows_md.stride(1) == 1 else rows_md.contiguous()
-    parts, part = _split(m, d)
-    shapes = ((m, d), (parts, m, m), (parts, m), (m, m))
-    centred_md, partial_Smm, norms_Sm, k_mm = (rows_md.new_empty(shape, dtype=torch.float32) for shape in shapes)
-    _center_kernel[(triton.cdiv(d, CENTER["BLOCK_D"]),)](
-        rows_md, centred_md, m, d, rows_md.stride(0), **CENTER, **FUSED
-    )
-    tiles = triton.cdiv(m, GRAM["BLOCK_M"])
-    _gram_kernel[(tiles, tiles, parts)](centred_md, partial_Smm, norms_Sm, m, d, part, **GRAM, **FUSED)
-    tiles = triton.cdiv(m, GAUSSIAN["BLOCK_M"])
-    _gaussian_kernel[(tiles, tiles)](partial_Smm, norms_Sm, k_mm, m, parts, 1 / (2 * sigma**2 * d), **GAUSSIAN, **FUSED)
+    center, gram, gaussian = _prepared(m, d, rows_md.stride(0), sigma)
+    (centred_md,) = center(rows_md)
+    (k_mm,) = gaussian(*gram(centred_md))
     return centred_md, k_mm
+
+
+@memoised
+def _prepared(m: int, d: int, stride_m: int, sigma: float) -> tuple[Prepared, Prepared, Prepared]:
+    parts, part = _split(m, d)
+    tiles, larger = triton.cdiv(m, GAUSSIAN["BLOCK_M"]), triton.cdiv(m, GRAM["BLOCK_M"])
+    grid, scale = (triton.cdiv(d, CENTER["BLOCK_D"]),), 1 / (2 * sigma**2 * d)
+    products = [((parts, m, m), torch.float32), ((parts, m), torch.float32)]
+    return (
+        Prepared(_center_kernel, grid, m, d, stride_m, results=[((m, d), torch.float32)], **CENTER, **FUSED),
+        Prepared(_gram_kernel, (larger, larger, parts), m, d, part, results=products, **GRAM, **FUSED),
+        Prepared(
+            _gaussian_kernel, (tiles, tiles), m, parts, scale, results=[((m, m), torch.float32)], **GAUSSIAN, **FUSED
+        ),
+    )
 
 
 def _split(m: int, d: int) -> tuple[int, int]:

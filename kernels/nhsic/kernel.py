@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, empty
+from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, Prepared, empty, memoised
 from mimir_fast.kernels._shared.registration import register
 from mimir_fast.kernels.nhsic.gram import gaussian_gram
 from mimir_fast.kernels.nhsic.reference import RIDGE
@@ -109,8 +109,7 @@ def nhsic_forward(x_md: Tensor, y_me: Tensor, sigma: float) -> tuple[Tensor, ...
     """The value [], and of each side what the backward pass needs: centred rows, K - 1 and P."""
     m = x_md.shape[0]
     (x_md, kx, px), (y_me, ky, py) = _ridge_inverse(x_md, sigma), _ridge_inverse(y_me, sigma)
-    rows_value = px.new_empty(m)
-    _value_kernel[(m,)](px, py, rows_value, m, RIDGE * m, BLOCK=triton.next_power_of_2(m), num_warps=4, **FUSED)
+    (rows_value,) = _prepared_rows("value", m, RIDGE * m)(px, py)
     return rows_value.sum(), x_md, kx, px, y_me, ky, py
 
 
@@ -118,9 +117,8 @@ def _ridge_inverse(rows_md: Tensor, sigma: float) -> tuple[Tensor, Tensor, Tenso
     """Centred rows, K - 1 and P; all of P is NaN where the factorisation fails."""
     centred_md, k_mm = gaussian_gram(rows_md, sigma)
     m = k_mm.shape[0]
-    ridged_mm, means_m = torch.empty_like(k_mm), k_mm.mean(1)
-    block = triton.next_power_of_2(m)
-    _double_center_kernel[(m,)](k_mm, means_m, ridged_mm, m, RIDGE * m, BLOCK=block, num_warps=4, **FUSED)
+    means_m = k_mm.mean(1)
+    (ridged_mm,) = _prepared_rows("double_center", m, RIDGE * m)(k_mm, means_m)
     # cholesky_ex leaves its verdict on the device; torch.linalg.cholesky would wait for it.
     factor_mm, info = torch.linalg.cholesky_ex(ridged_mm)
     # The constant vector's part J / (c + g), with g = -mean(k), is subtracted: the second choice above.
@@ -136,39 +134,38 @@ def nhsic_backward(
     m, d = rows_md.shape
     r_other = torch.eye(m, dtype=p_other.dtype, device=p_other.device).sub_(p_other, alpha=RIDGE * m)
     a_mm = _matmul(_matmul(p_self, r_other, torch.float32), p_self, torch.float32)
-    weights_mm = torch.empty_like(k_mm)
-    scale = RIDGE * m / (2 * sigma**2 * d)
-    block = triton.next_power_of_2(m)
-    _weights_kernel[(m,)](grad, a_mm, k_mm, weights_mm, m, scale, BLOCK=block, num_warps=4, **FUSED)
+    (weights_mm,) = _prepared_rows("weights", m, RIDGE * m / (2 * sigma**2 * d))(grad, a_mm, k_mm)
     return _matmul(weights_mm, rows_md, dtype)
 
 
 def _matmul(a_mm: Tensor, b_mn: Tensor, dtype: torch.dtype) -> Tensor:
     m, n = b_mn.shape
-    a_mm, out_mn = a_mm.contiguous(), b_mn.new_empty((m, n), dtype=dtype)
-    grid = (triton.cdiv(n, MATMUL["BLOCK_N"]), triton.cdiv(m, MATMUL["BLOCK_M"]))
-    _matmul_kernel[grid](a_mm, b_mn.contiguous(), out_mn, m, n, **MATMUL, **FUSED)
+    (out_mn,) = _prepared_matmul(m, n, dtype)(a_mm.contiguous(), b_mn.contiguous())
     return out_mn
+
+
+@memoised
+def _prepared_rows(what: str, m: int, number: float) -> Prepared:
+    """A kernel with a program for every row of [m,m]; number: its ridge or scale."""
+    kernel, shape = {
+        "value": (_value_kernel, (m,)),
+        "double_center": (_double_center_kernel, (m, m)),
+        "weights": (_weights_kernel, (m, m)),
+    }[what]
+    options = {"BLOCK": triton.next_power_of_2(m), "num_warps": 4, **FUSED}
+    return Prepared(kernel, (m,), m, number, results=[(shape, torch.float32)], **options)
+
+
+@memoised
+def _prepared_matmul(m: int, n: int, dtype: torch.dtype) -> Prepared:
+    grid = (triton.cdiv(n, MATMUL["BLOCK_N"]), triton.cdiv(m, MATMUL["BLOCK_M"]))
+    return Prepared(_matmul_kernel, grid, m, n, results=[((m, n), dtype)], **MATMUL, **FUSED)
 
 
 def _fake_forward(x_md, y_me, sigma):
     m = x_md.shape[0]
     shapes = ((), x_md.shape, (m, m), (m, m), y_me.shape, (m, m), (m, m))
     return tuple(x_md.new_empty(shape, dtype=torch.float32) for shape in shapes)
-
-
-nhsic = register(
-    "nhsic",
-    "(Tensor x, Tensor y, float sigma) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    nhsic_forward,
-    _fake_forward,
-)
-nhsic_grad = register(
-    "nhsic_grad",
-    "(Tensor grad, Tensor rows, Tensor k, Tensor p_self, Tensor p_other, float sigma, ScalarType dtype) -> Tensor",
-    nhsic_backward,
-    lambda grad, rows, k, p_self, p_other, sigma, dtype: rows.new_empty(rows.shape, dtype=dtype),
-)
 
 
 def _save(ctx, inputs, output):
@@ -187,7 +184,19 @@ def _backward(ctx, grad, *_):
     return of_x, of_y, None
 
 
-nhsic.register_autograd(_backward, setup_context=_save)
+nhsic = register(
+    "nhsic",
+    "(Tensor x, Tensor y, float sigma) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    nhsic_forward,
+    _fake_forward,
+    gradient=(_save, _backward),
+)
+nhsic_grad = register(
+    "nhsic_grad",
+    "(Tensor grad, Tensor rows, Tensor k, Tensor p_self, Tensor p_other, float sigma, ScalarType dtype) -> Tensor",
+    nhsic_backward,
+    lambda grad, rows, k, p_self, p_other, sigma, dtype: rows.new_empty(rows.shape, dtype=dtype),
+)
 
 
 def launches() -> list[Launch]:

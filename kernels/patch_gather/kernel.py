@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, empty
+from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, Prepared, empty, memoised
 from mimir_fast.kernels._shared.patch_tile import NUM_WARPS, tile_block, tile_grid, tile_rows, tile_rows_of
 from mimir_fast.kernels._shared.registration import register
 
@@ -54,16 +54,30 @@ def patch_gather_forward(
     images_BCHW: Tensor, ids_keep_BK: Tensor, patch_size: int, offset: float, dtype: torch.dtype
 ) -> Tensor:
     """The kept patches [B,K,P]."""
-    patches_BKP = _fake_forward(images_BCHW, ids_keep_BK, patch_size, offset, dtype)
     # ids_keep is a slice of ids_shuffle: neighbouring numbers, rows L apart.
     ids_keep_BK = ids_keep_BK if ids_keep_BK.stride(1) == 1 else ids_keep_BK.contiguous()
     scale = 1 / 255 if images_BCHW.dtype == torch.uint8 else 1.0
-    _gather_kernel[tile_grid(*patches_BKP.shape)](
-        images_BCHW, ids_keep_BK, patches_BKP, scale, offset, ids_keep_BK.shape[1], ids_keep_BK.stride(0),
-        images_BCHW.shape[3] // patch_size, *images_BCHW.stride(), images_BCHW.shape[1], patch_size,
-        num_warps=NUM_WARPS, **FUSED,
-    )  # fmt: skip
+    images, ids = (images_BCHW.shape, images_BCHW.stride()), (ids_keep_BK.shape[1], ids_keep_BK.stride(0))
+    (patches_BKP,) = _prepared_forward(*images, *ids, patch_size, scale, offset, dtype)(images_BCHW, ids_keep_BK)
     return patches_BKP
+
+
+@memoised
+def _prepared_forward(
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    K: int,
+    stride_id: int,
+    patch_size: int,
+    scale: float,
+    offset: float,
+    dtype: torch.dtype,
+) -> Prepared:
+    """shape and strides of the images, dtype of the patches."""
+    B, C, _, width = shape
+    P, options = C * patch_size**2, {"C": C, "PATCH": patch_size, "num_warps": NUM_WARPS, **FUSED}
+    numbers, results = (scale, offset, K, stride_id, width // patch_size, *strides), [((B, K, P), dtype)]
+    return Prepared(_gather_kernel, tile_grid(B, K, P), *numbers, results=results, **options)
 
 
 @triton.jit
@@ -110,15 +124,19 @@ def patch_gather_backward(
     grad_BKP: Tensor, ids_keep_BK: Tensor, shape: list[int], patch_size: int, dtype: torch.dtype
 ) -> Tensor:
     """The gradient in the images [B,C,H,W]: zero outside the kept patches."""
-    (_, C, H, W), (B, K, P) = shape, grad_BKP.shape
-    grad_BCHW = grad_BKP.new_empty(shape, dtype=dtype)
     ids_keep_BK = ids_keep_BK if ids_keep_BK.stride(1) == 1 else ids_keep_BK.contiguous()
-    L = H * W // patch_size**2
-    _scatter_kernel[tile_grid(B, L, P)](
-        grad_BKP.contiguous(), ids_keep_BK, grad_BCHW, K, ids_keep_BK.stride(0), L, W // patch_size, H * W,
-        C, patch_size, CHUNK, num_warps=NUM_WARPS, **FUSED,
-    )  # fmt: skip
+    launch = _prepared_backward(tuple(shape), ids_keep_BK.shape[1], ids_keep_BK.stride(0), patch_size, dtype)
+    (grad_BCHW,) = launch(grad_BKP.contiguous(), ids_keep_BK)
     return grad_BCHW
+
+
+@memoised
+def _prepared_backward(shape: tuple[int, ...], K: int, stride_id: int, patch_size: int, dtype: torch.dtype) -> Prepared:
+    """shape and dtype of the images."""
+    (B, C, H, W), p = shape, patch_size
+    L, options = H * W // p**2, {"C": C, "PATCH": p, "CHUNK": CHUNK, "num_warps": NUM_WARPS, **FUSED}
+    grid, numbers = tile_grid(B, L, C * p * p), (K, stride_id, L, W // p, H * W)
+    return Prepared(_scatter_kernel, grid, *numbers, results=[(shape, dtype)], **options)
 
 
 def _fake_forward(images_BCHW, ids_keep_BK, patch_size, offset, dtype):
@@ -127,20 +145,6 @@ def _fake_forward(images_BCHW, ids_keep_BK, patch_size, offset, dtype):
 
 def _fake_backward(grad_BKP, ids_keep_BK, shape, patch_size, dtype):
     return grad_BKP.new_empty(shape, dtype=dtype)
-
-
-patch_gather = register(
-    "patch_gather",
-    "(Tensor images, Tensor ids_keep, int patch_size, float offset, ScalarType dtype) -> Tensor",
-    patch_gather_forward,
-    _fake_forward,
-)
-patch_gather_grad = register(
-    "patch_gather_grad",
-    "(Tensor grad, Tensor ids_keep, SymInt[] shape, int patch_size, ScalarType dtype) -> Tensor",
-    patch_gather_backward,
-    _fake_backward,
-)
 
 
 def _save(ctx, inputs, output):
@@ -153,7 +157,19 @@ def _backward(ctx, grad_BKP):
     return patch_gather_grad(grad_BKP, *ctx.saved_tensors, ctx.shape, ctx.patch_size, ctx.dtype), None, None, None, None
 
 
-patch_gather.register_autograd(_backward, setup_context=_save)
+patch_gather = register(
+    "patch_gather",
+    "(Tensor images, Tensor ids_keep, int patch_size, float offset, ScalarType dtype) -> Tensor",
+    patch_gather_forward,
+    _fake_forward,
+    gradient=(_save, _backward),
+)
+patch_gather_grad = register(
+    "patch_gather_grad",
+    "(Tensor grad, Tensor ids_keep, SymInt[] shape, int patch_size, ScalarType dtype) -> Tensor",
+    patch_gather_backward,
+    _fake_backward,
+)
 
 
 def launches() -> list[Launch]:

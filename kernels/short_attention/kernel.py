@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, empty
+from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, Prepared, empty, memoised
 from mimir_fast.kernels._shared.registration import register
 
 
@@ -230,25 +230,34 @@ def _attend_grad_kernel(
 
 def short_attention_forward(qkv_BTQ: Tensor, num_heads: int) -> Tensor:
     """The attention output [B,T,N*d]."""
-    out_BTD = _fake_forward(qkv_BTQ, num_heads)
-    B, T, D = out_BTD.shape
-    head = D // num_heads
-    _attend_kernel[_grid(B, num_heads, head)](
-        qkv_BTQ.contiguous(), out_BTD, num_heads, T=T, HEAD=head, **forward_tiles(T, head, qkv_BTQ.itemsize), **FUSED
-    )
+    (out_BTD,) = _prepared_forward(qkv_BTQ.shape, num_heads, qkv_BTQ.dtype)(qkv_BTQ.contiguous())
     return out_BTD
+
+
+@memoised
+def _prepared_forward(shape: torch.Size, num_heads: int, dtype: torch.dtype) -> Prepared:
+    """shape: of qkv."""
+    B, T, Q = shape
+    head = Q // 3 // num_heads
+    options = {"T": T, "HEAD": head, **forward_tiles(T, head, dtype.itemsize), **FUSED}
+    results = [((B, T, Q // 3), dtype)]
+    return Prepared(_attend_kernel, _grid(B, num_heads, head), num_heads, results=results, **options)
 
 
 def short_attention_backward(grad_BTD: Tensor, qkv_BTQ: Tensor, num_heads: int) -> Tensor:
     """Gradient in qkv [B,T,3*N*d]."""
-    grad_qkv_BTQ = qkv_BTQ.new_empty(qkv_BTQ.shape)
-    B, T, D = grad_BTD.shape
-    head = D // num_heads
-    _attend_grad_kernel[_grid(B, num_heads, head)](
-        grad_BTD.contiguous(), qkv_BTQ.contiguous(), grad_qkv_BTQ, num_heads, head**-0.5, T=T, HEAD=head,
-        **backward_tiles(T, head, qkv_BTQ.itemsize), **FUSED,
-    )  # fmt: skip
+    launch = _prepared_backward(qkv_BTQ.shape, num_heads, qkv_BTQ.dtype)
+    (grad_qkv_BTQ,) = launch(grad_BTD.contiguous(), qkv_BTQ.contiguous())
     return grad_qkv_BTQ
+
+
+@memoised
+def _prepared_backward(shape: torch.Size, num_heads: int, dtype: torch.dtype) -> Prepared:
+    B, T, Q = shape
+    head = Q // 3 // num_heads
+    options = {"T": T, "HEAD": head, **backward_tiles(T, head, dtype.itemsize), **FUSED}
+    grid, results = _grid(B, num_heads, head), [(shape, dtype)]
+    return Prepared(_attend_grad_kernel, grid, num_heads, head**-0.5, results=results, **options)
 
 
 def _grid(batch: int, num_heads: int, head: int) -> tuple[int]:
@@ -294,17 +303,6 @@ def _fake_backward(grad_BTD, qkv_BTQ, num_heads):
     return qkv_BTQ.new_empty(qkv_BTQ.shape)
 
 
-short_attention = register(
-    "short_attention", "(Tensor qkv, int num_heads) -> Tensor", short_attention_forward, _fake_forward
-)
-short_attention_grad = register(
-    "short_attention_grad",
-    "(Tensor grad, Tensor qkv, int num_heads) -> Tensor",
-    short_attention_backward,
-    _fake_backward,
-)
-
-
 def _save(ctx, inputs, output):
     qkv_BTQ, ctx.num_heads = inputs
     ctx.save_for_backward(qkv_BTQ)
@@ -314,7 +312,19 @@ def _backward(ctx, grad_BTD):
     return short_attention_grad(grad_BTD, *ctx.saved_tensors, ctx.num_heads), None
 
 
-short_attention.register_autograd(_backward, setup_context=_save)
+short_attention = register(
+    "short_attention",
+    "(Tensor qkv, int num_heads) -> Tensor",
+    short_attention_forward,
+    _fake_forward,
+    gradient=(_save, _backward),
+)
+short_attention_grad = register(
+    "short_attention_grad",
+    "(Tensor grad, Tensor qkv, int num_heads) -> Tensor",
+    short_attention_backward,
+    _fake_backward,
+)
 
 
 def launches() -> list[Launch]:

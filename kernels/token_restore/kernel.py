@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, empty
+from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, Prepared, empty, memoised
 from mimir_fast.kernels._shared.patch_tile import NUM_WARPS, tile_block, tile_grid, tile_rows, tile_rows_of
 from mimir_fast.kernels._shared.registration import register
 
@@ -41,13 +41,19 @@ def token_restore_forward(
     """The decoder's input [B,1+L,E]."""
     # Only the numbers of a token must be neighbours; images and tokens may have any strides.
     tokens_BKE = tokens_BKE if tokens_BKE.stride(2) == 1 else tokens_BKE.contiguous()
-    out_BLE = _fake_forward(tokens_BKE, mask_token_E, pos_embed_LE, ids_shuffle_BL)
-    K, E = tokens_BKE.shape[1] - 1, tokens_BKE.shape[2]
-    _restore_kernel[tile_grid(*out_BLE.shape)](
-        tokens_BKE, mask_token_E.contiguous(), pos_embed_LE.contiguous(), ids_shuffle_BL.contiguous(), out_BLE,
-        *tokens_BKE.stride()[:2], ids_shuffle_BL.shape[1], K, E, num_warps=NUM_WARPS, **FUSED,
-    )  # fmt: skip
+    dtype = torch.promote_types(tokens_BKE.dtype, pos_embed_LE.dtype)
+    launch = _prepared_forward(tokens_BKE.shape, tokens_BKE.stride(), ids_shuffle_BL.shape[1], dtype)
+    tables = mask_token_E.contiguous(), pos_embed_LE.contiguous(), ids_shuffle_BL.contiguous()
+    (out_BLE,) = launch(tokens_BKE, *tables)
     return out_BLE
+
+
+@memoised
+def _prepared_forward(shape: torch.Size, strides: tuple[int, ...], L: int, dtype: torch.dtype) -> Prepared:
+    """shape and strides of the tokens, dtype of the result."""
+    B, kept, E = shape
+    out, options = (B, L + 1, E), {"E": E, "num_warps": NUM_WARPS, **FUSED}
+    return Prepared(_restore_kernel, tile_grid(*out), *strides[:2], L, kept - 1, results=[(out, dtype)], **options)
 
 
 @triton.jit
@@ -74,31 +80,20 @@ def _mask_token_grad_kernel(grad, grad_mask, stride_b, stride_l, L, K, E: tl.con
 def mask_token_gradient(grad_BLE: Tensor, kept: int, dtype: torch.dtype) -> Tensor:
     """Gradient in the mask token [E]."""
     grad_BLE = grad_BLE if grad_BLE.stride(2) == 1 else grad_BLE.contiguous()
-    B, rows, E = grad_BLE.shape
-    grad_mask_BE = grad_BLE.new_empty((B, E), dtype=torch.float32)
-    _mask_token_grad_kernel[(B,)](
-        grad_BLE, grad_mask_BE, *grad_BLE.stride()[:2], rows - 1, kept, E, num_warps=NUM_WARPS, **FUSED
-    )
+    (grad_mask_BE,) = _prepared_backward(grad_BLE.shape, grad_BLE.stride(), kept)(grad_BLE)
     return grad_mask_BE.sum(0).to(dtype)
+
+
+@memoised
+def _prepared_backward(shape: torch.Size, strides: tuple[int, ...], kept: int) -> Prepared:
+    B, rows, E = shape
+    results, options = [((B, E), torch.float32)], {"E": E, "num_warps": NUM_WARPS, **FUSED}
+    return Prepared(_mask_token_grad_kernel, (B,), *strides[:2], rows - 1, kept, results=results, **options)
 
 
 def _fake_forward(tokens_BKE, mask_token_E, pos_embed_LE, ids_shuffle_BL):
     dtype = torch.promote_types(tokens_BKE.dtype, pos_embed_LE.dtype)
     return tokens_BKE.new_empty((tokens_BKE.shape[0], *pos_embed_LE.shape), dtype=dtype)
-
-
-token_restore = register(
-    "token_restore",
-    "(Tensor tokens, Tensor mask_token, Tensor pos_embed, Tensor ids_shuffle) -> Tensor",
-    token_restore_forward,
-    _fake_forward,
-)
-token_restore_grad = register(
-    "token_restore_grad",
-    "(Tensor grad, SymInt kept, ScalarType dtype) -> Tensor",
-    mask_token_gradient,
-    lambda grad, kept, dtype: grad.new_empty(grad.shape[2], dtype=dtype),
-)
 
 
 def _save(ctx, inputs, output):
@@ -113,7 +108,19 @@ def _backward(ctx, grad_BLE):
     return of_tokens, of_mask, None, None
 
 
-token_restore.register_autograd(_backward, setup_context=_save)
+token_restore = register(
+    "token_restore",
+    "(Tensor tokens, Tensor mask_token, Tensor pos_embed, Tensor ids_shuffle) -> Tensor",
+    token_restore_forward,
+    _fake_forward,
+    gradient=(_save, _backward),
+)
+token_restore_grad = register(
+    "token_restore_grad",
+    "(Tensor grad, SymInt kept, ScalarType dtype) -> Tensor",
+    mask_token_gradient,
+    lambda grad, kept, dtype: grad.new_empty(grad.shape[2], dtype=dtype),
+)
 
 
 def launches() -> list[Launch]:

@@ -26,6 +26,7 @@ from mimir_fast.config.evaluation import USUAL_EPS
 from mimir_fast.config.fields import require
 from mimir_fast.config.resolve import resolve_device
 from mimir_fast.data import EvalStream, eval_batches, subset_indices
+from mimir_fast.data.splits import check_same_classes
 from mimir_fast.evaluate.configured import dataset_of, overrides_of
 from mimir_fast.evaluate.progress import Bar
 from mimir_fast.models import Classifier
@@ -100,7 +101,7 @@ def analyzed(config: AnalyzeConfig, source: str, device: str, left: TimeLeft) ->
     overrides = overrides_of(config.model.model, config.model.use_normalize, config.data.dataset)
     trained = load_encoder(source, overrides=overrides, device=device)
     for line in trained.notes:
-        _say(line)
+        print(line)
     how = perturbation(config, trained)
     left.begin()
     batches, indices = images(config, trained)
@@ -133,8 +134,10 @@ def images(config: AnalyzeConfig, trained: Trained) -> tuple[EvalStream, torch.T
     """
     data = config.data
     where = (dataset_of(trained, data.dataset), data.data_root, trained.args["input_size"], config.run.batch_size)
-    stream = partial(eval_batches, *where, split=data.split, held_out=data.held_out)
-    total = stream().num_images
+    stream = partial(eval_batches, *where, split=data.split, held_out=data.held_out, eval_resize=data.eval_resize)
+    every = stream()
+    check_same_classes(trained.classes, every.classes, trained.source)
+    total = every.num_images
     # Here and not first by the jackknife, which comes after the attack.
     require(total >= 2 * GROUPS, "num_images", f"{total} images in all", f"{2 * GROUPS} or more")
     indices = subset_indices(total, min(data.num_images, total), config.run.seed)

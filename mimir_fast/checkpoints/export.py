@@ -30,6 +30,7 @@ from mimir_fast.checkpoints.trained_models import (
     training_eps,
 )
 from mimir_fast.config.export import ExportConfig
+from mimir_fast.data.crops import evaluated_share
 from mimir_fast.data.datasets import INFO
 from mimir_fast.models import Classifier
 from mimir_fast.models.families import family_of
@@ -88,7 +89,7 @@ def architecture(trained: Trained) -> Architecture:
         "mean": args["mean"] or (0.0, 0.0, 0.0),
         "std": args["std"] or (1.0, 1.0, 1.0),
         "interpolation": "bicubic",
-        "crop_pct": 0.875 if cropped else 1.0,
+        "crop_pct": evaluated_share(args["input_size"]) if cropped else 1.0,
         "num_classes": theirs.options["num_classes"],
         "first_conv": theirs.first_conv,
         "classifier": theirs.head,

@@ -105,10 +105,12 @@ def restore(
     geometry: list[int],
     updates_per_epoch: int,
     say: Callable[[str], None],
+    images: str = "",
 ) -> tuple[Position, dict]:
     """Load a checkpoint of ours or of the original; returns the position and our own entry, empty if there is none.
 
     start   the position if the checkpoint holds parameters only
+    images  fingerprint of the training images' names and labels, which a position inside an epoch depends on too
     """
     load_model_state(model, state, source)
     if "optimizer" not in state or "epoch" not in state:
@@ -126,7 +128,7 @@ def restore(
         # The third, the longest series of skipped updates, ends a run that reaches a limit: a new run begins its own.
         total, in_a_row, _ = own["counters"]
         updater.counters.copy_(torch.tensor([total, in_a_row, in_a_row]))
-        return _position(own, geometry, say), own
+        return _position(own, geometry, images, say), own
     # Entries of those names that another program wrote.
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
@@ -135,12 +137,22 @@ def restore(
         ) from error
 
 
-def _position(own: dict, geometry: list[int], say: Callable[[str], None]) -> Position:
+def _position(own: dict, geometry: list[int], images: str, say: Callable[[str], None]) -> Position:
     """Where our own entry says that a run stands."""
+    changed = []
     if own["step"] and own["geometry"] != geometry:
-        say("resume: batch size, processes or seed changed; the interrupted epoch starts again from its beginning")
-        return Position(epoch=own["epoch"], update=own["update"])
-    return Position(epoch=own["epoch"], step=own["step"], update=own["update"], sums=dict(own["sums"]))
+        changed.append("batch size, processes or seed changed")
+    # Not in older checkpoints.
+    if own.get("images", images) != images:
+        before, now = (str(fingerprint).partition("-")[0] for fingerprint in (own["images"], images))
+        numbers = f"{before} then, {now} now" if before != now else f"{now} as before, but of other names or labels"
+        changed.append(f"the training images changed ({numbers})")
+    if not changed or not own["step"]:
+        for what in changed:
+            say(f"resume: {what}")
+        return Position(epoch=own["epoch"], step=own["step"], update=own["update"], sums=dict(own["sums"]))
+    say(f"resume: {' and '.join(changed)}; the interrupted epoch starts again from its beginning")
+    return Position(epoch=own["epoch"], update=own["update"])
 
 
 def resume(
@@ -153,6 +165,7 @@ def resume(
     geometry: list[int],
     updates_per_epoch: int,
     say: Callable[[str], None],
+    images: str = "",
 ) -> tuple[Position, dict, dict]:
     """Resume from `source` (--resume); returns the position, the checkpoint and our own entry of it, both empty without one.
 
@@ -162,7 +175,7 @@ def resume(
     own: dict = {}
     if found is not None:
         name, state = found
-        position, own = restore(state, name, model, updater, start, geometry, updates_per_epoch, say)
+        position, own = restore(state, name, model, updater, start, geometry, updates_per_epoch, say, images)
     p = position
     # Each process has read the folder by itself: on local disks they may hold different files.
     if not world.same([p.epoch, p.step, p.update]):

@@ -1,6 +1,7 @@
 """The command line, `mimir-fast VERB [flags]`; each verb's module also runs by itself."""
 
 import importlib
+import signal
 import sys
 
 VERBS = {
@@ -24,12 +25,26 @@ def usage() -> str:
     return f"usage: mimir-fast VERB [flags]\n\nverbs:\n{verbs}\n\nmimir-fast VERB -h explains a verb's flags."
 
 
+def run_verb(verb: str, words: list[str], alone: bool = True) -> int:
+    """Import and run a verb; returns its exit status.  alone: whether the process ends after it."""
+    try:
+        status = importlib.import_module(VERBS[verb][0]).main(words)
+    except KeyboardInterrupt:
+        # While its modules are imported, which takes seconds, or once more while it ended.
+        print(f"mimir-fast {verb}: stopped", file=sys.stderr)
+        status = 130
+    if alone and status == 130:
+        # Whoever presses Ctrl-C again while Python ends would see tracebacks of what it closes.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return status
+
+
 def main(argv: list[str] | None = None) -> int:
     """Dispatch to a verb; returns its exit status, 2 for a word that is no verb."""
-    argv = sys.argv[1:] if argv is None else argv
+    alone, argv = argv is None, sys.argv[1:] if argv is None else argv
     # A verb is imported when it is called: importing all of them takes seconds.
     if argv and argv[0] in VERBS:
-        return importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
+        return run_verb(argv[0], argv[1:], alone)
     if argv and argv[0] in ("-h", "--help"):
         print(usage())
         return 0

@@ -1,26 +1,31 @@
 """Errors of a verb: one line on stderr, and the exit status."""
 
+import signal
 import sys
+import threading
 from collections.abc import Callable
 
-import torch
-
-from mimir_fast.checkpoints.errors import CheckpointError
 from mimir_fast.config.machine import prepare_machine
-from mimir_fast.data import DataError
+from mimir_fast.training.failures import described
 
-# Errors of the disk, the memory or the data while a run is under way: exit status 1.
-RUN_ERRORS = (CheckpointError, DataError, OSError, torch.OutOfMemoryError)
+INTERRUPTED = 130
 
 
 def complain(prog: str, error: Exception) -> None:
     """Print `prog: error: ...`, one line, with advice where the error itself has none."""
-    text = str(error)
-    # torch's message is a paragraph about its allocator and names no flag.
-    if isinstance(error, torch.OutOfMemoryError):
-        first = text.split(". ")[0].splitlines()[0]
-        text = f"batch_size: {first}; pass a smaller one, with --accum_iter or --activation_checkpointing where there is one"
-    print(f"{prog}: error: {text}", file=sys.stderr)
+    print(f"{prog}: error: {described(error) or error}", file=sys.stderr)
+
+
+def interrupted(prog: str, text: str) -> int:
+    """Print what a Ctrl-C left behind; returns the exit status.  One more Ctrl-C meanwhile changes nothing."""
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main else None
+    try:
+        print(f"{prog}: {text}", file=sys.stderr)
+    finally:
+        if in_main:
+            signal.signal(signal.SIGINT, before)
+    return INTERRUPTED
 
 
 def guarded(prog: str, body: Callable[[], int], stopped: str) -> int:
@@ -29,15 +34,14 @@ def guarded(prog: str, body: Callable[[], int], stopped: str) -> int:
     stopped   printed after Ctrl-C: what was saved and how to continue
     """
     prepare_machine()
-    # Other exceptions are bugs, and keep their tracebacks.
     try:
         return body()
-    except ValueError as error:
-        complain(prog, error)
-        return 2
-    except (OSError, torch.OutOfMemoryError) as error:
-        complain(prog, error)
-        return 1
     except KeyboardInterrupt:
-        print(f"{prog}: {stopped}", file=sys.stderr)
-        return 130
+        return interrupted(prog, stopped)
+    except Exception as error:
+        # Other exceptions are bugs, and keep their tracebacks.
+        refused = isinstance(error, OSError) or described(error) is not None
+        if not refused and not isinstance(error, ValueError):
+            raise
+        complain(prog, error)
+        return 1 if refused else 2

@@ -3,12 +3,18 @@
 import sys
 from collections.abc import Callable
 
-from mimir_fast.cli.errors import RUN_ERRORS, complain
+from mimir_fast.checkpoints.errors import CheckpointError
+from mimir_fast.cli.errors import complain, interrupted
 from mimir_fast.cli.parser import Command, parse_args
 from mimir_fast.config.machine import prepare_machine
 from mimir_fast.config.resolve import Config, Run, resolve
+from mimir_fast.data import DataError
 from mimir_fast.training.distributed import World
+from mimir_fast.training.failures import described
 from mimir_fast.training.running import Runs, running
+
+# Errors of the disk or the data while a run is under way: exit status 1.
+RUN_ERRORS = (CheckpointError, DataError, OSError)
 
 
 def train(
@@ -32,15 +38,12 @@ def train(
             return loop.run()
     # Before the loop handles signals itself, or a second Ctrl-C.
     except KeyboardInterrupt:
-        if not began:
-            print(f"{command.prog}: stopped before the first update", file=sys.stderr)
-        return 130
-    except RUN_ERRORS as error:
-        complain(command.prog, error)
-        return 1 if began else 2
-    except ValueError as error:
+        at_once = "stopped at once; --resume auto goes on from the last checkpoint"
+        return interrupted(command.prog, at_once if began else "stopped before the first update")
+    except Exception as error:
+        refused = isinstance(error, RUN_ERRORS) or described(error) is not None
         # Once training has begun, a ValueError is a bug and not wrong input.
-        if began:
+        if not refused and (began or not isinstance(error, ValueError)):
             raise
         complain(command.prog, error)
-        return 2
+        return 1 if began else 2

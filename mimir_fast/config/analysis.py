@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from mimir_fast.analyze.estimates import GROUPS
 from mimir_fast.config.choices import BANDWIDTHS, SPLITS
-from mimir_fast.config.fields import Configuration, flag, require
+from mimir_fast.config.evaluation import DataConfig as EvaluationData
+from mimir_fast.config.fields import Configuration, flag, inherited, require
 from mimir_fast.data.datasets import DATASETS
 from mimir_fast.models.families import find
 
@@ -35,6 +36,7 @@ class DataConfig:
     data_root: str = flag("../data", "folder that holds the data set")
     split: str = flag("val", "which images", choices=SPLITS)
     held_out: int = flag(0, "with --split held_out: training images that were held out", "images")
+    eval_resize: str = inherited(EvaluationData, "eval_resize")
     num_images: int = flag(512, "size of the random slice, all images where there are fewer; held in memory", "images")
 
 

@@ -32,4 +32,5 @@ COMPAT = ("none", "original")
 
 # Evaluation and analysis.
 SPLITS = ("val", "train", "held_out")
+EVAL_RESIZE = ("crop", "none")
 BANDWIDTHS = ("squared", "distance")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mimir_fast.attacks.named import WORDS, parse_attacks
-from mimir_fast.config.choices import SPLITS
+from mimir_fast.config.choices import EVAL_RESIZE, SPLITS
 from mimir_fast.config.fields import Configuration, flag, require
 from mimir_fast.data.datasets import DATASETS
 from mimir_fast.models.families import find, listed
@@ -37,6 +37,11 @@ class DataConfig:
     held_out: int = flag(0, "with --split held_out: training images that were held out", "images")
     num_images: int = flag(0, "look at N images chosen at random, the same ones whatever --seed; 0: all", "images")
     image_list: str = flag("", "file of paths below the split's folder, one a line, such as RobustBench's")
+    eval_resize: str = flag(
+        "crop",
+        "crop: images of any size are resized and their centre is cropped; none: all have the input's size already",
+        choices=EVAL_RESIZE,
+    )
     num_workers: int = flag(0, "data-loading processes; 0 loads in the main process", "processes")
 
 

@@ -37,8 +37,8 @@ def flag(
     return field(default=default, metadata=metadata | {"negative": negative, "several": several, "compat": compat})
 
 
-def inherited(section: type, name: str, default=None, **words: str):
-    """The flag `name` of another section, with another default if one is given; words: another `help` or `compat`."""
+def inherited(section: type, name: str, default=None, **words: str | bool):
+    """The flag `name` of another section, with another default if one is given; words: another `help`, `compat` or `new`."""
     (theirs,) = [f for f in fields(section) if f.name == name]
     metadata = {**theirs.metadata, **words}
     return field(default=theirs.default if default is None else default, metadata=metadata)

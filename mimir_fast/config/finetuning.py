@@ -7,7 +7,7 @@ mimir_fast/config/pretraining.py.  Flags marked `new` are not in the original.
 import re
 from dataclasses import dataclass
 
-from mimir_fast.config import pretraining, sections
+from mimir_fast.config import evaluation, pretraining, sections
 from mimir_fast.config.choices import ALPHA_SCHEDULES, MI_LOSS, MIXUP_MODES, REMODES, TRAINING_ATTACKS
 from mimir_fast.config.fields import Configuration, flag, inherited, require
 from mimir_fast.config.sections import ComputeConfig, DistConfig, check_shared
@@ -144,6 +144,7 @@ class ValidationConfig:
     dist_eval: bool = flag(
         False, "accepted for compatibility; processes always share validation, each image once; --eval is one process's"
     )
+    eval_resize: str = inherited(evaluation.DataConfig, "eval_resize", new=True)
     test_every: int = flag(1, "clean test accuracy every N epochs and in the last; 0: never", "epochs", new=True)
     val_attack: str = flag(
         "none", "attack that measures robust accuracy during training: none, fgsm or pgdN, as pgd10", new=True

@@ -16,6 +16,8 @@ CROP_AREA = (0.2, 1.0)
 # Width / height.
 CROP_RATIO = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
+# Largest side of the input, pixels, up to which evaluation cuts off an image's edges, and the share that it keeps.
+EDGES_CUT_TO, EDGES_CUT = 224, 224 / 256
 
 Channels = tuple[float, float, float]
 
@@ -42,6 +44,16 @@ def to_float(images_u8: Tensor, mean: Channels | None = None, std: Channels | No
 def _channel_constants(values: tuple[float, ...], device: torch.device) -> Tensor:
     """[C,1,1]"""
     return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
+
+
+def evaluated_share(size: int) -> float:
+    """Share of a resized image's shorter side that the centre crop of evaluation keeps, for an input of `size` pixels."""
+    return EDGES_CUT if size <= EDGES_CUT_TO else 1.0
+
+
+def evaluated_side(size: int) -> int:
+    """Pixels that evaluation resizes an image's shorter side to, for an input of `size` pixels."""
+    return int(size / evaluated_share(size))
 
 
 def crop_padded(images: np.ndarray, top: np.ndarray, left: np.ndarray, size: int) -> np.ndarray:

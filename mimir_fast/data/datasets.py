@@ -49,6 +49,8 @@ INFO = {
     "digits": DatasetInfo((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 32, 10, 32, flip=False),
 }
 DATASETS = tuple(INFO)
+# Folders beside class folders that are no classes, where there is no folder train.
+OTHER_SPLITS = ("val", "valid", "validation", "test")
 # Data sets of images of any size, and their folder below data_root.
 FOLDERS = {"imagenet": "", "imagenette": "imagenette2", "imagefolder": ""}
 
@@ -89,17 +91,22 @@ def folder_of(dataset: str, data_root: str | Path, split: str) -> tuple[Path, li
 
 def _folder(root: Path, split: str, optional_train: bool) -> tuple[Path, list[str]]:
     """root/train or root/val and its classes; with optional_train the classes may lie in root itself."""
-    train = root / "train"
-    if optional_train and split == "train" and not train.is_dir():
-        train = root
-    folder = train if split == "train" else root / split
-    return folder, class_folders(train if split == "train" or train.is_dir() else folder)
+    train, folder = root / "train", root / split
+    if train.is_dir() or not optional_train:
+        return folder, class_folders(train if split == "train" or train.is_dir() else folder)
+    beside = class_folders(root)
+    classes = [name for name in beside if name not in OTHER_SPLITS]
+    if split == "train" and not classes:
+        raise DataError(
+            f"data_root: {root} holds {', '.join(beside)} and no train; put the training images into train/CLASS/ there"
+        )
+    return (root, classes) if split == "train" else (folder, classes or class_folders(folder))
 
 
 def read_folders(root: Path, split: str, optional_train: bool) -> FolderImages:
     """Images in root/train/CLASS or root/val/CLASS; with optional_train the training classes may lie in root itself."""
     folder, classes = _folder(root, split, optional_train)
-    return FolderImages(scan_class_folders(folder, classes), str(folder))
+    return FolderImages(scan_class_folders(folder, classes, OTHER_SPLITS if folder == root else ()), str(folder))
 
 
 def _read_cifar(root: Path, split: str, name: str) -> ArrayImages:

@@ -9,6 +9,10 @@ class DataError(ValueError):
     """A problem with the data or its flags; one line that names the file, folder or flag and what to do."""
 
 
+class NoBatchError(DataError):
+    """The data workers deliver nothing any more; one line that says why and what to do."""
+
+
 class BadFiles:
     """Distinct unreadable images met so far, path -> reason; too many of them are an error.
 

@@ -13,19 +13,17 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mimir_fast.config.choices import SPLITS
+from mimir_fast.config.choices import EVAL_RESIZE, SPLITS
 from mimir_fast.data.build import check_input_size
-from mimir_fast.data.crops import Channels
+from mimir_fast.data.crops import Channels, evaluated_side
 from mimir_fast.data.datasets import DatasetInfo, Source, dataset_info, read_images
+from mimir_fast.data.delivery import Batch, delivered
 from mimir_fast.data.errors import DataError
 from mimir_fast.data.image_list import listed_images
-from mimir_fast.data.sources import ArrayImages
+from mimir_fast.data.sources import ArrayImages, FolderImages
 from mimir_fast.data.splits import class_names, held_out_indices
 from mimir_fast.data.stream import batch_loader
-from mimir_fast.data.workers import Batch, batch_or_bad, sigterm_held
-
-# Fraction of a resized image's shorter side that the centre crop keeps.
-CROPPED = 224 / 256
+from mimir_fast.data.workers import batch_or_bad, workers_starting
 
 
 class EvalStream:
@@ -35,6 +33,7 @@ class EvalStream:
     num_images   images of all ranks together
     classes      names in label order, num_classes of them
     mean, std    per channel, of images in [0,1]
+    source       the images of the split or list, which `indices` count
     """
 
     def __init__(
@@ -49,14 +48,15 @@ class EvalStream:
         world_size: int = 1,
         num_workers: int = 0,
         pin_memory: bool = False,
+        resize: str = "crop",
     ):
         self.num_images, self.indices = len(positions), positions[rank::world_size]
         self.classes, self.num_classes = classes, len(classes)
         self.mean: Channels = info.mean
         self.std: Channels = info.std
-        self._bad = source.bad
+        self.source, self._bad = source, source.bad
         self._keys = [self.indices[i : i + batch_size] for i in range(0, len(self.indices), batch_size)]
-        maker = EvalMaker(source, input_size, info.side is None)
+        maker = EvalMaker(source, input_size, info.side is None, resize)
         self._loader = batch_loader(maker, self._keys, num_workers, pin_memory, persistent=False)
 
     def __len__(self) -> int:
@@ -65,9 +65,9 @@ class EvalStream:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Images uint8 [B,3,S,S] and labels int64 [B].  Raises DataError for an unreadable image, naming it."""
-        with sigterm_held():
+        with workers_starting():
             batches = iter(self._loader)
-        for images, labels, bad in batches:
+        for images, labels, bad in delivered(batches):
             self._bad.record(bad)
             yield images, labels
 
@@ -75,13 +75,15 @@ class EvalStream:
 class EvalMaker(Dataset[Batch]):
     """Map-style dataset of evaluation batches, by the indices of their images.
 
-    resize   scale the shorter side to S * 256 / 224 pixels and crop the centre; else the centre is cropped, or padded with
-             zeros, where S differs from the images' side
+    of_any_size   scale the shorter side to evaluated_side(S) pixels and crop the centre; else the centre is cropped, or
+                  padded with zeros, where S differs from the images' side
+    resize        none: all images have S x S pixels and are taken as they are
     """
 
-    def __init__(self, source: Source, input_size: int, resize: bool):
+    def __init__(self, source: Source, input_size: int, of_any_size: bool, resize: str = "crop"):
         self.source, self.input_size = source, input_size
-        self.convert = partial(resized_centre if resize else centre, size=input_size)
+        convert = as_it_is if resize == "none" else resized_centre if of_any_size else centre
+        self.convert = partial(convert, size=input_size)
         if not self._fits():
             # For its imports, which are slow: forked workers then have them already.
             self.convert(Image.new("RGB", (2, 2)))
@@ -99,6 +101,11 @@ class EvalMaker(Dataset[Batch]):
         return isinstance(self.source, ArrayImages) and self.source.images.shape[1] == self.input_size
 
 
+def as_it_is(image: Image.Image, size: int) -> np.ndarray:
+    """An RGB image that has the size already: uint8 [S,S,C]."""
+    return np.asarray(image)
+
+
 def centre(image: Image.Image, size: int) -> np.ndarray:
     """Centre crop of an RGB image, padded with zeros where it is smaller: uint8 [S,S,C]."""
     # Slow to import.
@@ -108,15 +115,15 @@ def centre(image: Image.Image, size: int) -> np.ndarray:
 
 
 def resized(image: Image.Image, size: int) -> Image.Image:
-    """Resize the shorter side of an image to size / CROPPED pixels, bicubic."""
+    """Resize the shorter side of an image to evaluated_side(size) pixels, bicubic."""
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.functional import resize
 
-    return resize(image, [int(size / CROPPED)], InterpolationMode.BICUBIC, antialias=True)
+    return resize(image, [evaluated_side(size)], InterpolationMode.BICUBIC, antialias=True)
 
 
 def resized_centre(image: Image.Image, size: int) -> np.ndarray:
-    """Resize the shorter side to size / CROPPED pixels, bicubic, and crop the centre: uint8 [S,S,C]."""
+    """Resize the shorter side to evaluated_side(size) pixels, bicubic, and crop the centre: uint8 [S,S,C]."""
     return centre(resized(image, size), size)
 
 
@@ -136,6 +143,7 @@ def eval_batches(
     world_size: int = 1,
     num_workers: int = 0,
     pin_memory: bool = False,
+    eval_resize: str = "crop",
 ) -> EvalStream:
     """Batches of a split for evaluation: each image once, in a fixed order; rank r has images r, r + world_size, ...
 
@@ -144,6 +152,8 @@ def eval_batches(
     image_list    a file of paths below the split's folder, one per line; only for class folders of images of any size
     num_classes   outputs of the model, to be checked
     use_edm       whether training mixes in generated images
+    eval_resize   crop: images of any size are resized and their centre is cropped; none: all must have input_size x input_size
+                  pixels, and are taken as they are
     Raises DataError: one line that names the flag, file or folder and what to do; also for an unreadable image.
     """
     info = dataset_info(dataset)
@@ -154,11 +164,25 @@ def eval_batches(
         raise DataError(f"split: {split!r}, expected one of {', '.join(SPLITS)}")
     if not 0 <= rank < world_size:
         raise DataError(f"rank: expected 0 to {world_size - 1}, got {rank}")
+    if eval_resize not in EVAL_RESIZE:
+        raise DataError(f"eval_resize: {eval_resize!r}, expected {' or '.join(EVAL_RESIZE)}")
     source = _evaluated(dataset, data_root, split, held_out, image_list, use_edm)
+    if eval_resize == "none":
+        _as_they_are(source, info, dataset, input_size)
     classes = class_names(dataset, source, num_classes)
     positions = _positions(indices, len(source))
     sharding = (rank, world_size, num_workers, pin_memory)
-    return EvalStream(source, info, classes, input_size, batch_size, positions, *sharding)
+    return EvalStream(source, info, classes, input_size, batch_size, positions, *sharding, eval_resize)
+
+
+def _as_they_are(source: Source, info: DatasetInfo, dataset: str, input_size: int) -> None:
+    """From now on an image of another size than input_size is an error."""
+    if isinstance(source, FolderImages) and info.side is None:
+        source.side = input_size
+    elif info.side != input_size:
+        raise DataError(
+            f"eval_resize: none, but images of {dataset} have {info.side} x {info.side} pixels and input_size is {input_size}"
+        )
 
 
 def _evaluated(

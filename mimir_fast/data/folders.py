@@ -12,9 +12,20 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from mimir_fast.data.decoding import BadImageError, to_rgb
 from mimir_fast.data.errors import DataError, log
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+# Folders that systems and programs put beside a user's own, in small letters; hidden ones begin with a dot.
+SYSTEM_FOLDERS = (
+    "__macosx",
+    "__pycache__",
+    "@eadir",
+    "#recycle",
+    "$recycle.bin",
+    "system volume information",
+    "lost+found",
+)
 # What Pillow's decoders raise on damaged files.
 DECODE_ERRORS = (
     OSError,
@@ -30,8 +41,8 @@ DECODE_ERRORS = (
 )
 
 
-class BadImageError(Exception):
-    """An image that cannot be read; the message is the reason, one line."""
+# Of a folder: device and number.
+Identity = tuple[int, int]
 
 
 class PathTable:
@@ -80,14 +91,16 @@ class ImageList:
 
 
 def class_folders(root: Path) -> list[str]:
-    """Names of the folders directly below root, sorted; hidden ones are left out.
+    """Names of the folders directly below root, sorted; hidden and system folders and links to root are left out.
 
     Raises DataError when root is missing or holds no folders.
     """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; check data_root, which must contain one folder of images per class")
     try:
-        names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+        folders = [entry for entry in os.scandir(root) if entry.is_dir() and not _hidden(entry.name)]
+        above = _with_parents(root)
+        names = sorted(entry.name for entry in folders if not entry.is_symlink() or _identity(entry.path) not in above)
     except OSError as error:
         _unreadable_folder(error)
     if not names:
@@ -100,6 +113,7 @@ def scan_class_folders(
 ) -> ImageList:
     """All images below root/CLASS, at any depth, sorted by path; other files are ignored and reported once.
 
+    Hidden and system folders are left out at every depth.  Links are followed, to each folder once, and not upwards.
     classes    class names in label order (default: the folders found); a folder outside them is an error
     skip       folders that are not classes
     expected   endings of other files that need no report
@@ -110,10 +124,11 @@ def scan_class_folders(
     relative: list[str] = []
     labels: list[int] = []
     others: list[str] = []
+    above = _with_parents(root)
     for name in names:
         if name not in label_of:
             raise DataError(f"{root / name}: the training images have no class of this name; remove the folder")
-        images = _images_below(root, name, expected, others)
+        images = _images_below(root, name, expected, others, above)
         if not images:
             raise DataError(f"{root / name}: class folder without images; remove it or fill it")
         relative += images
@@ -123,18 +138,50 @@ def scan_class_folders(
     return ImageList(PathTable(root, relative), np.array(labels, np.int64), list(label_of))
 
 
-def _images_below(root: Path, name: str, expected: tuple[str, ...], others: list[str]) -> list[str]:
+def _images_below(
+    root: Path, name: str, expected: tuple[str, ...], others: list[str], above: frozenset[Identity]
+) -> list[str]:
     """Paths of the images in root/name relative to root; other files are appended to `others`."""
     images = []
     # Sorted: the order in which a file system lists files differs between machines, and would change every batch.
-    for folder, _, files in sorted(os.walk(root / name, onerror=_unreadable_folder, followlinks=True)):
+    for folder, files in sorted(_walk(root / name, above)):
         below = os.path.relpath(folder, root)
-        for file in sorted(files):
-            if file.lower().endswith(IMAGE_EXTENSIONS) and not file.startswith("."):
+        for file in sorted(file for file in files if not file.startswith(".")):
+            if file.lower().endswith(IMAGE_EXTENSIONS):
                 images.append(os.path.join(below, file))
             elif not file.endswith(expected):
                 others.append(os.path.join(below, file))
     return images
+
+
+def _walk(top: Path, above: frozenset[Identity]) -> Iterator[tuple[str, list[str]]]:
+    """Every folder from top downwards with its files, each once, however many links lead to it; none of `above`."""
+    seen = set(above)
+    for folder, folders, files in os.walk(top, onerror=_unreadable_folder, followlinks=True):
+        identity = _identity(folder)
+        if identity in seen:
+            folders.clear()
+            continue
+        seen.add(identity)
+        # In order: which of several links is followed must not depend on the machine.
+        folders[:] = sorted(name for name in folders if not _hidden(name))
+        yield folder, files
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
+
+
+def _identity(folder: str | Path) -> Identity:
+    """What all links to a folder share."""
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
+
+
+def _with_parents(folder: Path) -> frozenset[Identity]:
+    """A folder and all above it."""
+    real = folder.resolve()
+    return frozenset(map(_identity, (real, *real.parents)))
 
 
 def _unreadable_folder(error: OSError) -> None:
@@ -149,7 +196,7 @@ def read_image(path: str, side: int | None = None) -> Image.Image:
 def decode(open_file: Callable[[], BinaryIO], side: int | None = None) -> Image.Image:
     """Decode one image, wherever it comes from, to RGB; see read_image."""
     with _decoding(open_file) as image:
-        rgb = image.convert("RGB")
+        rgb = to_rgb(image)
     if side is not None and rgb.size != (side, side):
         raise BadImageError(f"{rgb.width}x{rgb.height} pixels, expected {side}x{side}")
     return rgb

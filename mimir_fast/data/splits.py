@@ -49,6 +49,24 @@ def class_names(dataset: str, source: Source, num_classes: int | None) -> list[s
     return source.classes or [str(label) for label in range(expected)]
 
 
+def check_same_classes(known: list[str] | None, found: list[str], whose: str) -> None:
+    """Raise DataError, showing the first difference, if classes have other names, in the order of their labels.
+
+    known   None: not known; whose: where these names are from, for the message
+    Names that are the labels' numbers say nothing: they stand for those of data sets without names.
+    """
+    if known is None or known == found or any(names == [str(i) for i in range(len(names))] for names in (known, found)):
+        return
+    label = next(
+        (i for i, (ours, theirs) in enumerate(zip(known, found)) if ours != theirs), min(len(known), len(found))
+    )
+    was, now = (names[label] if label < len(names) else "no class" for names in (known, found))
+    raise DataError(
+        f"classes: label {label} is {was!r} in {whose} and {now!r} in the images; give images of the same classes, in folders "
+        "of the same names"
+    )
+
+
 def check_labels(labels: np.ndarray, num_classes: int, where: str) -> None:
     """Raise DataError unless labels [N] are in [0, num_classes)."""
     low, high = int(labels.min()), int(labels.max())

@@ -1,7 +1,7 @@
 """Batch stream: epochs of micro-batches that can be resumed at any step."""
 
 import sys
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,8 +10,13 @@ from torch.utils.data import DataLoader, Dataset
 from mimir_fast.data.batch_order import KeySampler, Schedule
 from mimir_fast.data.crops import Channels
 from mimir_fast.data.datasets import DatasetInfo
+from mimir_fast.data.delivery import LOOK, delivered
 from mimir_fast.data.errors import BadFiles, DataError
-from mimir_fast.data.workers import BatchMaker, CropMaker, sigterm_held, start_worker, unchanged
+from mimir_fast.data.fingerprints import names_fingerprint
+from mimir_fast.data.workers import BatchMaker, CropMaker, start_worker, unchanged, workers_starting
+
+# How workers begin; macOS can only spawn safely.
+START = "fork" if sys.platform == "linux" else "spawn"
 
 
 class BatchStream:
@@ -21,6 +26,8 @@ class BatchStream:
     num_images   real training images
     classes      their names in label order; num_classes of them
     mean, std    per channel, of images in [0,1]
+    fingerprint  of the images' names and labels, which the order of an epoch depends on
+    interrupted  asked while no batch comes: whether the run was told to end, and waits no longer; may be set
     """
 
     def __init__(
@@ -39,6 +46,8 @@ class BatchStream:
         self.mean: Channels = info.mean
         self.std: Channels = info.std
         self._bad: BadFiles = batches.source.bad
+        self.fingerprint = names_fingerprint(batches.source)
+        self.interrupted: Callable[[], bool] = lambda: False
         self._keys = KeySampler(schedule)
         self._length = len(schedule)
         self._running: Generator[tuple[Tensor, Tensor], None, None] | None = None
@@ -57,7 +66,7 @@ class BatchStream:
         """Images uint8 [B,3,H,W] and labels int64 [B] of micro-batches start_step, start_step + 1, ... of an epoch.
 
         A call ends the iterator of the call before it.  Raises DataError for positions outside the epoch and, while
-        iterating, when too many images turn out to be unreadable; RuntimeError after `close`.
+        iterating, when too many images turn out to be unreadable or no batch comes any more; RuntimeError after `close`.
         """
         self._open_loader()
         if epoch < 0 or not 0 <= start_step <= len(self):
@@ -79,10 +88,10 @@ class BatchStream:
 
     def _batches(self, epoch: int, start_step: int) -> Generator[tuple[Tensor, Tensor], None, None]:
         self._keys.position = (epoch, start_step)
-        with sigterm_held():
+        with workers_starting():
             batches = iter(self._open_loader())
         try:
-            for images, labels, bad in batches:
+            for images, labels, bad in delivered(batches, lambda: self.interrupted()):
                 self._bad.record(bad)
                 yield images, labels
         finally:
@@ -108,9 +117,10 @@ def batch_loader(
         collate_fn=unchanged,
         pin_memory=pin_memory and torch.cuda.is_available(),
         worker_init_fn=start_worker,
+        timeout=LOOK if num_workers else 0,
         persistent_workers=persistent and num_workers > 0,
         # Forked workers share the images in memory; spawned ones would each hold a copy.
-        multiprocessing_context="fork" if num_workers > 0 and sys.platform == "linux" else None,
+        multiprocessing_context=START if num_workers > 0 else None,
         # The loader draws a seed for its workers: from the global generator, it would change what the model draws.
         generator=torch.Generator(),
     )

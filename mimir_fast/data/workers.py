@@ -1,10 +1,11 @@
 """Data loader workers: making a batch, and signals; without workers, batches are made in the main process."""
 
+import ctypes
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
@@ -12,7 +13,6 @@ from typing import TypeVar
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from mimir_fast.data.batch_order import BatchKey
@@ -25,14 +25,16 @@ from mimir_fast.data.crops import (
     random_resized_crop,
     resized_crop,
 )
+from mimir_fast.data.delivery import Batch, sent
+from mimir_fast.data.errors import NoBatchError
 from mimir_fast.data.policies import Augment, Augmentation, Operation
 from mimir_fast.data.randomness import Purpose, borrowed_generators, random_stream
 from mimir_fast.data.sources import ArrayImages, FolderImages, MixedImages, TooManyBadError
 
 # Elsewhere a process cannot ask which process sent a signal.
 HOLDS_SIGTERM = sys.platform == "linux"
-# Images uint8 [B,3,S,S], labels int64 [B], and the unreadable files met, path -> reason.
-Batch = tuple[Tensor, Tensor, dict[str, str]]
+# Linux: the signal that a process gets when the one that started it ends.
+PARENT_DEATH_SIGNAL = 1
 T = TypeVar("T")
 
 
@@ -130,7 +132,7 @@ class CropMaker(Dataset[Batch]):
 def batch_or_bad(make: Callable[[], Batch]) -> Batch:
     """The batch, or empty tensors and the unreadable files where there were too many."""
     try:
-        return make()
+        return sent(make())
     except TooManyBadError as error:
         # Returned, not raised: an exception would reach the user with the worker's traceback in its text.
         return torch.empty(0), torch.empty(0), error.bad
@@ -142,29 +144,47 @@ def unchanged(batch: T) -> T:
 
 
 @contextmanager
-def sigterm_held():
-    """Block SIGTERM while workers are forked, so that they start with it blocked in every thread, native ones included."""
+def workers_starting() -> Iterator[None]:
+    """Context in which a loader starts its workers.  Raises NoBatchError where the machine does not let it.
+
+    SIGTERM is blocked, so that they start with it blocked in every thread, native ones included.
+    """
     # A thread inherits its signal mask: blocked later, in the worker, threads of libraries would still take the signal.
-    if not HOLDS_SIGTERM:
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}) if HOLDS_SIGTERM else None
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGCHLD) if in_main else None
     try:
         yield
+    except OSError as error:
+        raise NoBatchError(
+            f"num_workers: data workers cannot be started ({error}); most often /dev/shm is missing or full, or memory is: "
+            "docker run --shm-size=8g, or --num_workers 0"
+        ) from error
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        # torch's handler would raise a dead worker's error wherever the program is, in the middle of an update too; `delivered`
+        # meets it where batches are waited for.
+        if in_main and signal.getsignal(signal.SIGCHLD) is not handler:
+            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def start_worker(worker_id: int) -> None:
     """Worker init: ignore signals that are meant for the main process, which may save first and then ends its workers.
 
-    A terminal or a scheduler signals all processes of a job at once; a worker obeys only a SIGTERM from the main process.
+    A terminal or a scheduler signals all processes of a job at once; a worker obeys only a SIGTERM from the main process, and
+    ends when that ends.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Schedulers announce the end of a job's time with SIGUSR1, which would end a process without a handler.
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # Schedulers announce the end of a job's time with SIGUSR1; SIGHUP comes when a terminal is closed.
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     if HOLDS_SIGTERM:
-        threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
+        # It may have ended before that.
+        if os.getppid() != parent:
+            os._exit(0)
+        threading.Thread(target=_end_when_told_by, args=(parent,), daemon=True).start()
 
 
 def _end_when_told_by(parent: int) -> None:

@@ -1,6 +1,6 @@
 import sys
 
-from mimir_fast.cli.demo import main
+from mimir_fast.cli import run_verb
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_verb("demo", sys.argv[1:]))

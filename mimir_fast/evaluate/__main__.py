@@ -2,6 +2,6 @@
 
 import sys
 
-from mimir_fast.cli.evaluate import main
+from mimir_fast.cli import run_verb
 
-sys.exit(main())
+sys.exit(run_verb("evaluate", sys.argv[1:]))

@@ -37,7 +37,8 @@ def evaluate(config: EvaluateConfig, explicit: set[str] | None = None) -> dict:
     alpha = eps / 4 if config.attack.alpha is None else config.attack.alpha
     for line in trained.notes:
         print(line)
-    print(f"{trained.source}: {trained.args['model']}, eps {eps:g}/255, alpha {alpha:g}/255, on {device}")
+    cut = ", images as they are" if config.data.eval_resize == "none" else ""
+    print(f"{trained.source}: {trained.args['model']}, eps {eps:g}/255, alpha {alpha:g}/255, on {device}{cut}")
     return run_evaluation(
         trained.model,
         trained.source,
@@ -47,6 +48,7 @@ def evaluate(config: EvaluateConfig, explicit: set[str] | None = None) -> dict:
         sizes=Sizes(config.run.batch_size, config.run.aa_batch),
         seed=config.run.seed,
         with_checks=config.attack.checks,
+        classes=trained.classes,
     )
 
 
@@ -78,6 +80,7 @@ def chosen_images(config: EvaluateConfig, trained: Trained) -> Images:
         data.image_list or None,
         data.held_out,
         data.num_workers,
+        data.eval_resize,
     )
 
 

@@ -13,6 +13,7 @@ from mimir_fast.attacks.named import Attack, cross_entropy, make_attack
 from mimir_fast.attacks.pgd_mae import frozen_twin
 from mimir_fast.checkpoints.lock import locked
 from mimir_fast.data.crops import to_float
+from mimir_fast.data.splits import check_same_classes
 from mimir_fast.evaluate import checks
 from mimir_fast.evaluate.checks import AttackResult, Finding
 from mimir_fast.evaluate.entries import attack_of, circumstances, key_of, model_hash, settings_of, summary, table
@@ -50,6 +51,7 @@ def run_evaluation(
     seed: int = 0,
     with_checks: bool = False,
     say: Callable[[str], None] = print,
+    classes: list[str] | None = None,
 ) -> dict:
     """Evaluate a classifier; returns what results.json in output_dir holds: identity, attacks by name and settings, checks.
 
@@ -60,10 +62,12 @@ def run_evaluation(
     seed         of the attacks' random starts
     with_checks  also attack a few images at a radius at which every image can be broken
     say          called with every line of output
+    classes      names of the model's classes in the order of its logits, which must be those of the images; None: not known
     Every batch is saved: a call after a kill continues where it stopped, and ends with the same result.
     Raises ValueError (DataError, CheckpointError), one line each.
     """
-    chosen = images.choose()
+    chosen = images.choose(say)
+    check_same_classes(classes, chosen.classes, source)
     subject = _subject(model, source, len(chosen.classes))
     # Each attack once, the clean one first: those that follow leave out what it finds misclassified.
     attacks = list(dict.fromkeys([CLEAN, *attacks]))

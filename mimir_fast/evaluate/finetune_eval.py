@@ -24,13 +24,20 @@ def evaluate(run: Run[FinetuneConfig]) -> int:
     a, d = config.attack, config.data
     for line in trained.notes:
         print(line)
-    print(f"{trained.source}: {trained.args['model']}, eps {a.eps:g}/255, alpha {a.alpha:g}/255, on {run.device}")
+    cut = ", images as they are" if config.validation.eval_resize == "none" else ""
+    print(f"{trained.source}: {trained.args['model']}, eps {a.eps:g}/255, alpha {a.alpha:g}/255, on {run.device}{cut}")
     attacks = original_sequence(a.eps, a.alpha, config.validation.adap_eval)
     # One attack that cannot run is no reason to leave out the others.
     if any(attack.kind == "aa" for attack in attacks) and (reason := refusal(trained.args["nb_classes"])):
         print(f"eval: AutoAttack is left out, it {reason}")
         attacks = tuple(attack for attack in attacks if attack.kind != "aa")
-    images = Images(dataset, d.data_root, trained.args["input_size"], num_workers=d.num_workers)
+    images = Images(
+        dataset,
+        d.data_root,
+        trained.args["input_size"],
+        num_workers=d.num_workers,
+        eval_resize=config.validation.eval_resize,
+    )
     batch = config.optim.batch_size
     run_evaluation(
         trained.model,
@@ -40,5 +47,6 @@ def evaluate(run: Run[FinetuneConfig]) -> int:
         beside(source, "eval"),
         sizes=Sizes(batch, batch),
         seed=config.run.seed,
+        classes=trained.classes,
     )
     return 0

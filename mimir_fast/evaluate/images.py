@@ -1,14 +1,15 @@
 """Images of an evaluation, by their indices in the data set.  N images."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from mimir_fast.data import EvalStream, eval_batches, subset_indices
+from mimir_fast.data.fingerprints import content_fingerprint
+from mimir_fast.evaluate.progress import Bar
 
 # Seed of the choice of num_images.  Not that of the attacks: with other random starts the images must stay the same.
 CHOICE = 0
@@ -22,6 +23,7 @@ class Images:
     num_images   a random choice of so many images, always the same ones; 0: all
     image_list   a file that lists the images, see eval_batches; None: all of the split
     held_out     number of images that the training held out, for split "held_out"
+    eval_resize  crop, or none for images that have S x S pixels already
     """
 
     dataset: str
@@ -32,6 +34,7 @@ class Images:
     image_list: str | None = None
     held_out: int = 0
     num_workers: int = 0
+    eval_resize: str = "crop"
 
     def stream(self, batch_size: int, indices: np.ndarray | None = None) -> EvalStream:
         """Batches of uint8 [B,3,S,S] and labels int64 [B] of all images, or of those of indices, in the order given."""
@@ -45,22 +48,35 @@ class Images:
             image_list=self.image_list or None,
             held_out=self.held_out,
             num_workers=self.num_workers,
+            eval_resize=self.eval_resize,
         )
 
-    def choose(self) -> "Chosen":
-        """The indices of the images, their classes and a fingerprint.  Raises DataError as the data package does."""
+    def choose(self, say: Callable[[str], None] = print) -> "Chosen":
+        """The indices of the images, their classes and a fingerprint, for which every image is read.
+
+        say   called with a line of progress where that takes long
+        Raises DataError as the data package does.
+        """
         stream = self.stream(batch_size=1)
         total = stream.num_images
         indices = np.arange(total)
         # At random: class folders are sorted by class, and the first images would be of the first class.
         if self.num_images:
             indices = np.asarray(subset_indices(total, self.num_images, CHOICE), np.int64)
-        # The first image stands for the pixels of all: to hash them all would read the data set twice.
-        first, label = next(iter(stream))
-        facts = f"{self.dataset} {self.split} {self.input_size} {list(stream.classes)} {total} {int(label[0])}"
-        listed = Path(self.image_list).expanduser().read_bytes() if self.image_list else b""
+        facts = f"{self.dataset} {self.split} {self.input_size} {self.eval_resize} {list(stream.classes)} {total}"
+        bar, done = Bar(say), 0
+
+        def read(count: int) -> None:
+            nonlocal done
+            done += count
+            bar.show("fingerprint of the images", f"{done}/{len(indices)} images", done, len(indices) - done)
+
+        try:
+            content = content_fingerprint(stream.source, indices, read)
+        finally:
+            bar.close()
         # Little-endian on every machine: the hash is compared across machines.
-        digest = hashlib.sha256(facts.encode() + indices.astype("<i8").tobytes() + first.numpy().tobytes() + listed)
+        digest = hashlib.sha256(f"{facts} {content}".encode(errors="surrogateescape") + indices.astype("<i8").tobytes())
         return Chosen(self, indices, list(stream.classes), digest.hexdigest())
 
 
@@ -87,6 +103,6 @@ class Chosen:
 
     def identity(self) -> dict:
         """What results.json says of the images."""
-        names = ("dataset", "split", "input_size", "image_list")
+        names = ("dataset", "split", "input_size", "eval_resize", "image_list")
         facts = {name: getattr(self.images, name) for name in names}
         return {**facts, "n": len(self.indices), "classes": len(self.classes), "hash": self.fingerprint}

@@ -1,5 +1,5 @@
 import sys
 
-from mimir_fast.cli.memory import main
+from mimir_fast.cli import run_verb
 
-sys.exit(main())
+sys.exit(run_verb("memory", sys.argv[1:]))

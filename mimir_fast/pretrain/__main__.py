@@ -1,5 +1,5 @@
 import sys
 
-from mimir_fast.cli.pretrain import main
+from mimir_fast.cli import run_verb
 
-sys.exit(main())
+sys.exit(run_verb("pretrain", sys.argv[1:]))

@@ -45,6 +45,7 @@ class Engine:
     rated       the model to validate: the average, else `attacked`
     captured    whether and how micro-steps are launched as CUDA graphs
     meters      what `advance` counts
+    updating    True from the beginning of an update to the end of its call: an error leaves parameters and moments of no use
     `task.model` is up to date after every update, unless it is sharded.
     """
 
@@ -74,6 +75,7 @@ class Engine:
         recorder = recorder or (None if reason else CudaRecorder(world.device))
         self.captured = CapturedSteps(recorder, world, list(task.model.parameters()), reason)
         self.meters = Meters(task, self.updater, task.run.config.run.log_every)
+        self.updating = False
         world.share(task.model.parameters())
         self.average = self._start_average(average)
         model = self._compute_model()
@@ -110,7 +112,9 @@ class Engine:
 
         inputs = [images_u8, labels, *([] if draws is None else [draws])]
         place = (first, number is not None)
-        return self.captured.run(inputs, self.task.form, *place, partial(self._seed, epoch, step), work)
+        output = self.captured.run(inputs, self.task.form, *place, partial(self._seed, epoch, step), work)
+        self.updating = False
+        return output
 
     def micro_step(self, images_u8: Tensor, labels: Tensor, epoch: int = 0, step: int = 0, last: bool = True) -> Output:
         """Prepare, attack, forward and backward pass, uncaptured: adds the gradients of one micro-batch.
@@ -154,6 +158,7 @@ class Engine:
 
         number   of the update, counted from 1 over the whole run
         """
+        self.updating = True
         norm = self.updater.update()
         if self.average:
             self.average.update(number)

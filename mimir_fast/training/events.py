@@ -6,9 +6,10 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mimir_fast.checkpoints.atomic import write_atomically
 
@@ -31,7 +32,9 @@ class Events:
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self.log_dir, self.say, self.told, self.file = log_dir, say, False, None
+        self.say, self.told = say, False
+        # None until it could be opened.
+        self.file: Any = None
         self.events, self.summaries, self.record_writer = event_pb2, summary_pb2, RecordWriter
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
         self.path, self.purge_step = Path(log_dir) / name, purge_step
@@ -66,7 +69,7 @@ class Events:
     def _open(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Unbuffered: what the disk refuses must not stay in a buffer and be tried again out of place.
-        self.file: Any = open(self.path, "ab", buffering=0)  # noqa: SIM115
+        self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         try:
             first = [self.events.Event(wall_time=time.time(), file_version="brain.Event:2")]
             if self.purge_step is not None:
@@ -116,7 +119,11 @@ def drop_points(log_dir: Path, tags: tuple[str, ...], first: int) -> None:
         if any(word in content for word in words):
             kept = [r for r in _records(content) if not (any(word in bytes(r) for word in words) and dropped(r))]
             if sum(map(len, kept)) < len(content):
-                write_atomically(path, lambda file, kept=kept: file.writelines(kept), "log_dir")
+                write_atomically(path, partial(_write_lines, kept), "log_dir")
+
+
+def _write_lines(lines: list[memoryview], file: BinaryIO) -> None:
+    file.writelines(lines)
 
 
 def _records(content: bytes) -> Iterator[memoryview]:

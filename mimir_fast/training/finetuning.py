@@ -17,6 +17,7 @@ from mimir_fast.config.resolve import Run
 from mimir_fast.data import (
     Augment,
     BatchStream,
+    DataError,
     build_train_data,
     dataset_info,
     mix_as_drawn,
@@ -25,6 +26,7 @@ from mimir_fast.data import (
     to_float,
 )
 from mimir_fast.data.datasets import DatasetInfo
+from mimir_fast.data.splits import check_same_classes
 from mimir_fast.models import Classifier, create_classifier
 from mimir_fast.objectives.adversarial_losses import cross_entropy
 from mimir_fast.objectives.classification import ClassificationObjective
@@ -168,17 +170,23 @@ class Finetuning:
             say("model_ema: the resumed run kept no average; it starts from the parameters of now")
         elif self.average_decay is None and "model_ema" in state:
             say("model_ema: the resumed run kept an average; without the flag it ends here")
+        check_same_classes(own.get("classes"), self._classes(), "the resumed checkpoint")
         self.validator = Validator(self.run, self.world, best_so_far(own, self.config, say))
 
     def state(self) -> dict:
-        return {"best": self.validator.best, "best_by": criterion(self.config)}
+        best = {"best": self.validator.best, "best_by": criterion(self.config)}
+        return {**best, "classes": self._classes()}
+
+    def _classes(self) -> list[str]:
+        """Names in the head's order."""
+        return self.stream.classes if self.stream else []
 
 
 def build_data(run: Run[FinetuneConfig], world: World) -> BatchStream:
-    """This rank's share of the training images."""
+    """This rank's share of the training images.  Raises DataError for images of a single class."""
     config = run.config
     d, a = config.data, config.augment
-    return build_train_data(
+    stream = build_train_data(
         d.dataset,
         d.data_root,
         config.model.input_size,
@@ -190,6 +198,9 @@ def build_data(run: Run[FinetuneConfig], world: World) -> BatchStream:
         warmup_aa=warms_up(config),
         **stream_options(run, world),
     )
+    if stream.num_classes < 2:
+        raise DataError(f"nb_classes: {d.dataset} in {d.data_root} has one class; a classifier needs two or more")
+    return stream
 
 
 def build_model(run: Run[FinetuneConfig], images: BatchStream | DatasetInfo, device: torch.device) -> Classifier:
@@ -233,9 +244,10 @@ def start_from_pretrained(model: Classifier, config: FinetuneConfig, say: Callab
 def summary(config: FinetuneConfig) -> str:
     """What a fine-tuning does, in a line."""
     a, v, o = config.attack, config.validation, config.optim
+    cut = ", images as they are" if v.eval_resize == "none" else ""
     attack = "none" if a.attack_train == "plain" else f"{a.attack_train}, {a.steps} step(s), eps {a.eps:g}/255"
     average = f"{o.model_ema_decay:g}" if o.model_ema else "none"
     return (
         f"{config.model.nb_classes} classes, {v.held_out} images held out; attack {attack}; "
-        f"validation attack {v.val_attack}; layer decay {o.layer_decay:g}; average {average}"
+        f"validation attack {v.val_attack}{cut}; layer decay {o.layer_decay:g}; average {average}"
     )

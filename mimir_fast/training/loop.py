@@ -8,10 +8,12 @@ from torch import Tensor
 from mimir_fast.checkpoints import folder as ckpt
 from mimir_fast.checkpoints.run_state import Position, checkpoint_state, due, end_status, open_folder, resume
 from mimir_fast.data import DataError, prefetch
+from mimir_fast.data.errors import NoBatchError
 from mimir_fast.training.compilation import CompileClock
 from mimir_fast.training.describe import describe
 from mimir_fast.training.distributed import World
 from mimir_fast.training.engine import Engine
+from mimir_fast.training.failures import rescue
 from mimir_fast.training.logs import RunLog, peak_memory_gib
 from mimir_fast.training.optimizer import learning_rate, peak_learning_rate
 from mimir_fast.training.signals import StopSignals
@@ -40,7 +42,9 @@ class Loop:
         notes, updater = list(task.run.notes), task.updater(self.lr)
         start = Position(o.start_epoch, update=o.start_epoch * self.updates_per_epoch)
         entries = (task.model, updater, start, self._geometry(), self.updates_per_epoch)
-        self.position, state, own = resume(r.resume, self.folder, world, *entries, notes.append)
+        self.position, state, own = resume(
+            r.resume, self.folder, world, *entries, notes.append, self.stream.fingerprint
+        )
         task.resume(state, own, notes.append)
         self.first_update = self.position.update + 1
         self.engine = Engine(task, world, updater, state.get("model_ema"), recorder=recorder)
@@ -75,6 +79,7 @@ class Loop:
         """Train to the end, to --max_steps, or to a signal; returns the exit status (0, 1 diverged, 130 Ctrl-C)."""
         self.compile_clock.start()
         with StopSignals() as stop, self.engine.captured.context():
+            self.stream.interrupted = lambda: stop.received is not None
             most, p = self.config.run.max_steps, self.position
             # The run was stopped between an epoch's last update and its end.
             unmeasured = p.step == len(self.stream)
@@ -97,13 +102,17 @@ class Loop:
             first, last = step % o.accum_iter == 0, (step + 1) % o.accum_iter == 0
             if first:
                 lr = self._set_learning_rate(p.epoch + step / len(self.stream))
-            started = time.perf_counter()
-            with stage("data"):
-                batch = next(batches)
-            waited += time.perf_counter() - started
-            # Free the last step's tensors before the next step needs the memory.
-            output = None
-            output = self.engine.advance(*batch, p.epoch, step, p.update + 1 if last else None, first)
+            try:
+                started = time.perf_counter()
+                with stage("data"):
+                    batch = next(batches)
+                waited += time.perf_counter() - started
+                # Free the last step's tensors before the next step needs the memory.
+                output = None
+                output = self.engine.advance(*batch, p.epoch, step, p.update + 1 if last else None, first)
+            except Exception as error:
+                batch = output = None
+                return self._save_after(error, stop)
             p.step = step + 1
             if last:
                 self._after_update(lr, waited)
@@ -202,7 +211,7 @@ class Loop:
 
     def _save(self, name: str, batch: Batch | None, output: Output | None, extra: dict | None = None) -> list[str]:
         """Write a checkpoint on rank 0, then retire those that it replaces; returns lines about these.  Every rank calls."""
-        own = {"geometry": self._geometry(), **self.task.state()}
+        own = {"geometry": self._geometry(), "images": self.stream.fingerprint, **self.task.state()}
         own |= {"wandb": self.wandb_run} if self.wandb_run else {}
         moved: list[str] = []
         states = self.engine.states() if self.folder else {}
@@ -220,6 +229,22 @@ class Loop:
                 self.task.save_samples(self.folder, self.position, batch[0], output)
         self.world.barrier()
         return moved
+
+    def _save_after(self, error: Exception, stop: StopSignals) -> str:
+        """After an error between two updates: save if that is possible; raises it unless a signal ends the run anyway."""
+        p = self.position
+
+        def save() -> None:
+            self.engine.updater.optimizer.zero_grad(set_to_none=True)
+            self.log.flush()
+            self._save(f"resume-{p.epoch}-{p.step}.pth", None, None)
+
+        # All processes would have to save, and no checkpoint holds the gradients of an update's first micro-steps.
+        possible = self.folder and self.world.size == 1 and p.step % self.config.optim.accum_iter == 0
+        rescue(error, bool(possible and not self.engine.updating and p.update >= self.first_update), save, self.log.say)
+        if isinstance(error, NoBatchError) and stop.received is not None:
+            return "signal"
+        raise error
 
     def _save_failure(self, batch: Batch, output: Output) -> None:
         """Save the state with the last micro-step's batch and results, and say so."""

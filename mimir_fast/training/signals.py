@@ -6,7 +6,7 @@ from types import FrameType
 
 
 class StopSignals:
-    """SIGTERM, SIGUSR1 and Ctrl-C ask the loop to save and end; a second Ctrl-C interrupts at once.
+    """SIGTERM, SIGUSR1, SIGHUP (a closed terminal) and Ctrl-C ask the loop to save and end; a second Ctrl-C interrupts at once.
 
     received   the signal that came, or None
     """
@@ -18,7 +18,10 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         # Python lets the main thread alone handle signals; a training started in another one runs without.
         if threading.current_thread() is threading.main_thread():
-            handled = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+            handled = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+            # Ignored under nohup: the run shall outlive its terminal.
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+                handled.append(signal.SIGHUP)
             self.previous = {s: signal.signal(s, self._note) for s in handled}
         return self
 

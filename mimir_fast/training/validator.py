@@ -44,6 +44,7 @@ def build_eval_data(config: FinetuneConfig, world: World, split: str) -> EvalStr
         rank=world.rank,
         world_size=world.size,
         num_workers=d.num_workers,
+        eval_resize=config.validation.eval_resize,
         pin_memory=d.pin_mem and world.device.type == "cuda",
     )
 

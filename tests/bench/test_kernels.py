@@ -82,7 +82,7 @@ def test_every_operation_runs_on_a_cpu(tmp_path):
     assert main(["kernels", "--results", str(file), "--", "-k", words]) == 0
     found = [json.loads(line) for line in file.read_text().splitlines()]
     assert {r["op"] for r in found} == set(OPS)
-    assert {r["impl"] for r in found} == {"eager", "compiled", "cdist", "torch noise"}
+    assert {r["impl"] for r in found} == {"eager", "compiled", "cdist", "torch noise", "torchvision"}
     for r in found:
         assert [r[name] for name in ("kind", "device", "dtype", "status")] == ["kernels", "cpu", "fp32", "ok"]
         assert r["recipe"] in ("small", "small encoder", "small decoder")

@@ -89,12 +89,11 @@ def test_gradients_of_image_operations():
     arguments = (scale, with_last(pred), with_last(images), with_last(ids_removed), PATCH, True)
     of_images = torch.empty(B, 3, SIDE, SIDE, dtype=HALF)
     of_images[-1:] = 0
-    geometry = loss_kernel._geometry(arguments[1], of_images, PATCH)
+    of_pred = arguments[1]
+    launch = loss_kernel._prepared("grad_images", of_pred.shape, of_pred.stride(), HALF, of_images.shape, PATCH, True)
     with interpret(last=L + 1):
         of_pred = loss_kernel.masked_patch_loss_grad_pred(*arguments)
-        loss_kernel._grad_images_kernel[(B * (L - 1),)](
-            *arguments[:4], of_images, 2 / arguments[1].numel(), *geometry, NORM=True, num_warps=4
-        )
+        launch(*arguments[:4], of_images)
     for mine, leaf in zip((of_pred, of_images), leaves):
         assert (mine[-1:].float() - leaf.grad.float()).abs().max() < 1e-2 * leaf.grad.abs().max()
 

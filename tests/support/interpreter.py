@@ -73,6 +73,12 @@ class Sanitizer:
         """Share of the moved sectors' bytes that was asked for, for kind load or store."""
         return self.st[f"{kind}_bytes"] / (SECTOR * self.st[f"{kind}_sectors32"])
 
+    def touched_sectors(self) -> int:
+        """Sectors that the last launch read or wrote, each counted once."""
+        return sum(
+            np.unique(np.flatnonzero((s.writer != NOBODY) | (s.reader != NOBODY)) // SECTOR).size for s in self._shadows
+        )
+
     def start_launch(self, arguments: dict):
         """Forget the previous launch; only these arguments' tensors may be touched."""
         shadows: dict[int, Shadow] = {}

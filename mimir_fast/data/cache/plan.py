@@ -14,8 +14,8 @@ from mimir_fast.data.cache.encoding import PARTIAL
 from mimir_fast.data.cache.format import Options
 from mimir_fast.data.cache.originals import Originals, fingerprint, sampled_bytes
 from mimir_fast.data.cache.pixels import reduced_size, stored_bytes
+from mimir_fast.data.crops import evaluated_side
 from mimir_fast.data.errors import DataError
-from mimir_fast.data.eval_stream import CROPPED
 
 # Headers that are read to tell the size beforehand.
 SAMPLE = 1000
@@ -38,7 +38,7 @@ def estimated_bytes(originals: Originals, options: Options) -> int:
 
     def stored(width: int, height: int) -> int:
         if options.input_size:
-            shorter = int(options.input_size / CROPPED)
+            shorter = evaluated_side(options.input_size)
             sides = shorter, shorter * max(width, height) // min(width, height)
         else:
             sides = reduced_size(width, height, options.size)

@@ -5,6 +5,7 @@ import json
 import resource
 import runpy
 import signal
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -187,3 +188,18 @@ def test_nothing_is_left_of_an_export_that_fails(tmp_path, monkeypatch, name, er
     expected = 2 if isinstance(error, ValueError) else 130
     assert exported(source, tmp_path / name, "timm" if name.endswith("s") else "robustbench") == expected
     assert [path.name for path in tmp_path.iterdir()] == ["source.pth"]
+
+
+@pytest.mark.parametrize(("size", "share"), [(224, 0.875), (384, 1.0)])
+def test_timm_is_told_how_evaluation_crops(tmp_path, size, share):
+    source = checkpoint(tmp_path / "checkpoint-9.pth", dataset="imagenet")
+    trained = load_classifier(source)
+    assert (
+        export.architecture(trained._replace(args=trained.args | {"input_size": size})).pretrained_cfg["crop_pct"]
+        == share
+    )
+    model = eval(
+        export.architecture(trained).call(tmp_path / "none"),
+        {"timm": SimpleNamespace(create_model=lambda _, **told: told)},
+    )
+    assert model["pretrained_cfg_overlay"]["crop_pct"] == 0.875

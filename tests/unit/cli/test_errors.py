@@ -1,8 +1,14 @@
 """How a verb ends."""
 
+import os
+import signal
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+from mimir_fast import cli
 from mimir_fast.cli.errors import guarded
 
 
@@ -17,6 +23,24 @@ from mimir_fast.cli.errors import guarded
             1,
             "mimir-fast x: error: batch_size: CUDA out of memory;",
         ),
+        (MemoryError(), 1, "mimir-fast x: error: batch_size: host memory ran out;"),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"
+            ),
+            1,
+            "mimir-fast x: error: batch_size: host memory ran out;",
+        ),
+        (
+            RuntimeError("[/x/gloo/transport/tcp/pair.cc:1] Connection closed by peer [127.0.0.1]:1\nmore"),
+            1,
+            "mimir-fast x: error: another process of this run ended or does not answer",
+        ),
+        (
+            torch.distributed.DistBackendError("NCCL error in: x.cpp\nmore"),
+            1,
+            "mimir-fast x: error: another process of this run ended or does not answer",
+        ),
         (KeyboardInterrupt(), 130, "mimir-fast x: nothing is lost\n"),
     ],
 )
@@ -30,6 +54,41 @@ def test_every_end_is_a_status_and_a_line(capsys, error, status, line):
     said = capsys.readouterr().err
     assert said.startswith(line)
     assert said.count("\n") == bool(line)
+
+
+def test_a_ctrl_c_while_the_line_of_the_last_one_is_printed_changes_nothing(monkeypatch, capsys):
+    """Planted: the line is printed with the handler of before."""
+
+    class Stderr:
+        def write(self, text):
+            os.kill(os.getpid(), signal.SIGINT)
+
+        def flush(self):
+            pass
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(sys, "stderr", Stderr())
+    assert guarded("mimir-fast x", lambda: (_ for _ in ()).throw(KeyboardInterrupt()), "stopped") == 130
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_ctrl_c_while_a_verb_is_imported_is_one_line(monkeypatch, capsys, verb):
+    def importing(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.importlib, "import_module", importing)
+    assert cli.main([verb]) == 130
+    assert capsys.readouterr().err == f"mimir-fast {verb}: stopped\n"
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_that_runs_as_a_module_goes_through_the_same_door(verb):
+    """`python -m mimir_fast.VERB` imports nothing slow before Ctrl-C is met."""
+    path = Path(cli.__file__).parents[1] / verb / "__main__.py"
+    if path.exists():
+        assert f'run_verb("{verb}", sys.argv[1:])' in path.read_text()
+        assert path.read_text().count("import") == 2
 
 
 def test_what_is_a_bug_stays_a_traceback():

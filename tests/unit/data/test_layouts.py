@@ -164,7 +164,7 @@ def test_other_files_are_ignored_and_reported_once(tmp_path, caplog):
     assert len(read_images("imagefolder", tmp_path)) == 4
     (record,) = caplog.records
     assert record.name == "mimir_fast.data"
-    assert "ignored 2 files" in record.getMessage()
+    assert "ignored 1 files" in record.getMessage()
     assert "notes.txt" in record.getMessage()
 
 

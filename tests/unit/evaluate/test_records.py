@@ -1,6 +1,7 @@
 """Evaluations are stopped, go on, and add up: nothing is lost, nothing is done twice, nothing is mixed up."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -115,6 +116,22 @@ def test_lists_that_begin_alike_are_different_images(tmp_path):
         images = Images("imagefolder", str(tmp_path), 16, image_list=str(tmp_path / "list.txt"))
         prints.add(images.choose().fingerprint)
     assert len(prints) == 2
+
+
+def test_results_are_not_those_of_images_that_were_replaced_since(tmp_path):
+    """Any image, not the first alone; files that were only copied again are the same images."""
+    folder = tmp_path / "val" / "a"
+    for name in ("a", "b"):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (16, 16), (80 * number, 0, 0)).save(tmp_path / "val" / name / f"{number}.png")
+    images = Images("imagefolder", str(tmp_path), 16)
+    before = images.choose().fingerprint
+    (folder / "2.png").touch()
+    assert images.choose().fingerprint == before
+    Image.new("RGB", (16, 16), (80, 1, 0)).save(folder / "1.png")
+    assert images.choose().fingerprint != before
+    assert replace(images, eval_resize="none").choose().fingerprint != images.choose().fingerprint
 
 
 def test_long_seeds_have_results_of_their_own():

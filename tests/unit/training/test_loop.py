@@ -12,12 +12,15 @@ import torch
 
 from mimir_fast.checkpoints.errors import CheckpointError
 from mimir_fast.data import DataError
+from mimir_fast.data.errors import NoBatchError
 from mimir_fast.training.distributed import World
 from mimir_fast.training.epoch_sums import EpochSums
 from mimir_fast.training.loop import Loop
 from mimir_fast.training.seeds import step_seed
+from mimir_fast.training.signals import StopSignals
+from mimir_fast.training.task import Measured
 from tests.support.runs import lines, load
-from tests.support.toy_task import CPU, STEPS, ToyTask, toy_run
+from tests.support.toy_task import CPU, STEPS, ToyStream, ToyTask, toy_run
 
 
 def build(folder="", task_type=ToyTask, **flags) -> Loop:
@@ -311,6 +314,89 @@ def test_full_or_missing_places_for_logs_do_not_end_a_run(tmp_path, monkeypatch,
     assert said.count("metrics.jsonl: No space left") == 1
     assert said.count("warning: log_dir: could not write") == 1
     assert "6 lines are missing" in said
+
+
+class Failing(ToyTask):
+    """An error of the machine or the data in epoch 1, at `at`, unless the run is resumed."""
+
+    error, at = MemoryError(), 2
+
+    def step(self, objective, attacked, functions, pixels, noise):
+        if self.told[-1] == (1, self.at) and not self.run.config.run.resume:
+            raise self.error
+        return super().step(objective, attacked, functions, pixels, noise)
+
+
+HOST = "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+REFUSED = [MemoryError(), RuntimeError(HOST), torch.OutOfMemoryError("CUDA out of memory."), NoBatchError("killed")]
+
+
+@pytest.mark.parametrize("error", REFUSED, ids=lambda e: type(e).__name__)
+def test_what_is_done_is_saved_when_the_machine_refuses(tmp_path, error, monkeypatch, capsys):
+    """Planted: no save; a save at the position of the step before."""
+    monkeypatch.setattr(Failing, "error", error)
+    whole = build(tmp_path / "whole")
+    assert finish(whole) == 0
+    with pytest.raises(type(error)):
+        finish(build(tmp_path / "run", Failing))
+    assert (tmp_path / "run" / "resume-1-2.pth").exists()
+    assert "the state after the last update was saved" in capsys.readouterr().out
+    assert [row["update"] for row in lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
+    again = build(tmp_path / "run", Failing, resume="auto")
+    assert finish(again) == 0
+    assert torch.equal(again.task.model.weight, whole.task.model.weight)
+
+
+@pytest.mark.parametrize("where", ["within an update's micro-steps", "in the update", "a bug", "disk full"])
+def test_what_cannot_be_gone_on_from_is_not_saved(tmp_path, where, monkeypatch, capsys):
+    """Planted: gradients of half an update lost in silence; parameters saved that an update had half changed."""
+    monkeypatch.setattr(Failing, "at", 3 if where.startswith("within") else 2)
+    monkeypatch.setattr(Failing, "error", KeyError("bug") if where == "a bug" else MemoryError())
+    loop = build(tmp_path, ToyTask if where == "in the update" else Failing)
+    if where == "in the update":
+        update = loop.engine.updater.update
+        loop.engine.updater.update = lambda: (
+            update() if loop.position.update < 3 else (_ for _ in ()).throw(MemoryError())
+        )
+    if where == "disk full":
+        monkeypatch.setattr(loop, "_save", lambda *inputs: (_ for _ in ()).throw(CheckpointError("no room")))
+        monkeypatch.setattr(loop.task, "keeps", lambda epoch: False)
+        monkeypatch.setattr(loop.task, "end_epoch", lambda *inputs: Measured({"bias": 0.0}))
+    with pytest.raises((MemoryError, KeyError)):
+        finish(loop)
+    assert not list(tmp_path.glob("resume-*"))
+    assert ("the state could not be saved (no room)" in capsys.readouterr().out) == (where == "disk full")
+
+
+def test_a_signal_ends_a_run_whose_data_does_not_come(tmp_path):
+    """Planted: the flag is looked at after an update only."""
+
+    class Silent(ToyStream):
+        def epoch(self, epoch, start_step=0):
+            for step, batch in enumerate(super().epoch(epoch, start_step), start_step):
+                if (epoch, step) == (1, 2):
+                    os.kill(os.getpid(), signal.SIGHUP)
+                    assert self.interrupted()
+                    raise NoBatchError("stopped while the data workers were silent")
+                yield batch
+
+    class Waiting(ToyTask):
+        def __init__(self, run):
+            super().__init__(run)
+            self.stream = Silent()
+
+    assert finish(build(tmp_path, Waiting)) == 0
+    assert (tmp_path / "resume-1-2.pth").exists()
+
+
+def test_a_run_under_nohup_outlives_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_nothing_is_written_without_a_folder(tmp_path, monkeypatch):

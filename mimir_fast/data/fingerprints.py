@@ -1,0 +1,63 @@
+"""Fingerprints of images: of names and labels, which decide a run's order of images, and of their content.
+
+The same for the same images wherever they lie, whenever they were copied.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from mimir_fast.data.errors import DataError
+from mimir_fast.data.sources import ArrayImages, FolderImages, MixedImages
+
+# A disk, a network file system above all, answers many requests at a time faster than one.
+READERS = 16
+# Images that are hashed at a time.
+PART = 1024
+
+
+def names_fingerprint(source: ArrayImages | FolderImages | MixedImages) -> str:
+    """The number of images, and a hash of names, where they have names, and labels in their order."""
+    digest = hashlib.sha256(str(len(source)).encode())
+    for part in (source.real, source.generated) if isinstance(source, MixedImages) else (source,):
+        digest.update(part.labels.astype("<i8").tobytes())
+        if isinstance(part, FolderImages):
+            digest.update(part.files.paths.text.tobytes() + part.files.paths.ends.astype("<i8").tobytes())
+    return f"{len(source)}-{digest.hexdigest()[:16]}"
+
+
+def content_fingerprint(
+    source: ArrayImages | FolderImages, indices: np.ndarray, read: Callable[[int], None] = lambda count: None
+) -> str:
+    """A hash of name, label and content of each image of `indices`, in their order; of files, of their bytes.
+
+    read   called with the number of images that were read since the last call
+    Raises DataError for a file that cannot be read.
+    """
+    digest = hashlib.sha256()
+    for start in range(0, len(indices), PART):
+        part = indices[start : start + PART]
+        for index, content in zip(part, _contents(source, part)):
+            name = source.files.paths.relative(int(index)) if isinstance(source, FolderImages) else ""
+            digest.update(f"{name}\0{source.labels[index]}\0".encode(errors="surrogateescape") + content)
+        read(len(part))
+    return digest.hexdigest()
+
+
+def _contents(source: ArrayImages | FolderImages, indices: np.ndarray) -> Iterator[bytes]:
+    """The hash of each image."""
+    if isinstance(source, FolderImages):
+        with ThreadPoolExecutor(READERS) as pool:
+            yield from pool.map(_hash_of_file, [source.files.paths[int(index)] for index in indices])
+    else:
+        yield from (hashlib.sha256(image.tobytes()).digest() for image in source.images[indices])
+
+
+def _hash_of_file(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.sha256(file.read()).digest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); replace or remove it") from error

@@ -1,0 +1,155 @@
+"""How operations reach their kernels: what a launch computes anew, which compiled kernel it takes, what compiled code calls."""
+
+import importlib
+import inspect
+import sys
+from functools import _lru_cache_wrapper
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from triton.runtime.jit import JITFunction
+
+from bench.kernels.suite import OPS
+from mimir_fast import kernels
+from mimir_fast.kernels._shared import column_sums
+from tests.kernels.test_devices import SMALL, cases
+from tests.support.cases import Drawn
+from tests.support.interpreter import interpret
+from tests.support.simulation import needs_simulated_gpu, run_simulated
+
+FOLDER = Path(kernels.__file__).parent
+
+
+def modules(op: str) -> list:
+    return [importlib.import_module(f"mimir_fast.kernels.{op}.{path.stem}") for path in (FOLDER / op).glob("[!_]*.py")]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_second_call_of_the_same_shapes_computes_nothing_anew(op):
+    """Grids, tiles and warps are computed once: every kernel is launched through functions that remember them."""
+    remembered = [f for m in (*modules(op), column_sums) for f in vars(m).values() if isinstance(f, _lru_cache_wrapper)]
+    launched = []
+    with patch.object(JITFunction, "run", lambda kernel, *_, **__: launched.append(kernel.__name__)):
+        for launch in importlib.import_module(f"mimir_fast.kernels.{op}.kernel").launches():
+            launch.call()
+            first, misses = len(launched), [f.cache_info().misses for f in remembered]
+            launch.call()
+            assert [f.cache_info().misses for f in remembered] == misses, launch
+            assert launched[:first] == launched[first:]
+            launched.clear()
+    for module in (*modules(op), column_sums):
+        assert "_kernel[" not in inspect.getsource(module), f"{module.__name__}: a kernel is launched past Prepared"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compiled_code_calls_kernels_alone(op):
+    """The graphs of forward and backward pass hold operators that have no layer of autograd, and compute the same bits."""
+    called = []
+
+    def record(graph, _):
+        called.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph)
+
+    # All cases share the code that is compiled.
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=record, bw_compiler=record)
+    case = cases(op, SMALL, "bf16")[0]
+    with interpret():
+        drawn = Drawn(case, torch.device("cpu"))
+        eager, compiled = (
+            drawn.values(f) for f in (case.ours, torch.compile(case.ours, fullgraph=True, backend=backend))
+        )
+    assert all(torch.equal(value, compiled[name]) for name, value in eager.items())
+    ours = [target for target in called if getattr(target, "namespace", "") == "mimir_fast"]
+    assert len(ours) > any("gradient" in name for name in eager)
+    for target in ours:
+        for key in ("CompositeImplicitAutograd", "Autograd"):
+            assert not torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), key), target
+    assert not [target for target in called if "autograd" in str(target)]
+
+
+def test_second_derivatives_are_refused():
+    qkv = torch.randn(1, 3, 3 * 16, requires_grad=True)
+    with interpret():
+        out = kernels.short_attention(qkv, 1, impl="triton")
+        (grad,) = torch.autograd.grad(out.sum(), qkv, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            grad.sum().backward()
+
+
+SPECIALISED = """
+import torch, triton, triton.language as tl
+from triton import knobs
+from triton.runtime.jit import JITFunction
+from mimir_fast.kernels._shared.launch import FUSED, Prepared
+
+@triton.jit
+def _add_kernel(x, y, out, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    number = tl.load(x + i, mask=i < n, other=0).to(tl.float32)
+    if y is not None:
+        number += tl.load(y + i, mask=i < n, other=0).to(tl.float32)
+    tl.store(out + i, number.to(out.dtype.element_ty), mask=i < n)
+
+n, by_triton = 4096, []
+triton_run = JITFunction.run
+JITFunction.run = lambda kernel, *args, **kwargs: by_triton.append(kernel) or triton_run(kernel, *args, **kwargs)
+launch = Prepared(_add_kernel, (n // 1024,), n, results=[((n,), torch.float32)], BLOCK=1024, num_warps=4, **FUSED)
+
+def launched(*tensors):
+    "How often Triton looked for the kernel itself, and how many kernels it has compiled by then."
+    before = len(by_triton)
+    (out,) = launch(*tensors)
+    assert out.shape == (n,) and out.dtype == torch.float32 and out.is_cuda
+    return len(by_triton) - before, len(_add_kernel.device_caches[0][0])
+
+x = torch.zeros(n + 1, device="cuda")
+assert launched(x[:n], x[:n]) == (1, 1)
+assert launched(x[:n], x[:n]) == (0, 1)
+# A misaligned view has a kernel of its own, every time, on either side.
+assert launched(x[1:], x[:n]) == (1, 2)
+assert launched(x[1:], x[:n]) == (1, 2)
+assert launched(x[:n], x[1:]) == (1, 3)
+assert launched(x[:n], x[:n]) == (0, 3)
+half = x.bfloat16()
+assert launched(half[:n], x[:n]) == (1, 4)
+assert launched(half[:n], x[:n]) == (0, 4)
+assert launched(x[:n], half[:n]) == (1, 5)
+assert launched(x[:n], None) == (1, 6)
+assert launched(x[:n], None) == (0, 6)
+assert launched(x[:n], x[:n]) == (0, 6)
+functions = {arguments[0] for _, arguments in launch._compiled.values()}
+assert len(functions) == len(launch._compiled) == 4
+# A profiler hears of every launch.
+told = []
+knobs.runtime.launch_enter_hook.add(lambda metadata: told.append(metadata.get()["name"]))
+assert launched(x[:n], x[:n]) == (1, 6)
+assert told == ["_add_kernel"]
+knobs.runtime.launch_enter_hook.calls.clear()
+assert launched(x[:n], x[:n]) == (0, 6)
+# Memory filled with NaN is torch's work.
+torch.use_deterministic_algorithms(True)
+assert launched(x[:n], x[:n]) == (1, 6)
+torch.use_deterministic_algorithms(False)
+# Of other numbers or options, another kernel; the same numbers again, the same one.
+for options in ({"num_warps": 8}, {"num_warps": 4, "maxnreg": 64}):
+    launch = Prepared(_add_kernel, (4,), n, results=[((n,), torch.float32)], BLOCK=1024, **options, **FUSED)
+    compiled = len(_add_kernel.device_caches[0][0])
+    assert launched(x[:n], x[:n]) == (1, compiled + 1)
+    assert launched(x[:n], x[:n]) == (0, compiled + 1)
+for shape in ((), (0,), (3,), (2, 0, 5), (2, 3, 5)):
+    result = Prepared(_add_kernel, (1,), 0, results=[(shape, torch.float16)], BLOCK=1024, num_warps=4)
+    for _ in range(2):
+        (out,) = result(x, None)
+        assert out.shape == shape and out.stride() == torch.empty(shape).stride()
+"""
+
+
+@needs_simulated_gpu
+def test_a_kept_kernel_is_the_one_that_triton_would_take(tmp_path):
+    (tmp_path / "specialised.py").write_text(SPECIALISED)
+    run_simulated([sys.executable, tmp_path / "specialised.py"])
