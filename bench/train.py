@@ -13,7 +13,6 @@ from bench import loop, records
 from bench.peaks import PEAKS
 from bench.simulated_gpu import marker
 from bench.steps import model_flops
-from mimir_fast.training.sinks import Lines
 
 EPILOG = """Other flags are the trainer's, for instance: python -m bench train --data_root FOLDER --num_workers 8
 Nothing is saved unless --output_dir is among them.  Times, the wait for data and memory are those of the trainer's own
@@ -31,11 +30,11 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace, flags: list[str]) -> int:
     """Train, print, append the record."""
     with loop.open_trainer(args, flags) as trainer, tempfile.TemporaryDirectory() as folder:
-        kept, log = trainer.folder or Path(folder), trainer.log
-        if not log.files:  # logs without checkpoints
-            log.files = {name: Lines(kept / name, log.say) for name in ("metrics.jsonl", "log.txt")}
+        # Metrics without checkpoints, if these are not asked for.
+        metrics = trainer.folder or Path(folder)
+        trainer.log.write_to(metrics)
         loop.run(trainer)
-        rows = [json.loads(line) for line in (kept / "metrics.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (metrics / "metrics.jsonl").read_text().splitlines()]
         record = measured(args, trainer, rows[-args.updates :])
     print(*lines(record), sep="\n")
     records.append(record, args.results)

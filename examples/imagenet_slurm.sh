@@ -40,11 +40,11 @@ again_unless() {
 
 # shellcheck disable=SC2086  # the *_FLAGS are several words
 {
-srun python -m mimir_fast.pretrain --recipe imagenet_vit_b --data_root "$DATA" --batch_size "$BATCH" \
+srun --kill-on-bad-exit=1 python -m mimir_fast.pretrain --recipe imagenet_vit_b --data_root "$DATA" --batch_size "$BATCH" \
     --epochs "$PRETRAIN_EPOCHS" --resume auto --output_dir "$OUT/pretrain" --log_dir "$OUT/pretrain" $PRETRAIN_FLAGS
 again_unless "$ENCODER"
 
-srun python -m mimir_fast.finetune --recipe imagenet_vit_b_apgd --data_root "$DATA" --batch_size "$BATCH" \
+srun --kill-on-bad-exit=1 python -m mimir_fast.finetune --recipe imagenet_vit_b_apgd --data_root "$DATA" --batch_size "$BATCH" \
     --finetune "$ENCODER" --epochs "$FINETUNE_EPOCHS" --held_out 5000 --val_attack pgd10 --val_every 5 --resume auto \
     --output_dir "$OUT/finetune" --log_dir "$OUT/finetune" $FINETUNE_FLAGS
 again_unless "$CLASSIFIER"

@@ -1,5 +1,6 @@
 """The house: every operation in its place, references without Triton, a wheel with nothing else in it."""
 
+import ast
 import importlib
 import re
 import subprocess
@@ -153,3 +154,24 @@ def test_dependencies_are_declared_and_justified():
     )
     provides = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
     assert third_party <= {provides.get(name, name) for name in names} | {"triton"}
+
+
+def test_text_files_are_utf_8_whatever_the_locale():
+    """Planted: a read_text() without encoding, which reads by LC_ALL."""
+    offenders = []
+    for path in (ROOT / "mimir_fast").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and _opens_text(node) and not any(k.arg == "encoding" for k in node.keywords):
+                offenders.append(f"{path.relative_to(ROOT)}:{node.lineno} {ast.unparse(node)}")
+    assert not offenders
+
+
+def _opens_text(call: ast.Call) -> bool:
+    if isinstance(call.func, ast.Attribute):
+        return call.func.attr in ("read_text", "write_text")
+    modes = [
+        a.value
+        for a in [*call.args[1:2], *(k.value for k in call.keywords if k.arg == "mode")]
+        if isinstance(a, ast.Constant)
+    ]
+    return isinstance(call.func, ast.Name) and call.func.id == "open" and "b" not in "".join(map(str, modes))

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-from matplotlib.figure import Figure
-
 from mimir_fast.analyze.entries import FILES, VARIABLES
 from mimir_fast.analyze.estimates import ESTIMATORS
+from mimir_fast.report.drawing import Figure
 from mimir_fast.report.figures import BLUE, GREY, ORANGE
 
 GREEN, PURPLE = "#009E73", "#CC79A7"

@@ -1,11 +1,14 @@
 """mimir-fast evaluate: accuracy of a classifier, clean and under attack.  Also `python -m mimir_fast.evaluate`."""
 
+import os
 import sys
 
 from mimir_fast.cli.errors import guarded
 from mimir_fast.cli.parser import Command, parse_args
 from mimir_fast.config.evaluation import RECIPES, EvaluateConfig
+from mimir_fast.config.sections import DistConfig
 from mimir_fast.evaluate.configured import evaluate
+from mimir_fast.training.distributed import find_rank
 
 DESCRIPTION = """Accuracy of a classifier, clean and under attack, with 95 % intervals.  An image counts as robust if the
 model is right on it unattacked and after the attack.  Every batch is saved: the same command goes on where it was stopped,
@@ -19,10 +22,20 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
 
     def body() -> int:
+        if is_spare(DistConfig(), COMMAND.prog):
+            return 0
         evaluate(*parse_args(COMMAND, words))
         return 0
 
     return guarded(COMMAND.prog, body, STOPPED)
+
+
+def is_spare(dist: DistConfig, prog: str) -> bool:
+    """Whether this is one of several processes and another one evaluates; says so."""
+    rank, size, _ = find_rank(dist, os.environ)
+    if rank:
+        print(f"{prog}: process {rank} of {size} ends at once, process 0 evaluates", file=sys.stderr)
+    return rank > 0
 
 
 if __name__ == "__main__":

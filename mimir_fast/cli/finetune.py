@@ -3,18 +3,16 @@
 Also `python -m mimir_fast.finetune`, alone or under torchrun.
 """
 
-import os
 import sys
 
 from mimir_fast.cli.errors import guarded
-from mimir_fast.cli.evaluate import STOPPED
+from mimir_fast.cli.evaluate import STOPPED, is_spare
 from mimir_fast.cli.parser import Command
 from mimir_fast.cli.training import train
 from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.config.finetuning_recipes import RECIPES
 from mimir_fast.config.resolve import Run
 from mimir_fast.evaluate.finetune_eval import evaluate
-from mimir_fast.training.distributed import find_rank
 from mimir_fast.training.train import build_loop
 
 FINETUNE = Command(
@@ -35,7 +33,7 @@ def evaluated(run: Run[FinetuneConfig]) -> int | None:
     """--eval: the exit status of the evaluation, None without the flag.  One process evaluates, the others end at once."""
     if not run.config.validation.eval:
         return None
-    if find_rank(run.config.dist, os.environ)[0]:
+    if is_spare(run.config.dist, FINETUNE.prog):
         return 0
     for note in run.notes:
         print(note)

@@ -160,6 +160,9 @@ class DistConfig:
     local_rank: int = flag(-1, "process number on this machine, as torch.distributed.launch passes it")
     dist_on_itp: bool = flag(False, "read rank and size from OMPI_COMM_WORLD_*")
     dist_url: str = flag("env://", "where the processes meet")
+    dist_timeout: float = flag(
+        30.0, "a process that waits so long for the others ends with an error", "minutes", new=True
+    )
 
 
 def check_shared(flat: dict) -> None:
@@ -171,6 +174,7 @@ def check_shared(flat: dict) -> None:
     for name in ("checkpoint_steps", "max_steps", "seed"):
         require(flat[name] >= 0, name, flat[name], "0 or more")
     require(flat["input_size"] % flat["patch_size"] == 0, "patch_size", flat["patch_size"], "a divisor of input_size")
+    require(flat["dist_timeout"] > 0, "dist_timeout", flat["dist_timeout"], "more than 0 minutes")
     # Smaller values are fractions of 1 where 1/255 is meant.
     require(flat["eps"] == 0 or flat["eps"] >= 0.25, "eps", flat["eps"], "a number in 1/255: 8, not 8/255 = 0.031")
     require(flat["device"].split(":")[0] in ("cuda", "cpu"), "device", flat["device"], "cuda or cpu")

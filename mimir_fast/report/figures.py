@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from matplotlib.figure import Figure
+
+from mimir_fast.report.drawing import Figure
 
 # Okabe and Ito's colours, which can be told apart with every kind of colour vision.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"

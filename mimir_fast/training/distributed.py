@@ -129,8 +129,9 @@ def join_world(config: DistConfig, device_name: str) -> World:
     if size == 1:
         return World(device=device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, config.dist_url, world_size=size, rank=rank, timeout=timedelta(minutes=30))
-    host_group = dist.new_group(backend="gloo") if backend == "nccl" else dist.group.WORLD
+    patience = timedelta(minutes=config.dist_timeout)
+    dist.init_process_group(backend, config.dist_url, world_size=size, rank=rank, timeout=patience)
+    host_group = dist.new_group(backend="gloo", timeout=patience) if backend == "nccl" else dist.group.WORLD
     # Every process is a member of both.
     assert isinstance(host_group, dist.ProcessGroup)
     return World(rank, size, local_rank, device, host_group)

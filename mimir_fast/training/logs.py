@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from mimir_fast.checkpoints.atomic import free_name, move, write_atomically
+from mimir_fast.checkpoints.folder import LOGS
 from mimir_fast.config.sections import RunConfig
 from mimir_fast.training.distributed import World
 from mimir_fast.training.events import Events, drop_points
@@ -87,6 +88,7 @@ class RunLog:
         """start: epochs and updates done, and the position in epochs; wandb_run: the run to continue there."""
         self.world, self.tags, self.total = world, tags, total_updates
         epoch, update, position = start
+        self.folder = Path(config.output_dir) if config.output_dir and world.is_main else None
         self.writer: Events | None = None
         self.wandb: WandbRun | None = None
         self.files: dict[str, Lines] = {}
@@ -97,8 +99,8 @@ class RunLog:
         if not world.is_main:
             return
         self.console = Console(total_updates, update)
-        if config.output_dir:
-            self._open_files(Path(config.output_dir), *start)
+        if self.folder:
+            self._open_files(self.folder, *start)
         if config.log_dir:
             if update:
                 drop_points(Path(config.log_dir), tuple(EPOCH_TAGS), epoch)
@@ -106,7 +108,7 @@ class RunLog:
         self.wandb = WandbRun(config.output_dir, flat, self.say, wandb_run) if config.wandb else None
 
     def _open_files(self, folder: Path, epoch: int, update: int, position: float) -> None:
-        self.files = {name: Lines(folder / name, self.say) for name in ("metrics.jsonl", "log.txt")}
+        self.write_to(folder)
         if update:
             # An epoch that begins again has its rows again: by the number of updates alone the x-axis would go back.
             drop_lines(folder / "metrics.jsonl", "update", update, position)
@@ -114,6 +116,10 @@ class RunLog:
         else:
             for name in self.files:
                 set_aside(folder / name)
+
+    def write_to(self, folder: Path) -> None:
+        """Append the lines that follow to the files of this folder."""
+        self.folder, self.files = folder, {name: Lines(folder / name, self.say) for name in LOGS}
 
     def say(self, text: str) -> None:
         """Print one line on rank 0 without breaking the bar."""

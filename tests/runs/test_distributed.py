@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from mimir_fast.config.pretraining import DistConfig
+from mimir_fast.config.pretraining import DistConfig, PretrainConfig
 from mimir_fast.objectives.reconstruction import ReconstructionObjective
-from mimir_fast.training.distributed import World, find_rank
+from mimir_fast.training.distributed import World, find_rank, join_world
 from mimir_fast.training.engine import Engine
 from mimir_fast.training.optimizer import Updater, build_optimizer
 from mimir_fast.training.pretrain_step import MaeAttack, MaeNoise, draw_noise, pretrain_step
@@ -36,6 +36,25 @@ def test_find_rank_in_the_originals_order():
     assert find_rank(DistConfig(local_rank=1), {"RANK": "1", "WORLD_SIZE": "2"}) == (1, 2, 1)
     with pytest.raises(ValueError, match="dist_on_itp"):
         find_rank(DistConfig(dist_on_itp=True), torchrun)
+
+
+def test_a_process_waits_for_the_others_as_long_as_the_flag_says(monkeypatch):
+    """Planted: half an hour whatever --dist_timeout says."""
+    asked = []
+
+    def join(*places, timeout, **words):
+        asked.append(timeout.total_seconds())
+        raise InterruptedError
+
+    monkeypatch.setattr(dist, "init_process_group", join)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    for flags in ({}, {"dist_timeout": 2.5}):
+        with pytest.raises(InterruptedError):
+            join_world(DistConfig(**flags), "cpu")
+    assert asked == [1800, 150]
+    with pytest.raises(ValueError, match="dist_timeout: got 0"):
+        PretrainConfig().updated({"dist_timeout": 0.0}).check()
 
 
 def free_port() -> int:

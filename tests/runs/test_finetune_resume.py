@@ -12,7 +12,7 @@ import torch
 from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.training import validator as rating
 from tests.support.finetune_runs import finetune, lines, load, make_data, same_run, start, tiny_models
-from tests.support.runs import finish
+from tests.support.runs import PATIENCE, finish
 
 RATED = "--model_ema --held_out 2 --val_attack pgd2"  # 24 images are left: six batches of four
 
@@ -98,7 +98,7 @@ def test_a_best_epoch_chosen_by_something_else_does_not_count():
 def test_sigkill_and_resume_is_exact(data, whole, tmp_path, updates):
     """Killed as soon as that many updates are on disk, wherever the process is by then, validation and saving included."""
     child = start(data, tmp_path, f"{RATED} --checkpoint_steps 1 --log_every 1")
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + PATIENCE
     while not any(tmp_path.glob(f"resume-{updates // 6}-{updates % 6}.pth")):
         assert time.monotonic() < deadline, child.stdout.read()
         assert child.poll() is None, child.stdout.read()

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from tests.support.runs import finish, lines, load, make_images, run, same_state, start
+from tests.support.runs import PATIENCE, finish, lines, load, make_images, run, same_state, start
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_larger_batches_from_a_later_epoch_on_do_not_end_the_run(data, whole, tm
 def test_sigkill_and_resume_is_exact(data, whole, tmp_path, updates):
     """Killed as soon as that many updates are on disk, wherever the process is by then, saving included."""
     child = start(data, tmp_path, "--checkpoint_steps 1 --log_every 1")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not any(tmp_path.glob(f"resume-{updates // 6}-{updates % 6}.pth")):
         assert time.monotonic() < deadline, child.stdout.read()
         assert child.poll() is None, child.stdout.read()
@@ -71,7 +71,9 @@ def test_sigkill_and_resume_is_exact(data, whole, tmp_path, updates):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGHUP, 0), (signal.SIGINT, 130)]
+)
 def test_signals_save_and_end_within_a_step(data, tmp_path, number, status):
     child = start(data, tmp_path, "--epochs 1000 --log_every 1 --num_workers 1")
     seen = ""
@@ -79,14 +81,14 @@ def test_signals_save_and_end_within_a_step(data, tmp_path, number, status):
         seen = child.stdout.readline()
         assert seen, "ended early"
     os.kill(child.pid, number)
-    out = finish(child, 60)
+    out = finish(child)
     assert child.returncode == status, out
     assert number.name in out
     saved = [p for p in tmp_path.glob("*.pth") if p.name != "checkpoint-0.pth"]
     assert saved, "nothing saved"
     updates = lines(tmp_path / "metrics.jsonl")[-1]["update"]
     assert max(load(p)["mimir_fast"]["update"] for p in saved) == updates
-    assert updates < 200
+    assert updates < 6000
 
 
 def test_finished_run_and_missing_checkpoints(data, whole, tmp_path, capsys):

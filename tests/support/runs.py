@@ -17,6 +17,8 @@ from PIL import Image
 
 from mimir_fast.cli.pretrain import main
 
+# Seconds after which a child process hangs: many times what it takes on a busy machine.
+PATIENCE = 1800
 TINY = "--model mae_vit_ti --input_size 16 --patch_size 4 --norm_pix_loss --dataset imagefolder --device cpu --num_workers 0"
 ATTACKED = "--attack pgd_mae --mi_train hsic --mi_xpl 1e-3"
 SCHEDULE = "--batch_size 4 --epochs 2 --warmup_epochs 1 --lr 1e-3"
@@ -50,7 +52,7 @@ def start(data: Path, out: Path, extra: str = "", launcher: tuple[str, ...] = ()
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
-def finish(child: subprocess.Popen, timeout: float = 300) -> str:
+def finish(child: subprocess.Popen, timeout: float = PATIENCE) -> str:
     """Wait for a child process and everything it started; returns its output, and leaves nothing running."""
     try:
         return child.communicate(timeout=timeout)[0]

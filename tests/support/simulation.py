@@ -21,6 +21,6 @@ def needs_simulated_gpu(test):
 def run_simulated(command: list, log: Path | str = os.devnull, gpu: str = "h100", memory_mib: int | None = None) -> str:
     """What a command prints that finds a simulated GPU; its exit status must be 0."""
     found = environment(gpu, log, memory_mib) | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=found, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=found, capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

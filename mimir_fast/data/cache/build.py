@@ -107,7 +107,7 @@ class _Shards:
             return None
         images = [
             Encoded((stored[0], stored[1]), (original[0], original[1]), crc, reason)
-            for stored, original, crc, reason in json.loads(record.read_text())
+            for stored, original, crc, reason in json.loads(record.read_text(encoding="utf-8"))
         ]
         size = sum(stored_bytes(self.options.pixels, *image.stored) for image in images)
         return images if path.stat().st_size == size else None

@@ -57,7 +57,7 @@ def free_bytes(folder: Path) -> int:
 def begin(folder: Path, plan: dict, originals: Originals) -> None:
     """Write the plan, or compare it with the one that is there, and remove parts of shards."""
     if (folder / PLAN).exists():
-        check_plan(folder, json.loads((folder / PLAN).read_text()), plan, originals)
+        check_plan(folder, json.loads((folder / PLAN).read_text(encoding="utf-8")), plan, originals)
     elif folder.is_dir() and any(folder.iterdir()):
         raise DataError(f"dst: {folder} holds other files; choose another folder")
     write_text_atomically(folder / PLAN, json.dumps(plan) + "\n", "dst")

@@ -1,9 +1,12 @@
 """The command line: every flag of the original, both spellings, abbreviations, layers, and clear errors."""
 
+from dataclasses import dataclass
+
 import pytest
 
-from mimir_fast.cli.parser import build_parser, parse_args
+from mimir_fast.cli.parser import Command, build_parser, parse_args
 from mimir_fast.cli.pretrain import PRETRAIN, main
+from mimir_fast.config.fields import Configuration, flag
 from mimir_fast.config.pretraining import PretrainConfig
 from mimir_fast.config.pretraining_recipes import RECIPES
 
@@ -147,8 +150,8 @@ def test_published_recipes():
     imagenet = {"dataset": "imagenet", "input_size": 224, "patch_size": 16, "batch_size": 512, "num_workers": 10}
     for name, own in {"cifar10_vit_s": cifar, "imagenet_vit_s": imagenet | {"use_edm": False}}.items():
         flat = RECIPES[name]().flat()
-        for flag, value in (shared | own).items():
-            assert flat[flag] == value, (name, flag)
+        for word, value in (shared | own).items():
+            assert flat[word] == value, (name, word)
         assert flat["attack"] != "plain"
     assert RECIPES["imagenet_vit_b"]().model.model == "mae_vit_base"
     for recipe in RECIPES.values():
@@ -206,3 +209,24 @@ def test_the_published_cifar_recipe_asks_for_its_file(capsys):
     assert main(["--recipe", "cifar10_vit_s", "--device", "cpu", "--output_dir", "", "--log_dir", ""]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("mimir-fast pretrain: error: aux_data_filename: got none, --use_edm needs an .npz file")
+
+
+def test_help_without_docstrings_has_the_sections_names(monkeypatch):
+    """As under python -OO; planted: a section's title is its dataclass's signature."""
+
+    @dataclass(frozen=True)
+    class Data:
+        root: str = flag("x", "a folder")
+
+    @dataclass(frozen=True)
+    class Bare(Configuration):
+        data: Data = Data()
+
+    monkeypatch.setattr(Bare, "sections", classmethod(lambda cls: {"data": Data}))
+
+    def tiny() -> Bare:
+        return Bare()
+
+    text = build_parser(Command("x", "what it does", Bare, {"tiny": tiny})).format_help()
+    assert "\ndata:\n  --root" in text
+    assert "start from a named run. tiny\n" in text

@@ -1,7 +1,10 @@
 """The report: self-contained, right to the pixel, and calm about what is missing, cut or not a number."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -155,3 +158,14 @@ def test_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
     (run / "report").write_text("in the way")
     assert main([str(run)]) == 1
     assert "report" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["nothing_of_the_kind", "module://not.there"])
+def test_figures_are_drawn_whatever_backend_the_environment_names(backend):
+    """Planted: Matplotlib is imported as it is, and refuses an unknown MPLBACKEND."""
+    code = "from mimir_fast.report.figures import axes; import io; axes('loss')[0].savefig(io.BytesIO(), format='png')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "MPLBACKEND": backend}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
