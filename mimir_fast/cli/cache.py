@@ -13,7 +13,8 @@ from mimir_fast.config.cache import CacheConfig
 from mimir_fast.data import DataError
 from mimir_fast.data.cache.build import KEPT, build_cache
 from mimir_fast.data.cache.originals import open_originals
-from mimir_fast.data.cache.plan import estimated_bytes, free_bytes
+from mimir_fast.data.cache.plan import estimated_bytes
+from mimir_fast.data.cache.staging import free_bytes
 from mimir_fast.data.cache.verify import verify
 from mimir_fast.evaluate.progress import Bar
 

@@ -39,6 +39,12 @@ class DataConfig(sections.DataConfig):
         "use_normalize",
         help="feed mean/std-normalised images; eps and alpha are divided by each channel's std",
     )
+    data_threads: int = flag(
+        4,
+        "threads per GPU that read crops where --data_root is a cache, in place of --num_workers",
+        "threads",
+        new=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,7 @@ class PretrainConfig(Configuration):
         find(self.model.model, pretraining=True)
         flat = self.flat()
         check_shared(flat)
+        require(flat["data_threads"] >= 1, "data_threads", flat["data_threads"], "1 or more")
         for name in ("mask_ratio", "attack_mask_ratio"):
             require(0 < flat[name] < 1, name, flat[name], "a share between 0 and 1 (exclusive)")
         patches = (flat["input_size"] // flat["patch_size"]) ** 2

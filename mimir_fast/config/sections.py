@@ -36,6 +36,9 @@ class DataConfig:
     edm_aug: str = flag("base", "augmentation of every image with --use_edm", choices=EDM_AUGMENTATIONS)
     use_normalize: bool = flag(False, "normalise images by the data set's mean and std")
     num_workers: int = flag(32, "data-loading processes per GPU; 0 loads in the main process", "processes")
+    stage: str = flag(
+        "", "folder on a local disk to copy the cache of the training images to first, once per machine", new=True
+    )
     pin_mem: bool = flag(True, "page-locked host memory for faster copies to the GPU")
 
 

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from mimir_fast.data.archives import read_npz
 from mimir_fast.data.batch_order import EdmSampler, Schedule, ShuffleSchedule, check_unsup_fraction
+from mimir_fast.data.cache.images import CachedImages
+from mimir_fast.data.cache.packed import CachedCrops
+from mimir_fast.data.cache.staging import staged
 from mimir_fast.data.crops import PAD
 from mimir_fast.data.datasets import INFO, DatasetInfo, Source, dataset_info, read_images
 from mimir_fast.data.errors import DataError
@@ -23,6 +26,8 @@ class Loading:
     """Flags of data loading; raises DataError for values that are not possible.
 
     accum_iter          micro-batches per update; shortens the epoch if use_edm, as in the original
+    data_threads        that read the crops of pre-training from a cache, in place of workers
+    stage               folder to copy the training images' cache to first; empty: read it where it is
     use_edm             fill unsup_fraction of each batch with generated images from aux_data_filename (.npz)
     """
 
@@ -32,12 +37,15 @@ class Loading:
     world_size: int = 1
     num_workers: int = 0
     pin_memory: bool = False
+    data_threads: int = 4
+    stage: str | Path = ""
     use_edm: bool = False
     unsup_fraction: float = 0.7
     aux_data_filename: str | Path = ""
 
     def __post_init__(self):
         counts = {"accum_iter": (self.accum_iter, 1), "world_size": (self.world_size, 1)}
+        counts["data_threads"] = (self.data_threads, 1)
         for field, (value, least) in (counts | {"num_workers": (self.num_workers, 0)}).items():
             _at_least(field, value, least)
         if not 0 <= self.rank < self.world_size:
@@ -55,10 +63,12 @@ def build_pretrain_data(
     # All flags are checked before images are read, which can take minutes.
     load = Loading(**loading)
     info = _checked_info(dataset, input_size, batch_size, load)
-    real = read_images(dataset, data_root, in_memory=load.use_edm)
+    real = _read(dataset, data_root, load)
     source, schedule = _scheduled(real, batch_size, load)
-    batches: BatchMaker | CropMaker
-    if info.side is None and not isinstance(source, MixedImages):
+    batches: BatchMaker | CropMaker | CachedCrops
+    if isinstance(source, CachedImages):
+        batches = CachedCrops(source, batch_size, input_size, load.seed, load.data_threads, load.pin_memory)
+    elif info.side is None and not isinstance(source, MixedImages):
         batches = CropMaker(source, input_size, load.seed)
     else:
         batches = BatchMaker(source, input_size, False, info.flip, load.seed, load.rank)
@@ -93,7 +103,7 @@ def build_train_data(
     load = Loading(**loading)
     info = _checked_info(dataset, input_size, batch_size, load)
     augmentation = Augmentation(augment, edm_aug if load.use_edm else None, warmup_aa)
-    real = read_images(dataset, data_root, in_memory=load.use_edm)
+    real = _read(dataset, data_root, load)
     classes = class_names(dataset, real, num_classes)
     kept, _ = held_out_indices(len(real), held_out)
     real = real.select(kept) if held_out else real
@@ -105,7 +115,21 @@ def build_train_data(
     return _stream(dataset, len(real), classes, schedule, batches, load)
 
 
-def _stream(dataset: str, num_images: int, classes, schedule: Schedule, batches: BatchMaker | CropMaker, load: Loading):
+def _read(dataset: str, data_root: str | Path, load: Loading) -> Source:
+    """The training images, copied to load.stage first where that is asked for."""
+    if load.stage:
+        data_root = staged(data_root, Path(load.stage).expanduser(), "train")
+    return read_images(dataset, data_root, in_memory=load.use_edm)
+
+
+def _stream(
+    dataset: str,
+    num_images: int,
+    classes,
+    schedule: Schedule,
+    batches: BatchMaker | CropMaker | CachedCrops,
+    load: Loading,
+):
     # The original's name for real and generated images together, "cifar10s"; logs and checkpoints hold it.
     name = f"{dataset}s" if load.use_edm else dataset
     info = dataset_info(dataset)

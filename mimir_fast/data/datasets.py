@@ -5,12 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mimir_fast.data import archives, tiny_imagenet
+from mimir_fast.data.cache.format import find_cache
+from mimir_fast.data.cache.images import CachedImages
+from mimir_fast.data.cache.shards import open_cache
 from mimir_fast.data.crops import Channels
 from mimir_fast.data.errors import DataError
 from mimir_fast.data.folders import class_folders, scan_class_folders
 from mimir_fast.data.sources import ArrayImages, FolderImages, decode_all
 
-Source = ArrayImages | FolderImages
+Source = ArrayImages | FolderImages | CachedImages
 
 # Of ImageNet's training images in [0,1], per channel; also used for its subsets and for folders of images.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -63,7 +66,7 @@ def dataset_info(dataset: str) -> DatasetInfo:
 
 
 def read_images(dataset: str, data_root: str | Path, split: str = "train", in_memory: bool = False) -> Source:
-    """The images of a split, "train" or "val".
+    """The images of a split, "train" or "val"; for images of any size data_root may be that of a cache.
 
     in_memory   also decode Tiny-ImageNet, which is otherwise read from disk as needed
     Raises DataError for an unknown name or split, and for everything wrong with the files.
@@ -74,6 +77,10 @@ def read_images(dataset: str, data_root: str | Path, split: str = "train", in_me
     root = Path(data_root).expanduser()
     if dataset == "digits":
         return archives.read_digits(split)
+    if (folder := find_cache(root, split)) is not None:
+        if dataset not in FOLDERS:
+            raise DataError(f"dataset: {folder} is a cache, expected one of {', '.join(FOLDERS)}, got {dataset}")
+        return CachedImages(open_cache(folder))
     if dataset == "tiny-imagenet":
         return tiny_imagenet.read(root, split, in_memory)
     if dataset in FOLDERS:

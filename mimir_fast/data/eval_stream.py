@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from mimir_fast.config.choices import EVAL_RESIZE, SPLITS
 from mimir_fast.data.build import check_input_size
+from mimir_fast.data.cache.images import CachedImages
 from mimir_fast.data.crops import Channels, evaluated_side
 from mimir_fast.data.datasets import DatasetInfo, Source, dataset_info, read_images
 from mimir_fast.data.delivery import Batch, delivered
@@ -56,7 +57,8 @@ class EvalStream:
         self.std: Channels = info.std
         self.source, self._bad = source, source.bad
         self._keys = [self.indices[i : i + batch_size] for i in range(0, len(self.indices), batch_size)]
-        maker = EvalMaker(source, input_size, info.side is None, resize)
+        of_any_size = info.side is None and not is_resized(source, input_size)
+        maker = EvalMaker(source, input_size, of_any_size, resize)
         self._loader = batch_loader(maker, self._keys, num_workers, pin_memory, persistent=False)
 
     def __len__(self) -> int:
@@ -106,6 +108,17 @@ def as_it_is(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image)
 
 
+def is_resized(source: Source, input_size: int) -> bool:
+    """Whether images come from a cache that was resized for evaluation.  Raises DataError if that was for another input."""
+    made_for = source.cache.manifest.options.input_size if isinstance(source, CachedImages) else 0
+    if made_for not in (0, input_size):
+        raise DataError(
+            f"input_size: {input_size}, but {source.bad.where} was made for {made_for}; "
+            f"make another with mimir-fast cache --split val --input_size {input_size}"
+        )
+    return bool(made_for)
+
+
 def centre(image: Image.Image, size: int) -> np.ndarray:
     """Centre crop of an RGB image, padded with zeros where it is smaller: uint8 [S,S,C]."""
     # Slow to import.
@@ -149,7 +162,7 @@ def eval_batches(
 
     split         "val", "train", or "held_out": the training images that build_train_data(held_out=...) leaves out
     indices       which images of the split or list, all by default
-    image_list    a file of paths below the split's folder, one per line; only for class folders of images of any size
+    image_list    a file of paths below the split's folder, one per line; only for images of any size
     num_classes   outputs of the model, to be checked
     use_edm       whether training mixes in generated images
     eval_resize   crop: images of any size are resized and their centre is cropped; none: all must have input_size x input_size
@@ -179,6 +192,10 @@ def _as_they_are(source: Source, info: DatasetInfo, dataset: str, input_size: in
     """From now on an image of another size than input_size is an error."""
     if isinstance(source, FolderImages) and info.side is None:
         source.side = input_size
+    elif isinstance(source, CachedImages):
+        raise DataError(
+            f"eval_resize: none, but {source.bad.where} is a cache; pass the folder of image files as data_root"
+        )
     elif info.side != input_size:
         raise DataError(
             f"eval_resize: none, but images of {dataset} have {info.side} x {info.side} pixels and input_size is {input_size}"

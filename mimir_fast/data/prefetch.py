@@ -5,12 +5,14 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from mimir_fast.data.cache.packed import PackedBatch, PackedEpoch
+
 
 def prefetch(batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Images uint8 [B,3,H,W] and labels int64 [B] of every batch, on the device.
 
     On CUDA the next batch is copied on a side stream while the current one is in use (asynchronously if it is in pinned
-    memory); elsewhere each batch is copied when it is asked for.
+    memory), and crops of a cache are made there; elsewhere each batch is copied when it is asked for.
     """
     if device.type != "cuda":
         for images, labels in batches:
@@ -18,9 +20,12 @@ def prefetch(batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> 
         return
     stream = torch.cuda.Stream(device)
     upcoming: tuple[tuple[Tensor, Tensor], torch.cuda.Event] | None = None
-    for images, labels in batches:
+    for batch in batches.packed() if isinstance(batches, PackedEpoch) else batches:
         with torch.cuda.stream(stream):
-            copies = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            if isinstance(batch, PackedBatch):
+                copies = batch.on(device)
+            else:
+                copies = batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
             # Queued before the batch in hand is given out, so that the copy runs while that one is in use.
             copied = stream.record_event()
         if upcoming is not None:

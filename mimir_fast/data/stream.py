@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mimir_fast.data.batch_order import KeySampler, Schedule
+from mimir_fast.data.cache.images import CachedImages
+from mimir_fast.data.cache.packed import CachedCrops, PackedEpoch
 from mimir_fast.data.crops import Channels
 from mimir_fast.data.datasets import DatasetInfo
 from mimir_fast.data.delivery import LOOK, delivered
@@ -26,6 +28,8 @@ class BatchStream:
     num_images   real training images
     classes      their names in label order; num_classes of them
     mean, std    per channel, of images in [0,1]
+    origin       what is read, for the first lines of a run, where that is a cache; else empty
+    cache        fingerprint of the cache that is read, else None
     fingerprint  of the images' names and labels, which the order of an epoch depends on
     interrupted  asked while no batch comes: whether the run was told to end, and waits no longer; may be set
     """
@@ -36,7 +40,7 @@ class BatchStream:
         num_images: int,
         info: DatasetInfo,
         schedule: Schedule,
-        batches: BatchMaker | CropMaker,
+        batches: BatchMaker | CropMaker | CachedCrops,
         num_workers: int = 0,
         pin_memory: bool = False,
         classes: Sequence[str] = (),
@@ -45,13 +49,18 @@ class BatchStream:
         self.classes, self.num_classes = list(classes), len(classes)
         self.mean: Channels = info.mean
         self.std: Channels = info.std
-        self._bad: BadFiles = batches.source.bad
-        self.fingerprint = names_fingerprint(batches.source)
+        source = batches.source
+        self._bad: BadFiles = source.bad
+        self.origin = source.origin if isinstance(source, CachedImages) else ""
+        self.cache = source.cache.manifest.fingerprint if isinstance(source, CachedImages) else None
+        self.fingerprint = names_fingerprint(source)
         self.interrupted: Callable[[], bool] = lambda: False
         self._keys = KeySampler(schedule)
         self._length = len(schedule)
-        self._running: Generator[tuple[Tensor, Tensor], None, None] | None = None
-        self._loader: DataLoader | None = batch_loader(batches, self._keys, num_workers, pin_memory)
+        self._running: Generator[tuple[Tensor, Tensor], None, None] | PackedEpoch | None = None
+        self._loader: DataLoader | CachedCrops | None = (
+            batches if isinstance(batches, CachedCrops) else batch_loader(batches, self._keys, num_workers, pin_memory)
+        )
 
     def __len__(self) -> int:
         """Micro-batches per epoch and rank; the last incomplete one is dropped."""
@@ -68,35 +77,38 @@ class BatchStream:
         A call ends the iterator of the call before it.  Raises DataError for positions outside the epoch and, while
         iterating, when too many images turn out to be unreadable or no batch comes any more; RuntimeError after `close`.
         """
-        self._open_loader()
+        loader = self._open_loader()
         if epoch < 0 or not 0 <= start_step <= len(self):
             raise DataError(f"start_step: no step {start_step} in epoch {epoch} of {len(self)} micro-batches")
         self._end_running()
-        self._running = self._batches(epoch, start_step)
-        return self._running
+        self._keys.position = (epoch, start_step)
+        if isinstance(loader, CachedCrops):
+            self._running = running = loader.epoch(self._keys, lambda: self.interrupted())
+            return running
+        self._running = batches = self._batches(loader)
+        return batches
 
     def close(self) -> None:
-        """End the worker processes; may be called again."""
+        """End the worker processes or threads; may be called again."""
         self._end_running()
         # The workers end with the last reference to their iterator.
         self._loader = None
 
-    def _open_loader(self) -> DataLoader:
+    def _open_loader(self) -> DataLoader | CachedCrops:
         if self._loader is None:
             raise RuntimeError("this BatchStream is closed")
         return self._loader
 
-    def _batches(self, epoch: int, start_step: int) -> Generator[tuple[Tensor, Tensor], None, None]:
-        self._keys.position = (epoch, start_step)
+    def _batches(self, loader: DataLoader) -> Generator[tuple[Tensor, Tensor], None, None]:
         with workers_starting():
-            batches = iter(self._open_loader())
+            batches = iter(loader)
         try:
             for images, labels, bad in delivered(batches, lambda: self.interrupted()):
                 self._bad.record(bad)
                 yield images, labels
         finally:
-            # The traceback of an error keeps this frame alive: without this reference `close` ends the workers at once.
-            del batches
+            # The traceback of an error keeps this frame alive: without these references `close` ends the workers at once.
+            del batches, loader
 
     def _end_running(self) -> None:
         if self._running is not None:

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from mimir_fast.data.batch_order import BatchKey
 from mimir_fast.data.boxes import boxes, draw
+from mimir_fast.data.cache.images import CachedImages
 from mimir_fast.data.crops import (
     centre_crop,
     flip_where,
@@ -50,7 +51,7 @@ class BatchMaker(Dataset[Batch]):
 
     def __init__(
         self,
-        source: ArrayImages | MixedImages | FolderImages,
+        source: ArrayImages | MixedImages | FolderImages | CachedImages,
         input_size: int,
         resize: bool,
         flip: bool,

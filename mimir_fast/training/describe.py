@@ -7,7 +7,7 @@ from mimir_fast.training.task import Task
 
 
 def describe(task: Task, stream: BatchStream, world: World, lr: float, uncaptured: str) -> list[str]:
-    """Two lines: model, data and attack; device, arithmetic and outputs.  uncaptured: why the step is no CUDA graph, if so."""
+    """Lines: model, data, attack; device, arithmetic, outputs; the cache.  uncaptured: why the step is no CUDA graph, if so."""
     config = task.run.config
     parameters = sum(p.numel() for p in task.model.parameters()) / 1e6
     parallel = f"{task.run.compute.words()['parallel']}, " if world.size > 1 else ""
@@ -18,6 +18,7 @@ def describe(task: Task, stream: BatchStream, world: World, lr: float, uncapture
         f"data {stream.name}, {stream.num_images} images, {len(stream)} micro-batches per epoch; {task.summary}",
         f"device {world.device} x {world.size}, {launched}{arithmetic(task.run.compute)}; "
         f"lr {lr:.3g}; outputs in {config.run.output_dir or '(nowhere)'}",
+        *([f"data {stream.origin}"] if stream.origin else []),
     ]
 
 

@@ -46,7 +46,7 @@ from mimir_fast.training.finetune_step import (
 )
 from mimir_fast.training.layer_decay import build_optimizer
 from mimir_fast.training.optimizer import Updater
-from mimir_fast.training.options import model_options, on_device, stream_options
+from mimir_fast.training.options import check_cache, model_options, on_device, stream_options
 from mimir_fast.training.task import Measured
 from mimir_fast.training.validator import Validator, best_so_far, criterion
 
@@ -164,6 +164,8 @@ class Finetuning:
     # ---- state
 
     def resume(self, state: dict, own: dict, say: Callable[[str], None]) -> None:
+        if self.stream is not None:
+            check_cache(own, self.stream, say)
         if not state:
             start_from_pretrained(self.model, self.config, say)
         elif self.average_decay is not None and "model_ema" not in state:
@@ -175,7 +177,7 @@ class Finetuning:
 
     def state(self) -> dict:
         best = {"best": self.validator.best, "best_by": criterion(self.config)}
-        return {**best, "classes": self._classes()}
+        return {**best, "classes": self._classes(), "cache": self.stream.cache if self.stream else None}
 
     def _classes(self) -> list[str]:
         """Names in the head's order."""

@@ -1,11 +1,13 @@
 """Options that both tasks pass to the data package and to models."""
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import nn
 
 from mimir_fast.config.resolve import Run
+from mimir_fast.data import BatchStream
 from mimir_fast.training.distributed import World
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -21,10 +23,26 @@ def stream_options(run: Run, world: World) -> dict:
         "world_size": world.size,
         "num_workers": d.num_workers,
         "pin_memory": d.pin_mem and world.device.type == "cuda",
+        "stage": d.stage,
         "use_edm": d.use_edm,
         "unsup_fraction": d.unsup_fraction,
         "aux_data_filename": d.aux_data_filename,
     }
+
+
+def check_cache(own: dict, stream: BatchStream, say: Callable[[str], None]) -> None:
+    """Say so if a run goes on with files in place of a cache or the other way round; own: a checkpoint's own entry.
+
+    Raises ValueError if it was trained on another cache.
+    """
+    before = own.get("cache", stream.cache)
+    if before == stream.cache:
+        return
+    if before and stream.cache:
+        raise ValueError(
+            f"data_root: the resumed run was trained on another cache than this {stream.origin}; pass that one"
+        )
+    say(f"data_root: the resumed run read {'a cache' if before else 'image files'}: the pixels of now differ a little")
 
 
 def model_options(run: Run) -> dict:

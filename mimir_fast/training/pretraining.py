@@ -22,7 +22,7 @@ from mimir_fast.report.samples import SAMPLES, save_samples
 from mimir_fast.training.compilation import Compiler
 from mimir_fast.training.distributed import World
 from mimir_fast.training.optimizer import Updater, build_optimizer
-from mimir_fast.training.options import model_options, on_device, stream_options
+from mimir_fast.training.options import check_cache, model_options, on_device, stream_options
 from mimir_fast.training.pretrain_step import MaeAttack, MaeNoise, draw_noise, pretrain_step
 from mimir_fast.training.task import Measured
 
@@ -133,18 +133,22 @@ class Pretraining:
     # ---- state
 
     def resume(self, state: dict, own: dict, say: Callable[[str], None]) -> None:
+        if self.stream is not None:
+            check_cache(own, self.stream, say)
         if self.world.is_main:
             self.skipped_penalties += own.get("skipped_penalties", 0)
 
     def state(self) -> dict:
-        return {"skipped_penalties": self.world.total(self.skipped_penalties)}
+        cache = self.stream.cache if self.stream else None
+        return {"skipped_penalties": self.world.total(self.skipped_penalties), "cache": cache}
 
 
 def build_data(run: Run[PretrainConfig], world: World) -> BatchStream:
     """This rank's share of the training images."""
     d = run.config.data
     sizes = (run.config.model.input_size, run.config.optim.batch_size)
-    return build_pretrain_data(d.dataset, d.data_root, *sizes, **stream_options(run, world))
+    options = stream_options(run, world) | {"data_threads": d.data_threads}
+    return build_pretrain_data(d.dataset, d.data_root, *sizes, **options)
 
 
 def build_model(run: Run[PretrainConfig], device: torch.device) -> MaskedAutoencoder:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from mimir_fast.checkpoints.atomic import move, remove_temporaries, write_text_atomically
+from mimir_fast.checkpoints.lock import locked
 from mimir_fast.data.cache.encoding import CHUNK, FORK, PARTIAL, Chunk, Encoded, Encoder, Turns
 from mimir_fast.data.cache.format import (
     Index,
@@ -19,10 +20,10 @@ from mimir_fast.data.cache.format import (
     joined,
     read_manifest,
     shard_name,
+    stand_ins,
     write_index,
     write_manifest,
 )
-from mimir_fast.data.cache.lock import locked
 from mimir_fast.data.cache.originals import Originals
 from mimir_fast.data.cache.pixels import stored_bytes
 from mimir_fast.data.cache.plan import PLAN, begin, check_plan, check_space, make_plan
@@ -41,7 +42,7 @@ def build_cache(originals: Originals, dst: Path, options: Options, workers: int,
     where the disk refuses.
     """
     folder = dst / options.split
-    with locked(dst / f".{options.split}.lock", "dst"):
+    with locked(folder, "dst"):
         plan = make_plan(originals, options)
         if not is_cache(folder):
             begin(folder, plan, originals)
@@ -175,9 +176,9 @@ def _finish(originals: Originals, folder: Path, plan: dict, shards: list[list[En
     offset = np.cumsum(counts) - counts
     # From the beginning of each image's shard.
     offset -= offset[shard_of * options.shard_images]
-    readable = np.flatnonzero([not image.reason for image in images])
-    # As in training from the originals, the next readable image stands for an unreadable one.
-    stands = readable[np.searchsorted(readable, np.arange(len(images))) % len(readable)]
+    whole = np.array([not image.reason for image in images])
+    # As in training from the originals.
+    stands = stand_ins(whole)
     names = PathTable("", [originals.name(index) for index in range(len(images))])
     index = Index(
         shard_of[stands].astype(np.int32),
@@ -191,7 +192,7 @@ def _finish(originals: Originals, folder: Path, plan: dict, shards: list[list[En
     )
     files = {}
     for shard in range(len(shards)):
-        own = readable[shard_of[readable] == shard]
+        own = whole & (shard_of == shard)
         files[shard_name(shard)] = [int(counts[shard_of == shard].sum()), joined(crc[own])]
     left_out = [[n, originals.name(n), image.reason] for n, image in enumerate(images) if image.reason]
     described = (plan["source_fingerprint"], len(images), plan["classes"], plan["versions"])

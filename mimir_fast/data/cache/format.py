@@ -56,9 +56,15 @@ class Index:
         """The images' names in the source."""
         return PathTable.of("", self.name_ends, self.name_text)
 
-    def bytes(self, pixels: str) -> np.ndarray:
-        """Bytes of each image, int64 [N]."""
-        return stored_bytes(pixels, *self.stored.astype(np.int64).T)
+    def lying_in(self, shard: int) -> np.ndarray:
+        """The images whose bytes are in a shard, in their order there, each once."""
+        images = np.flatnonzero(self.shard == shard)
+        return images[np.unique(self.offset[images], return_index=True)[1]]
+
+    def bytes(self, pixels: str, rows=slice(None)) -> np.ndarray:
+        """Bytes of each image, or of those of some rows, int64."""
+        stored = self.stored[rows].astype(np.int64)
+        return stored_bytes(pixels, stored[..., 0], stored[..., 1])
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,11 @@ class Manifest:
     def fingerprint(self) -> str:
         """The same for the same images in the same form, wherever they lie and came from."""
         return _checksum({"options": asdict(self.options), "classes": self.classes, "files": self.files})
+
+    @property
+    def shards(self) -> list[str]:
+        """Names of the shards, in their order."""
+        return sorted(name for name in self.files if name.startswith("shard-"))
 
     @property
     def bytes(self) -> int:
@@ -160,9 +171,17 @@ def is_cache(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def is_unfinished(folder: Path) -> bool:
-    """Whether a folder is a cache whose building did not end."""
-    return folder.is_dir() and not is_cache(folder) and any(folder.glob("shard-*.bin*"))
+def find_cache(root: Path, split: str) -> Path | None:
+    """The folder of a split's cache: root/split, or root itself; None if there is none.
+
+    Raises DataError for one whose building did not end.
+    """
+    for folder in (root / split, root):
+        if is_cache(folder) and (folder != root or read_manifest(folder).options.split == split):
+            return folder
+        if folder.is_dir() and not is_cache(folder) and any(folder.glob("shard-*.bin*")):
+            raise DataError(f"{folder}: a cache that is not finished (no {MANIFEST}); run mimir-fast cache again")
+    return None
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -216,6 +235,12 @@ def check_shards(folder: Path, manifest: Manifest) -> None:
             raise DataError(f"{path}: cannot be read ({error.strerror}); {AGAIN}") from error
         if found != size:
             raise DataError(f"{path}: {found} bytes, the manifest says {size}; {AGAIN}")
+
+
+def stand_ins(readable: np.ndarray) -> np.ndarray:
+    """For each of N images, readable bool [N], the position of the one that is shown: itself or the next readable one."""
+    whole = np.flatnonzero(readable)
+    return whole[np.searchsorted(whole, np.arange(len(readable))) % len(whole)]
 
 
 def check_image(path: Path, image: int, index: Index, data) -> None:

@@ -1,7 +1,6 @@
 """The plan of a cache: what it is to be made of, kept beside the shards until it is complete; and the space it takes."""
 
 import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,10 +9,12 @@ from PIL import features
 
 from mimir_fast import __version__
 from mimir_fast.checkpoints.atomic import remove_temporaries, write_text_atomically
+from mimir_fast.checkpoints.lock import NAME as LOCK
 from mimir_fast.data.cache.encoding import PARTIAL
 from mimir_fast.data.cache.format import Options
 from mimir_fast.data.cache.originals import Originals, fingerprint, sampled_bytes
 from mimir_fast.data.cache.pixels import reduced_size, stored_bytes
+from mimir_fast.data.cache.staging import free_bytes
 from mimir_fast.data.crops import evaluated_side
 from mimir_fast.data.errors import DataError
 
@@ -47,18 +48,11 @@ def estimated_bytes(originals: Originals, options: Options) -> int:
     return round(sampled_bytes(originals, SAMPLE, stored) * len(originals))
 
 
-def free_bytes(folder: Path) -> int:
-    """Free space where a folder is, or will be."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
 def begin(folder: Path, plan: dict, originals: Originals) -> None:
     """Write the plan, or compare it with the one that is there, and remove parts of shards."""
     if (folder / PLAN).exists():
         check_plan(folder, json.loads((folder / PLAN).read_text(encoding="utf-8")), plan, originals)
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif any(path.name != LOCK for path in folder.iterdir()):
         raise DataError(f"dst: {folder} holds other files; choose another folder")
     write_text_atomically(folder / PLAN, json.dumps(plan) + "\n", "dst")
     remove_temporaries(folder)

@@ -4,8 +4,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-
 from mimir_fast.data.cache.format import (
     AGAIN,
     Index,
@@ -34,7 +32,7 @@ def verify(folder: Path, threads: int, show: Callable[[int, int], None]) -> int:
     index = read_index(folder, manifest)
     done = 0
     with ThreadPoolExecutor(threads) as pool:
-        shards = range(int(index.shard.max()) + 1)
+        shards = range(len(manifest.shards))
         try:
             for count in pool.map(lambda shard: check_shard(folder, manifest, index, shard), shards):
                 done += count
@@ -47,13 +45,10 @@ def verify(folder: Path, threads: int, show: Callable[[int, int], None]) -> int:
 def check_shard(folder: Path, manifest: Manifest, index: Index, shard: int) -> int:
     """Check the images of one shard; returns how many there are.  Raises DataError naming the first that is damaged."""
     path = folder / shard_name(shard)
-    # Images that stand for others are checked once.
-    own = np.flatnonzero(index.shard == shard)
-    _, first = np.unique(index.offset[own], return_index=True)
-    images, sizes = own[first], index.bytes(manifest.options.pixels)
+    images, sizes = index.lying_in(shard), index.bytes(manifest.options.pixels)
     if joined(index.crc[images]) != manifest.files[path.name][1]:
         raise DataError(f"{path}: its checksum in the manifest is not that of the index; {AGAIN}")
     with path.open("rb", buffering=BLOCK) as file:
         for image in images.tolist():
             check_image(path, image, index, file.read(int(sizes[image])))
-    return len(own)
+    return int((index.shard == shard).sum())

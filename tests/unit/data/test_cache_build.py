@@ -17,37 +17,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mimir_fast.checkpoints.lock import NAME as LOCK
+from mimir_fast.checkpoints.lock import locked
 from mimir_fast.cli.cache import main
 from mimir_fast.data import DataError
 from mimir_fast.data.cache import build, encoding, plan
-from mimir_fast.data.cache.build import build_cache
 from mimir_fast.data.cache.format import Options, read_index, read_manifest, shard_name
-from mimir_fast.data.cache.lock import locked
 from mimir_fast.data.cache.originals import open_originals
 from mimir_fast.data.cache.pixels import reduced, to_image, to_pixels
 from mimir_fast.data.cache.plan import estimated_bytes
 from mimir_fast.data.datasets import read_images
 from mimir_fast.data.eval_stream import resized
+from tests.support.pictures import make_cache, picture, write_pictures
 
 SMALL = Options("train", "yuv420", 24, 0, 8)
-
-
-def picture(number: int, height: int, width: int) -> Image.Image:
-    """Smooth colours, a function of the number."""
-    blocks = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(blocks).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def write_pictures(root: Path, count: int = 22) -> Path:
-    """root/train/{ant,bee}/N.jpg of many sizes, the smallest 1x1 and one of 20:1; the sixth and the last are unreadable."""
-    for number in range(count):
-        path = root / "train" / ("ant" if number < count // 2 else "bee") / f"{number:03d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        height, width = {2: (1, 1), 3: (30, 600), 4: (33, 31)}.get(number, (20 + 3 * number % 60, 60 - number % 40))
-        picture(number, height, width).save(path, quality=90)
-    for number in (5, count - 1):
-        (root / "train" / ("ant" if number < count // 2 else "bee") / f"{number:03d}.jpg").write_bytes(b"not an image")
-    return root
 
 
 @pytest.fixture(autouse=True)
@@ -62,11 +45,11 @@ def _many(self, where, num_images):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
+    return write_pictures(tmp_path_factory.mktemp("pictures"), unreadable=(5, 21))
 
 
 def make(pictures, dst, options=SMALL, workers=1, show=lambda done, total: None):
-    return build_cache(open_originals(pictures, options.split), Path(dst), options, workers, show)
+    return make_cache(pictures, dst, options, workers, show)
 
 
 def same_files(one: Path, other: Path) -> bool:
@@ -187,7 +170,7 @@ def test_other_options_are_refused(pictures, cache, options, named):
 
 @pytest.mark.parametrize("finished", [False, True])
 def test_a_source_that_changed_is_refused(tmp_path, finished):
-    source = write_pictures(tmp_path / "source")
+    source = write_pictures(tmp_path / "source", unreadable=(5, 21))
 
     def stop(done, total):
         if not finished and done >= 8:
@@ -224,12 +207,17 @@ def test_other_files_are_left_alone(pictures, tmp_path):
 
 
 def test_a_second_build_names_the_first_and_a_dead_ones_lock_is_taken_over(pictures, cache, tmp_path):
-    lock = tmp_path / ".train.lock"
-    with locked(lock, "dst"), pytest.raises(DataError, match=rf"being written by \S+, process {os.getpid()};"):
+    folder = tmp_path / "train"
+    with (
+        locked(folder, "dst"),
+        pytest.raises(ValueError, match=rf"dst: {folder} is in use by process {os.getpid()} on \S+"),
+    ):
         make(pictures, tmp_path)
-    lock.write_text("elsewhere, process 1")
+    with locked(tmp_path / "other", "dst"):
+        lock = json.loads((tmp_path / "other" / LOCK).read_text())
+    (folder / LOCK).write_text(json.dumps(lock | {"process": 2**22 + 1}))
     make(pictures, tmp_path)
-    assert same_files(cache, tmp_path / "train")
+    assert same_files(cache, folder)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
@@ -280,7 +268,7 @@ def test_a_killed_process_ends_the_build(pictures, cache, tmp_path, monkeypatch)
 
 
 def test_too_many_unreadable_images(tmp_path):
-    source = write_pictures(tmp_path / "source")
+    source = write_pictures(tmp_path / "source", unreadable=(5, 21))
     (source / "train" / "ant" / "001.jpg").write_bytes(b"")
     with pytest.raises(DataError, match="at least 3 of 22 images are unreadable"):
         make(source, tmp_path / "dst")
@@ -423,6 +411,8 @@ def slow(*arguments):
     return encode(*arguments)
 encoding.encode = slow
 encoding.CHUNK = build.CHUNK = 2
+from mimir_fast.checkpoints.lock import NAME as LOCK
+from mimir_fast.checkpoints.lock import locked
 from mimir_fast.cli.cache import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -435,7 +425,7 @@ sys.exit(main(sys.argv[1:]))
     ids=["KILL", "INT", "TERM"],
 )
 def test_signals_keep_whole_shards_and_leave_no_process(tmp_path, number, status):
-    source = write_pictures(tmp_path / "source", 206)
+    source = write_pictures(tmp_path / "source", 206, unreadable=(5, 205))
     words = [str(source), str(tmp_path / "dst"), *"--size 24 --shard_images 8 --workers 2".split()]
     child = subprocess.Popen(
         [sys.executable, "-c", SLOWLY, *words],

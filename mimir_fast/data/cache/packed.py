@@ -1,0 +1,93 @@
+"""Packed batches: rows of a cache on the host, of which a device makes crops.  Shapes: B batch, S side of the crops."""
+
+from collections.abc import Callable, Generator, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from mimir_fast.data.batch_order import BatchKey
+from mimir_fast.data.cache.images import CachedImages
+from mimir_fast.data.cache.reader import Buffer, Epoch, Reader
+from mimir_fast.data.cache.windows import COLUMNS, table_bytes, table_slices
+from mimir_fast.kernels import crop_resize, crop_resize_yuv420
+
+
+class PackedBatch:
+    """A batch on the host: `on(device)` copies it and makes the crops."""
+
+    def __init__(self, buffer: Buffer, pixels: str, input_size: int):
+        self.buffer, self.pixels, self.input_size = buffer, pixels, input_size
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Images uint8 [B,3,S,S] and labels int64 [B] on a device; on CUDA nobody waits, and the current stream works."""
+        buffer = self.buffer
+        memory = buffer.memory[: buffer.used]
+        if device.type == "cuda":
+            # As large for every batch: the allocator then has one block to give again.
+            there = torch.empty(len(buffer.memory), dtype=torch.uint8, device=device)[: buffer.used]
+            memory = there.copy_(memory, non_blocking=True)
+            buffer.copied = torch.cuda.current_stream(device).record_event()
+        count = buffer.batch_size
+        parts = zip(table_slices(count), COLUMNS)
+        offsets, labels, sizes, boxes, flips = (memory[part].view(dtype) for part, (_, dtype, _) in parts)
+        rows = memory[table_bytes(count) :]
+        crop = crop_resize_yuv420 if self.pixels == "yuv420" else crop_resize
+        where = (offsets, sizes.view(count, 2), boxes.view(count, 4), flips)
+        images = crop(rows, *where, self.input_size, dtype=torch.uint8)
+        # The buffer is filled again while these labels are in use.
+        return images, labels.clone()
+
+
+class PackedEpoch:
+    """The batches of an epoch: images uint8 [B,3,S,S] and labels int64 [B] made on the CPU, or by `packed` as they are read."""
+
+    def __init__(self, batches: Generator[PackedBatch, None, None]):
+        self.batches = batches
+
+    def packed(self) -> Iterator[PackedBatch]:
+        """The batches, each to be used before the next is asked for."""
+        return self.batches
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        return next(self.batches).on(torch.device("cpu"))
+
+    def close(self) -> None:
+        """End the threads that read."""
+        self.batches.close()
+
+
+class CachedCrops:
+    """Random crops of the images of a cache, the boxes those of image files: a function of (seed, epoch, index).
+
+    source       the images
+    batch_size   B; input_size: S, pixels
+    threads      that read
+    pin_memory   page-locked buffers
+    """
+
+    def __init__(
+        self, source: CachedImages, batch_size: int, input_size: int, seed: int, threads: int, pin_memory: bool
+    ):
+        self.source, self.input_size = source, input_size
+        self.pixels = source.cache.manifest.options.pixels
+        self.reader = Reader(source, batch_size, seed, threads, pin_memory and torch.cuda.is_available())
+
+    def epoch(self, keys: Iterable[BatchKey], interrupted: Callable[[], bool]) -> PackedEpoch:
+        """The batches of an epoch; the one before must be closed.
+
+        interrupted   asked while no batch comes: whether the run was told to end
+        Iterating raises DataError for what cannot be read, NoBatchError where nothing comes.
+        """
+        return PackedEpoch(self._batches(keys, interrupted))
+
+    def _batches(self, keys: Iterable[BatchKey], interrupted: Callable[[], bool]) -> Generator[PackedBatch, None, None]:
+        epoch = Epoch(self.reader, keys, interrupted)
+        try:
+            for filling in epoch:
+                self.source.bad.record(self.source.unreadable(filling.key.indices))
+                yield PackedBatch(filling.buffer, self.pixels, self.input_size)
+        finally:
+            epoch.close()
