@@ -83,20 +83,14 @@ def mfu(record: dict, rate: float) -> float | None:
 
 def lines(record: dict) -> Iterator[str]:
     """The record for people."""
-    config, device = record["config"], record["device"]
-    yield (
-        "{model} {input_size}/{patch_size}, batch {batch_size} x {accum_iter}, {precision}".format(**config)
-        + f", compile {'on' if config['compile'] else 'off'}; {device}; {record['images']} images "
-        f"({config['data_root']}); {record['updates']} updates after {record['warmup']}"
-    )
-    resident = " (resident memory of the process)" if device == "cpu" else ""
-    yield f"model {record['model GFLOP per image']:.2f} GFLOP per image; peak {record['peak GiB']:.2f} GiB{resident}"
+    config, how = record["config"], "on" if record["config"]["compile"] else "off"
+    size = "{model} {input_size}/{patch_size}, batch {batch_size} x {accum_iter}, {precision}".format(**config)
+    yield f"{size}, compile {how}; {record['device']}; {record['images']} images ({config['data_root']})"
+    yield f"{record['updates']} updates after {record['warmup']}; peak {record['peak GiB']:.2f} GiB"
     if record["images/s"] is None:
         yield "a simulated GPU: no times; the run went through"
         return
     fast, slow = (record["percentiles"][key] * 1e3 for key in ("20", "80"))
+    yield f"{record['images/s']:.1f} images/s; update {fast:.1f} to {slow:.1f} ms (20th to 80th percentile)"
     ratio = "unknown" if record["mfu"] is None else f"{record['mfu']:.1%}"
-    yield (
-        f"{record['images/s']:.1f} images/s; update {fast:.1f} to {slow:.1f} ms (20th to 80th percentile); "
-        f"MFU {ratio}; data wait {record['data wait']:.1%}"
-    )
+    yield f"MFU {ratio} of {record['model GFLOP per image']:.2f} GFLOP per image; data wait {record['data wait']:.1%}"

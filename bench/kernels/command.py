@@ -16,8 +16,9 @@ dtypes: {", ".join(ON_GPU[1])} (default: all; on CPUs {ON_CPU[1][0]}); each reci
 implementations: ours (GPUs only), eager and compiled (the reference under torch.compile), others (what else is installed)
 
 An implementation is first compared with the reference in float64 on the same inputs: what is off by more than twice eager's
-error plus one rounding is wrong and not timed.  On a GPU triton.testing measures the device's time; pytest-benchmark's tables
-show the whole call.  Every record is written as soon as it is there; after a kernel that kills the GPU's context it ends.
+error plus one rounding is wrong and not timed.  pytest-benchmark's tables, one per case, compare whole calls; on a GPU the
+records have the device's time as well (ms, by triton.testing) and the data sheet's bound.  Every record is written as soon as
+it is there; after a kernel that kills the GPU's context it ends.
 pytest's words follow --, for instance -- -k "ours and forward", or -- --benchmark-autosave and later -- --benchmark-compare.
 Exit status: pytest's; 0 if all is right, 1 if an implementation failed or is wrong, 2 wrong input."""
 

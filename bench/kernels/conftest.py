@@ -1,8 +1,8 @@
-"""Options of `pytest bench/kernels`, what its tests are made of, the record that each leaves, and who won."""
+"""Options of `pytest bench/kernels`, what its tests are made of, and the record that each leaves."""
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,7 +14,6 @@ from bench.step.roofline import sums
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DIRECTIONS = ("forward", "backward", "both")
-FOUND = pytest.StashKey[list[dict]]()  # records of this session
 
 
 def pytest_addoption(parser):
@@ -23,10 +22,6 @@ def pytest_addoption(parser):
         add(f"--{name}", type=records.words, metavar="A,B", help="see python -m bench kernels -h")
     add("--seconds", type=float, help="for everything")
     add("--results", metavar="FILE", help="JSON lines to append to (default: none)")
-
-
-def pytest_configure(config):
-    config.stash[FOUND] = []
 
 
 def pytest_generate_tests(metafunc):
@@ -75,29 +70,7 @@ def note(request, drawn, name, direction) -> Callable[..., None]:
             gpu = records.peaks_of(device)
             found = sums(known, PEAKS[gpu] if gpu else None)
             row |= {"GB": found["gb"], "TFLOP": found["tflop"], "bound ms": found["bound_ms"]}
-        request.config.stash[FOUND].append(row)
         if file:
             records.append({**records.heading(device), **row}, file)
 
     return append
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    for line in verdicts(config.stash[FOUND]):
-        terminalreporter.write_line(line)
-
-
-def verdicts(found: list[dict]) -> Iterator[str]:
-    """Ours against the fastest of the others, per case and direction, where both have a time."""
-    groups: dict[str, dict[str, dict]] = {}
-    for r in found:
-        if r["ms"]:
-            shape = " ".join(f"{name}{size}" for name, size in r["config"].items())
-            groups.setdefault(f"{r['op']} {r['dtype']} {shape} {r['direction']}", {})[r["impl"]] = r
-    for label, times in groups.items():
-        ours = times.pop("ours", None)
-        if ours and times:
-            best = min(times.values(), key=lambda r: r["ms"])
-            share = f", {ours['bound ms'] / ours['ms']:.0%} of the data sheet's peak" if ours.get("bound ms") else ""
-            rival = f"{best['ms'] / ours['ms']:.2f} x the speed of {best['impl']} ({best['ms']:.4f} ms)"
-            yield f"{label}: {ours['ms']:.4f} ms{share}; {rival}"

@@ -31,6 +31,7 @@ def test_speed(drawn, name, direction, benchmark, note):
     if name == "ours" and drawn.case.refused:
         note("refused", drawn.case.refused)
         pytest.skip(drawn.case.refused)
+    benchmark.group = f"{drawn.case.label} {direction}"
     try:
         function = drawn.implementation(name)
         wrong = "" if marker() else drawn.wrong(name, drawn.values(function))

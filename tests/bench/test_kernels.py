@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.__main__ import main
-from bench.kernels import bench_linf_patch_step, bench_linf_start, bench_nhsic, command, conftest
+from bench.kernels import bench_linf_patch_step, bench_linf_start, bench_nhsic, command
 from bench.kernels.case import Timed
 from bench.kernels.suite import OPS, SIZES, Size, entries
 from bench.peaks import PEAKS
@@ -114,16 +114,6 @@ def test_what_there_is_no_time_for_is_left_out(tmp_path, capfd):
     assert main(["kernels", "mask_indices", "--seconds", "1e-9", "--results", str(tmp_path / "k.jsonl")]) == 0
     assert "6 skipped" in capfd.readouterr().out
     assert not (tmp_path / "k.jsonl").exists()
-
-
-def test_verdicts_name_the_best_rival():
-    row = {"op": "mlp", "dtype": "bf16", "config": {"B": 2}, "direction": "forward"}
-    rows = [row | {"impl": "ours", "ms": 2.0, "bound ms": 1.0}, row | {"impl": "wrong", "ms": None}]
-    rows += [row | {"impl": name, "ms": ms} for name, ms in (("eager", 8.0), ("compiled", 3.0))]
-    rows += [row | {"impl": "ours", "ms": 1.0, "direction": "backward"}]
-    assert list(conftest.verdicts(rows)) == [
-        "mlp bf16 B2 forward: 2.0000 ms, 50% of the data sheet's peak; 1.50 x the speed of compiled (3.0000 ms)"
-    ]
 
 
 @pytest.mark.parametrize(
