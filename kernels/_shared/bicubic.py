@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mimir_fast.kernels._shared.launch import FUSED, Launch, empty
+from mimir_fast.kernels._shared.launch import FUSED, Launch, Prepared, empty, memoised
 
 # Half the width of the filter, in pixels where nothing is reduced.
 SUPPORT = tl.constexpr(2.0)
@@ -125,13 +125,18 @@ def empty_crops(packed_N, offsets_B, sizes_B2, boxes_B4, flips_B, size: int, flo
     return packed_N.new_empty((len(offsets_B), 3, size, size), dtype=dtype)
 
 
-def launch_tiles(kernel, *arguments) -> Tensor:
+def launch_tiles(kernel: triton.JITFunction, *arguments) -> Tensor:
     """Crops [B,3,S,S] of the operation's arguments, by one program of the kernel per tile."""
-    *tensors, size, _ = arguments
-    crops_BCSS = empty_crops(*arguments)
-    grid = (len(crops_BCSS) * triton.cdiv(size, TILES["HEIGHT"]) * triton.cdiv(size, TILES["WIDTH"]),)
-    kernel[grid](*(tensor.contiguous() for tensor in tensors), crops_BCSS, size, **TILES, **FUSED)
+    *tensors, size, floats = arguments
+    (crops_BCSS,) = _prepared(kernel, len(tensors[1]), size, floats)(*(tensor.contiguous() for tensor in tensors))
     return crops_BCSS
+
+
+@memoised
+def _prepared(kernel: triton.JITFunction, B: int, size: int, floats: bool) -> Prepared:
+    grid = (B * triton.cdiv(size, TILES["HEIGHT"]) * triton.cdiv(size, TILES["WIDTH"]),)
+    crops = ((B, 3, size, size), torch.float32 if floats else torch.uint8)
+    return Prepared(kernel, grid, size, results=[crops], **TILES, **FUSED)
 
 
 def tile_launches(forward: Callable, kernel: str) -> list[Launch]:

@@ -57,7 +57,7 @@ def test_compiled_code_calls_kernels_alone(op):
     # All cases share the code that is compiled.
     torch._dynamo.reset()
     backend = aot_autograd(fw_compiler=record, bw_compiler=record)
-    case = cases(op, SMALL, "bf16")[0]
+    case = (cases(op, SMALL, "bf16") or cases(op, SMALL, "fp32"))[0]
     with interpret():
         drawn = Drawn(case, torch.device("cpu"))
         eager, compiled = (
