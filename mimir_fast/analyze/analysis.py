@@ -37,6 +37,8 @@ def analyze(config: AnalyzeConfig, explicit: set[str]) -> int:
     # Distances are differences of large numbers: tf32 would lose them.
     torch.set_float32_matmul_precision("highest")
     device = resolve_device(config.run.device, explicit)
+    for line in config.notes(explicit):
+        print(line)
     sources = checkpoints(config.model.checkpoint)
     batches = -(-config.data.num_images // config.run.batch_size)
     left = TimeLeft({"attack": batches, "estimates": GROUPS + 1}, len(sources), Bar(_say))

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from mimir_fast.cli.errors import complain, guarded
 from mimir_fast.cli.parser import Command, build_parser, canonical, configuration
 from mimir_fast.config.cache import CacheConfig
+from mimir_fast.config.fields import home_path
 from mimir_fast.data import DataError
 from mimir_fast.data.cache.build import KEPT, build_cache
 from mimir_fast.data.cache.originals import open_originals
@@ -49,14 +50,16 @@ def main(argv: list[str] | None = None) -> int:
 def run(words: list[str]) -> int:
     """Build or verify; returns the exit status.  Raises ValueError for wrong input, OSError where the disk refuses."""
     parser = build_parser(COMMAND)
-    parser.add_argument("src", metavar="SRC", help="class folders, tar files or an npz; with --verify alone the cache")
-    parser.add_argument("dst", metavar="DST", nargs="?", help="folder of the cache; DST/train or DST/val is made in it")
+    words_src = "class folders, tar files or an npz; with --verify alone the cache"
+    parser.add_argument("src", metavar="SRC", type=home_path, help=words_src)
+    words_dst = "folder of the cache; DST/train or DST/val is made in it"
+    parser.add_argument("dst", metavar="DST", type=home_path, nargs="?", help=words_dst)
     given = vars(parser.parse_args([canonical(word, COMMAND) for word in words]))
     src, dst = given.pop("src"), given.pop("dst", None)
     config, _ = configuration(COMMAND, given)
     if dst is None and not config.build.verify:
         raise ValueError("dst: none, expected a folder for the cache: mimir-fast cache SRC DST")
-    folder = Path(src if dst is None else dst).expanduser()
+    folder = Path(src if dst is None else dst)
     if dst is not None:
         build(src, folder, config)
     return check(folder / config.pixels.split, config) if config.build.verify and not config.build.dry_run else 0

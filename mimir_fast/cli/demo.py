@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from mimir_fast.cli.errors import guarded
+from mimir_fast.config.fields import home_path
 from mimir_fast.demo.run import demo
 
 
@@ -15,7 +16,8 @@ def build_parser() -> argparse.ArgumentParser:
         "CPU cores. Stopped or killed, the same command goes on where it was.",
     )
     add = parser.add_argument
-    add("--output_dir", default="runs/demo", metavar="FOLDER", help="folder of all runs (default: %(default)s)")
+    folder = "folder of all runs (default: %(default)s)"
+    add("--output_dir", default="runs/demo", metavar="FOLDER", type=home_path, help=folder)
     add("--seed", type=int, default=0, help="seed of all runs (default: %(default)s)")
     add(
         "--aa_images",

@@ -8,14 +8,15 @@ import argparse
 import contextlib
 import difflib
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, NoReturn, TypeVar
 
 import yaml
 
-from mimir_fast.config.fields import Configuration, in_words
+from mimir_fast.config.fields import Configuration, home_path, in_words
 
 Config = TypeVar("Config", bound=Configuration)
 
@@ -60,9 +61,18 @@ def configuration(command: Command[Config], given: dict) -> tuple[Config, set[st
     return config.completed(explicit).check(), explicit
 
 
+class _Parser(argparse.ArgumentParser):
+    """Names the flag that was meant by one that does not exist."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.search(r"unrecognized arguments: (--\w+)", message)
+        near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1) if unknown else []
+        super().error(message + (f"; did you mean {near[0]}?" if near else ""))
+
+
 def build_parser(command: Command) -> argparse.ArgumentParser:
     """An argparse parser with one argument group per section; its result holds only the flags that were given."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=command.prog,
         description=command.description,
         epilog="Flags take _ or - and any unambiguous beginning."
@@ -76,7 +86,9 @@ def build_parser(command: Command) -> argparse.ArgumentParser:
         named = (": ".join(filter(None, (name, _summary(recipe)))) for name, recipe in command.recipes.items())
         text = f"start from a named run{new}. {'; '.join(named)}".replace("%", "%%")
         parser.add_argument("--recipe", choices=list(command.recipes), help=text)
-    parser.add_argument("--config", metavar="FILE.yaml", help=f"read flags from a file of `flag: value` lines{new}")
+    parser.add_argument(
+        "--config", metavar="FILE.yaml", type=home_path, help=f"read flags from a file of `flag: value` lines{new}"
+    )
     for name, kind in command.config.sections().items():
         group = parser.add_argument_group(_summary(kind) or name)
         for f in fields(kind):
@@ -160,7 +172,8 @@ def _typed(path: str, name: str, value, known: dict[str, Field]):
         return None
     if meta["several"] and isinstance(value, list):
         return tuple(_one(path, name, entry, meta) for entry in value)
-    return _one(path, name, value, meta)
+    one = _one(path, name, value, meta)
+    return (one,) if meta["several"] else one
 
 
 def _one(path: str, name: str, value, meta):

@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from mimir_fast.cli.errors import guarded
+from mimir_fast.config.fields import home_path
 from mimir_fast.report.run_page import write_report
 
 
@@ -13,7 +14,9 @@ def main(argv: list[str] | None = None) -> int:
         prog="mimir-fast report",
         description="Draw a run: losses, accuracies, learning rate, throughput, and a pre-training's reconstructions.",
     )
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="the --output_dir of a run, finished or going on")
+    parser.add_argument(
+        "run_dir", metavar="RUN_DIR", type=home_path, help="the --output_dir of a run, finished or going on"
+    )
     args = parser.parse_args(argv)
     return guarded("mimir-fast report", lambda: report(args.run_dir), "stopped, nothing was written")
 

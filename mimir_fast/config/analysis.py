@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from mimir_fast.analyze.estimates import GROUPS
 from mimir_fast.config.choices import BANDWIDTHS, SPLITS
+from mimir_fast.config.combinations import HELD_OUT, without_effect
 from mimir_fast.config.evaluation import DataConfig as EvaluationData
 from mimir_fast.config.fields import Configuration, flag, inherited, require
 from mimir_fast.data.datasets import DATASETS
@@ -19,6 +20,7 @@ class ModelConfig:
         "checkpoints of pre-training or fine-tuning, and folders of runs, of which every checkpoint-*.pth is taken",
         type=str,
         several=True,
+        path=True,
     )
     model: str | None = flag(None, "model name; default: what the checkpoint says", type=str)
     use_normalize: bool | None = flag(
@@ -33,7 +35,7 @@ class DataConfig:
     dataset: str | None = flag(
         None, "data set; default: the one that the checkpoint was trained on", type=str, choices=DATASETS
     )
-    data_root: str = flag("../data", "folder that holds the data set")
+    data_root: str = flag("../data", "folder that holds the data set", path=True)
     split: str = flag("val", "which images", choices=SPLITS)
     held_out: int = flag(0, "with --split held_out: training images that were held out", "images")
     eval_resize: str = inherited(EvaluationData, "eval_resize")
@@ -68,6 +70,7 @@ class RunConfig:
         None,
         "folder of analysis.json, .svg and .png; default: analysis/NAME beside a checkpoint, or analysis in the folder",
         type=str,
+        path=True,
     )
     device: str = flag("cuda", "cuda or cpu; without a CUDA device the default falls back to cpu and says so")
     seed: int = flag(0, "seed of the slice, of the attack's random draws and of the groups behind the intervals")
@@ -98,3 +101,6 @@ class AnalyzeConfig(Configuration):
         require(alpha is None or 0.02 <= alpha <= 512, "alpha", alpha, "0.02 to 512, in 1/255: 2, not 2/255 = 0.008")
         require(steps is None or steps >= 1, "steps", steps, "1 or more")
         return self
+
+    def notes(self, explicit: set[str]) -> list[str]:
+        return without_effect((HELD_OUT,), self.flat(), explicit)

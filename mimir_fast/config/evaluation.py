@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from mimir_fast.attacks.named import WORDS, parse_attacks
 from mimir_fast.config.choices import EVAL_RESIZE, SPLITS
+from mimir_fast.config.combinations import EVALUATION, without_effect
 from mimir_fast.config.fields import Configuration, flag, require
 from mimir_fast.data.datasets import DATASETS
 from mimir_fast.models.families import find, listed
@@ -17,7 +18,7 @@ class ModelConfig:
     """What is evaluated."""
 
     checkpoint: str = flag(
-        "", "file or https URL of a classifier: a checkpoint of ours or of the original, or a state dict"
+        "", "file or https URL of a classifier: a checkpoint of ours or of the original, or a state dict", path=True
     )
     model: str | None = flag(None, f"{listed(pretraining=False)}; default: what the checkpoint says", type=str)
     use_normalize: bool | None = flag(
@@ -32,11 +33,11 @@ class DataConfig:
     dataset: str | None = flag(
         None, "data set; default: the one that the checkpoint was trained on", type=str, choices=DATASETS
     )
-    data_root: str = flag("../data", "folder that holds the data set")
+    data_root: str = flag("../data", "folder that holds the data set", path=True)
     split: str = flag("val", "which images", choices=SPLITS)
     held_out: int = flag(0, "with --split held_out: training images that were held out", "images")
     num_images: int = flag(0, "look at N images chosen at random, the same ones whatever --seed; 0: all", "images")
-    image_list: str = flag("", "file of paths below the split's folder, one a line, such as RobustBench's")
+    image_list: str = flag("", "file of paths below the split's folder, one a line, such as RobustBench's", path=True)
     eval_resize: str = flag(
         "crop",
         "crop: images of any size are resized and their centre is cropped; none: all have the input's size already",
@@ -75,7 +76,10 @@ class RunConfig:
         64, "images that AutoAttack draws its random numbers for at once; part of its result", "images"
     )
     output_dir: str | None = flag(
-        None, "folder of results.json and of the images' outcomes; default: eval/NAME beside the checkpoint", type=str
+        None,
+        "folder of results.json and of the images' outcomes; default: eval/NAME beside the checkpoint",
+        type=str,
+        path=True,
     )
     device: str = flag("cuda", "cuda or cpu; without a CUDA device the default falls back to cpu and says so")
     seed: int = flag(0, "seed of the random starts and of AutoAttack")
@@ -110,6 +114,9 @@ class EvaluateConfig(Configuration):
         # For its errors: the names of the attacks.
         parse_attacks(self.attack.attacks, eps or USUAL_EPS, alpha or USUAL_EPS / 4)
         return self
+
+    def notes(self, explicit: set[str]) -> list[str]:
+        return without_effect(EVALUATION, self.flat(), explicit)
 
 
 def _recipe(**values) -> EvaluateConfig:

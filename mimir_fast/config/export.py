@@ -16,7 +16,7 @@ FORMATS = tuple(SUFFIXES)
 class ModelConfig:
     """What is exported."""
 
-    checkpoint: str = flag("", "file or https URL: a checkpoint of ours or of the original, or a state dict")
+    checkpoint: str = flag("", "file or https URL: a checkpoint of ours or of the original, or a state dict", path=True)
     model: str | None = flag(None, "model name; default: what the checkpoint says", type=str)
     dataset: str | None = flag(
         None, "data set of the training; default: what the checkpoint says", type=str, choices=DATASETS
@@ -31,7 +31,9 @@ class OutputConfig:
     """Where to and how."""
 
     format: str = flag("timm", "what will read it", choices=FORMATS)
-    output: str = flag("", "file to write: .safetensors for timm, .pt for robustbench; .json or .py is put beside it")
+    output: str = flag(
+        "", "file to write: .safetensors for timm, .pt for robustbench; .json or .py is put beside it", path=True
+    )
     overwrite: bool = flag(False, "replace files that are there already")
 
 

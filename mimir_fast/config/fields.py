@@ -5,6 +5,8 @@ configuration is a dataclass of sections, in which every flag has a name of its 
 """
 
 import difflib
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import ClassVar, TypeVar, get_type_hints
@@ -22,6 +24,7 @@ def flag(
     negative: str = "",
     several: bool = False,
     compat: str = "",
+    path: bool = False,
 ):
     """A dataclass field with what its command-line flag needs.
 
@@ -31,10 +34,20 @@ def flag(
     type      where it differs from the default's
     negative  how the opposite of a switch is spelt, where it is not no_NAME
     several   the flag takes one value or more
+    path      whether the value is a file or folder (or a URL): ~ is the home folder
     compat    what any word outside of choices does under --compat original; empty: it is an error there too
     """
     metadata = {"help": help, "unit": unit, "choices": choices, "new": new, "type": type or default.__class__}
-    return field(default=default, metadata=metadata | {"negative": negative, "several": several, "compat": compat})
+    metadata |= {"negative": negative, "several": several, "compat": compat, "path": path}
+    return field(default=default, metadata=metadata)
+
+
+def home_path(path: str) -> str:
+    """A path with ~ or ~NAME at its beginning replaced by the home folder.  Raises ValueError if there is no such home."""
+    whole = os.path.expanduser(path)
+    if path.startswith("~") and whole.startswith("~"):
+        raise ValueError(f"got {path!r}, expected a path of a home folder that exists; write it in full")
+    return whole
 
 
 def inherited(section: type, name: str, default=None, **words: str | bool):
@@ -52,6 +65,14 @@ class Configuration:
     """
 
     given: ClassVar[frozenset[str]] = frozenset()
+
+    # The one place where ~ is replaced: flags, files of flags and Python all make a configuration.
+    def __post_init__(self):
+        for name, kind in self.sections().items():
+            section = getattr(self, name)
+            homes = {f.name: _at_home(f, getattr(section, f.name)) for f in fields(kind) if f.metadata["path"]}
+            if any(value != getattr(section, flag_name) for flag_name, value in homes.items()):
+                object.__setattr__(self, name, replace(section, **homes))
 
     # Flags have one namespace over all sections, as on the command line: `flat` and `updated` need no section.
 
@@ -104,7 +125,18 @@ class Configuration:
     def check(self: Config) -> Config:
         """Return self if every value is possible; raises ValueError naming the flag, its value and what is allowed."""
         check_words(self.flags(), self.flat())
+        for name, value in self.flat().items():
+            for number in value if isinstance(value, tuple) else (value,):
+                require(not isinstance(number, float) or math.isfinite(number), name, number, "a finite number")
         return self
+
+
+def _at_home(f: Field, value):
+    """The value of a flag of paths, its ~ replaced."""
+    try:
+        return tuple(map(home_path, value)) if isinstance(value, tuple) else value and home_path(str(value))
+    except ValueError as error:
+        raise ValueError(f"{f.name}: {error}") from error
 
 
 def check_words(flags: dict[str, Field], values: dict) -> None:

@@ -7,8 +7,9 @@ mimir_fast/config/pretraining.py.  Flags marked `new` are not in the original.
 import re
 from dataclasses import dataclass
 
-from mimir_fast.config import evaluation, pretraining, sections
+from mimir_fast.config import combinations, evaluation, pretraining, sections
 from mimir_fast.config.choices import ALPHA_SCHEDULES, MI_LOSS, MIXUP_MODES, REMODES, TRAINING_ATTACKS
+from mimir_fast.config.combinations import idle_attack, unreached, without_effect
 from mimir_fast.config.fields import Configuration, flag, inherited, require
 from mimir_fast.config.sections import ComputeConfig, DistConfig, check_shared
 from mimir_fast.data.datasets import INFO
@@ -20,7 +21,9 @@ class ModelConfig:
     """What is trained."""
 
     model: str = flag("vit_large_patch16", f"model name: {listed(pretraining=False)}; the default is vit_large")
-    finetune: str = flag("", "pre-trained checkpoint to start from, a path or an https URL; empty: train from scratch")
+    finetune: str = flag(
+        "", "pre-trained checkpoint to start from, a path or an https URL; empty: train from scratch", path=True
+    )
     input_size: int = inherited(
         pretraining.ModelConfig,
         "input_size",
@@ -51,7 +54,10 @@ class DataConfig(sections.DataConfig):
 class AugmentConfig:
     """Augmentation, of every data set."""
 
-    aa: str = flag("rand-m9-mstd0.5-inc1", "RandAugment in timm's spelling; noaug: crop and flip alone")
+    aa: str = flag(
+        "rand-m9-mstd0.5-inc1",
+        "RandAugment in timm's spelling; noaug: crop and flip alone; None or '': that, with the stronger crops of RandAugment",
+    )
     color_jitter: float | None = flag(None, "strength of colour jitter; default: none", type=float)
     reprob: float = flag(0.25, "images with random rectangles erased, whatever --aa says", "share, 0 to 1")
     remode: str = flag("pixel", "what fills the rectangle", choices=REMODES)
@@ -225,7 +231,11 @@ class FinetuneConfig(Configuration):
             notes.append(f"mi_loss: {self.penalty.mi_loss!r} is not dib_mi: NO information term, as in the original")
         if v.held_out and v.val_attack == "none":
             notes.append("val_attack: none; best.pth is chosen by clean accuracy on the held-out images")
-        return notes
+        flat = self.flat()
+        if flat["layer_decay"] == 0:
+            notes.append("layer_decay: 0: all layers but the last keep their values")
+        unmoved = [] if v.eval else [*idle_attack(flat, a.attack_train != "plain"), *unreached(flat)]
+        return notes + unmoved + without_effect(combinations.FINETUNING, flat, explicit)
 
 
 def _check_numbers(flat: dict) -> None:

@@ -6,8 +6,9 @@ mimir_fast/cli/parser.py turns them into the command line.  Flags marked `new` a
 
 from dataclasses import dataclass
 
-from mimir_fast.config import sections
+from mimir_fast.config import combinations, sections
 from mimir_fast.config.choices import ATTACKS, MI_TRAIN, PENALTIES
+from mimir_fast.config.combinations import idle_attack, unreached, without_effect
 from mimir_fast.config.fields import Configuration, flag, inherited, require
 from mimir_fast.config.sections import ComputeConfig, DistConfig, OptimConfig, RunConfig, check_shared
 from mimir_fast.models.families import find, listed
@@ -114,4 +115,8 @@ class PretrainConfig(Configuration):
             notes.append(
                 "attack: plain switches the penalty off too, as in the original; --attack pgd_mae switches both on"
             )
-        return notes
+        elif self.penalty.mi_xpl == 0 and wanted in PENALTIES:
+            notes.append(f"mi_xpl: 0: {wanted} is computed and has no weight")
+        flat = self.flat()
+        notes += [*idle_attack(flat, self.attack.attack != "plain"), *unreached(flat)]
+        return notes + without_effect(combinations.PRETRAINING, flat, explicit)

@@ -27,11 +27,11 @@ class DataConfig:
     """Where images come from."""
 
     dataset: str = flag("imagenet", "name of the data set", choices=DATASETS)
-    data_root: str = flag("../data", "folder that holds the data set")
+    data_root: str = flag("../data", "folder that holds the data set", path=True)
     use_edm: bool = flag(False, "mix generated images into every batch (cifar10, cifar100, svhn, tiny-imagenet)")
     unsup_fraction: float = flag(0.7, "generated images in a batch; negative merges both pools", "share, below 1")
     aux_data_filename: str = flag(
-        "", "with --use_edm: npz file of generated images, image [N,H,W,3] uint8 and label [N]"
+        "", "with --use_edm: npz file of generated images, image [N,H,W,3] uint8 and label [N]", path=True
     )
     edm_aug: str = flag("base", "augmentation of every image with --use_edm", choices=EDM_AUGMENTATIONS)
     use_normalize: bool = flag(False, "normalise images by the data set's mean and std")
@@ -134,10 +134,10 @@ class ComputeConfig:
 class RunConfig:
     """Outputs, resuming, device, seed."""
 
-    output_dir: str = flag("./experiment", "folder for checkpoints, log.txt and metrics; empty: write none")
-    log_dir: str = flag("./experiment", "folder for TensorBoard events; empty: none")
+    output_dir: str = flag("./experiment", "folder for checkpoints, log.txt and metrics; empty: write none", path=True)
+    log_dir: str = flag("./experiment", "folder for TensorBoard events; empty: none", path=True)
     resume: str = flag(
-        "", "checkpoint to continue from: a path, an https URL, or 'auto' for the newest one in output_dir"
+        "", "checkpoint to continue from: a path, an https URL, or 'auto' for the newest one in output_dir", path=True
     )
     checkpoint_steps: int = flag(
         1000, "also save a resume point every N updates (the newest two are kept); 0: never", "updates", new=True

@@ -21,6 +21,8 @@ from mimir_fast.data.errors import DataError
 Operation = Callable[[Image.Image, np.random.Generator], Image.Image]
 # Fraction of an image that a crop at random scale covers, where aa is in use.
 AUGMENTED_AREA = (0.08, 1.0)
+# Words for "no policy" in MAE's and DeiT's scripts.
+NO_POLICY = ("", "None", "none")
 # Of epochs 0, 1, ...; the last one stays.
 WARMUP_MAGNITUDES = (1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9)
 
@@ -29,7 +31,8 @@ WARMUP_MAGNITUDES = (1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9)
 class Augment:
     """Flags of augmentation, for every data set; raises DataError for values that are not possible.
 
-    aa             noaug, or timm's RandAugment, AugMix or AutoAugment in its notation: rand-m9-mstd0.5-inc1, augmix-m5, v0
+    aa             noaug; '' or None: no policy, but the crops that come with one; or timm's RandAugment, AugMix or
+                   AutoAugment in its notation: rand-m9-mstd0.5-inc1, augmix-m5, v0
     color_jitter   largest relative change of brightness, contrast and saturation; as in timm without effect beside aa,
                    "3a" excepted
     reprob         probability of random erasing
@@ -105,7 +108,7 @@ def warmup_augment(epoch: int, augment: Augment) -> Augment:
 @lru_cache(maxsize=4)
 def _plan(augment: Augment, edm_aug: str | None, size: int) -> AugmentPlan:
     policy = _policy(augment.aa, size)
-    plan = _edm_plan(edm_aug)._replace(area=CROP_AREA if policy is None else AUGMENTED_AREA)
+    plan = _edm_plan(edm_aug)._replace(area=CROP_AREA if augment.aa == "noaug" else AUGMENTED_AREA)
     after = [*plan.after] if policy is None else [*plan.after, _library(policy)]
     if augment.color_jitter and (policy is None or "3a" in augment.aa):
         from torchvision.transforms import ColorJitter
@@ -144,9 +147,9 @@ def _library(transform: Callable[[Image.Image], Image.Image]) -> Operation:
 def _policy(aa: str, size: int) -> Callable[[Image.Image], Image.Image] | None:
     """timm's transform of an aa string with the original's settings: bicubic, shifts up to 0.45 of the side, black borders.
 
-    None for noaug.  Raises DataError for what timm does not understand.
+    None for noaug and for words that mean no policy.  Raises DataError for what timm does not understand.
     """
-    if aa == "noaug":
+    if aa == "noaug" or aa in NO_POLICY:
         return None
     settings = {"translate_const": int(size * 0.45), "img_mean": (0, 0, 0), "interpolation": Image.Resampling.BICUBIC}
     try:
@@ -154,7 +157,7 @@ def _policy(aa: str, size: int) -> Callable[[Image.Image], Image.Image] | None:
     except (AssertionError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise DataError(
-            f"aa: {aa!r} is not understood ({reason}), expected noaug or for example rand-m9-mstd0.5-inc1, augmix-m5, original"
+            f"aa: {aa!r} is not understood ({reason}), expected noaug, None, or for example rand-m9-mstd0.5-inc1, augmix-m5, v0"
         ) from error
     # timm asks for 0 bits at magnitude 10, which newer versions of Pillow refuse.
     for operation in operations:

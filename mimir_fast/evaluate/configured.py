@@ -30,12 +30,13 @@ def evaluate(config: EvaluateConfig, explicit: set[str] | None = None) -> dict:
     config = config.check()
     # Adversarial examples lie close to the decision boundary, where tf32 decides otherwise than fp32.
     torch.set_float32_matmul_precision("highest")
-    device = resolve_device(config.run.device, config.changed() | config.given if explicit is None else explicit)
+    explicit = config.changed() | config.given if explicit is None else explicit
+    device = resolve_device(config.run.device, explicit)
     overrides = overrides_of(config.model.model, config.model.use_normalize, config.data.dataset)
     trained = load_classifier(config.model.checkpoint, overrides=overrides, device=device)
     eps = config.attack.eps or training_eps(trained) or USUAL_EPS
     alpha = eps / 4 if config.attack.alpha is None else config.attack.alpha
-    for line in trained.notes:
+    for line in [*config.notes(explicit), *trained.notes]:
         print(line)
     cut = ", images as they are" if config.data.eval_resize == "none" else ""
     print(f"{trained.source}: {trained.args['model']}, eps {eps:g}/255, alpha {alpha:g}/255, on {device}{cut}")

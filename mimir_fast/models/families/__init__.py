@@ -1,5 +1,7 @@
 """The families of models, and which of them a name, a model or a file belongs to."""
 
+import difflib
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -7,6 +9,8 @@ from torch import nn
 from mimir_fast.models.families.vit import VIT
 from mimir_fast.models.family import PREFIX, Family, Tensors
 
+# Sizes in other programs' names, and in ours.
+OTHER_WORDS = {"tiny": "ti", "s": "small", "b": "base", "l": "large"}
 # a file is asked about in this order: a family whose files would pass for another's stands before it
 FAMILIES: tuple[Family, ...] = (VIT,)
 
@@ -36,7 +40,21 @@ def find(name: str, pretraining: bool | None) -> tuple[Family, dict[str, Any]]:
         bare = family.bare(name)
         if any(bare in family.names(kind) for kind in kinds):
             return family, family.keywords(bare)
-    raise ValueError(f"model: unknown name {name!r}; choose one of {', '.join(model_names(pretraining))}")
+    names = model_names(pretraining)
+    near = nearest(name, names)
+    meant = f"; did you mean {near}?" if near else ""
+    raise ValueError(f"model: unknown name {name!r}; choose one of {', '.join(names)}{meant}")
+
+
+def nearest(name: str, names: Sequence[str]) -> str | None:
+    """The model of ours that another program's name stands for, if one does: timm's, MAE's, DeiT's."""
+    words = name.lower().replace("-", "_").replace("deit", "vit")
+    words = words.removeprefix(PREFIX) if not any(own.startswith(PREFIX) for own in names) else words
+    for theirs, ours in OTHER_WORDS.items():
+        words = "_".join(ours if word == theirs else word for word in words.split("_"))
+    # What follows the size in others' names: patches, pixels, decoders, data.
+    kept = [own for own in names if words == own or words.startswith(f"{own}_")]
+    return max(kept, key=len) if kept else next(iter(difflib.get_close_matches(words, names, 1, 0.7)), None)
 
 
 def family_of(model: nn.Module) -> Family:

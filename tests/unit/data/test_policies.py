@@ -381,7 +381,7 @@ def test_idbh_in_its_order():
     [
         ({"aa": "rand-q3"}, "aa: 'rand-q3' is not understood"),
         ({"aa": "autoaugment"}, "aa: 'autoaugment'"),
-        ({"aa": ""}, "aa: ''"),
+        ({"aa": "Nothing"}, "aa: 'Nothing'"),
         ({"aa": "rand-mx"}, "aa: 'rand-mx'"),
         ({"color_jitter": -1.0}, "color_jitter: -1.0"),
         ({"reprob": 1.5}, "reprob: 1.5"),
@@ -395,6 +395,16 @@ def test_impossible_flags(flags, named):
         Augment(**flags)
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("aa", ["", "None", "none"])
+def test_no_policy_is_what_it_is_in_scripts_for_timm(aa):
+    """No operations, the crops that come with a policy, and colour jitter, which a policy would replace."""
+    plan = Augmentation(Augment(aa, color_jitter=0.4)).plan(0, 32)
+    assert plan.area == (0.08, 1.0)
+    assert len(plan.after) == 1
+    assert Augmentation(Augment("noaug")).plan(0, 32).area == (0.2, 1.0)
+    assert not Augmentation(Augment(aa)).plan(0, 32).after
 
 
 def test_unknown_edm_aug(roots):
