@@ -74,8 +74,8 @@ def check(log: Log, launches: int, issued: int) -> None:
     assert not log.graphs("illegal", "outside")
     assert len(log.graphs("begin")) == launches
     recorded, eager = log.captured()
-    # The few results that are kept of a micro-step without an update are copied inside.
-    assert all(call[:2] == ("MEMCPY", "D2D") for call in recorded - eager)
+    # Of a micro-step that no update follows some results are kept: adv, pred, ids_removed.
+    assert (recorded - eager).total() <= 3 * (launches - 1)
     # What the host copies into place is issued beside the graph.
     assert all(call[:2] == ("MEMCPY", "H2D") for call in eager - recorded)
     for calls in log.updates[5:]:
@@ -109,3 +109,44 @@ def test_data(tmp_path_factory):
 def test_pretraining(data, tmp_path, extra, launches):
     words = runs.command(data, tmp_path, f"{PLACES} {extra} --max_steps {UPDATES} --log_every 100")
     check(trained(tmp_path, "pretrain", words), launches, 8 * launches)
+
+
+@needs_simulated_gpu
+@pytest.mark.parametrize(
+    ("extra", "launches", "issued"),
+    [
+        # the drawn mixture and the average's decay are two operations more
+        ("--layer_decay .7 --drop_path .1 --model_ema --mixup .8 --cutmix 1", 1, 10),
+        ("--attack_train trades --clip_grad 1 --accum_iter 2", 2, 16),
+        ("--attack_train mart --precision fp16", 1, 8),
+        ("--attack_train apgd --steps 5", 1, 8),
+    ],
+)
+def test_finetuning(test_data, tmp_path, extra, launches, issued):
+    words = finetune_runs.command(test_data, tmp_path, f"{PLACES} {extra} --max_steps {UPDATES} --log_every 100")
+    check(trained(tmp_path, "finetune", words), launches, issued)
+
+
+@needs_simulated_gpu
+def test_dib_mi_runs_between_two_graphs(data, tmp_path):
+    """Its eigenvalues make the host wait, and nothing else does."""
+    words = runs.command(data, tmp_path, f"{PLACES} --mi_train dib_mi --max_steps {UPDATES} --log_every 100")
+    log = trained(tmp_path, "pretrain", words)
+    assert not log.graphs("illegal", "outside")
+    for calls in log.updates[5:]:
+        between = [call for call in calls if call[0] in (*WORK, "SYNC") or call[:2] == ["GRAPH", "launch"]]
+        launches = [i for i, call in enumerate(between) if call[0] == "GRAPH"]
+        assert len(launches) == 2
+        assert all(launches[0] < i < launches[1] for i, call in enumerate(between) if call[0] == "SYNC")
+
+
+@needs_simulated_gpu
+def test_two_hundred_updates_take_no_more_memory(data, tmp_path):
+    words = runs.command(
+        data, tmp_path, "--device cuda --output_dir= --log_dir= --no_compile --epochs 40 --log_every 7"
+    )
+    log = trained(tmp_path, "pretrain", [*words, "--max_steps", "200", "--mi_train", "plain"])
+    assert len(log.updates) == 200
+    assert not log.graphs("illegal", "outside")
+    assert log.reserved[10] == log.reserved[-1]
+    assert not [call for calls in log.updates[10:] for call in calls if call[0] == "MALLOC"]
