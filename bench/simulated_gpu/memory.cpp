@@ -85,11 +85,13 @@ cudaError_t cudaMallocAsync(void** address, size_t bytes, cudaStream_t) { return
 cudaError_t cudaFreeAsync(void* address, cudaStream_t) { return cudaFree(address); }
 
 cudaError_t cudaHostAlloc(void** address, size_t bytes, unsigned) {
+    simulated::unsafe("cudaHostAlloc");
     *address = nullptr;
     return posix_memalign(address, PAGE, bytes ? bytes : 1) ? cudaErrorMemoryAllocation : cudaSuccess;
 }
 
 cudaError_t cudaFreeHost(void* address) {
+    simulated::unsafe("cudaFreeHost");
     free(address);
     return cudaSuccess;
 }
@@ -101,7 +103,7 @@ cudaError_t cudaMemGetInfo(size_t* unused, size_t* total) {
 }
 
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
-    simulated::illegal("cudaMemcpy");
+    simulated::unsafe("cudaMemcpy");
     simulated::log("SYNC|cudaMemcpy");
     return copy(to, from, bytes, kind);
 }

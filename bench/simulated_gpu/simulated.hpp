@@ -35,7 +35,7 @@ void* new_handle();
 // ---- capture of CUDA graphs
 void captured(void* stream, const char* what);  // work is enqueued: a node, if the stream is being captured
 void illegal(const char* what);                 // not allowed while anything is being captured
-void unsafe(const char* what);                  // the same, unless the thread has relaxed its capture mode
+void unsafe(const char* what);                  // the same, as far as the modes of the thread and the capture forbid it
 
 // ---- cuBLAS and cuSOLVER: the stream that a handle works on
 void bind_stream(void* library, void* stream);

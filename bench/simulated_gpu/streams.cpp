@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstdint>
 #include <mutex>
+#include <thread>
 #include <unordered_map>
 
 namespace {
@@ -31,6 +32,8 @@ std::unordered_map<void*, Record> records;
 std::unordered_map<void*, void*> bound;  // handle of cuBLAS or cuSOLVER -> stream
 void* origin = nullptr;
 long last_node = 0, nodes = 0;
+int asked_mode = cudaStreamCaptureModeGlobal;  // of the capture that is going on
+std::thread::id capturing_thread;
 thread_local int mode = cudaStreamCaptureModeGlobal;
 
 int capture_of(void* stream) {
@@ -90,7 +93,10 @@ void illegal(const char* what) {
 }
 
 void unsafe(const char* what) {
-    if (mode == cudaStreamCaptureModeGlobal) illegal(what);
+    if (!current || mode == cudaStreamCaptureModeRelaxed || asked_mode == cudaStreamCaptureModeRelaxed) return;
+    std::lock_guard<std::recursive_mutex> guard(capture_lock);
+    bool own = capturing_thread == std::this_thread::get_id();
+    if (own || (mode == cudaStreamCaptureModeGlobal && asked_mode == cudaStreamCaptureModeGlobal)) illegal(what);
 }
 
 void bind_stream(void* library, void* stream) { bound[library] = stream; }
@@ -158,8 +164,13 @@ cudaError_t cudaEventQuery(cudaEvent_t) {
     return cudaSuccess;
 }
 
+cudaError_t cudaStreamQuery(cudaStream_t stream) {
+    if (capture_of(stream)) simulated::illegal("cudaStreamQuery of a capturing stream");
+    return cudaSuccess;
+}
+
 cudaError_t cudaEventSynchronize(cudaEvent_t) {
-    simulated::illegal("cudaEventSynchronize");
+    simulated::unsafe("cudaEventSynchronize");
     simulated::log("SYNC|event");
     return cudaSuccess;
 }
@@ -181,6 +192,8 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode as
     parts.clear();
     records.clear();
     current = ++count;
+    asked_mode = asked;
+    capturing_thread = std::this_thread::get_id();
     parts[stream] = Part{current, 0, 0};
     origin = stream;
     nodes = 0;

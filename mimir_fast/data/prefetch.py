@@ -1,6 +1,7 @@
 """Prefetch: copies the next batch to the GPU while the current one is in use."""
 
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -12,14 +13,16 @@ def prefetch(batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> 
     """Images uint8 [B,3,H,W] and labels int64 [B] of every batch, on the device.
 
     On CUDA the next batch is copied on a side stream while the current one is in use (asynchronously if it is in pinned
-    memory), and crops of a cache are made there; elsewhere each batch is copied when it is asked for.
+    memory), crops of a cache are made there, and the host gets at most two batches ahead of the device; elsewhere each batch is
+    copied when it is asked for.
     """
     if device.type != "cuda":
         for images, labels in batches:
             yield images.to(device), labels.to(device)
         return
-    stream = torch.cuda.Stream(device)
+    stream = _side_stream(device)
     upcoming: tuple[tuple[Tensor, Tensor], torch.cuda.Event] | None = None
+    used: torch.cuda.Event | None = None
     for batch in batches.packed() if isinstance(batches, PackedEpoch) else batches:
         with torch.cuda.stream(stream):
             if isinstance(batch, PackedBatch):
@@ -30,9 +33,16 @@ def prefetch(batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> 
             copied = stream.record_event()
         if upcoming is not None:
             yield _arrived(*upcoming)
+            used = _not_far_ahead(used)
         upcoming = copies, copied
     if upcoming is not None:
         yield _arrived(*upcoming)
+
+
+# One for all epochs: the allocator keeps the memory of a stream for that stream.
+@lru_cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _arrived(batch: tuple[Tensor, Tensor], copied: torch.cuda.Event) -> tuple[Tensor, Tensor]:
@@ -43,3 +53,12 @@ def _arrived(batch: tuple[Tensor, Tensor], copied: torch.cuda.Event) -> tuple[Te
     for part in batch:
         part.record_stream(current)
     return batch
+
+
+def _not_far_ahead(used: torch.cuda.Event | None) -> torch.cuda.Event:
+    """The end of the work that was just enqueued, after waiting for that of the batch before (used)."""
+    # A step is launched in no time: without this the host would fill the device's memory, and pinned memory, with batches.
+    # The device has a whole step to do meanwhile.
+    if used is not None and not used.query():
+        used.synchronize()
+    return torch.cuda.current_stream().record_event()

@@ -7,6 +7,7 @@ from mimir_fast.config.resolve import Config, Machine, Run, resolve
 from mimir_fast.memory.prediction import Prediction
 from mimir_fast.models.attention import PACKAGES
 from mimir_fast.training import finetuning, pretraining
+from mimir_fast.training.compilation import WITHOUT_GRAPHS
 from mimir_fast.training.describe import arithmetic
 
 GIB = 2**30
@@ -96,7 +97,7 @@ def report(run: Run, prediction: Prediction, gpus: dict[str, Gpu]) -> list[str]:
         lines.append(
             f"  {name:<12}{gpu.memory:7.1f} GiB {largest_batch(prediction, gpu):8d}   (batch {batch} {verdict})"
         )
-    if c.compile and c.compile_mode in ("reduce-overhead", "max-autotune"):
+    if c.compile and not c.step_graph and c.compile_mode in WITHOUT_GRAPHS:
         lines.append(f"compile_mode: {c.compile_mode} runs CUDA graphs, whose memory pools are not counted here")
     if config.dist.world_size > 1:
         lines.append("world_size: the gradients' buffers of data parallelism are not counted here")

@@ -105,8 +105,9 @@ def follow(run: Run, depth: int) -> Trace:
         ledger = Ledger(_prime(run, task.model))
         engine = Engine(task, task.world, backend=planning_backend(ledger))
         side = run.config.model.input_size
-        # This step's, and the next one's, which the prefetcher copies meanwhile.
-        ahead = [torch.empty(ledger.batch, 3, side, side, dtype=torch.uint8) for _ in range(2)]
+        # This step's; the next one's, which the prefetcher copies meanwhile; and where a captured step reads its own.
+        count = 3 if run.compute.step_graph and not task.uncapturable else 2
+        ahead = [torch.empty(ledger.batch, 3, side, side, dtype=torch.uint8) for _ in range(count)]
         _warm_up(engine, ahead[0])
         ledger.start()
         ledger.hold(_parameters(engine), "parameters")

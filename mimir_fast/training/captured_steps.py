@@ -78,7 +78,7 @@ class CapturedSteps:
             return
         if form != self._form:
             self._form, self._warm = form, 0
-        listened = stages.within()
+        listened = stages.listened()
         # Graphs of an update that an epoch's end cut off do not fit together.
         if self._graph.pieces and (not self._warm or listened or not self._whole):
             self.release()

@@ -10,6 +10,8 @@ from mimir_fast.models.families import family_of
 
 # Modes that run CUDA graphs of their own -> the same without them.
 WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+# Why a step is not captured on CPUs, where no mode runs CUDA graphs either.
+ON_CPU = "on cpu"
 # Graphs that one block may have; torch's own limit is 8.
 BLOCK_GRAPHS = 32
 
@@ -66,6 +68,22 @@ class Compiler:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, BLOCK_GRAPHS)
         for block in blocks_of(model):
             block.compile(fullgraph=True, dynamic=False, mode=self.mode, backend=self.backend)
+
+
+def mode_inside(mode: str, uncaptured: str, accum_iter: int) -> str:
+    """The mode for what is compiled inside of a step; uncaptured: why the step itself is not captured, "" if it is.
+
+    Raises ValueError where the mode's own graphs would overwrite gradients that are being accumulated.
+    """
+    # One graph holds the whole step: inside of it there are no others.
+    if not uncaptured:
+        return WITHOUT_GRAPHS.get(mode, mode)
+    if mode in WITHOUT_GRAPHS and accum_iter > 1 and uncaptured != ON_CPU:
+        raise ValueError(
+            f"compile_mode: {mode} keeps one micro-batch's gradients, not those of --accum_iter {accum_iter}, where the step "
+            f"is not captured ({uncaptured}); pass --compile_mode {WITHOUT_GRAPHS[mode]}"
+        )
+    return mode
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

@@ -143,3 +143,34 @@ def average_gradients(compress: bool, bucket: dist.GradBucket) -> torch.futures.
     gradients = bucket.buffer()
     words = (gradients.bfloat16() if compress else gradients.float()) / dist.get_world_size()
     return dist.all_reduce(words, async_op=True).get_future().then(lambda sums: gradients.copy_(sums.value()[0]))
+
+
+class GradientBuffer:
+    """One fp32 buffer in which the gradients of an update are averaged over processes: for captured steps, in place of DDP,
+    whose collectives start inside of the backward pass.
+
+    compress   average in bf16
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], world: World, compress: bool):
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.size, self.compress = world.size, compress
+        counts = [p.numel() for p in self.parameters]
+        self.flat = torch.zeros(sum(counts), device=world.device)
+        self.parts = [part.view_as(p) for part, p in zip(self.flat.split(counts), self.parameters)]
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Move the parameters' gradients into the buffer.  Work on the device alone."""
+        own = [(p, part) for p, part in zip(self.parameters, self.parts) if p.grad is not None]
+        torch._foreach_copy_([part for _, part in own], [p.grad for p, _ in own])
+        for p, part in own:
+            p.grad = part
+
+    def average(self) -> None:
+        """Average the buffer over all processes, which all call."""
+        words = self.flat.bfloat16() if self.compress else self.flat
+        words /= self.size
+        dist.all_reduce(words)
+        if self.compress:
+            self.flat.copy_(words)

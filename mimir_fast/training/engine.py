@@ -19,15 +19,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mimir_fast.attacks.pgd_mae import frozen_twin
 from mimir_fast.training.captured_steps import CapturedSteps
-from mimir_fast.training.compilation import WITHOUT_GRAPHS, Compiler
-from mimir_fast.training.distributed import World, average_gradients
+from mimir_fast.training.compilation import ON_CPU, Compiler, mode_inside
+from mimir_fast.training.distributed import GradientBuffer, World, average_gradients
 from mimir_fast.training.meters import Meters
 from mimir_fast.training.optimizer import Updater, peak_learning_rate
 from mimir_fast.training.parameter_ema import ParameterEMA
 from mimir_fast.training.precision import ComputeCopy
 from mimir_fast.training.seeds import step_seed
 from mimir_fast.training.stages import stage
-from mimir_fast.training.step_graph import CudaRecorder, Recorder
+from mimir_fast.training.step_graph import CudaRecorder, Recorder, outside
 from mimir_fast.training.task import Output, Step
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ class Engine:
         self.generator, self.dtype = torch.Generator(world.device), compute.dtype
         self.sharded = world.size > 1 and compute.fsdp
         self.shards: Shards | None = None
+        self.buffer: GradientBuffer | None = None
         reason = self._uncapturable()
         recorder = recorder or (None if reason else CudaRecorder(world.device))
         self.captured = CapturedSteps(recorder, world, list(task.model.parameters()), reason)
@@ -159,6 +160,9 @@ class Engine:
         number   of the update, counted from 1 over the whole run
         """
         self.updating = True
+        if self.buffer:
+            self.buffer.gather()
+            outside(self.buffer.average, in_place=True)
         norm = self.updater.update()
         if self.average:
             self.average.update(number)
@@ -176,7 +180,7 @@ class Engine:
     def _uncapturable(self) -> str:
         """Why steps are not captured; "" if they are."""
         if self.world.device.type != "cuda":
-            return f"on {self.world.device.type}"
+            return ON_CPU
         if not self.task.run.compute.step_graph:
             return "--step_graph off"
         return "--parallel fsdp gathers parameters block by block" if self.sharded else self.task.uncapturable
@@ -204,15 +208,7 @@ class Engine:
 
     def _compiler(self, backend: str | Callable) -> Compiler:
         compute = self.task.run.compute
-        mode, uncaptured = compute.compile_mode, self.captured.reason
-        # One graph holds the whole step: inside of it there are no others.
-        if not uncaptured:
-            mode = WITHOUT_GRAPHS.get(mode, mode)
-        if self.world.device.type == "cuda" and compute.compile and mode in WITHOUT_GRAPHS and self.accum_iter > 1:
-            raise ValueError(
-                f"compile_mode: {mode} keeps one micro-batch's gradients, not those of --accum_iter {self.accum_iter}, where "
-                f"the step is not captured ({uncaptured}); pass --compile_mode {WITHOUT_GRAPHS[mode]}"
-            )
+        mode = mode_inside(compute.compile_mode, self.captured.reason, self.accum_iter)
         how = (compute.compile, mode, compute.compile_region, backend, compute.kernels == "reference")
         return Compiler(*how, through=self._gathered if self.sharded else None)
 
@@ -227,10 +223,13 @@ class Engine:
         return gathered
 
     def _parallel(self, objective: nn.Module) -> nn.Module:
-        """The objective, replicated by DDP or sharded where there are several processes."""
+        """The objective, sharded or replicated where there are several processes: by DDP, or with one buffer of gradients."""
         if self.world.size == 1:
             return objective
         compress = self.task.run.compute.compress_gradients
+        if not self.captured.reason:
+            self.buffer = GradientBuffer(self.task.model.parameters(), self.world, compress)
+            return objective
         if self.sharded:
             # Slow to import: only where there are shards.
             from mimir_fast.training.sharding import Shards

@@ -137,6 +137,9 @@ class Finetuning:
         self.form = self.mixing is not None
 
     def end_epoch(self, engine, epoch: int, ends: Callable[[], bool]) -> Measured | None:
+        if self.validator.due(epoch):
+            # Validation may need the memory that captured steps hold.
+            engine.captured.release()
         row = self.validator.rate(engine.rated, engine.functions, epoch, ends)
         return None if row is None else Measured(row, self.validator.is_best)
 
@@ -215,9 +218,8 @@ def build_model(run: Run[FinetuneConfig], images: BatchStream | DatasetInfo, dev
 
 def build_attack(run: Run[FinetuneConfig], bounds: Tensor) -> ClassifierAttack:
     """The training attack, in pixels of [0,1]; bounds [4,3] are written anew for every epoch."""
-    a = run.config.attack
-    scale = FP16_ATTACK_SCALE if run.compute.scaled else 1.0
-    return ClassifierAttack(a.attack_train, a.steps, bounds, scale, a.trades_beta)
+    attack, loss_scale = run.config.attack, FP16_ATTACK_SCALE if run.compute.scaled else 1.0
+    return ClassifierAttack(attack.attack_train, attack.steps, bounds, loss_scale, attack.trades_beta)
 
 
 def start_from_pretrained(model: Classifier, config: FinetuneConfig, say: Callable[[str], None]) -> None:

@@ -196,7 +196,7 @@ class Loop:
     def _log_epoch(self, measured: Measured) -> None:
         s, updater = self.engine.meters.sums.means(self.world), self.engine.updater
         row = {
-            "train_lr": s["lr"] / max(s["micro_steps"], 1),
+            "train_lr": s["lr"] / s["micro_steps"],
             "train_loss": s["loss"] / s["finite"] if s["finite"] else float("nan"),
             **self.task.epoch_row(self.position.epoch, s, measured),
             "grad_norm": s["grad_norm"] / max(s["updates"], 1),

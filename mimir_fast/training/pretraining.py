@@ -56,8 +56,7 @@ class Pretraining:
     # ---- the step
 
     def updater(self, lr: float) -> Updater:
-        o = self.config.optim
-        optimizer = build_optimizer(self.model, lr, o.weight_decay)
+        optimizer = build_optimizer(self.model, lr, self.config.optim.weight_decay)
         return Updater(optimizer, self.world.device, self.run.compute.scaled)
 
     def attack_functions(self, compiler: Compiler) -> MaeAttackFunctions:

@@ -19,7 +19,6 @@ import torch
 
 STAGES = ("data", "prepare", "attack", "encoder", "decoder", "loss", "penalty", "backward", "optimizer")
 _opened: Callable[[str], AbstractContextManager] | None = None
-_within = False
 
 
 def stage(name: str) -> AbstractContextManager:
@@ -30,23 +29,22 @@ def stage(name: str) -> AbstractContextManager:
     return _opened(name)
 
 
-def within() -> bool:
-    """Whether somebody listens to the stages inside of a step: a step that is launched as a graph has none."""
-    return _within
+def listened() -> bool:
+    """Whether somebody listens: a step that is launched as a graph has no stages inside, and is run uncaptured for them."""
+    return _opened is not None
 
 
 @contextmanager
-def listening(opened: Callable[[str], AbstractContextManager], inside: bool = True) -> Iterator[None]:
+def listening(opened: Callable[[str], AbstractContextManager]) -> Iterator[None]:
     """Context in which every stage of this process enters the context manager opened(name).
 
-    inside   whether those inside of a step matter, so that steps run uncaptured; without, a captured step opens none of them
     Raises RuntimeError inside of another such context.
     """
-    global _opened, _within
+    global _opened
     if _opened is not None:
         raise RuntimeError("stages: one listener at a time")
-    _opened, _within = opened, inside
+    _opened = opened
     try:
         yield
     finally:
-        _opened, _within = None, False
+        _opened = None

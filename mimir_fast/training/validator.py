@@ -95,6 +95,11 @@ class Validator:
             self._compare(scores, epoch)
         return rated
 
+    def due(self, epoch: int) -> bool:
+        """Whether anything is measured after an epoch."""
+        v = self.config.validation
+        return self._due(epoch, v.test_every) or self._due(epoch, v.val_every)
+
     def _test_images(self, config: FinetuneConfig, world: World) -> EvalStream:
         try:
             return build_eval_data(config, world, "val")

@@ -15,6 +15,7 @@ PROGRAM = """
 import sys, torch
 from bench.simulated_gpu import marker
 from mimir_fast.cli import finetune, pretrain
+from mimir_fast.training.distributed import World
 from mimir_fast.training.loop import Loop
 
 torch.backends.cuda.enable_cudnn_sdp(False)
@@ -25,6 +26,8 @@ def marked(self, *arguments):
     mark(f"update {self.position.update} {torch.cuda.memory_reserved()}")
 
 Loop._after_update = marked
+# Nothing is computed here, and means over no images are not defined.
+World.mean = lambda self, values: values if values.ndim == 2 else torch.ones(values.shape)
 sys.exit({"pretrain": pretrain, "finetune": finetune}[sys.argv[1]].main(sys.argv[2:]))
 """
 WORK = ("KERNEL", "TRITON", "GEMM", "SOLVER", "MEMSET", "MEMCPY", "MEMCPY2D")
@@ -76,8 +79,8 @@ def check(log: Log, launches: int, issued: int) -> None:
     recorded, eager = log.captured()
     # Of a micro-step that no update follows some results are kept: adv, pred, ids_removed.
     assert (recorded - eager).total() <= 3 * (launches - 1)
-    # What the host copies into place is issued beside the graph.
-    assert all(call[:2] == ("MEMCPY", "H2D") for call in eager - recorded)
+    # What the host puts into place is issued beside the graph.
+    assert all(call[:2] == ("MEMCPY", "H2D") or "FillFunctor" in call[1] for call in eager - recorded)
     for calls in log.updates[5:]:
         kinds = Counter(call[0] if call[0] != "GRAPH" else call[1] for call in calls)
         assert kinds["launch"] == launches
@@ -88,12 +91,12 @@ def check(log: Log, launches: int, issued: int) -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return runs.make_images(tmp_path_factory.mktemp("images"), 40)
+    return runs.make_images(tmp_path_factory.mktemp("images"), 80)
 
 
 @pytest.fixture(scope="module")
 def test_data(tmp_path_factory):
-    return finetune_runs.make_data(tmp_path_factory.mktemp("images"), 40)
+    return finetune_runs.make_data(tmp_path_factory.mktemp("images"), 80)
 
 
 @needs_simulated_gpu
@@ -125,6 +128,16 @@ def test_pretraining(data, tmp_path, extra, launches):
 def test_finetuning(test_data, tmp_path, extra, launches, issued):
     words = finetune_runs.command(test_data, tmp_path, f"{PLACES} {extra} --max_steps {UPDATES} --log_every 100")
     check(trained(tmp_path, "finetune", words), launches, issued)
+
+
+@needs_simulated_gpu
+def test_validation_gets_the_memory_and_the_next_update_is_captured_again(tmp_path):
+    data = finetune_runs.make_data(tmp_path / "images", 24)
+    words = finetune_runs.command(data, tmp_path, f"{PLACES} --epochs 3 --val_attack pgd2 --val_every 1 --test_every 1")
+    log = trained(tmp_path, "finetune", words)
+    assert not log.graphs("illegal", "outside")
+    assert len(log.updates) == 18
+    assert [i for i, calls in enumerate(log.updates) if ["GRAPH", "begin", "mode=1"] in calls] == [3, 6, 12]
 
 
 @needs_simulated_gpu

@@ -95,7 +95,8 @@ FINETUNED = {
 @pytest.mark.parametrize("name", FINETUNED)
 def test_fine_tuning_within_three_percent_of_the_recorded_peak(name):
     flags, recorded = FINETUNED[name]
-    words = ["--task", "finetune", "--no_compile", *flags.split()]
+    # The recorded steps were not captured: they had no third batch.
+    words = ["--task", "finetune", "--no_compile", "--step_graph", "off", *flags.split()]
     run, gpus = parse_memory_args([*words, "--gpu", "h100-80"])
     kinds = peak(predict(run), gpus["h100-80"], run.config.optim.batch_size)
     assert 1024 * (sum(kinds.values()) - kinds["uint8 images"] / 2) == pytest.approx(recorded, rel=0.03)
@@ -114,7 +115,7 @@ def test_parameters_and_optimizer_by_hand():
     assert at["parameters"] == sum(size for _, size in blocks) + copies
     # two moments and a step count for each trainable parameter; the penalty's and the attack's seeds are no state
     assert at["optimizer state"] == sum(2 * size + 512 for trains, size in blocks if trains)
-    assert at["uint8 images"] == 2 * 64 * 3 * 224 * 224
+    assert at["uint8 images"] == 3 * 64 * 3 * 224 * 224
 
 
 def test_grows_with_the_batch_and_a_step_with_one_image_holds_the_gradients():

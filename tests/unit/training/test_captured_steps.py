@@ -1,13 +1,19 @@
 """Captured steps, on a tape in place of CUDA graphs: the same training to the last bit, whatever changes from one launch to the
 next, wherever the training stops and goes on, and whatever cannot be captured."""
 
+import os
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from mimir_fast.training.stages import listening
+from tests.runs.test_distributed import free_port
 from tests.support import finetune_runs, runs
 from tests.support.captured_runs import same, train
+from tests.support.runs import two_processes
 from tests.support.tape import Tape
 
 EPOCHS = "--epochs 3 --warmup_epochs 1 --log_every 2"
@@ -100,10 +106,32 @@ def test_a_step_that_cannot_be_captured_runs_uncaptured_and_says_so(data, tmp_pa
     assert (tape.begun, tape.launched) == (3, 0)  # once, and with the penalty outside
 
 
-def test_who_listens_to_the_stages_inside_of_a_step_sees_it_uncaptured(data, tmp_path):
-    for inside in (True, False):
-        tape, opened = Tape(), []
-        with listening(lambda name, opened=opened: opened.append(name) or nullcontext(), inside):
-            train("pretrain", data, tmp_path / str(inside), EPOCHS, tape)
-        assert (tape.launched == 0) is inside
-        assert opened.count("data") == 18
+def test_who_listens_to_stages_sees_the_step_uncaptured(data, tmp_path):
+    tape, opened = Tape(), []
+    with listening(lambda name: opened.append(name) or nullcontext()):
+        train("pretrain", data, tmp_path / "graph", EPOCHS, tape)
+    assert (tape.begun, opened.count("attack")) == (0, 18)
+
+
+def worker(rank: int, port: int, data: str, out: str, extra: str, captures: bool) -> None:
+    """One of two processes of a pre-training."""
+    torch.set_num_threads(1)
+    finetune_runs.tiny_models(dict.__setitem__)
+    own = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update(own | {"MASTER_PORT": str(port)})
+    tape = Tape() if captures else None
+    loop = train("pretrain", Path(data), Path(out), f"{EPOCHS} {extra}", tape)
+    assert isinstance(loop.engine.objective, DistributedDataParallel) is not captures
+    assert tape is None or tape.launched > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", ["", "--batch_size 2 --accum_iter 3 --grad_compression bf16"])
+def test_two_processes_average_their_gradients_between_two_graphs(data, tmp_path, extra):
+    """As DDP does; without accumulation and compression to the last bit."""
+    for how in ("graph", "eager"):
+        two_processes(worker, free_port(), str(data), str(tmp_path / how), extra, how == "graph")
+    ours, theirs = (runs.load(tmp_path / how / "checkpoint-2.pth")["model"] for how in ("graph", "eager"))
+    for name, parameter in ours.items():
+        tolerance = {"rtol": 0, "atol": 2e-4} if extra else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(parameter, theirs[name], **tolerance, msg=name)

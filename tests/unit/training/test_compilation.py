@@ -6,7 +6,7 @@ import torch._inductor.config
 
 from mimir_fast.data import prefetch
 from mimir_fast.models import MaskedAutoencoderViT
-from mimir_fast.training.compilation import CompileClock
+from mimir_fast.training.compilation import ON_CPU, CompileClock, mode_inside
 from mimir_fast.training.distributed import World
 from mimir_fast.training.engine import Engine
 from mimir_fast.training.pretrain_step import MaeAttack, draw_noise
@@ -70,3 +70,13 @@ def test_prefetch_passes_every_batch_in_order():
     batches = [(torch.full((2, 3, 4, 4), i, dtype=torch.uint8), torch.full((2,), 10 + i)) for i in range(3)]
     arrived = [(int(images[0, 0, 0, 0]), int(labels[1])) for images, labels in prefetch(batches, torch.device("cpu"))]
     assert arrived == [(0, 10), (1, 11), (2, 12)]
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_modes_have_no_graphs_inside_of_a_captured_step_and_do_not_accumulate_outside(mode):
+    without = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}[mode]
+    assert [mode_inside(mode, "", count) for count in (1, 4)] == [without, without]
+    assert mode_inside(mode, "--step_graph off", 1) == mode_inside(mode, ON_CPU, 4) == mode
+    assert mode_inside(without, "--step_graph off", 4) == without
+    with pytest.raises(ValueError, match=f"compile_mode: {mode} .* --accum_iter 4.*pass --compile_mode {without}"):
+        mode_inside(mode, "--step_graph off", 4)
