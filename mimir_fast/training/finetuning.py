@@ -140,7 +140,7 @@ class Finetuning:
         if self.validator.due(epoch):
             # Validation may need the memory that captured steps hold.
             engine.captured.release()
-        row = self.validator.rate(engine.rated, engine.functions, epoch, ends)
+        row = self.validator.rate(engine.rated, engine.functions, epoch, ends, engine.captured.recorder)
         return None if row is None else Measured(row, self.validator.is_best)
 
     def keeps(self, epoch: int) -> bool:

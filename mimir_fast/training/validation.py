@@ -14,9 +14,11 @@ from mimir_fast.attacks.linf import attack_bounds, pgd
 from mimir_fast.config.finetuning import validation_steps
 from mimir_fast.data import DataError, EvalStream, to_float
 from mimir_fast.models import Classifier
+from mimir_fast.training.captured_calls import CapturedCalls
 from mimir_fast.training.distributed import World
 from mimir_fast.training.finetune_step import ClassifierAttackFunctions
 from mimir_fast.training.seeds import step_seed
+from mimir_fast.training.step_graph import Recorder
 
 # Seed of the attack's starts: not the run's, so that the validations of all epochs and runs can be compared.
 START_SEED = 1
@@ -65,6 +67,7 @@ def validate(
     ends: Callable[[], bool] = lambda: False,
     functions: ClassifierAttackFunctions = ClassifierAttackFunctions(),  # noqa: B008 (immutable)
     fill: int = 0,
+    recorder: Recorder | None = None,
 ) -> Scores | None:
     """Accuracy on clean images, and under the attack if there is one; None if `ends` returned True before the last batch.
 
@@ -74,17 +77,28 @@ def validate(
     ends        called before every batch, by all ranks together
     functions   as they are or compiled
     fill        smaller batches are filled up to so many images, so that nothing is compiled again; 0: they are not
+    recorder    what captures the batches of the first one's size; None: they run as they are
     Raises DataError on every rank if one of them meets an unreadable image.
     """
     sums = torch.zeros(5, dtype=torch.float64, device=world.device)
     autocast = torch.autocast(world.device.type, dtype=dtype, enabled=dtype != torch.float32)
-    for index, batch in enumerate(_in_step(images, world)):
-        if world.any(ends()):
-            return None
-        count = 0 if batch is None else len(batch[1])
-        images_u8, labels = (_filled(part.to(world.device), fill) for part in batch or _blank(model))
-        with autocast:
-            sums += _batch_sums(model, images_u8, labels, count, attack, (world.rank, index), functions)
+
+    def whole(images_u8: Tensor, labels: Tensor, start: Tensor) -> Tensor:
+        return _batch_sums(model, images_u8, labels, len(labels), attack, start, functions)
+
+    with CapturedCalls(whole, recorder) as captured:
+        for index, batch in enumerate(_in_step(images, world)):
+            if world.any(ends()):
+                return None
+            count = 0 if batch is None else len(batch[1])
+            images_u8, labels = (_filled(part.to(world.device), fill) for part in batch or _blank(model))
+            start = torch.tensor(step_seed(START_SEED, world.rank, index, 0)).to(world.device, non_blocking=True)
+            # Entered anew for every batch: casts that it keeps must not outlive a capture.
+            with autocast:
+                if count == len(labels):
+                    sums += captured(images_u8, labels, start)
+                else:
+                    sums += _batch_sums(model, images_u8, labels, count, attack, start, functions)
     loss, top1, top5, robust, count = (world.mean(sums) * world.size).tolist()
     return Scores(
         loss / count, 100 * top1 / count, 100 * top5 / count, None if attack is None else 100 * robust / count
@@ -123,7 +137,7 @@ def _batch_sums(
     labels: Tensor,
     count: int,
     attack: ValidationAttack | None,
-    position: tuple[int, int],
+    start: Tensor,
     functions: ClassifierAttackFunctions,
 ) -> Tensor:
     """Sums over the first `count` images, [5] float64 on the device: loss, correct at top 1, at top 5, under attack, count."""
@@ -134,7 +148,7 @@ def _batch_sums(
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices == first[:, None]
     robust = torch.zeros_like(loss)
     if attack is not None:
-        adv = _attacked(model, images, labels, attack, position, functions)
+        adv = _attacked(model, images, labels, attack, start, functions)
         with torch.no_grad():
             robust = (functions.logits(model, adv)[:count].argmax(dim=1) == first).sum()
     terms = (loss, best[:, 0].sum(), best.sum(), robust, torch.full_like(loss, count))
@@ -146,18 +160,15 @@ def _attacked(
     images: Tensor,
     labels: Tensor,
     attack: ValidationAttack,
-    position: tuple[int, int],
+    start: Tensor,
     functions: ClassifierAttackFunctions,
 ) -> Tensor:
-    start = None
-    if attack.steps:
-        start = torch.tensor(step_seed(START_SEED, *position, 0), device=images.device)
     return pgd(
         lambda adv: functions.losses(model, adv, labels),
         images,
         attack.bounds,
         max(attack.steps, 1),
-        start,
+        start if attack.steps else None,
         loss_scale=attack.loss_scale,
         step=functions.step,
         begin=functions.begin,

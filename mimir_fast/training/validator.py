@@ -9,6 +9,7 @@ from mimir_fast.data import DataError, EvalStream, eval_batches
 from mimir_fast.models import Classifier
 from mimir_fast.training.distributed import World
 from mimir_fast.training.finetune_step import FP16_ATTACK_SCALE, ClassifierAttackFunctions
+from mimir_fast.training.step_graph import Recorder
 from mimir_fast.training.validation import Scores, build_validation_attack, validate
 
 
@@ -67,16 +68,22 @@ class Validator:
         self.held_out = build_eval_data(config, world, "held_out") if v.held_out else None
 
     def rate(
-        self, model: Classifier, functions: ClassifierAttackFunctions, epoch: int, ends: Callable[[], bool]
+        self,
+        model: Classifier,
+        functions: ClassifierAttackFunctions,
+        epoch: int,
+        ends: Callable[[], bool],
+        recorder: Recorder | None = None,
     ) -> dict | None:
         """Measure what is due after an epoch; returns None if `ends` returns True before that.
 
         model       the running average, or the frozen twin of the trained model that the attack runs on
         functions   the training attack's, as they are or compiled
+        recorder    what captures batches of one size; None: they run as they are
         The result has test_loss, test_acc1 and test_acc5 (None where they are not due), robust_acc1 if it was measured on the
         test images, and val_loss, val_acc1 and val_robust_acc1 of the held-out images if they are due.
         """
-        self.is_best, rates = False, partial(self._validate, model, functions, ends)
+        self.is_best, rates = False, partial(self._validate, model, functions, ends, recorder)
         rated = dict.fromkeys(("test_loss", "test_acc1", "test_acc5"))
         robust = self._due(epoch, self.config.validation.val_every)
         attacks_test = robust and self.attack is not None and self.held_out is None
@@ -116,12 +123,13 @@ class Validator:
         model: Classifier,
         functions: ClassifierAttackFunctions,
         ends: Callable[[], bool],
+        recorder: Recorder | None,
         images: EvalStream,
         attacked: bool,
     ) -> Scores | None:
         attack = self.attack if attacked else None
         fill = self.config.optim.batch_size if self.compute.compile else 0
-        return validate(model, images, self.world, self.compute.dtype, attack, ends, functions, fill)
+        return validate(model, images, self.world, self.compute.dtype, attack, ends, functions, fill, recorder)
 
     def _compare(self, scores: Scores, epoch: int) -> None:
         robust = scores.acc1 if scores.robust_acc1 is None else scores.robust_acc1

@@ -9,7 +9,7 @@ from bench.simulated_gpu import build
 from tests.support.simulation import needs_simulated_gpu, run_simulated
 
 PROGRAM = """
-import sys
+import ctypes, sys, threading
 import torch, triton, triton.language as tl
 from bench.simulated_gpu import marker
 
@@ -32,10 +32,10 @@ def section(name, function):
         mark("end")
 
 
-def capture(function):
+def capture(function, mode="thread_local"):
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, capture_error_mode=mode):
             function()
     except RuntimeError:
         return
@@ -46,6 +46,14 @@ def forked():
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         x.add_(1)
+
+
+def pinned_elsewhere():
+    pins = lambda: ctypes.CDLL(None).cudaHostAlloc(ctypes.byref(ctypes.c_void_p()), 4096, 0)
+    other = threading.Thread(target=pins)
+    other.start()
+    other.join()
+    x.add_(1)
 
 
 x, half = torch.zeros(64, 32, device="cuda"), torch.zeros(3, 16, 8, device="cuda", dtype=torch.bfloat16)
@@ -63,6 +71,8 @@ section("compiled", lambda: compiled(x))
 section("graph", lambda: capture(lambda: x.add_(1)))
 section("graph that waits", lambda: capture(lambda: torch.cuda.current_stream().synchronize()))
 section("graph that leaves its stream", lambda: capture(forked))
+section("thread that pins", lambda: capture(pinned_elsewhere))
+section("thread that pins, global", lambda: capture(pinned_elsewhere, "global"))
 torch.cuda.set_sync_debug_mode("error")
 try:
     x.sum().item()
@@ -135,6 +145,9 @@ def test_captures_are_held_to_the_rules(observed):
     assert graph[1][2] == "nodes=1"
     assert ["GRAPH", "illegal", "cudaStreamSynchronize of a capturing stream"] in observed["graph that waits"]
     assert "outside" in [row[1] for row in observed["graph that leaves its stream"] if row[0] == "GRAPH"]
+    # Another thread may pin memory, unless the capture holds every thread to the rules.
+    assert [row[1] for row in observed["thread that pins"] if row[0] == "GRAPH"] == ["begin", "end", "launch"]
+    assert ["GRAPH", "illegal", "cudaHostAlloc"] in observed["thread that pins, global"]
 
 
 # ---- who is refused, in one line

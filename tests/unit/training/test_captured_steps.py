@@ -9,12 +9,15 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from mimir_fast.training.distributed import World
+from mimir_fast.training.loop import Loop
 from mimir_fast.training.stages import listening
 from tests.runs.test_distributed import free_port
 from tests.support import finetune_runs, runs
 from tests.support.captured_runs import same, train
 from tests.support.runs import two_processes
 from tests.support.tape import Tape
+from tests.support.toy_task import ToyOutput, ToyTask, toy_run
 
 EPOCHS = "--epochs 3 --warmup_epochs 1 --log_every 2"
 
@@ -111,6 +114,35 @@ def test_who_listens_to_stages_sees_the_step_uncaptured(data, tmp_path):
     with listening(lambda name: opened.append(name) or nullcontext()):
         train("pretrain", data, tmp_path / "graph", EPOCHS, tape)
     assert (tape.begun, opened.count("attack")) == (0, 18)
+
+
+class SometimesInfinite(ToyTask):
+    """Batches whose first pixel is bright have no finite loss."""
+
+    def step(self, objective, attacked, functions, pixels, noise) -> ToyOutput:
+        output = super().step(objective, attacked, functions, pixels, noise)
+        return output._replace(loss=torch.where(pixels[0, 0] > 0.6, torch.inf, output.loss))
+
+
+def test_skipped_updates_are_counted_where_they_were(tmp_path):
+    told = {}
+    for how, tape in (("graph", Tape()), ("eager", None)):
+        torch.manual_seed(3)
+        run = toy_run(tmp_path / how, accum_iter=1, epochs=4)
+        loop = Loop(SometimesInfinite(run, average_decay=0.5), World(), tape)
+        assert loop.run() == 0
+        loop.close()
+        told[how] = (
+            loop.engine.updater.counters.tolist(),
+            [
+                [row[key] for key in ("loss", "grad_norm", "skipped_steps")]
+                for row in runs.lines(tmp_path / how / "metrics.jsonl")
+            ],
+        )
+    assert told["graph"] == told["eager"]
+    total, _, worst = told["eager"][0]
+    assert 3 < total < 20
+    assert worst > 1
 
 
 def worker(rank: int, port: int, data: str, out: str, extra: str, captures: bool) -> None:
