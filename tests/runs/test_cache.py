@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 
@@ -10,6 +11,7 @@ from mimir_fast.data.cache.format import Options, read_manifest
 from tests.support import finetune_runs
 from tests.support.pictures import make_cache
 from tests.support.runs import finish, lines, load, run, same_state, start
+from tests.support.simulation import needs_simulated_gpu, run_simulated
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 TRAIN, VAL = Options("train", "yuv420", 16, 0, 10), Options("val", "rgb", 0, 16, 10)
@@ -75,6 +77,46 @@ def test_fine_tuning_and_evaluation(files, data, tmp_path, monkeypatch):
         for entry in result["attacks"].values():
             del entry["seconds"], entry["date"]
     assert ours == theirs
+
+
+ON_A_GPU = """
+import sys
+import torch
+from bench.simulated_gpu import marker
+from mimir_fast.data import build_pretrain_data, prefetch
+
+mark, device = marker(), torch.device("cuda")
+stream = build_pretrain_data("imagefolder", sys.argv[1], 16, 4, pin_memory=True)
+steps = 0
+for epoch in range(4):
+    for images, labels in prefetch(stream.epoch(epoch), device):
+        steps += 1
+        # after the first batches, with which kernels are loaded and pages locked
+        if steps == 4:
+            torch.cuda.set_sync_debug_mode("error")
+            mark("steps")
+        assert images.shape == (4, 3, 16, 16) and images.dtype == torch.uint8 and images.is_cuda, images
+        assert labels.shape == (4,) and labels.is_cuda
+mark("end")
+buffers = stream._loader.reader.buffers
+print("steps", steps, "pinned", all(b.pin_memory for b in buffers), "watched", all(b.copied is not None for b in buffers))
+"""
+
+
+@needs_simulated_gpu
+def test_twenty_steps_wait_for_nothing_and_copy_once_a_batch(data, tmp_path):
+    (tmp_path / "program.py").write_text(ON_A_GPU)
+    printed = run_simulated([sys.executable, tmp_path / "program.py", data], tmp_path / "log")
+    assert printed.strip() == "steps 24 pinned True watched True"
+    log = [line.split("|") for line in (tmp_path / "log").read_text().splitlines()]
+    log = log[log.index(["MARK", "steps"]) : log.index(["MARK", "end"])]
+    crops = [line[1] for line in log if line[0] == "TRITON"]
+    copies = [line[1] for line in log if line[0] == "MEMCPY"]
+    # the fourth batch is given out while the fifth is on its way
+    assert len(crops) == 19
+    assert set(crops) == {"_crop_resize_yuv420_kernel"}
+    assert copies.count("H2D") == 19
+    assert "D2H" not in copies
 
 
 @pytest.mark.slow

@@ -78,17 +78,15 @@ class _Shards:
             if shards[shard] is None
             for start in range(first, min(first + per, total), CHUNK)
         ]
-        missing: dict[int, dict[int, list[Encoded]]] = {}
+        missing: dict[int, dict[int, list[Encoded]]] = {chunk.shard: {} for chunk in chunks}
         for number, images in self._encoded(chunks):
             chunk = chunks[number]
             self._count(chunk.first, images)
-            parts = missing.setdefault(chunk.shard, {})
+            parts = missing[chunk.shard]
             parts[chunk.first] = images
-            first = firsts[chunk.shard]
-            whole = [image for start in sorted(parts) for image in parts[start]]
-            if len(whole) == min(per, total - first):
+            if sum(map(len, parts.values())) == min(per, total - firsts[chunk.shard]):
+                shards[chunk.shard] = whole = [image for start in sorted(parts) for image in parts[start]]
                 self._complete(chunk.shard, whole)
-                shards[chunk.shard] = whole
         return [images for images in shards if images is not None]
 
     def _count(self, first: int, images: list[Encoded]) -> None:

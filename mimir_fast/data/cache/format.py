@@ -9,6 +9,7 @@ DST/SPLIT holds
 import hashlib
 import io
 import json
+import re
 import zlib
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -24,6 +25,8 @@ from mimir_fast.data.folders import PathTable
 
 VERSION = 1
 MANIFEST = "manifest.json"
+# Names of its other files.
+FILE = re.compile(r"shard-\d{5,}\.bin|index-\w+\.npy")
 AGAIN = "remove the folder and make it again with mimir-fast cache"
 
 
@@ -197,6 +200,8 @@ def read_manifest(folder: Path) -> Manifest:
             raise ValueError("its checksum differs")
         del content["format"], content["version"]
         manifest = Manifest(options=Options(**content.pop("options")), **content)
+        if not all(FILE.fullmatch(name) for name in manifest.files):
+            raise ValueError("it names files that are none of a cache")
     except DataError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:

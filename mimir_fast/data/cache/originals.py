@@ -20,6 +20,8 @@ from mimir_fast.data.folders import BadImageError, ImageList, decode, decoded_si
 TAR_IMAGES = ("jpg", "jpeg", "png")
 # For the sizes of files, which a network file system tells slowly.
 STAT_THREADS = 16
+# Files that a thread asks for at a time.
+STAT_PART = 1024
 
 
 class Originals(Protocol):
@@ -102,14 +104,18 @@ class FolderOriginals:
 
     def contents(self) -> list:
         with ThreadPoolExecutor(STAT_THREADS) as pool:
-            return list(pool.map(self._bytes, range(len(self)), chunksize=1024))
+            parts = pool.map(self._bytes, range(0, len(self), STAT_PART))
+            return [count for part in parts for count in part]
 
-    def _bytes(self, index: int) -> int:
-        try:
-            return os.path.getsize(self.files.paths[index])
-        # A link to nothing: an unreadable image like others.
-        except OSError:
-            return -1
+    def _bytes(self, first: int) -> list[int]:
+        """Of STAT_PART files; -1 for a link to nothing, an unreadable image like others."""
+        sizes = []
+        for index in range(first, min(first + STAT_PART, len(self))):
+            try:
+                sizes.append(os.path.getsize(self.files.paths[index]))
+            except OSError:
+                sizes.append(-1)
+        return sizes
 
 
 class Member(NamedTuple):

@@ -11,6 +11,7 @@ import sys
 import tarfile
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from mimir_fast.checkpoints.lock import locked
 from mimir_fast.cli.cache import main
 from mimir_fast.data import DataError
 from mimir_fast.data.cache import build, encoding, plan
-from mimir_fast.data.cache.format import Options, read_index, read_manifest, shard_name
+from mimir_fast.data.cache.format import Options, read_index, read_manifest, shard_name, write_manifest
 from mimir_fast.data.cache.originals import open_originals
 from mimir_fast.data.cache.pixels import reduced, to_image, to_pixels
 from mimir_fast.data.cache.plan import estimated_bytes
@@ -399,6 +400,15 @@ def test_a_newer_format_is_refused(pictures, tmp_path):
     path = tmp_path / "train" / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2, "news": []}))
     with pytest.raises(DataError, match=r"manifest.json: a cache of format 2.*update"):
+        read_manifest(tmp_path / "train")
+
+
+def test_a_manifest_that_names_other_files_is_refused(pictures, tmp_path):
+    """Even with a checksum that fits: copying a cache removes what its manifest names."""
+    make(pictures, tmp_path)
+    manifest = read_manifest(tmp_path / "train")
+    write_manifest(tmp_path / "train", replace(manifest, files=manifest.files | {"../../precious": [1, 2]}))
+    with pytest.raises(DataError, match="names files that are none of a cache"):
         read_manifest(tmp_path / "train")
 
 

@@ -403,6 +403,21 @@ def test_a_full_staging_disk(copied, tmp_path, monkeypatch):
     assert list((tmp_path / "disk" / "train").iterdir()) == []
 
 
+def test_staging_that_is_interrupted_leaves_nothing_and_begins_again(copied, tmp_path, monkeypatch):
+    """Ctrl-C, as the system raises it in the middle of a file."""
+
+    def interrupted(source, name, manifest, index):
+        yield b"some"
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "_blocks", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            staged(copied, tmp_path / "disk", "train")
+    assert list((tmp_path / "disk" / "train").iterdir()) == []
+    assert len(collect(stream(copied, stage=tmp_path / "disk"))[0]) == 6
+
+
 def test_two_processes_of_a_machine_stage_once(copied, tmp_path, monkeypatch):
     """The second waits for the first and uses its copy."""
     copies, copy = [], staging._copy
