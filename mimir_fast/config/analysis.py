@@ -35,7 +35,7 @@ class DataConfig:
     dataset: str | None = flag(
         None, "data set; default: the one that the checkpoint was trained on", type=str, choices=DATASETS
     )
-    data_root: str = flag("../data", "folder that holds the data set", path=True)
+    data_root: str = flag("../data", "folder that holds the data set, or a cache of it (mimir-fast cache)", path=True)
     split: str = flag("val", "which images", choices=SPLITS)
     held_out: int = flag(0, "with --split held_out: training images that were held out", "images")
     eval_resize: str = inherited(EvaluationData, "eval_resize")

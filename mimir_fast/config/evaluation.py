@@ -33,7 +33,7 @@ class DataConfig:
     dataset: str | None = flag(
         None, "data set; default: the one that the checkpoint was trained on", type=str, choices=DATASETS
     )
-    data_root: str = flag("../data", "folder that holds the data set", path=True)
+    data_root: str = flag("../data", "folder that holds the data set, or a cache of it (mimir-fast cache)", path=True)
     split: str = flag("val", "which images", choices=SPLITS)
     held_out: int = flag(0, "with --split held_out: training images that were held out", "images")
     num_images: int = flag(0, "look at N images chosen at random, the same ones whatever --seed; 0: all", "images")

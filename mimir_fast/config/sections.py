@@ -27,7 +27,7 @@ class DataConfig:
     """Where images come from."""
 
     dataset: str = flag("imagenet", "name of the data set", choices=DATASETS)
-    data_root: str = flag("../data", "folder that holds the data set", path=True)
+    data_root: str = flag("../data", "folder that holds the data set, or a cache of it (mimir-fast cache)", path=True)
     use_edm: bool = flag(False, "mix generated images into every batch (cifar10, cifar100, svhn, tiny-imagenet)")
     unsup_fraction: float = flag(0.7, "generated images in a batch; negative merges both pools", "share, below 1")
     aux_data_filename: str = flag(

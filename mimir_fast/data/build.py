@@ -27,6 +27,7 @@ class Loading:
 
     accum_iter          micro-batches per update; shortens the epoch if use_edm, as in the original
     data_threads        that read the crops of pre-training from a cache, in place of workers
+    kernels             implementation of those crops: auto, triton or reference
     stage               folder to copy the training images' cache to first; empty: read it where it is
     use_edm             fill unsup_fraction of each batch with generated images from aux_data_filename (.npz)
     """
@@ -38,6 +39,7 @@ class Loading:
     num_workers: int = 0
     pin_memory: bool = False
     data_threads: int = 4
+    kernels: str = "auto"
     stage: str | Path = ""
     use_edm: bool = False
     unsup_fraction: float = 0.7
@@ -67,7 +69,8 @@ def build_pretrain_data(
     source, schedule = _scheduled(real, batch_size, load)
     batches: BatchMaker | CropMaker | CachedCrops
     if isinstance(source, CachedImages):
-        batches = CachedCrops(source, batch_size, input_size, load.seed, load.data_threads, load.pin_memory)
+        how = (load.seed, load.data_threads, load.pin_memory, load.kernels)
+        batches = CachedCrops(source, batch_size, input_size, *how)
     elif info.side is None and not isinstance(source, MixedImages):
         batches = CropMaker(source, input_size, load.seed)
     else:

@@ -146,7 +146,7 @@ def build_data(run: Run[PretrainConfig], world: World) -> BatchStream:
     """This rank's share of the training images."""
     d = run.config.data
     sizes = (run.config.model.input_size, run.config.optim.batch_size)
-    options = stream_options(run, world) | {"data_threads": d.data_threads}
+    options = stream_options(run, world) | {"data_threads": d.data_threads, "kernels": run.compute.kernels}
     return build_pretrain_data(d.dataset, d.data_root, *sizes, **options)
 
 

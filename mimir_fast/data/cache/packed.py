@@ -15,8 +15,8 @@ from mimir_fast.kernels import crop_resize, crop_resize_yuv420
 class PackedBatch:
     """A batch on the host: `on(device)` copies it and makes the crops."""
 
-    def __init__(self, buffer: Buffer, pixels: str, input_size: int):
-        self.buffer, self.pixels, self.input_size = buffer, pixels, input_size
+    def __init__(self, buffer: Buffer, pixels: str, input_size: int, kernels: str):
+        self.buffer, self.pixels, self.input_size, self.kernels = buffer, pixels, input_size, kernels
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Images uint8 [B,3,S,S] and labels int64 [B] on a device; on CUDA nobody waits, and the current stream works."""
@@ -33,7 +33,7 @@ class PackedBatch:
         rows = memory[table_bytes(count) :]
         crop = crop_resize_yuv420 if self.pixels == "yuv420" else crop_resize
         where = (offsets, sizes.view(count, 2), boxes.view(count, 4), flips)
-        images = crop(rows, *where, self.input_size, dtype=torch.uint8)
+        images = crop(rows, *where, self.input_size, dtype=torch.uint8, impl=self.kernels)
         # The buffer is filled again while these labels are in use.
         return images, labels.clone()
 
@@ -66,12 +66,20 @@ class CachedCrops:
     batch_size   B; input_size: S, pixels
     threads      that read
     pin_memory   page-locked buffers
+    kernels      implementation of the crops: auto, triton or reference
     """
 
     def __init__(
-        self, source: CachedImages, batch_size: int, input_size: int, seed: int, threads: int, pin_memory: bool
+        self,
+        source: CachedImages,
+        batch_size: int,
+        input_size: int,
+        seed: int,
+        threads: int,
+        pin_memory: bool,
+        kernels: str = "auto",
     ):
-        self.source, self.input_size = source, input_size
+        self.source, self.input_size, self.kernels = source, input_size, kernels
         self.pixels = source.cache.manifest.options.pixels
         self.reader = Reader(source, batch_size, seed, threads, pin_memory and torch.cuda.is_available())
 
@@ -88,6 +96,6 @@ class CachedCrops:
         try:
             for filling in epoch:
                 self.source.bad.record(self.source.unreadable(filling.key.indices))
-                yield PackedBatch(filling.buffer, self.pixels, self.input_size)
+                yield PackedBatch(filling.buffer, self.pixels, self.input_size, self.kernels)
         finally:
             epoch.close()
