@@ -37,7 +37,10 @@ class DataConfig:
     use_normalize: bool = flag(False, "normalise images by the data set's mean and std")
     num_workers: int = flag(32, "data-loading processes per GPU; 0 loads in the main process", "processes")
     stage: str = flag(
-        "", "folder on a local disk to copy the cache of the training images to first, once per machine", new=True
+        "",
+        "folder on a local disk to copy the cache of the training images to first, once per machine",
+        new=True,
+        path=True,
     )
     pin_mem: bool = flag(True, "page-locked host memory for faster copies to the GPU")
 
