@@ -193,7 +193,7 @@ def path_flags() -> list[tuple[str, str]]:
 
 def test_the_flags_that_are_paths():
     """A new flag of a file or folder belongs to this list."""
-    train = {"data_root", "aux_data_filename", "output_dir", "log_dir", "resume"}
+    train = {"data_root", "stage", "aux_data_filename", "output_dir", "log_dir", "resume"}
     named = {verb: {name for v, name in path_flags() if v == verb} for verb in COMMANDS}
     assert named == {
         "pretrain": train,
