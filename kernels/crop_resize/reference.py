@@ -68,11 +68,12 @@ def bicubic(distance: Tensor) -> Tensor:
 def weighted(pixels: Tensor, pixel_ST: Tensor, weights_ST: Tensor) -> Tensor:
     """Results [S,...] in the weights' dtype: the sum over t of weights[:,t] times pixels[pixel[:,t]] of [extent,...]."""
     first, last = int(pixel_ST.min()), int(pixel_ST.max()) + 1
-    rows = pixels[first:last].to(weights_ST.dtype).flatten(1)
+    # Copied before it is converted: bytes are moved where rows and columns change places.
+    rows = pixels[first:last].flatten(1).to(weights_ST.dtype)
     total = rows.new_zeros(len(pixel_ST), rows.shape[1])
     # Tap by tap: a product of matrices would multiply by zeros mostly, and in tf32 where that is allowed.
     for index_S, weight_S in zip((pixel_ST - first).T, weights_ST.T):
-        total.addcmul_(rows[index_S], weight_S[:, None])
+        total.addcmul_(rows.index_select(0, index_S), weight_S[:, None])
     return total.unflatten(1, pixels.shape[1:])
 
 

@@ -24,25 +24,25 @@ def crop_resize_yuv420(
     for crop, offset, (h, w), box in zip(crops, offsets_B.tolist(), sizes_B2.tolist(), boxes_B4):
         pairs, even = (h + 1) // 2, w + w % 2
         rows = packed_N[offset : offset + pairs * 3 * even].view(pairs, 3 * even)
-        luma, cb, cr = planes(rows, even)
+        luma_hw, chroma_hwC = planes(rows, even)
         box = box.to(torch.promote_types(box.dtype, torch.float32))
         # Two luma pixels lie in a chroma pixel on each side, which makes its centre theirs, as in JPEG.
-        chroma = [resampled(plane, box / 2, size) - GREY for plane in (cb, cr)]
-        crop.copy_(levels(torch.stack(colours(resampled(luma[:h, :w], box, size), *chroma))))
+        cb, cr = (resampled(chroma_hwC, box / 2, size) - GREY).unbind(2)
+        crop.copy_(levels(torch.stack(colours(resampled(luma_hw[:h, :w], box, size), cb, cr))))
     return finish(crops, flips_B, dtype)
 
 
-def planes(rows: Tensor, even: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Y [2P,W], Cb and Cr [P,W/2] of P packed row pairs `Y Y Cb Cr` [P,3W], W even."""
-    luma, cb, cr = rows.split([2 * even, even // 2, even // 2], dim=1)
-    return luma.reshape(-1, even), cb, cr
+def planes(rows: Tensor, even: int) -> tuple[Tensor, Tensor]:
+    """Y [2P,W] and Cb, Cr [P,W/2,2] of P packed row pairs `Y Y Cb Cr` [P,3W], W even."""
+    luma, chroma = rows.split([2 * even, even], dim=1)
+    return luma.reshape(-1, even), chroma.unflatten(1, (2, -1)).transpose(1, 2)
 
 
 def resampled(plane_hw: Tensor, box_4: Tensor, size: int) -> Tensor:
-    """The box of one plane at the size of the result, not rounded: [S,S]."""
+    """The box of a plane [h,w,...] at the size of the result, not rounded: [S,S,...]."""
     top, left, height, width = box_4
-    wide_Sh = weighted(plane_hw.T, *taps(left, width, plane_hw.shape[1], size))
-    return weighted(wide_Sh.T, *taps(top, height, plane_hw.shape[0], size))
+    wide_Sh = weighted(plane_hw.transpose(0, 1), *taps(left, width, plane_hw.shape[1], size))
+    return weighted(wide_Sh.transpose(0, 1), *taps(top, height, plane_hw.shape[0], size))
 
 
 def colours(luma: Tensor, cb: Tensor, cr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
