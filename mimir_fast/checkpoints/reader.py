@@ -79,17 +79,22 @@ class Contents:
         return {**self.entries, **named, **average, "model": self.weights[raw].tensors}
 
     @property
+    def left_aside(self) -> list[str]:
+        """A line to print about what was not read, if there is such."""
+        if not self.aside:
+            return []
+        words = ", ".join(f"{place} ({name})" for place, name in list(self.aside.items())[:3])
+        more = f" and {len(self.aside) - 3} more" if len(self.aside) > 3 else ""
+        return [f"{self.file}: left aside what is neither tensor nor plain value: {words}{more}"]
+
+    @property
     def notes(self) -> list[str]:
-        """Lines to print: which of several weights were taken, and what was not read."""
+        """Lines to print: which of several weights were taken for anything but resuming, and what was not read."""
         lines = []
         if len(self.weights) > 1:
             average = ", an average," if is_average(self.entry) else ""
             lines.append(f"{self.file} holds parameters as {', '.join(self.weights)}: {self.entry}{average} is taken")
-        if self.aside:
-            words = ", ".join(f"{place} ({name})" for place, name in list(self.aside.items())[:3])
-            more = f" and {len(self.aside) - 3} more" if len(self.aside) > 3 else ""
-            lines.append(f"{self.file}: left aside what is neither tensor nor plain value: {words}{more}")
-        return lines
+        return lines + self.left_aside
 
 
 def read(source: str | Path, flag: str) -> Contents:

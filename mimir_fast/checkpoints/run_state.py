@@ -86,13 +86,16 @@ def find_state(resume: str, folder: Path | None, say: Callable[[str], None]) -> 
     if not resume:
         return None
     if resume != "auto":
-        return resume, read(resume, "resume").state
-    if folder is None:
+        found = read(resume, "resume")
+    elif folder is None:
         raise ValueError("resume: 'auto' looks into output_dir, which is empty")
-    found = ckpt.read_newest(folder, say)
-    if found is None:
+    elif (newest := ckpt.read_newest(folder, say)) is None:
         say(f"resume: no checkpoint in {folder}, starting from the beginning")
         return None
+    else:
+        found = newest
+    for line in found.left_aside:
+        say(f"resume: {line}")
     return found.file, found.state
 
 

@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from PIL import Image
 
 from mimir_fast.cli.analyze import main as analyze
 from mimir_fast.cli.evaluate import main as evaluate
@@ -84,6 +85,19 @@ def test_a_single_class_is_refused(data, tmp_path, capsys):
     shutil.rmtree(data / "val" / "class1")
     assert finetune(data, tmp_path / "run") == 2
     assert "has one class; a classifier needs two or more" in capsys.readouterr().err
+
+
+def test_images_that_are_ready_are_taken_as_they_are_and_it_is_said(data, tmp_path, capsys):
+    common = ["--data_root", str(data), "--device", "cpu", "--attacks", "clean", "--eval_resize", "none"]
+    assert finetune(data, tmp_path / "run", "--max_steps 1 --eval_resize none") == 0
+    assert "images as they are" in capsys.readouterr().out
+    point = tmp_path / "run" / "resume-0-1.pth"
+    assert evaluate(["--checkpoint", str(point), *common]) == 2
+    assert "24x20 pixels, expected 16x16" in capsys.readouterr().err
+    for path in (data / "val").rglob("*.png"):
+        Image.open(path).resize((16, 16)).save(path)
+    assert evaluate(["--checkpoint", str(point), *common]) == 0
+    assert "on cpu, images as they are\n" in capsys.readouterr().out
 
 
 def test_names_that_are_numbers_say_nothing():

@@ -207,6 +207,9 @@ def test_other_types_are_left_aside_by_name(tmp_path):
     assert found.args == {"eps": 0.5}
     assert found.entries.keys() == {"args"}
     (note,) = found.notes
+    said: list[str] = []
+    find_state(str(tmp_path / "a.pth"), None, said.append)
+    assert said == [f"resume: {note}"]
     assert f"args.colour ({__name__}.Colour)" in note
     assert "args.when (datetime.date)" in note
     assert set(found.aside.values()) == {f"{__name__}.Colour", "datetime.date", f"{__name__}.Config", "numpy.ndarray"}

@@ -11,6 +11,7 @@ import torchvision.transforms as tv
 from PIL import Image
 
 from mimir_fast.data import DataError, build_pretrain_data, build_train_data, eval_batches
+from mimir_fast.data.cache.originals import open_originals
 from mimir_fast.data.datasets import read_images
 from mimir_fast.data.fingerprints import content_fingerprint, names_fingerprint
 from mimir_fast.data.folders import class_folders
@@ -88,7 +89,7 @@ def expected_rgb(values: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_for_training_in_memory_and_evaluation(tmp_path, kind):
+def test_every_kind_for_training_caching_and_evaluation(tmp_path, kind):
     write, values = KINDS[kind]
     folder = tmp_path / "train" / "a"
     folder.mkdir(parents=True)
@@ -98,7 +99,8 @@ def test_every_kind_for_training_in_memory_and_evaluation(tmp_path, kind):
         source = read_images("imagefolder", tmp_path)
         assert isinstance(source, FolderImages)
         source.side = SIDE
-        found = [source.take(np.array([0])).images[0], decode_all(source).images[0]]
+        cached = open_originals(tmp_path, "train").read(0)
+        found = [source.take(np.array([0])).images[0], decode_all(source).images[0], np.asarray(cached)]
         ((images, _),) = eval_batches("imagefolder", tmp_path, SIDE, 1, split="train", eval_resize="none")
     for image in (*found, images[0].permute(1, 2, 0).numpy()):
         np.testing.assert_array_equal(image, expected_rgb(values))
