@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mimir_fast.kernels._shared.column_sums import add_partials
-from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, Prepared, empty, memoised
+from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, Prepared, empty, memoised, nothing
 from mimir_fast.kernels._shared.patch_tile import tile_block, tile_rows
 from mimir_fast.kernels._shared.registration import register
 
@@ -162,7 +162,7 @@ def add_layer_norm_forward(
         bias_D.contiguous(),
     )
     s, n, statistics = launch(*tensors)
-    return x.new_empty(0) if s is None else s, n, statistics
+    return nothing(x) if s is None else s, n, statistics
 
 
 @memoised
@@ -213,9 +213,9 @@ def add_layer_norm_backward(
     dtypes = (weight_D.dtype, weight_D.dtype, *of_bias) if of_norm else of_bias
     sums = add_partials(partials_KGD, dtypes) if dtypes else []
     # What was not asked for is empty.
-    d_delta = s.new_empty(0) if d_delta is None else d_delta
-    d_weight, d_bias = sums[:2] if of_norm else (weight_D.new_empty(0), weight_D.new_empty(0))
-    return dx, d_delta, d_weight, d_bias, sums[-1] if of_delta_bias else s.new_empty(0)
+    d_delta = nothing(s) if d_delta is None else d_delta
+    d_weight, d_bias = sums[:2] if of_norm else (nothing(weight_D), nothing(weight_D))
+    return dx, d_delta, d_weight, d_bias, sums[-1] if of_delta_bias else nothing(s)
 
 
 @memoised

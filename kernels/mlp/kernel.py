@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mimir_fast.kernels._shared.column_sums import add_partials
-from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, Prepared, empty, memoised
+from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, Prepared, empty, memoised, nothing
 from mimir_fast.kernels._shared.registration import register
 
 # Tiles of rows whose programs run together, so that they find the same weights in the L2 cache.
@@ -139,7 +139,7 @@ def gelu_linear_backward(
     (M, F), sizes = pre_MF.shape, (config or _config(grad_MD.device)).values()
     launch = _prepared_backward(M, F, grad_MD.shape[1], pre_MF.dtype, with_sums, *sizes)
     grad_pre_MF, sums_1TF = launch(grad_MD.contiguous(), weight_DF.contiguous(), pre_MF.contiguous())
-    return grad_pre_MF, add_partials(sums_1TF, (pre_MF.dtype,))[0] if with_sums else pre_MF.new_empty(0)
+    return grad_pre_MF, add_partials(sums_1TF, (pre_MF.dtype,))[0] if with_sums else nothing(pre_MF)
 
 
 @memoised
