@@ -37,9 +37,11 @@ def test_a_second_call_of_the_same_shapes_computes_nothing_anew(op):
     with patch.object(JITFunction, "run", lambda kernel, *_, **__: launched.append(kernel.__name__)):
         for launch in importlib.import_module(f"mimir_fast.kernels.{op}.kernel").launches():
             launch.call()
-            first, misses = len(launched), [f.cache_info().misses for f in remembered]
+            before, first = [f.cache_info() for f in remembered], len(launched)
             launch.call()
-            assert [f.cache_info().misses for f in remembered] == misses, launch
+            after = [f.cache_info() for f in remembered]
+            assert [info.misses for info in after] == [info.misses for info in before], launch
+            assert sum(info.hits for info in after) > sum(info.hits for info in before)
             assert launched[:first] == launched[first:]
             launched.clear()
 
