@@ -88,10 +88,11 @@ def test_second_derivatives_are_refused():
 
 
 SPECIALISED = """
-import torch, triton, triton.language as tl
+import sys, torch, triton, triton.language as tl
 from triton import knobs
 from triton.runtime.jit import JITFunction
 from mimir_fast.kernels._shared.launch import FUSED, Prepared
+from mimir_fast.kernels.add_layer_norm import kernel
 
 @triton.jit
 def _add_kernel(x, y, out, n, BLOCK: tl.constexpr):
@@ -130,6 +131,20 @@ assert launched(x[:n], None) == (0, 6)
 assert launched(x[:n], x[:n]) == (0, 6)
 functions = {arguments[0] for _, arguments, _ in launch._compiled.values()}
 assert len(functions) == len(launch._compiled) == 4
+# What a launch costs the host, in calls of Python functions: one of its own and its two helpers; of a whole operator, eight.
+def calls_of(function, *arguments):
+    names = []
+    function(*arguments)
+    sys.setprofile(lambda frame, event, _: names.append(frame.f_code.co_name) if event == "call" else None)
+    function(*arguments)
+    sys.setprofile(None)
+    return names
+
+assert len(calls_of(launch, x[:n], x[:n])) <= 3
+rows = torch.zeros(4, 50, 384, device="cuda")
+row, operator = rows[0, 0], torch.ops.mimir_fast.add_layer_norm.kernel
+names = calls_of(operator, rows, rows, row, row, row, 1e-6, torch.bfloat16, None)
+assert len(names) <= 10, names
 # A profiler hears of every launch.
 told = []
 knobs.runtime.launch_enter_hook.add(lambda metadata: told.append(metadata.get()["name"]))
