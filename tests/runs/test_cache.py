@@ -1,13 +1,17 @@
 """Whole runs from a cache: pre-training, fine-tuning and evaluation as from image files; resuming; several processes."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
 
 import pytest
 
 from mimir_fast.cli.evaluate import main as evaluate
 from mimir_fast.data.cache.format import Options, read_manifest
+from mimir_fast.data.cache.staging import staged
 from tests.support import finetune_runs
 from tests.support.pictures import make_cache
 from tests.support.runs import finish, lines, load, run, same_state, start
@@ -77,6 +81,53 @@ def test_fine_tuning_and_evaluation(files, data, tmp_path, monkeypatch):
         for entry in result["attacks"].values():
             del entry["seconds"], entry["date"]
     assert ours == theirs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_signals_save_and_end_a_run(data, tmp_path, number, status):
+    child = start(data, tmp_path, "--epochs 1000 --log_every 1")
+    seen = ""
+    while "step/s" not in seen and "s/step" not in seen:
+        seen = child.stdout.readline()
+        assert seen, "ended early"
+    os.kill(child.pid, number)
+    out = finish(child, 60)
+    assert child.returncode == status, out
+    saved = [path for path in tmp_path.glob("*.pth") if path.name != "checkpoint-0.pth"]
+    assert max(load(path)["mimir_fast"]["update"] for path in saved) == lines(tmp_path / "metrics.jsonl")[-1]["update"]
+
+
+STAGING = """
+import sys, time
+from pathlib import Path
+from mimir_fast.data.cache import staging
+blocks = staging._blocks
+def slowly(*arguments):
+    for block in blocks(*arguments):
+        yield block
+        print("copying", flush=True)
+        time.sleep(0.2)
+staging._blocks = slowly
+staging.staged(sys.argv[1], Path(sys.argv[2]), "train")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_staging_that_was_killed_is_begun_again(data, tmp_path, number):
+    """At once: the lock of a dead process of this machine is nobody's."""
+    words = [sys.executable, "-c", STAGING, str(data), str(tmp_path)]
+    child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    assert child.stdout.readline() == "copying\n"
+    os.kill(child.pid, number)
+    finish(child, 60)
+    assert child.returncode != 0
+    assert not (tmp_path / "train" / "manifest.json").exists()
+    staged(data, tmp_path, "train")
+    assert sorted(path.name for path in (tmp_path / "train").iterdir()) == sorted(
+        path.name for path in (data / "train").iterdir()
+    )
 
 
 ON_A_GPU = """
