@@ -159,8 +159,7 @@ def _position(own: dict, geometry: list[int], images: str, say: Callable[[str], 
 
 
 def resume(
-    source: str,
-    folder: Path | None,
+    found: tuple[str, dict] | None,
     world: World,
     model: nn.Module,
     updater: Updater,
@@ -169,12 +168,12 @@ def resume(
     updates_per_epoch: int,
     say: Callable[[str], None],
     images: str = "",
-) -> tuple[Position, dict, dict]:
-    """Resume from `source` (--resume); returns the position, the checkpoint and our own entry of it, both empty without one.
+) -> tuple[Position, dict]:
+    """Resume from what `find_state` found; returns the position and the checkpoint's entry of our own, empty without one.
 
-    Raises ValueError if the processes found different checkpoints, and what find_state and restore raise.
+    Raises ValueError if the processes found different checkpoints, and what restore raises.
     """
-    found, position = find_state(source, folder, say), start
+    position = start
     own: dict = {}
     if found is not None:
         name, state = found
@@ -183,10 +182,9 @@ def resume(
     # Each process has read the folder by itself: on local disks they may hold different files.
     if not world.same([p.epoch, p.step, p.update]):
         raise ValueError("resume: the processes found different checkpoints; output_dir must be a folder they share")
-    if found is None:
-        return start, {}, {}
-    say(f"resumed {name}: epoch {p.epoch}, micro-step {p.step}, {p.update} updates done")
-    return p, state, own
+    if found is not None:
+        say(f"resumed {name}: epoch {p.epoch}, micro-step {p.step}, {p.update} updates done")
+    return p, own
 
 
 def open_folder(folder: Path, flat: dict, position: Position) -> bool:

@@ -12,6 +12,7 @@ from mimir_fast.checkpoints.errors import CheckpointError
 from mimir_fast.checkpoints.matching import load_all
 from mimir_fast.checkpoints.normalisation import assumed, normalisation
 from mimir_fast.checkpoints.reader import Contents, read
+from mimir_fast.config.choices import ORIGINAL
 from mimir_fast.models import Classifier, MaskedAutoencoder, create_classifier, create_model
 from mimir_fast.models.families import family_of, recognise
 from mimir_fast.models.family import MASK_TOKEN, PREFIX, Family, kind_of
@@ -38,6 +39,7 @@ OVERRIDES = (
     "dataset",
     "use_normalize",
     "norm_pix_loss",
+    "compat",
 )
 # Keywords of a model's constructor -> their flags: of every model, and of a classifier alone.
 SIZE = {"img_size": "input_size", "patch_size": "patch_size"}
@@ -178,7 +180,12 @@ def _keywords(contents: Contents, args: dict) -> dict:
     """Keywords of the constructor beside those of the name, as far as args and tensors say them."""
     family = _family(contents)
     found = family.read(family.of_classifier(contents.tensors))
-    return {keyword: args[flag] for keyword, flag in SIZE.items() if flag in args} | _free(family, found)
+    compat = ORIGINAL if args.get("compat") == ORIGINAL else None
+    return (
+        {keyword: args[flag] for keyword, flag in SIZE.items() if flag in args}
+        | _free(family, found)
+        | {"compat": compat}
+    )
 
 
 def _free(family: Family, found: dict) -> dict:

@@ -64,13 +64,25 @@ def match_encoder(model: Classifier, given: dict, source: str) -> Match:
     if needed.differs:
         raise CheckpointError(f"finetune: {source} is no whole {family.title} encoder: {needed.report()}")
     tensors = match.tensors | {key: given[key] for key in match.misshapen}
-    unused = [key for key in given if key not in tensors]
+    unused = sorted((key for key in given if key not in tensors), key=_owner_in(model))
     # LayerScale, normalised queries and keys, registers, ...: without them the blocks compute something else.
     foreign = [key for key in unused if not matches(key, (*family.fresh, *family.beside))]
     if foreign:
         report = Match({}, [], foreign, {}).report()
         raise CheckpointError(f"finetune: {source} is of another architecture than this {family.title}: {report}")
     return match._replace(tensors=tensors, unexpected=unused)
+
+
+def _owner_in(model: Classifier) -> Callable[[str], int]:
+    """Parameter's name -> the place of the module that would own it: the order in which torch lists unexpected keys."""
+    places = {name: place for place, (name, _) in enumerate(model.named_modules())}
+
+    def owner(key: str) -> int:
+        while (key := key.rpartition(".")[0]) not in places:
+            pass
+        return places[key]
+
+    return owner
 
 
 def _check_sizes(family: Family, theirs: dict, ours: dict, source: str) -> None:

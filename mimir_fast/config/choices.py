@@ -27,8 +27,8 @@ ATTENTION = ("auto", "short", "narrow", "sdpa", "flash_attn", "xformers", "math"
 PARALLEL = ("ddp", "fsdp")
 GRAD_COMPRESSION = ("none", "bf16")
 
-# Who decides what a word means.
-COMPAT = ("none", "original")
+# Who decides what a word means, and what some models compute.
+NONE, ORIGINAL = COMPAT = ("none", "original")
 
 # Evaluation and analysis.
 SPLITS = ("val", "train", "held_out")

@@ -150,7 +150,8 @@ class RunConfig:
     wandb: bool = flag(False, "also log to Weights & Biases (pip install 'mimir-fast[wandb]')", new=True)
     compat: str = flag(
         "none",
-        "who decides what words mean; original: its scripts, where some flags take any word (see docs/pretrain.md)",
+        "who decides what words mean and what models compute; original: its scripts, where some flags take any word, and its "
+        "code, where it differs from the corrected form (see docs/pretrain.md)",
         choices=COMPAT,
         new=True,
     )

@@ -24,6 +24,7 @@ class MaskedAutoencoder(nn.Module, ABC):
     prefix_tokens        S, the number of tokens in the latent before those of patches: 1 for a class token, 0 without
     norm_pix_loss        the loss takes every target patch normalised by its own mean and deviation
     kernels              implementation of the operations in mimir_fast.kernels
+    compat               "original" where it computes what the original does, else None: models/compat.py
     mask_token           the parameter that stands for removed patches; by its name a file is recognised as an autoencoder's
     """
 
@@ -34,6 +35,7 @@ class MaskedAutoencoder(nn.Module, ABC):
     prefix_tokens: int = 1
     norm_pix_loss: bool
     kernels: str
+    compat: str | None = None
     mask_token: nn.Parameter
 
     @abstractmethod

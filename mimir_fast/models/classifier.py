@@ -19,6 +19,7 @@ class Classifier(nn.Module, ABC):
     head                 the linear layer that gives the logits; by its name a file is recognised as a classifier's
     drop_rates           every block's rate of stochastic depth; branches: of a block, each left out by a draw of its own
     kernels              implementation of the operations in mimir_fast.kernels
+    compat               "original" where it computes and is trained as the original does, else None: models/compat.py
     """
 
     img_size: int
@@ -30,6 +31,7 @@ class Classifier(nn.Module, ABC):
     # The residual additions of a Transformer block: attention and MLP.
     branches: int = 2
     kernels: str
+    compat: str | None = None
 
     @abstractmethod
     def forward_features(self, images: Tensor, drop_noise: Tensor | None = None) -> Tensor:
@@ -46,3 +48,17 @@ class Classifier(nn.Module, ABC):
     def forward(self, images: Tensor, drop_noise: Tensor | None = None) -> Tensor:
         """images [B,C,H,W], draws of stochastic depth (see `forward_features`) -> logits [B,O]."""
         return self.classify(self.forward_features(images, drop_noise))
+
+
+def check_head(num_classes: int, drop_path: float) -> None:
+    """Raises ValueError for arguments that no classifier can have."""
+    if num_classes < 1:
+        raise ValueError(f"nb_classes: expected 1 or more, got {num_classes}")
+    if not 0 <= drop_path < 1:
+        raise ValueError(f"drop_path: expected 0 <= rate < 1, got {drop_path}")
+
+
+def rising_rates(drop_path: float, depth: int) -> list[float]:
+    """Rates of stochastic depth, from 0 in the first block to drop_path in the last."""
+    # Later blocks are dropped more often: Huang et al., Deep Networks with Stochastic Depth, 2016.
+    return [drop_path * i / max(depth - 1, 1) for i in range(depth)]

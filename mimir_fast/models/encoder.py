@@ -84,14 +84,29 @@ class Encoder(nn.Module):
         """Tokens in the type in which they are stored between blocks."""
         return tokens if self.residual_dtype is None else tokens.to(self.residual_dtype)
 
-    def run_blocks(self, tokens: Tensor, factors: Tensor | None = None) -> Stream:
-        """Tokens [B,T,D] through all blocks; the last addition is left to the caller.  factors: see `drop_factors`."""
+    def run_blocks(
+        self,
+        tokens: Tensor,
+        factors: Tensor | None = None,
+        first: int = 0,
+        end: int | None = None,
+        given: tuple[Tensor, ...] = (),
+    ) -> Stream:
+        """Tokens [B,T,D] through blocks[first:end], all by default; the last addition is left to the caller.
+
+        factors: see `drop_factors`; given: further arguments of these blocks.
+        """
         stream: Stream = (tokens, None, None)
-        for i, block in enumerate(self.blocks):
+        for i in range(first, len(self.blocks) if end is None else end):
             # Entry 2i is for the addition that block i finds pending (the MLP of block i - 1), 2i + 1 for its own
             # attention.
             two = None if factors is None else factors[2 * i : 2 * i + 2]
-            stream = recomputed(block, *stream, 0, two) if self.activation_checkpointing else block(*stream, 0, two)
+            block = self.blocks[i]
+            stream = (
+                recomputed(block, *stream, 0, two, *given)
+                if self.activation_checkpointing
+                else block(*stream, 0, two, *given)
+            )
         return stream
 
     def drop_factors(self, draws: Tensor) -> Tensor:
@@ -103,3 +118,13 @@ class Encoder(nn.Module):
         rates = self.rates[:, None, None].float()
         keep = (draws >= rates) / (1 - rates)
         return F.pad(keep.flatten(0, 1), (0, 0, 1, 0), value=1.0)
+
+
+def added(stream: Stream, keep_B: Tensor | None = None) -> Tensor:
+    """The tokens with what `run_blocks` left to add; keep: each image's factor of it, for stochastic depth."""
+    tokens, delta, bias = stream
+    # There is a last block, whose addition is left to do.
+    assert delta is not None
+    assert bias is not None
+    delta = delta + bias.to(delta.dtype)
+    return tokens + (delta if keep_B is None else delta * keep_B[:, None, None].to(delta.dtype))

@@ -15,6 +15,8 @@ them (ValueError where the architecture cannot do what was asked):
     autoencoder   norm_pix_loss
     classifier    num_classes, global_pool, drop_path; mean, std: constants of normalisation inside of the model, or None
 
+and `compat` where the record says has_original: None or "original", see mimir_fast/models/compat.py.
+
 models.encoder.Encoder serves both where the family cuts patches and has a list of blocks; models.layers holds what blocks are
 made of.
 """
@@ -95,7 +97,9 @@ class Family:
     fresh           patterns of what a classifier may start without
     beside          patterns of what files have beside the encoder, decoders and heads of others, which a classifier's start
                     leaves out; whatever else a file has and the classifier lacks is another architecture
-    adapt           (classifier, tensors that it will start from) -> None: adds parameters to it that only some files have
+    adapt           (classifier, tensors that it will start from) -> None: adds parameters to it that only some files have and
+                    that are not there yet
+    has_original    whether what the original computes differs from the default, so that both constructors take `compat`
     undecayed       patterns of what weight decay leaves alone in fine-tuning, beside vectors
     blocks          classes of the blocks, which are compiled, sharded and gathered one by one
     trunk           name of a model's list of encoder blocks, if all are alike, so that memory grows linearly with their number
@@ -138,6 +142,7 @@ class Family:
     timm_key: Callable[[str], str | None] = str
     adapt: Callable[[Any, Tensors], None] = lambda classifier, tensors: None
     free: tuple[str, ...] = ("img_size", "patch_size", "num_classes", "global_pool")
+    has_original: bool = False
     trunk: str | None = None
     encoder_prefix: str = ""
     aliases: dict[str, str] = field(default_factory=dict)

@@ -1,5 +1,7 @@
 """Building blocks that families of models share.  Shapes: B batch, T tokens, D width, N heads."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,13 +14,12 @@ from mimir_fast.models.attention import attention, check_backend
 class Attention(nn.Module):
     """Multi-head self-attention over [B,T,D] with a packed qkv projection (rows ordered q, k, v, each head-major)."""
 
-    def __init__(self, width: int, num_heads: int, backend: str = "auto"):
+    def __init__(self, width: int, num_heads: int, backend: str = "auto", bias: bool = True):
         super().__init__()
-        if width % num_heads:
-            raise ValueError(f"num_heads: {num_heads} does not divide the width {width}")
+        check_heads(width, num_heads)
         check_backend(backend)
         self.num_heads, self.backend = num_heads, backend
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x_BTD: Tensor, query_start: int = 0) -> Tensor:
@@ -43,6 +44,7 @@ class Block(nn.Module):
 
     The second addition is left to whoever normalises next, and so is the bias of the branch's last linear layer.
     kernels: implementation of add_layer_norm; mlp: implementation of the operation mlp.
+    attn: a family's own attention in place of `Attention`, called like it, with `given` beside.
     """
 
     def __init__(
@@ -53,12 +55,13 @@ class Block(nn.Module):
         attention: str = "auto",
         kernels: str = "auto",
         mlp: str = "auto",
+        attn: nn.Module | None = None,
     ):
         super().__init__()
         self.kernels = kernels
         # 1e-6 as in the original; torch's own default is 1e-5.
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(width, num_heads, attention)
+        self.attn: Any = Attention(width, num_heads, attention) if attn is None else attn
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         hidden = int(width * mlp_ratio)
         self.mlp = MLP(width, hidden)
@@ -72,15 +75,17 @@ class Block(nn.Module):
         delta_bias_D: Tensor | None = None,
         query_start: int = 0,
         keep_2B: Tensor | None = None,
+        *given: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x [B,T,D], delta [B,T,D] and delta_bias [D] to be added to it -> the same three for tokens[query_start:].
 
-        keep: each image's factors of both additions made here, of delta and of the attention, for stochastic depth.
+        keep: each image's factors of both additions made here, of delta and of the attention, for stochastic depth;
+        given: further arguments of the attention.
         """
         of_delta_B, of_attention_B = (None, None) if keep_2B is None else keep_2B.unbind()
         of_delta_B = None if delta_BTD is None else of_delta_B
         x_BTD, normed_BTD = add_and_norm(x_BTD, delta_BTD, delta_bias_D, self.norm1, self.kernels, keep_B=of_delta_B)
-        delta_BTD, bias_D = self.attn(normed_BTD, query_start), self.attn.proj.bias
+        delta_BTD, bias_D = self.attn(normed_BTD, query_start, *given), self.attn.proj.bias
         x_BTD, normed_BTD = add_and_norm(
             x_BTD[:, query_start:], delta_BTD, bias_D, self.norm2, self.kernels, keep_B=of_attention_B
         )
@@ -138,18 +143,34 @@ def sincos_table(width: int, grid: int) -> Tensor:
     return torch.cat([torch.zeros(1, width, dtype=torch.float64), table]).float()
 
 
+def resize_table(table: Tensor, old: int, side: int) -> Tensor:
+    """Positional table [1,old*old,D] of a square grid -> [1,side*side,D], bicubic, rounded once."""
+    # In fp32 also where the file holds 16 bits: rounded once, at the end.
+    patches = table.float().unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    patches = F.interpolate(patches, size=(side, side), mode="bicubic", align_corners=False)
+    return patches.flatten(2).transpose(1, 2).to(table.dtype)
+
+
 def init_xavier(module: nn.Module) -> None:
     """Initialise a linear layer as the original's masked autoencoders do: Xavier-uniform weight, zero bias; nothing else."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def init_trunc_normal(module: nn.Module) -> None:
     """Initialise a linear layer as the original's classifiers do: truncated normal weight of deviation 0.02, zero bias."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def check_heads(width: int, num_heads: int) -> None:
+    """Raises ValueError unless the heads divide the width."""
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(f"num_heads: {num_heads} does not divide the width {width}")
 
 
 def check_images(name: str, images: Tensor, channels: int, side: int) -> None:

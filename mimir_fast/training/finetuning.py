@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mimir_fast.attacks.linf import attack_bounds, linf_step, momentum_step, starting_point
 from mimir_fast.checkpoints.normalisation import own_normalisation
-from mimir_fast.checkpoints.reader import read
+from mimir_fast.checkpoints.reader import Contents, read
 from mimir_fast.checkpoints.run_state import Position
 from mimir_fast.checkpoints.transfer import load_pretrained
 from mimir_fast.config.finetuning import FinetuneConfig
@@ -28,6 +28,7 @@ from mimir_fast.data import (
 from mimir_fast.data.datasets import DatasetInfo
 from mimir_fast.data.splits import check_same_classes
 from mimir_fast.models import Classifier, create_classifier
+from mimir_fast.models.families import family_of
 from mimir_fast.objectives.adversarial_losses import cross_entropy
 from mimir_fast.objectives.classification import ClassificationObjective
 from mimir_fast.training.attack_schedule import build_mixing, radius_and_step, warms_up
@@ -46,7 +47,7 @@ from mimir_fast.training.finetune_step import (
 )
 from mimir_fast.training.layer_decay import build_optimizer
 from mimir_fast.training.optimizer import Updater
-from mimir_fast.training.options import check_cache, model_options, on_device, stream_options
+from mimir_fast.training.options import check_cache, model_options, on_device, same_compat, stream_options
 from mimir_fast.training.task import Measured
 from mimir_fast.training.validator import Validator, best_so_far, criterion
 
@@ -77,6 +78,7 @@ class Finetuning:
         self.bounds = torch.empty(4, 3, device=world.device)
         self.attack = build_attack(run, self.bounds)
         self.uncapturable = "dib_mi waits for eigenvalues" if config.penalty.mi_loss == "dib_mi" else ""
+        self.pretrained: Contents | None = None
         self.start_epoch(config.optim.epochs - 1)
 
     # ---- the step
@@ -166,11 +168,20 @@ class Finetuning:
 
     # ---- state
 
+    def fit(self, state: dict) -> None:
+        source = self.config.model.finetune
+        self.pretrained = read(source, "finetune") if source and not state else None
+        tensors = self.pretrained.tensors if self.pretrained else state.get("model", {})
+        family = family_of(self.model)
+        family.adapt(self.model, family.of_classifier(tensors))
+
     def resume(self, state: dict, own: dict, say: Callable[[str], None]) -> None:
+        same_compat(state, self.model, say)
         if self.stream is not None:
             check_cache(own, self.stream, say)
         if not state:
-            start_from_pretrained(self.model, self.config, say)
+            start_from_pretrained(self.model, self.pretrained, self.config, say)
+            self.pretrained = None
         elif self.average_decay is not None and "model_ema" not in state:
             say("model_ema: the resumed run kept no average; it starts from the parameters of now")
         elif self.average_decay is None and "model_ema" in state:
@@ -222,14 +233,15 @@ def build_attack(run: Run[FinetuneConfig], bounds: Tensor) -> ClassifierAttack:
     return ClassifierAttack(attack.attack_train, attack.steps, bounds, loss_scale, attack.trades_beta)
 
 
-def start_from_pretrained(model: Classifier, config: FinetuneConfig, say: Callable[[str], None]) -> None:
-    """Load --finetune; raises CheckpointError if it does not fit."""
+def start_from_pretrained(
+    model: Classifier, contents: Contents | None, config: FinetuneConfig, say: Callable[[str], None]
+) -> None:
+    """Load what --finetune names, if anything; raises CheckpointError if it does not fit."""
     source = config.model.finetune
-    if not source:
+    if contents is None:
         say("finetune: no pre-trained checkpoint given, training from scratch")
         return
     head_std = HEAD_STD.get(config.data.dataset, OTHER_HEAD_STD)
-    contents = read(source, "finetune")
     load_pretrained(model, contents.tensors, contents.source, say, head_std)
     for line in contents.notes:
         say(f"finetune: {line}")

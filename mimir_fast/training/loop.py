@@ -6,7 +6,15 @@ from pathlib import Path
 from torch import Tensor
 
 from mimir_fast.checkpoints import folder as ckpt
-from mimir_fast.checkpoints.run_state import Position, checkpoint_state, due, end_status, open_folder, resume
+from mimir_fast.checkpoints.run_state import (
+    Position,
+    checkpoint_state,
+    due,
+    end_status,
+    find_state,
+    open_folder,
+    resume,
+)
 from mimir_fast.data import DataError, prefetch
 from mimir_fast.data.errors import NoBatchError
 from mimir_fast.training.compilation import CompileClock
@@ -39,12 +47,15 @@ class Loop:
         self.updates_per_epoch = len(self.stream) // o.accum_iter
         self.lr = peak_learning_rate(o, world.size)
         self.folder = Path(r.output_dir) if r.output_dir else None
-        notes, updater = list(task.run.notes), task.updater(self.lr)
+        notes = list(task.run.notes)
+        found = find_state(r.resume, self.folder, notes.append)
+        state = found[1] if found else {}
+        # Before the optimizer is made, which takes the parameters that the model then has.
+        task.fit(state)
+        updater = task.updater(self.lr)
         start = Position(o.start_epoch, update=o.start_epoch * self.updates_per_epoch)
         entries = (task.model, updater, start, self._geometry(), self.updates_per_epoch)
-        self.position, state, own = resume(
-            r.resume, self.folder, world, *entries, notes.append, self.stream.fingerprint
-        )
+        self.position, own = resume(found, world, *entries, notes.append, self.stream.fingerprint)
         task.resume(state, own, notes.append)
         self.first_update = self.position.update + 1
         self.engine = Engine(task, world, updater, state.get("model_ema"), recorder=recorder)

@@ -1,13 +1,17 @@
 """Options that both tasks pass to the data package and to models."""
 
+import argparse
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import nn
 
+from mimir_fast.config.choices import NONE, ORIGINAL
 from mimir_fast.config.resolve import Run
 from mimir_fast.data import BatchStream
+from mimir_fast.models import Classifier, MaskedAutoencoder
+from mimir_fast.models.families import family_of
 from mimir_fast.training.distributed import World
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -46,17 +50,31 @@ def check_cache(own: dict, stream: BatchStream, say: Callable[[str], None]) -> N
 
 
 def model_options(run: Run) -> dict:
-    """Arguments of create_model and create_classifier: the size of the input, and how the model computes."""
+    """Arguments of create_model and create_classifier: the size of the input, compat, and how the model computes."""
     m, c = run.config.model, run.compute
     return {
         "img_size": m.input_size,
         "patch_size": m.patch_size,
+        "compat": ORIGINAL if run.config.run.compat == ORIGINAL else None,
         "kernels": c.kernels,
         "attention": c.attention,
         "mlp": c.mlp,
         "residual_dtype": c.residual_dtype,
         "activation_checkpointing": c.activation_checkpointing,
     }
+
+
+def same_compat(state: dict, model: MaskedAutoencoder | Classifier, say: Callable[[str], None]) -> None:
+    """Hold a resumed checkpoint's --compat against the model's.  Raises ValueError where it makes another model of it."""
+    if not state or not family_of(model).has_original:
+        return
+    args = state.get("args", {})
+    was = (vars(args) if isinstance(args, argparse.Namespace) else args).get("compat")
+    now = model.compat or NONE
+    if was is None and now == NONE:
+        say(f"compat: the checkpoint does not say; if it is the original's, --compat {ORIGINAL} goes on as it began")
+    if was is not None and was != now:
+        raise ValueError(f"compat: the resumed run had --compat {was}, this one has {now}, which is another model")
 
 
 def on_device(model: Model, device: torch.device) -> Model:

@@ -119,6 +119,11 @@ class Task(Step, Protocol):
     @property
     def summary(self) -> str: ...
 
+    def fit(self, state: dict) -> None:
+        """Give the model the parameters that only some checkpoints have: those of the one to resume, or, where there is none
+        (empty), of the one to start from."""
+        ...
+
     def resume(self, state: dict, own: dict, say: Callable[[str], None]) -> None:
         """Resume from a checkpoint, after its parameters were loaded; own: its `mimir_fast` entry.  Both empty: start."""
         ...

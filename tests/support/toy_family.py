@@ -129,7 +129,7 @@ def read(tensors: Tensors) -> dict[str, Any]:
 
 
 def adapt(classifier: ToyClassifier, tensors: Tensors) -> None:
-    if "shift" in tensors:
+    if "shift" in tensors and classifier.shift is None:
         classifier.shift = nn.Parameter(torch.zeros_like(tensors["shift"]))
 
 

@@ -6,13 +6,15 @@ from typing import Any
 
 from torch import nn
 
+from mimir_fast.models.compat import checked
+from mimir_fast.models.families.convit import CONVIT
 from mimir_fast.models.families.vit import VIT
 from mimir_fast.models.family import PREFIX, Family, Tensors
 
 # Sizes in other programs' names, and in ours.
 OTHER_WORDS = {"tiny": "ti", "s": "small", "b": "base", "l": "large"}
-# a file is asked about in this order: a family whose files would pass for another's stands before it
-FAMILIES: tuple[Family, ...] = (VIT,)
+# A file is asked about from the last to the first: a family whose files would pass for another's stands behind it.
+FAMILIES: tuple[Family, ...] = (VIT, CONVIT)
 
 
 def model_names(pretraining: bool | None) -> list[str]:
@@ -57,6 +59,18 @@ def nearest(name: str, names: Sequence[str]) -> str | None:
     return max(kept, key=len) if kept else next(iter(difflib.get_close_matches(words, names, 1, 0.7)), None)
 
 
+def construction(name: str, pretraining: bool, compat: str | None) -> tuple[Family, dict[str, Any]]:
+    """As `find`, with the keyword `compat` where the family has it; `name` may also be a family's, whose constructor then has
+    all sizes from its caller or by default.
+
+    Raises ValueError for an unknown name or another compat than None and "original".
+    """
+    checked(compat)
+    whole = next((family for family in FAMILIES if family.name == name), None)
+    family, keywords = (whole, {}) if whole else find(name, pretraining)
+    return family, keywords | ({"compat": compat} if family.has_original else {})
+
+
 def family_of(model: nn.Module) -> Family:
     """The family of a model, its subclasses included.  Raises ValueError for a foreign one."""
     # A subclass of a family's model belongs to the family too.
@@ -70,9 +84,8 @@ def family_of(model: nn.Module) -> Family:
 
 def recognise(tensors: Tensors) -> Family:
     """The family of a file's tensors.  Raises ValueError that says what each family misses in them."""
-    lacking = {}
-    for family in FAMILIES:
-        lacking[family] = family.lacks(family.of_classifier(tensors))
+    lacking = {family: family.lacks(family.of_classifier(tensors)) for family in FAMILIES}
+    for family in reversed(FAMILIES):
         if lacking[family] is None:
             return family
     raise ValueError("; ".join(f"no {family.title} of mimir_fast: no {name}" for family, name in lacking.items()))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mimir_fast.models import MaskedAutoencoderViT, create_model
-from mimir_fast.models.families import model_names
+from mimir_fast.models.families.vit import VIT
 from tests.oracles.textbook import TextbookMAE
 from tests.support.golden import SMALL, small_model
 
@@ -20,7 +20,7 @@ def test_names_and_parameter_counts(size, patch, millions):
         assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == pytest.approx(expected, abs=0.011), name
         keys = {"large": 326, "small_ds": 134, "nano": 86}.get(name, 182)
         assert len(model.state_dict()) == keys
-    assert {f"mae_vit_{name}" for name in PARAMETERS_224} == set(model_names(pretraining=True))
+    assert {f"mae_vit_{name}" for name in PARAMETERS_224} == set(VIT.names(pretraining=True))
 
 
 def test_default_name_of_the_original_exists():

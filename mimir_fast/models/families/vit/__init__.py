@@ -1,17 +1,25 @@
 """The Vision Transformer: fixed sine-cosine positions in pre-training, trained ones after it, one class token."""
 
-import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from mimir_fast.models.families.records import (
+    PATCHES,
+    TABLES,
+    depth,
+    different,
+    first_missing,
+    grid,
+    grids_in_words,
+    layer_of,
+    read_sizes,
+)
 from mimir_fast.models.families.vit.autoencoder import MaskedAutoencoderViT
 from mimir_fast.models.families.vit.classifier import VisionTransformer
-from mimir_fast.models.families.vit.encoder import ViTEncoder
 from mimir_fast.models.family import Family, Network, Resized, Tensors, TimmModel
-from mimir_fast.models.layers import Block
+from mimir_fast.models.layers import Block, resize_table
 
 SIZES: dict[str, dict[str, Any]] = {
     # Ours, for demonstrations on CPUs; the others are the original's.
@@ -23,9 +31,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "vit_large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
 }
 DECODER = {"decoder_embed_dim": 128, "decoder_depth": 2, "decoder_num_heads": 16}
-TABLES = ("cls_token", "pos_embed")
 # Of every ViT: the patch projection is a convolution, attention has one packed projection, the MLP two layers
-MARKS = (*TABLES, "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight")
+MARKS = (*TABLES, *PATCHES, "blocks.0.attn.qkv.weight")
 # The model of timm whose name is nearest, and that model's sizes.
 TIMM = {
     "vit_nano": ("vit_tiny_patch16_224", {"depth": 12, "embed_dim": 192, "num_heads": 3}),
@@ -37,40 +44,16 @@ TIMM = {
 }
 
 
-def depth(model: ViTEncoder) -> int:
-    """Number of blocks."""
-    return len(model.blocks)
-
-
-def layer_of(name: str, model: ViTEncoder) -> int:
-    """0 for what comes before the blocks, i + 1 for block i, depth + 1 for what comes after them."""
-    if name in TABLES or name.startswith("patch_embed."):
-        return 0
-    if name.startswith("blocks."):
-        return int(name.split(".")[1]) + 1
-    return depth(model) + 1
-
-
 def lacks(tensors: Tensors) -> str | None:
     """The first of MARKS that is not there."""
-    return next((name for name in MARKS if name not in tensors), None)
+    return first_missing(tensors, MARKS)
 
 
 def read(tensors: Tensors) -> dict[str, Any]:
-    """embed_dim, depth, mlp_ratio, patch_size, img_size; num_classes and global_pool where there is a head."""
-    found: dict[str, Any] = {"depth": len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})}
-    if "cls_token" in tensors:
-        found["embed_dim"] = tensors["cls_token"].shape[-1]
-        if "blocks.0.mlp.fc1.weight" in tensors:
-            found["mlp_ratio"] = tensors["blocks.0.mlp.fc1.weight"].shape[0] / found["embed_dim"]
-    if "patch_embed.proj.weight" in tensors:
-        found["patch_size"] = tensors["patch_embed.proj.weight"].shape[-1]
-        if "pos_embed" in tensors and (side := grid(tuple(tensors["pos_embed"].shape))):
-            found["img_size"] = found["patch_size"] * side
+    """What `read_sizes` finds; with a head global_pool too."""
+    found = read_sizes(tensors, class_rows=1)
     # The two kinds of pooling differ in where the last normalisation stands.
-    if "head.weight" in tensors:
-        found |= {"num_classes": len(tensors["head.weight"]), "global_pool": "fc_norm.weight" in tensors}
-    return found
+    return found | ({"global_pool": "fc_norm.weight" in tensors} if "head.weight" in tensors else {})
 
 
 def describe(read: dict[str, Any]) -> str:
@@ -81,28 +64,18 @@ def describe(read: dict[str, Any]) -> str:
 
 def resize(table: Tensor, shape: tuple[int, ...]) -> Resized:
     """Bicubic; the class row stays as it is."""
-    before, after = grid(tuple(table.shape)), grid(shape)
+    before, after = grid(tuple(table.shape), 1), grid(shape, 1)
     if not before or table.shape[2] != shape[2]:
         raise ValueError(f"[1,1+L,{shape[2]}], a class row and a square grid of L patches")
-    return Resized(resize_positions(table, after), f"from {before} x {before} to {after} x {after} patches")
-
-
-def grid(shape: tuple[int, ...]) -> int:
-    """Side of the square grid of a positional table [1,1+L,D]; 0 for a table of another kind."""
-    patches = shape[1] - 1 if len(shape) == 3 else 0
-    side = math.isqrt(max(patches, 0))
-    return side if side**2 == patches else 0
+    return Resized(resize_positions(table, after), grids_in_words(before, after))
 
 
 def resize_positions(table: Tensor, side: int) -> Tensor:
     """Positional table [1,1+L,D], L a square number -> [1,1+side*side,D]: the class row as it is, the rest bicubic."""
-    old = grid(tuple(table.shape))
+    old = grid(tuple(table.shape), 1)
     if old == side:
         return table
-    # In fp32 also where the file holds 16 bits: rounded once, at the end.
-    patches = table[:, 1:].float().unflatten(1, (old, old)).permute(0, 3, 1, 2)
-    patches = F.interpolate(patches, size=(side, side), mode="bicubic", align_corners=False)
-    return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
+    return torch.cat([table[:, :1], resize_table(table[:, 1:], old, side)], dim=1)
 
 
 def timm(name: str, keywords: dict[str, Any]) -> TimmModel:
@@ -112,7 +85,7 @@ def timm(name: str, keywords: dict[str, Any]) -> TimmModel:
     ours = {"mlp_ratio": 4.0, **keywords}
     options = {"num_classes": ours.get("num_classes", 0), "global_pool": "avg" if ours.get("global_pool") else "token"}
     # Only what differs from timm's model of this name: for vit_nano depth and width, for most others nothing.
-    options |= {key: ours[key] for key, value in theirs_all.items() if ours[key] != value}
+    options |= different(ours, theirs_all)
     return TimmModel(theirs, options, "patch_embed.proj", "head")
 
 

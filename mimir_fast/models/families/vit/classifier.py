@@ -6,7 +6,8 @@ Shapes: B batch, C channels, H W sides, L patches, D width, O classes.
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.models.classifier import Classifier
+from mimir_fast.models.classifier import Classifier, check_head, rising_rates
+from mimir_fast.models.encoder import added
 from mimir_fast.models.families.vit.encoder import ViTEncoder
 from mimir_fast.models.layers import check_images, init_trunc_normal
 
@@ -48,10 +49,7 @@ class VisionTransformer(ViTEncoder, Classifier):
         mlp: str = "auto",
         activation_checkpointing: bool = False,
     ):
-        if num_classes < 1:
-            raise ValueError(f"nb_classes: expected 1 or more, got {num_classes}")
-        if not 0 <= drop_path < 1:
-            raise ValueError(f"drop_path: expected 0 <= rate < 1, got {drop_path}")
+        check_head(num_classes, drop_path)
         super().__init__(
             img_size,
             patch_size,
@@ -61,8 +59,7 @@ class VisionTransformer(ViTEncoder, Classifier):
             num_heads,
             mlp_ratio,
             fixed_positions=False,
-            # Later blocks are dropped more often: Huang et al., Deep Networks with Stochastic Depth, 2016.
-            drop_rates=[drop_path * i / max(depth - 1, 1) for i in range(depth)],
+            drop_rates=rising_rates(drop_path, depth),
             mean=mean,
             std=std,
             kernels=kernels,
@@ -93,11 +90,7 @@ class VisionTransformer(ViTEncoder, Classifier):
         check_images("images", images, self.in_chans, self.img_size)
         tokens = self.embed(self.patchify(self.normalised(images)))
         keep = None if drop_noise is None else self.drop_factors(drop_noise)
-        tokens, delta, bias = self.run_blocks(tokens, keep)
-        # there is a last block, whose addition is left to do
-        assert delta is not None
-        assert bias is not None
+        stream = self.run_blocks(tokens, keep)
         # Not normalised: the original's adaptive attacks and information terms take the tokens as the last block
         # leaves them.
-        delta = delta + bias.to(delta.dtype)
-        return tokens + (delta if keep is None else delta * keep[-1, :, None, None].to(delta.dtype))
+        return added(stream, None if keep is None else keep[-1])
