@@ -82,6 +82,31 @@ def cifar10_vit_s() -> FinetuneConfig:
     )
 
 
+def cifar10_convit_ti() -> FinetuneConfig:
+    """The CIFAR-10 run with ConViT-Ti/2; the original publishes the model, the settings are those of its ViT-S."""
+    return cifar10_vit_s().updated({"model": "convit_ti"})
+
+
+def cifar10_convit_s() -> FinetuneConfig:
+    """The same with ConViT-S/2."""
+    return cifar10_vit_s().updated({"model": "convit_small"})
+
+
+def cifar10_convit_b() -> FinetuneConfig:
+    """The same with ConViT-B/2."""
+    return cifar10_vit_s().updated({"model": "convit_base"})
+
+
+def imagenet_cait_xxs24() -> FinetuneConfig:
+    """The ImageNet-1K run with CaiT-XXS24/16; the original publishes the model, the settings are those of its ViT-S."""
+    return imagenet_vit_s().updated({"model": "cait_xxs24"})
+
+
+def imagenet_cait_s36() -> FinetuneConfig:
+    """The same with CaiT-S36/16."""
+    return imagenet_vit_s().updated({"model": "cait_s36"})
+
+
 def digits_demo() -> FinetuneConfig:
     """Handwritten digits on two CPU cores in about a minute: vit_nano, patch 8, one attack step.
 
@@ -112,5 +137,16 @@ def digits_demo() -> FinetuneConfig:
 
 
 RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
-    recipe.__name__: recipe for recipe in (imagenet_vit_s, imagenet_vit_b_apgd, cifar10_vit_s, digits_demo)
+    recipe.__name__: recipe
+    for recipe in (
+        imagenet_vit_s,
+        imagenet_vit_b_apgd,
+        imagenet_cait_xxs24,
+        imagenet_cait_s36,
+        cifar10_vit_s,
+        cifar10_convit_ti,
+        cifar10_convit_s,
+        cifar10_convit_b,
+        digits_demo,
+    )
 }

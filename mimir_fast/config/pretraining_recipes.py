@@ -52,6 +52,31 @@ def cifar10_vit_s() -> PretrainConfig:
     )
 
 
+def cifar10_convit_ti() -> PretrainConfig:
+    """The CIFAR-10 run with ConViT-Ti/2; the original publishes the model, the settings are those of its ViT-S."""
+    return cifar10_vit_s().updated({"model": "mae_convit_ti"})
+
+
+def cifar10_convit_s() -> PretrainConfig:
+    """The same with ConViT-S/2."""
+    return cifar10_vit_s().updated({"model": "mae_convit_small"})
+
+
+def cifar10_convit_b() -> PretrainConfig:
+    """The same with ConViT-B/2."""
+    return cifar10_vit_s().updated({"model": "mae_convit_base"})
+
+
+def imagenet_cait_xxs24() -> PretrainConfig:
+    """The ImageNet-1K run with CaiT-XXS24/16; the original publishes the model, the settings are those of its ViT-S."""
+    return imagenet_vit_s().updated({"model": "mae_cait_xxs24"})
+
+
+def imagenet_cait_s36() -> PretrainConfig:
+    """The same with CaiT-S36/16."""
+    return imagenet_vit_s().updated({"model": "mae_cait_s36"})
+
+
 def digits_demo() -> PretrainConfig:
     """Handwritten digits on two CPU cores in about a minute: mae_vit_nano, patch 8, attack and penalty on."""
     return imagenet_vit_s().updated(
@@ -73,5 +98,16 @@ def digits_demo() -> PretrainConfig:
 
 
 RECIPES: dict[str, Callable[[], PretrainConfig]] = {
-    recipe.__name__: recipe for recipe in (imagenet_vit_s, imagenet_vit_b, cifar10_vit_s, digits_demo)
+    recipe.__name__: recipe
+    for recipe in (
+        imagenet_vit_s,
+        imagenet_vit_b,
+        imagenet_cait_xxs24,
+        imagenet_cait_s36,
+        cifar10_vit_s,
+        cifar10_convit_ti,
+        cifar10_convit_s,
+        cifar10_convit_b,
+        digits_demo,
+    )
 }

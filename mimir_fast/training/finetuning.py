@@ -180,7 +180,7 @@ class Finetuning:
         if self.stream is not None:
             check_cache(own, self.stream, say)
         if not state:
-            start_from_pretrained(self.model, self.pretrained, self.config, say)
+            start_from_pretrained(self.model, self.config, say, self.pretrained)
             self.pretrained = None
         elif self.average_decay is not None and "model_ema" not in state:
             say("model_ema: the resumed run kept no average; it starts from the parameters of now")
@@ -234,13 +234,15 @@ def build_attack(run: Run[FinetuneConfig], bounds: Tensor) -> ClassifierAttack:
 
 
 def start_from_pretrained(
-    model: Classifier, contents: Contents | None, config: FinetuneConfig, say: Callable[[str], None]
+    model: Classifier, config: FinetuneConfig, say: Callable[[str], None], contents: Contents | None = None
 ) -> None:
-    """Load what --finetune names, if anything; raises CheckpointError if it does not fit."""
+    """Load what --finetune names, if anything; contents: of that file, if it was read.  Raises CheckpointError if it does not
+    fit."""
     source = config.model.finetune
-    if contents is None:
+    if not source:
         say("finetune: no pre-trained checkpoint given, training from scratch")
         return
+    contents = contents or read(source, "finetune")
     head_std = HEAD_STD.get(config.data.dataset, OTHER_HEAD_STD)
     load_pretrained(model, contents.tensors, contents.source, say, head_std)
     for line in contents.notes:

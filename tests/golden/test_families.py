@@ -22,8 +22,11 @@ from mimir_fast.training.optimizer import parameter_groups
 from tests.support.family_golden import CLASSES, classifier, images, recorded, recorded_autoencoder
 from tests.support.golden import GOLDEN
 
-FAMILIES = ["convit"]
-FORWARDS = [("convit", name) for name in ("normpix_r75", "normpix_r44", "pix_r75", "normpix_adv_r75")]
+FAMILIES = ["convit", "cait"]
+RATIO = {"convit": "r44", "cait": "r50"}
+FORWARDS = [
+    (f, name) for f in FAMILIES for name in ("normpix_r75", f"normpix_{RATIO[f]}", "pix_r75", "normpix_adv_r75")
+]
 # Families whose corrected form computes something else.
 CORRECTED = ["convit"]
 NAMED = json.loads((GOLDEN / "named_models.json").read_text())

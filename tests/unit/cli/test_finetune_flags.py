@@ -140,6 +140,16 @@ def test_the_data_set_decides_what_was_not_given(line, side, classes):
     assert (config.model.input_size, config.model.nb_classes) == (side, classes)
 
 
+# Published models whose settings are not: those of the ViT-S on the same images.
+FAMILIES = {
+    "cifar10_convit_ti": "convit_ti",
+    "cifar10_convit_s": "convit_small",
+    "cifar10_convit_b": "convit_base",
+    "imagenet_cait_xxs24": "cait_xxs24",
+    "imagenet_cait_s36": "cait_s36",
+}
+
+
 def test_published_recipes():
     shared = {"model": "vit_small", "attack_train": "pgd", "weight_decay": 0.05, "layer_decay": 0.65, "drop_path": 0.1}
     shared |= {"aa": "noaug", "reprob": 0, "smoothing": 0.1, "mixup": 0, "use_normalize": False, "clip_grad": None}
@@ -154,6 +164,9 @@ def test_published_recipes():
     expected = {"model": "vit_base", "attack_train": "apgd", "steps": 2, "eps": 4, "epochs": 300, "model_ema": True}
     expected |= {"mixup": 0.8, "cutmix": 1.0, "model_ema_decay": 0.9998}
     assert {name: long[name] for name in expected} == expected
+    for name, model in FAMILIES.items():
+        like = name.split("_")[0] + "_vit_s"
+        assert RECIPES[name]().flat() == RECIPES[like]().flat() | {"model": model}
     text = build_parser(FINETUNE).format_help().replace("\n", " ")
     for name, recipe in RECIPES.items():
         recipe().check()

@@ -121,6 +121,16 @@ def test_layers_defaults_recipe_file_flags(tmp_path):
     assert "min_lr" not in explicit
 
 
+# Published models whose settings are not: those of the ViT-S on the same images.
+FAMILIES = {
+    "cifar10_convit_ti": "convit_ti",
+    "cifar10_convit_s": "convit_small",
+    "cifar10_convit_b": "convit_base",
+    "imagenet_cait_xxs24": "cait_xxs24",
+    "imagenet_cait_s36": "cait_s36",
+}
+
+
 def test_published_recipes():
     shared = {
         "model": "mae_vit_small",
@@ -154,6 +164,9 @@ def test_published_recipes():
             assert flat[word] == value, (name, word)
         assert flat["attack"] != "plain"
     assert RECIPES["imagenet_vit_b"]().model.model == "mae_vit_base"
+    for name, model in FAMILIES.items():
+        like = name.split("_")[0] + "_vit_s"
+        assert RECIPES[name]().flat() == RECIPES[like]().flat() | {"model": f"mae_{model}"}
     for recipe in RECIPES.values():
         recipe().check()
 
