@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -222,8 +223,8 @@ def build_data(run: Run[FinetuneConfig], world: World) -> BatchStream:
 def build_model(run: Run[FinetuneConfig], images: BatchStream | DatasetInfo, device: torch.device) -> Classifier:
     """The classifier on its device, freshly initialised; images in [0,1] are normalised inside of it, if at all."""
     m = run.config.model
-    constants = {"mean": images.mean, "std": images.std} if run.config.data.use_normalize else {}
-    heads = {"num_classes": m.nb_classes, "global_pool": m.global_pool, "drop_path": m.drop_path}
+    constants: dict[str, Any] = {"mean": images.mean, "std": images.std} if run.config.data.use_normalize else {}
+    heads: dict[str, Any] = {"num_classes": m.nb_classes, "global_pool": m.global_pool, "drop_path": m.drop_path}
     return on_device(create_classifier(m.model, **heads, **constants, **model_options(run)), device)
 
 
