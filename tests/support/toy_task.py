@@ -17,7 +17,7 @@ STEPS, BATCH = 5, 2  # micro-batches of an epoch, images of a micro-batch
 class ToyStream:
     """Images uint8 [2,3,2,2] and labels [2], a function of (epoch, step)."""
 
-    name, num_images, bad_files, fingerprint = "toy", STEPS * BATCH, (), "10-toy"
+    name, num_images, bad_files, fingerprint, origin = "toy", STEPS * BATCH, (), "10-toy", ""
 
     def __len__(self) -> int:
         return STEPS
