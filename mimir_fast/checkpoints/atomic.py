@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 TEMPORARY = re.compile(r".+\.tmp(\.\w+)?")
+# Errors of file systems that have no fsync at all, such as some of FUSE's.
+NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 # Errors of file systems that cannot fsync a folder, such as CIFS and FUSE; the rename itself has happened.
-UNSYNCABLE = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM, errno.ENOSYS)
+UNSYNCABLE = (*NO_FSYNC, errno.EACCES, errno.EPERM)
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object], flag: str = "output_dir") -> None:
@@ -48,7 +50,7 @@ def append_text(path: Path, text: str, flag: str = "output_dir") -> None:
                 # A nearly full disk takes a part at a time.
                 while rest:
                     rest = rest[file.write(rest) :]
-                os.fsync(file.fileno())
+                _fsync(file.fileno())
             except OSError:
                 os.truncate(path, length)
                 raise
@@ -107,7 +109,16 @@ def remove_temporaries(folder: Path) -> None:
 def _sync(path: Path) -> None:
     # Open for writing: not every system fsyncs a file that is open for reading alone.
     with open(path, "rb+") as file:
-        os.fsync(file.fileno())
+        _fsync(file.fileno())
+
+
+def _fsync(descriptor: int) -> None:
+    """fsync of a file.  Raises OSError if the disk refuses; file systems that have no fsync write when they like."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FSYNC:
+            raise
 
 
 def _sync_folder(folder: Path) -> None:

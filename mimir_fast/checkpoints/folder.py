@@ -88,14 +88,27 @@ def supersede(folder: Path, epoch: int, step: int) -> list[str]:
     return [f"output_dir: {path} is past this run's start and was moved to {target.name}/" for path in past]
 
 
-def set_best_aside(folder: Path) -> list[str]:
-    """Move an earlier run's best.pth into superseded/, for a run that has no best epoch yet; returns lines to print."""
+def set_best_aside(folder: Path, best: list[float] | None) -> list[str]:
+    """Move a best.pth that is not this run's best epoch into superseded/; returns lines to print.
+
+    best   what the run says of its best epoch; None: it has none yet.  A file of another one is an earlier run's, or of an
+           epoch past this run's start.
+    """
     path = folder / BEST_FILE
-    if not path.exists():
+    if not path.exists() or (best is not None and _best_of(path) == best):
         return []
     target = _aside(folder, [BEST_FILE])
     move(path, target / BEST_FILE)
-    return [f"output_dir: {path} is an earlier run's and was moved to {target.name}/"]
+    lost = "" if best is None else "; the best epoch so far has no file until a better one comes"
+    return [f"output_dir: {path} is not of this run's past and was moved to {target.name}/{lost}"]
+
+
+def _best_of(path: Path) -> list[float] | None:
+    """What a best.pth says of its epoch; None if it cannot be read."""
+    try:
+        return read(path, "resume").entries.get("mimir_fast", {}).get("best")
+    except CheckpointError:
+        return None
 
 
 def _aside(folder: Path, names: list[str]) -> Path:

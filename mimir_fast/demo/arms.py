@@ -12,9 +12,9 @@ RECIPE = ["--recipe", "digits_demo"]
 # In 1/255, of the attacks on the finished classifiers.
 EPS, ALPHA = 4, 1
 EVALUATION = f"--device cpu --eps {EPS} --alpha {ALPHA}"
-# Attacks on all test images, and on a few of them.
+# Attacks on all test images, and on a few of them: what is compared with AutoAttack must be on the same ones.
 WIDE = "clean,pgd-20"
-AUTO = "aa"
+AUTO = "pgd-20,aa"
 
 
 class Arm(NamedTuple):

@@ -15,13 +15,15 @@ Interval = tuple[float, float, float]
 def write_demo_page(root: Path, seed: int, aa_images: int) -> Path:
     """Write root/report.html and each run's own report; returns the path of the page.  aa_images 0: AutoAttack was left out."""
     results = {arm: read_results(arm, root, seed, aa_images) for arm in ARMS}
-    columns = ["clean", "PGD-20"] + (["AutoAttack"] if aa_images else [])
+    columns = ["clean", "PGD-20"] + ([same_images(aa_images), "AutoAttack"] if aa_images else [])
     rows = [(arm.name, *(_words(*results[arm][c]) for c in columns)) for arm in ARMS]
     names = [arm.name for arm in ARMS]
     bars = {c: [results[arm][c][0] for arm in ARMS] for c in columns}
     caption = "Accuracy with 95 % intervals (Wilson)."
     slices = (
-        f"; AutoAttack: {aa_images} of them, far too few to rank anything, to show that it runs" if aa_images else ""
+        f"; AutoAttack: {aa_images} of them, beside PGD-20 on the same ones, far too few to rank anything"
+        if aa_images
+        else ""
     )
     sections = [
         page.table(["", *columns], rows),
@@ -39,6 +41,11 @@ def write_demo_page(root: Path, seed: int, aa_images: int) -> Path:
     )
 
 
+def same_images(count: int) -> str:
+    """Column of PGD-20 on the images that AutoAttack gets."""
+    return f"PGD-20, those {count}"
+
+
 def read_results(arm: Arm, root: Path, seed: int, aa_images: int) -> dict[str, tuple[Interval, int]]:
     """Column -> ((accuracy, low, high), images)."""
     at = places(arm, root)
@@ -46,7 +53,7 @@ def read_results(arm: Arm, root: Path, seed: int, aa_images: int) -> dict[str, t
     found = {"clean": _find(wide, "clean", seed), "PGD-20": _find(wide, "pgd-20", seed)}
     if aa_images:
         narrow = json.loads((at.autoattack / "results.json").read_text(encoding="utf-8"))["attacks"]
-        found["AutoAttack"] = _find(narrow, "aa", seed)
+        found |= {same_images(aa_images): _find(narrow, "pgd-20", seed), "AutoAttack": _find(narrow, "aa", seed)}
     return found
 
 
@@ -71,10 +78,14 @@ def _arm_sections(arm: Arm, root: Path) -> list[str]:
         path = report.write_report(at.pretraining)
         samples = report.read_samples(at.pretraining / "samples.npz")
         sections += [page.heading(f"{arm.name}: pre-training"), *_figures(at.pretraining, "loss")]
-        sections += [report.reconstructions(at.pretraining, samples), page.note(f"More: {path.relative_to(root)}")]
+        sections += [report.reconstructions(at.pretraining, samples), _more(path, root)]
     path = report.write_report(at.fine_tuning)
     sections += [page.heading(f"{arm.name}: fine-tuning"), *_figures(at.fine_tuning, "loss", "accuracy")]
-    return [*sections, page.note(f"More: {path.relative_to(root)}")]
+    return [*sections, _more(path, root)]
+
+
+def _more(path: Path, root: Path) -> str:
+    return page.link("All figures and settings of this run", path.relative_to(root).as_posix())
 
 
 def _figures(folder: Path, *names: str) -> list[str]:

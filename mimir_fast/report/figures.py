@@ -12,6 +12,8 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
 GREY_LEVEL = 0.5
 MOST_POINTS = 2000
 COLUMN_TITLES = ("clean", "adversarial", "perturbation ×10", "visible patches", "reconstruction")
+# Those that say something where nothing was attacked.
+UNATTACKED = (0, 3, 4)
 
 
 def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -187,16 +189,21 @@ def grid_images(samples: dict) -> np.ndarray:
     return np.stack(pictures, axis=1).transpose(0, 1, 3, 4, 2).clip(0, 1)
 
 
+def attacked(samples: dict) -> bool:
+    """Whether the samples' images were attacked."""
+    return not np.array_equal(samples["clean"], samples["adv"])
+
+
 def draw_reconstructions(samples: dict) -> Figure:
-    """One row per image, one column per picture."""
-    grid = grid_images(samples)
-    count = len(grid)
-    figure = Figure(figsize=(8, 1.62 * count + 0.3), layout="constrained")
+    """One row per image, one column per picture; without an attack none of the adversarial image and the perturbation."""
+    shown = range(len(COLUMN_TITLES)) if attacked(samples) else UNATTACKED
+    grid = grid_images(samples)[:, list(shown)]
+    figure = Figure(figsize=(1.6 * len(shown), 1.62 * len(grid) + 0.3), layout="constrained")
     for row, pictures in enumerate(grid):
-        for col, picture in enumerate(pictures):
-            ax = figure.add_subplot(count, len(COLUMN_TITLES), row * len(COLUMN_TITLES) + col + 1)
+        for col, (number, picture) in enumerate(zip(shown, pictures)):
+            ax = figure.add_subplot(len(grid), len(shown), row * len(shown) + col + 1)
             ax.imshow(picture, interpolation="nearest")
             ax.set_axis_off()
             if row == 0:
-                ax.set_title(COLUMN_TITLES[col], fontsize=10)
+                ax.set_title(COLUMN_TITLES[number], fontsize=10)
     return figure

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import urllib.parse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -49,6 +50,11 @@ def heading(text: str) -> str:
 def note(text: str) -> str:
     """Paragraph in a softer colour."""
     return f'<p class="note">{html.escape(text)}</p>'
+
+
+def link(text: str, target: str) -> str:
+    """Paragraph that leads to another page, by a path from this page's folder."""
+    return f'<p class="note"><a href="{html.escape(urllib.parse.quote(target))}">{html.escape(text)}</a></p>'
 
 
 def facts(rows: Iterable[tuple[str, str]]) -> str:

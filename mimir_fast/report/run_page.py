@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 
 from mimir_fast.report import page
-from mimir_fast.report.figures import FINETUNE_FIGURES, PRETRAIN_FIGURES, draw_reconstructions
+from mimir_fast.report.figures import FINETUNE_FIGURES, PRETRAIN_FIGURES, attacked, draw_reconstructions
 
 COLUMNS = ("epoch", "loss", "recon", "mi", "lr", "images_per_s", "data_wait", "skipped_penalties")
 # In log.txt, one row per epoch.
@@ -145,10 +145,14 @@ def reconstructions(folder: Path, samples: dict | None) -> str:
     """The pictures of a pre-training's samples."""
     if samples is None:
         return page.note("No readable samples.npz yet: it is written beside the first checkpoint.")
+    attack = f"The attack may change each pixel by {float(samples['eps_255']):g}/255"
+    elsewhere = "the adversarial input"
+    if not attacked(samples):
+        attack, elsewhere = "No attack", "the image"
     caption = (
-        f"Update {int(samples['update'])}. The attack may change each pixel by {float(samples['eps_255']):g}/255; grey patches "
-        "were removed before encoding. Right: predicted where removed, the adversarial input elsewhere; a model trained with "
-        "norm_pix_loss predicts normalised patches, shown with the clean patch's mean and deviation."
+        f"Update {int(samples['update'])}. {attack}; grey patches were removed before encoding. Right: predicted where "
+        f"removed, {elsewhere} elsewhere; a model trained with norm_pix_loss predicts normalised patches, shown with the clean "
+        "patch's mean and deviation."
     )
     return page.picture(folder / "report", "reconstructions", draw_reconstructions(samples), caption)
 

@@ -102,11 +102,19 @@ class _Parts(list):
     write = list.append
 
 
-def drop_points(log_dir: Path, tags: tuple[str, ...], first: int) -> None:
+def drop_points(log_dir: Path, tags: tuple[str, ...], first: int, say: Callable[[str], None]) -> None:
     """Remove the points of some tags from x = first on from the files of a folder; all other records stay as they are.
 
-    For tags whose x is not that of the others, which TensorBoard's own purge_step cannot tell apart.
+    For tags whose x is not that of the others, which TensorBoard's own purge_step cannot tell apart.  What the disk refuses is
+    said: those points are then there twice.
     """
+    try:
+        _drop(log_dir, tags, first)
+    except OSError as error:
+        say(f"warning: {error}; points of {', '.join(tags[:2])}, ... may appear twice in TensorBoard")
+
+
+def _drop(log_dir: Path, tags: tuple[str, ...], first: int) -> None:
     from tensorboard.compat.proto import event_pb2
 
     def dropped(record: memoryview) -> bool:

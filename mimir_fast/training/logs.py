@@ -103,7 +103,7 @@ class RunLog:
             self._open_files(self.folder, *start)
         if config.log_dir:
             if update:
-                drop_points(Path(config.log_dir), tuple(EPOCH_TAGS), epoch)
+                drop_points(Path(config.log_dir), tuple(EPOCH_TAGS), epoch, self.say)
             self.writer = Events(config.log_dir, self.say, int(1000 * position) if update else None)
         self.wandb = WandbRun(config.output_dir, flat, self.say, wandb_run) if config.wandb else None
 

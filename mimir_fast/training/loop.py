@@ -70,10 +70,11 @@ class Loop:
         own, flags = self.task.state(), self.task.run.flat()
         writes = self.folder if self.world.is_main else None
         # What an earlier run got done is what a kill goes back to, until the start of this one is on the disk.
-        if self.world.any(writes is not None and open_folder(writes, flags, p)):
+        past = self.world.any(writes is not None and open_folder(writes, flags, p))
+        if past:
             notes += self._save(f"resume-{p.epoch}-{p.step}.pth", None, None)
-        if writes and "best" in own and own["best"] is None:
-            notes += ckpt.set_best_aside(writes)
+        if writes and "best" in own and (past or own["best"] is None):
+            notes += ckpt.set_best_aside(writes, own["best"])
         self.total_updates = o.epochs * self.updates_per_epoch
         if r.max_steps:
             self.total_updates = min(self.total_updates, r.max_steps)

@@ -73,7 +73,7 @@ def finished(tmp_path):
         keys = ("update", "epoch", "x", "loss", "lr", "images_per_s", "data_wait", "peak_memory_gib", "skipped_steps")
         tuned = [{key: row(i)[key] for key in keys} for i in range(1, 9)]
         make_run(at.fine_tuning, tuned, samples=False, config=CONFIG)
-        for folder, attacks in ((at.evaluation, ("clean", "pgd-20")), (at.autoattack, ("clean", "aa"))):
+        for folder, attacks in ((at.evaluation, ("clean", "pgd-20")), (at.autoattack, ("clean", "pgd-20", "aa"))):
             folder.mkdir()
             settings = {"eps": 8.0, "alpha": 1.0, "restarts": 1, "seed": 7}  # a person's, not the demo's
             entries = {name: {"settings": {"attack": name, **settings}} for name in attacks if name != "clean"}
@@ -95,11 +95,15 @@ def test_page(finished, monkeypatch, capsys):
         "<th>MIMIR</th><td>70.0 % (20.0 to 90.0, n = 8)</td><td>69.0 %",
         "seed 7",
         "AutoAttack",
-        "AutoAttack: 8 of them",
+        "AutoAttack: 8 of them, beside PGD-20 on the same ones",
+        "<th>PGD-20, those 8</th><th>AutoAttack</th>",
+        '<a href="mimir/pretraining/report.html">',
     ):
         assert words in text
     assert text.count("<figure>") == 1 + 3 + 2 * 2
-    assert (finished / "mimir" / "fine_tuning" / "report.html").exists()
+    links = re.findall('href="([^"]*)"', text)
+    assert len(links) == 5
+    assert all((finished / link).exists() for link in links)
 
 
 def test_another_seed_is_refused(finished, monkeypatch, capsys):

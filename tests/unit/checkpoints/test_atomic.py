@@ -249,3 +249,26 @@ def _writes(call: ast.Call) -> bool:
         return isinstance(call.func, ast.Attribute) and len(call.args) == 1 and not call.keywords
     to_file = call.args and isinstance(call.args[0], ast.Name) and call.args[0].id == "file"
     return name in ("write_text", "write_bytes", "savefig", "savez", "savez_compressed") and not to_file
+
+
+def test_a_file_system_without_fsync_is_written_to_all_the_same(tmp_path, monkeypatch):
+    """Planted: EINVAL of a file's fsync goes through (FUSE); EIO, a disk that fails, still does."""
+
+    def refuse(number):
+        def fsync(descriptor):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "fsync", fsync)
+
+    refuse(errno.EINVAL)
+    write_atomically(tmp_path / "a.txt", lambda file: file.write(b"whole"))
+    append_text(tmp_path / "a.txt", "\nmore")
+    assert (tmp_path / "a.txt").read_text() == "whole\nmore"
+    refuse(errno.EIO)
+    for write in (
+        lambda: write_atomically(tmp_path / "a.txt", lambda file: None),
+        lambda: append_text(tmp_path / "a.txt", "x"),
+    ):
+        with pytest.raises(OSError, match="Input/output error"):
+            write()
+    assert (tmp_path / "a.txt").read_text() == "whole\nmore"

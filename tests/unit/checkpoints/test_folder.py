@@ -114,7 +114,7 @@ def test_checkpoints_past_the_start_are_moved_aside_and_no_earlier_ones_overwrit
     assert [path.name for path in find_checkpoints(tmp_path)] == ["resume-3-10.pth", "checkpoint-0.pth"]
     for folder in ("superseded", "superseded.2"):
         (tmp_path / "best.pth").write_bytes(b"x")
-        assert folder in set_best_aside(tmp_path)[0]
+        assert folder in set_best_aside(tmp_path, None)[0]
 
 
 def test_what_is_left_after_a_failed_save_is_said_as_it_is(tmp_path, monkeypatch):
@@ -139,3 +139,15 @@ def test_a_text_file_as_the_newest_checkpoint_is_named_and_passed_over(tmp_path)
     lines = []
     assert read_newest(tmp_path, lines.append).epoch == 0
     assert "resume-9-9.pth" in lines[0]
+
+
+def test_a_best_epoch_past_the_start_of_a_run_is_not_its_best(tmp_path):
+    """Planted: best.pth of epoch 7 stays where a run resumes at epoch 4, whose best epoch is 3."""
+    save_checkpoint(tmp_path / "best.pth", {"model": {"w": torch.zeros(1)}, "mimir_fast": {"best": [40.0, 50.0, 7.0]}})
+    assert set_best_aside(tmp_path, [40.0, 50.0, 7.0]) == []
+    (line,) = set_best_aside(tmp_path, [30.0, 40.0, 3.0])
+    assert "has no file until a better one comes" in line
+    assert names(tmp_path) == ["superseded"]
+    (tmp_path / "best.pth").write_text("damaged")
+    assert set_best_aside(tmp_path, [30.0, 40.0, 3.0])
+    assert (tmp_path / "superseded.2" / "best.pth").exists()

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from mimir_fast.cli.report import main
-from mimir_fast.report.figures import grid_images, smooth, thin
-from mimir_fast.report.run_page import read_lines, write_report
+from mimir_fast.report.figures import draw_reconstructions, grid_images, smooth, thin
+from mimir_fast.report.run_page import read_lines, reconstructions, write_report
 
 
 def row(update: int, **values) -> dict:
@@ -169,3 +169,18 @@ def test_figures_are_drawn_whatever_backend_the_environment_names(backend):
         [sys.executable, "-c", code], env={**os.environ, "MPLBACKEND": backend}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_samples_without_an_attack_say_so_and_have_no_grey_panels(tmp_path):
+    """Planted: the caption names the attack's radius, whose panels are all grey."""
+    images = np.random.default_rng(0).random((2, 3, 8, 8), dtype=np.float32)
+    samples = {"clean": images, "adv": images, "recon": images, "mask": np.eye(2, 4), "patch_size": np.array(4)}
+    samples |= {"update": np.array(3), "eps_255": np.array(8.0)}
+    titles = [ax.get_title() for ax in draw_reconstructions(samples).axes]
+    assert [title for title in titles if title] == ["clean", "visible patches", "reconstruction"]
+    assert len(titles) == 6
+    words = reconstructions(tmp_path, samples)
+    assert "Update 3. No attack; grey patches" in words
+    assert "255" not in re.sub('src="[^"]*"', "", words)
+    words = reconstructions(tmp_path, samples | {"adv": images + 0.01})
+    assert "each pixel by 8/255" in words

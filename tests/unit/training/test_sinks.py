@@ -102,13 +102,28 @@ def test_points_that_come_again_are_dropped_and_no_others(tmp_path):
     first.close()
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes() + b"cut by a kill")
-    drop_points(tmp_path, ("perf/acc",), 1)
+    drop_points(tmp_path, ("perf/acc",), 1, print)
     second = Events(str(tmp_path), print, 1500)
     second.add([("loss", 7.0, 1500), ("perf/acc", 8.0, 1), ("perf/acc", 9.0, 2)])
     second.close()
     found = points(tmp_path)
     assert found["perf/acc"] == [(0, 0.0), (1, 8.0), (2, 9.0)]
     assert found["loss"] == [(0, 0.0), (500, 0.5), (1000, 1.0), (1500, 7.0)]
+
+
+def test_a_log_dir_that_cannot_be_changed_does_not_end_a_resume(tmp_path, monkeypatch):
+    """Planted: the OSError goes through."""
+    events = Events(str(tmp_path), print)
+    events.add([("perf/acc", 1.0, 0)])
+    events.close()
+
+    def refuse(path, write, flag):
+        raise OSError(f"{flag}: could not write {path}: Read-only file system")
+
+    monkeypatch.setattr("mimir_fast.training.events.write_atomically", refuse)
+    said = []
+    drop_points(tmp_path, ("perf/acc",), 0, said.append)
+    assert "log_dir: could not write" in said[0]
 
 
 class Closed(io.TextIOWrapper):
