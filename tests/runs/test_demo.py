@@ -30,7 +30,7 @@ def test_command_lines_are_valid_and_alike(tmp_path):
         others = {k: v for k, v in tuned.items() if k not in ("finetune", "output_dir", "log_dir")}
         first = next(c for c in flat[ARMS[0]] if "attack_train" in c)
         assert others == {k: first[k] for k in others}
-        assert [c["attacks"] for c in configs if "attacks" in c] == ["clean,pgd-20", "aa"]
+        assert [c["attacks"] for c in configs if "attacks" in c] == ["clean,pgd-20", "pgd-20,aa"]
     mae, mimir = (flat[arm][0] for arm in ARMS[1:])
     assert {key for key in mae if mae[key] != mimir[key]} == {"attack", "output_dir", "log_dir"}
 
