@@ -37,6 +37,8 @@ CASES = {
     # two tiles of rows
     "gelu_linear_grad": 2 * (n * E + 7 * E + 2 * n * 7 + 7) + 2 * 4 * 2 * 7,
     "nhsic": 4 * m * (d + 2 * d) * 3 + 2 * 5 * 2 * 4 * m * m,
+    # the buffer once, of each image offset, size, box and flip
+    **dict.fromkeys(("crop_resize", "crop_resize_yuv420"), 500 + B * (8 + 2 * 8 + 4 * 4 + 1) + 4 * B * 3 * 5 * 5),
     "nhsic_grad": 4 * m * d * 2 + 3 * 4 * m * m + 5 * 2 * 4 * m * m,
 }
 
@@ -48,7 +50,9 @@ def arguments() -> dict[str, tuple]:
     keep, visible, bounds, square, seed = t(B, K, dtype=I64), t(B, K, P), t(4, 3), t(m, m), t((), dtype=I64)
     rows, branch, row, row16 = t(n, E), t(n, E).to(BF16), t(E), t(E).to(BF16)
     weight16, hidden16, loss = t(7, E).to(BF16), t(7).to(BF16), (pred, images, removed, 4, True)
+    windows = t(500, dtype=torch.uint8), t(B, dtype=I64), t(B, 2, dtype=I64), t(B, 4), t(B, dtype=torch.bool)
     return {
+        **dict.fromkeys(("crop_resize", "crop_resize_yuv420"), (*windows, 5, True)),
         "mask_indices": (t(B, L),),
         "patch_gather": (images, keep, 4, 0.5, BF16),
         "patch_gather_grad": (visible, keep, [B, 3, 8, 8], 4, torch.float32),
