@@ -43,7 +43,7 @@ def taps(start: Tensor, length: Tensor, extent: int, size: int) -> tuple[Tensor,
     extent          how many pixels there are; those that the box does not touch have weight 0
     """
     first = start.floor().clamp(0, extent - 1)
-    last = (start + length).ceil().clamp(first + 1, extent)
+    last = (start + length).ceil().clamp(max=extent).maximum(first + 1)
     scale = length / size
     # Reducing, the filter is as much wider as the results are farther apart: it then averages what it leaves out.
     stretch = scale.clamp(min=1)
