@@ -21,6 +21,7 @@ from mimir_fast.training.finetune_step import ClassifierAttack, attack_images
 from mimir_fast.training.optimizer import parameter_groups
 from tests.support.family_golden import CLASSES, classifier, images, recorded, recorded_autoencoder
 from tests.support.golden import GOLDEN
+from tests.support.interpreter import interpret
 
 FAMILIES = ["convit", "cait"]
 RATIO = {"convit": "r44", "cait": "r50"}
@@ -169,6 +170,23 @@ def test_input_gradient_of_the_attack(family, compat, suffix):
     ids_shuffle, _, keep = model.random_masking(drawn["step0_mask_noise"], 0.75)
     _, grad = gradient(lambda leaf: image_reconstruction(model, leaf, ids_shuffle, keep), start, 1.0)
     assert largest(grad - final["step0_grad64"]) < 1e-6 * largest(grad)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kernels_compute_the_same(family):
+    """Triton's, interpreted: predictions and the attack's pixels."""
+    form = "_corrected" if family in CORRECTED else ""
+    drawn, record = recorded(f"{family}_attack_unit_1step")
+    tensors, _ = recorded(f"{family}_forward_normpix_r75")
+    clean, bounds = images(family)[0], (record["eps_255"] / 255, record["alpha_255"] / 255)
+    model = recorded_autoencoder(family, None, dtype=torch.float32, kernels="triton", attention="short").eval()
+    with interpret():
+        pred = model(clean, 0.75, noise=tensors["mask_noise"])[1]
+        masks = [drawn["step0_mask_noise"]]
+        adv = pgd_mae(model, clean, *bounds, 1, start_noise=drawn["start_noise"], mask_noise=masks)
+    assert largest(pred - tensors[f"pred64{form}"]) < 1e-5
+    assert (adv - recorded(f"{family}_attack_unit_1step{form}")[0]["adv"]).abs().gt(1e-6).sum() <= 4
 
 
 # ---- classifiers

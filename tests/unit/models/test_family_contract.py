@@ -8,6 +8,7 @@ from mimir_fast.config.resolve import resolve
 from mimir_fast.models import create_classifier, create_model, families
 from mimir_fast.models.family import kind_of, of_head
 from mimir_fast.training.options import model_options
+from mimir_fast.training.precision import ComputeCopy
 from tests.support.toy_family import TOY
 
 ALL = (*families.FAMILIES, TOY)
@@ -65,3 +66,22 @@ def test_classifier(family):
     found = family.read(model.state_dict())
     assert family.named(found) == family.names(False)[0]
     assert found["num_classes"] == 5
+
+
+def test_16_bits(family):
+    """Linear layers compute with 16-bit copies; every trained parameter gets a gradient."""
+    torch.manual_seed(0)
+    model, images = (
+        create_model(family.names(True)[0], img_size=16, patch_size=4, norm_pix_loss=True),
+        torch.rand(4, 3, 16, 16),
+    )
+    noise = torch.rand(model.noise_shape(4))
+    exact = model(images, 0.7, noise=noise)[0].item()
+    copy = ComputeCopy(model, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = copy.module(images, 0.7, noise=noise)[0]
+    loss.backward()
+    copy.take_gradients()
+    assert loss.item() == pytest.approx(exact, rel=0.02)
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert not [name for name, grad in grads.items() if grad is None or not grad.isfinite().all()]

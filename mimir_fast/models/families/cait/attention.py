@@ -40,8 +40,9 @@ class TalkingHeads(nn.Module):
 
 def talk(linear: nn.Linear, x_BNRT: Tensor) -> Tensor:
     """A linear layer over the heads."""
-    mixed = linear.weight @ x_BNRT.flatten(2)
-    return (mixed + linear.bias[:, None]).unflatten(2, x_BNRT.shape[2:])
+    # As a batched product: a plain one would copy x to have the heads last.
+    weight = linear.weight.expand(len(x_BNRT), -1, -1)
+    return torch.baddbmm(linear.bias[:, None], weight, x_BNRT.flatten(2)).unflatten(2, x_BNRT.shape[2:])
 
 
 class TalkingHeadsBlock(nn.Module):
