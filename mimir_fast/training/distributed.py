@@ -162,9 +162,9 @@ class GradientBuffer:
     @torch.no_grad()
     def gather(self) -> None:
         """Move the parameters' gradients into the buffer.  Work on the device alone."""
-        own = [(p, part) for p, part in zip(self.parameters, self.parts) if p.grad is not None]
-        torch._foreach_copy_([part for _, part in own], [p.grad for p, _ in own])
-        for p, part in own:
+        own = [(p, p.grad, part) for p, part in zip(self.parameters, self.parts) if p.grad is not None]
+        torch._foreach_copy_([part for *_, part in own], [gradient for _, gradient, _ in own])
+        for p, _, part in own:
             p.grad = part
 
     def average(self) -> None:

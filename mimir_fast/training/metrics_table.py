@@ -78,7 +78,7 @@ class RowQueue:
     def add(self, host: dict, amounts: dict[str, float]) -> None:
         """Count a row that the device writes; amounts: are added up over the rows that are taken together."""
         self._hosts.append(host)
-        self._totals.update(amounts)  # type: ignore[arg-type]
+        self._totals.update(amounts)
         if len(self._hosts) == self.table.capacity:
             self.ask()
 
