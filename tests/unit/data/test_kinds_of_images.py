@@ -180,10 +180,10 @@ def count(root) -> int:
 
 def test_a_link_that_leads_back_is_followed_once(tmp_path):
     write_classes(tmp_path / "train", 4, classes=("a", "b"))
-    os.symlink(".", tmp_path / "train" / "a" / "self")
-    os.symlink("..", tmp_path / "train" / "a" / "up")
-    os.symlink(tmp_path, tmp_path / "train" / "all")
-    assert count(tmp_path) == 8
+    # One after the other: two links that are followed for ever are too many paths to count.
+    for target, place in ((".", "a/self"), ("..", "a/up"), (tmp_path, "all")):
+        os.symlink(target, tmp_path / "train" / place)
+        assert count(tmp_path) == 8
     assert class_folders(tmp_path / "train") == ["a", "b"]
 
 
