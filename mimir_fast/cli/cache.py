@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     def stop(number, frame):
         raise TerminatedError
 
+    # An exception, so that processes end and half-written files are removed.
     before = signal.signal(signal.SIGTERM, stop)
     try:
         return guarded(COMMAND.prog, lambda: run(words), f"stopped; {KEPT}")
@@ -108,6 +109,7 @@ class Progress:
 
     def show(self, done: int, total: int) -> None:
         """After an image or more."""
+        # What was there before counts as done, but not towards the rate.
         if self.before == 0:
             self.started, self.before = time.perf_counter(), done
             return

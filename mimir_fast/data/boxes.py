@@ -22,6 +22,7 @@ HALF = np.uint64(32)
 
 def philox(key: int, *counter: np.ndarray) -> tuple[np.ndarray, ...]:
     """Four 32-bit words (in uint64) for each counter; counter: its four words in uint64, key: 64 bits."""
+    # In 64 bits, so that a product holds its high word.
     c0, c1, c2, c3 = counter
     k0, k1 = key & int(LOW), key >> 32 & int(LOW)
     for _ in range(ROUNDS):

@@ -12,18 +12,8 @@ import numpy as np
 from mimir_fast.checkpoints.atomic import move, remove_temporaries, write_text_atomically
 from mimir_fast.checkpoints.lock import locked
 from mimir_fast.data.cache.encoding import CHUNK, FORK, PARTIAL, Chunk, Encoded, Encoder, Turns
-from mimir_fast.data.cache.format import (
-    Index,
-    Manifest,
-    Options,
-    is_cache,
-    joined,
-    read_manifest,
-    shard_name,
-    stand_ins,
-    write_index,
-    write_manifest,
-)
+from mimir_fast.data.cache.format import Manifest, Options, is_cache, read_manifest, shard_name, write_manifest
+from mimir_fast.data.cache.index import Index, joined, stand_ins, write_index
 from mimir_fast.data.cache.originals import Originals
 from mimir_fast.data.cache.pixels import stored_bytes
 from mimir_fast.data.cache.plan import PLAN, begin, check_plan, check_space, make_plan
@@ -167,35 +157,30 @@ def _received(processes: dict) -> Iterator[tuple[int, list[Encoded]]]:
 def _finish(originals: Originals, folder: Path, plan: dict, shards: list[list[Encoded]]) -> None:
     """Write the index and the manifest."""
     options, images = Options(**plan["options"]), [image for shard in shards for image in shard]
-    stored, original = (np.array([getattr(i, f) for i in images], np.int32) for f in ("stored", "original"))
-    crc = np.array([image.crc for image in images], np.uint32)
-    counts = stored_bytes(options.pixels, *stored.astype(np.int64).T)
-    shard_of = np.arange(len(images)) // options.shard_images
-    offset = np.cumsum(counts) - counts
-    # From the beginning of each image's shard.
-    offset -= offset[shard_of * options.shard_images]
-    whole = np.array([not image.reason for image in images])
-    # As in training from the originals.
-    stands = stand_ins(whole)
-    names = PathTable("", [originals.name(index) for index in range(len(images))])
-    index = Index(
-        shard_of[stands].astype(np.int32),
-        offset[stands],
-        stored[stands],
-        original[stands],
-        originals.labels[stands],
-        crc[stands],
-        names.ends,
-        names.text,
-    )
-    files = {}
+    index, files = _index(originals, options, images), {}
     for shard in range(len(shards)):
-        own = whole & (shard_of == shard)
-        files[shard_name(shard)] = [int(counts[shard_of == shard].sum()), joined(crc[own])]
+        rows = index.lying_in(shard)
+        files[shard_name(shard)] = [int(index.bytes(options.pixels, rows).sum()), joined(index.crc[rows])]
     left_out = [[n, originals.name(n), image.reason] for n, image in enumerate(images) if image.reason]
     described = (plan["source_fingerprint"], len(images), plan["classes"], plan["versions"])
     entries = files | write_index(folder, index)
     write_manifest(folder, Manifest(options, originals.where, *described, entries, left_out))
+
+
+def _index(originals: Originals, options: Options, images: list[Encoded]) -> Index:
+    """Where the images lie, which are in the shards one after the other."""
+    stored, original = (np.array([getattr(i, f) for i in images], np.int32) for f in ("stored", "original"))
+    crc = np.array([image.crc for image in images], np.uint32)
+    counts = stored_bytes(options.pixels, *stored.astype(np.int64).T)
+    shard = np.arange(len(images)) // options.shard_images
+    offset = np.cumsum(counts) - counts
+    # From the beginning of each image's shard.
+    offset -= offset[shard * options.shard_images]
+    # As in training from the originals: one that is unreadable there is not seen, and the one after it twice as often.
+    shown = stand_ins(np.array([not image.reason for image in images]))
+    names = PathTable("", [originals.name(index) for index in range(len(images))])
+    where = (shard[shown].astype(np.int32), offset[shown], stored[shown], original[shown])
+    return Index(*where, originals.labels[shown], crc[shown], names.ends, names.text)
 
 
 def _remove_records(folder: Path) -> None:

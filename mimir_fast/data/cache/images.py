@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mimir_fast.data.cache.format import check_image, stand_ins
+from mimir_fast.data.cache.index import check_image, stand_ins
 from mimir_fast.data.cache.pixels import to_image
 from mimir_fast.data.cache.shards import Cache
 from mimir_fast.data.errors import BadFiles
@@ -63,6 +63,7 @@ class CachedImages:
         if len(bad) > self.bad.limit:
             raise TooManyBadError(bad)
         images = []
+        # Converted one by one: images of a batch may differ in size, and together take much memory.
         for row in self.shown[indices].tolist():
             image = self._image(row)
             images.append(np.asarray(image) if convert is None else convert(image))

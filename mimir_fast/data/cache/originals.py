@@ -176,6 +176,7 @@ def _tar_members(path: Path, number: int) -> tuple[list[Member], list[int]]:
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
+                # As WebDataset does: the key ends at the first dot of the name.
                 key, _, ending = PurePosixPath(member.name).name.partition(".")
                 key = str(PurePosixPath(member.name).parent / key)
                 if member.isfile() and ending.lower() in TAR_IMAGES:

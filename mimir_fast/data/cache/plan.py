@@ -74,6 +74,7 @@ def check_plan(folder: Path, found: dict, plan: dict, originals: Originals) -> N
             raise DataError(
                 f"src: {originals.where} has {what} than {folder} was made of; choose another DST, or remove it"
             )
+    # Another decoder or filter gives other pixels, in a part of the shards.
     if found["versions"] != plan["versions"]:
         raise DataError(
             f"dst: {folder} was begun with {found['versions']}, this is {plan['versions']}: images would differ; "

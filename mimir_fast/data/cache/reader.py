@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from mimir_fast.data.batch_order import BatchKey
-from mimir_fast.data.cache.format import check_image
 from mimir_fast.data.cache.images import CachedImages
+from mimir_fast.data.cache.index import check_image
 from mimir_fast.data.cache.windows import Windows, table_bytes, table_slices, windows
 from mimir_fast.data.errors import NoBatchError
 

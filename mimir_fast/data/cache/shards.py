@@ -6,15 +6,8 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from mimir_fast.data.cache.format import (
-    AGAIN,
-    Index,
-    Manifest,
-    check_shards,
-    read_index,
-    read_manifest,
-    shard_name,
-)
+from mimir_fast.data.cache.format import AGAIN, Manifest, check_shards, read_manifest, shard_name
+from mimir_fast.data.cache.index import Index, read_index
 from mimir_fast.data.errors import DataError
 
 # Errors of a disk or a network file system that opening the file again may cure.

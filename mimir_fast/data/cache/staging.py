@@ -8,17 +8,8 @@ from pathlib import Path
 
 from mimir_fast.checkpoints.atomic import in_place_when_done, remove_temporaries
 from mimir_fast.checkpoints.lock import FolderInUseError, locked
-from mimir_fast.data.cache.format import (
-    MANIFEST,
-    Index,
-    Manifest,
-    check_image,
-    check_shards,
-    find_cache,
-    is_cache,
-    read_index,
-    read_manifest,
-)
+from mimir_fast.data.cache.format import MANIFEST, Manifest, check_shards, find_cache, is_cache, read_manifest
+from mimir_fast.data.cache.index import Index, check_image, read_index
 from mimir_fast.data.errors import DataError, log
 
 # Bytes of a read or write.
@@ -37,6 +28,7 @@ def staged(data_root: str | Path, stage: Path, split: str) -> Path:
         raise DataError(f"stage: {data_root} is no cache, which --stage copies; make one with mimir-fast cache")
     target, manifest = stage / split, read_manifest(source)
     with _waited_for(target):
+        # Whole, since the manifest is copied last.
         if is_cache(target):
             if read_manifest(target).fingerprint != manifest.fingerprint:
                 raise DataError(

@@ -4,17 +4,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from mimir_fast.data.cache.format import (
-    AGAIN,
-    Index,
-    Manifest,
-    check_image,
-    check_shards,
-    joined,
-    read_index,
-    read_manifest,
-    shard_name,
-)
+from mimir_fast.data.cache.format import AGAIN, Manifest, check_shards, read_manifest, shard_name
+from mimir_fast.data.cache.index import Index, check_image, joined, read_index
 from mimir_fast.data.errors import DataError
 
 # Bytes of a read.
@@ -48,6 +39,7 @@ def check_shard(folder: Path, manifest: Manifest, index: Index, shard: int) -> i
     images, sizes = index.lying_in(shard), index.bytes(manifest.options.pixels)
     if joined(index.crc[images]) != manifest.files[path.name][1]:
         raise DataError(f"{path}: its checksum in the manifest is not that of the index; {AGAIN}")
+    # In large reads from end to end, which disks and networks are fastest at.
     with path.open("rb", buffering=BLOCK) as file:
         for image in images.tolist():
             check_image(path, image, index, file.read(int(sizes[image])))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from mimir_fast.data.boxes import boxes, draw
-from mimir_fast.data.cache.format import Index
+from mimir_fast.data.cache.index import Index
 from mimir_fast.data.cache.pixels import row_bytes, rows_in, stored_bytes
 
 # Of a batch's table and of its first row in the buffer: what any dtype and a GPU's reads are aligned to.

@@ -23,7 +23,8 @@ from mimir_fast.checkpoints.lock import locked
 from mimir_fast.cli.cache import main
 from mimir_fast.data import DataError
 from mimir_fast.data.cache import build, encoding, plan
-from mimir_fast.data.cache.format import Options, read_index, read_manifest, shard_name, write_manifest
+from mimir_fast.data.cache.format import Options, read_manifest, shard_name, write_manifest
+from mimir_fast.data.cache.index import read_index
 from mimir_fast.data.cache.originals import open_originals
 from mimir_fast.data.cache.pixels import reduced, to_image, to_pixels
 from mimir_fast.data.cache.plan import estimated_bytes

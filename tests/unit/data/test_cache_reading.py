@@ -16,7 +16,8 @@ from mimir_fast.data import Augment, DataError, build_pretrain_data, build_train
 from mimir_fast.data.batch_order import ShuffleSchedule
 from mimir_fast.data.boxes import boxes, draw
 from mimir_fast.data.cache import reader, shards, staging
-from mimir_fast.data.cache.format import Options, read_index, read_manifest, shard_name
+from mimir_fast.data.cache.format import Options, read_manifest, shard_name
+from mimir_fast.data.cache.index import read_index
 from mimir_fast.data.cache.shards import open_cache
 from mimir_fast.data.cache.staging import staged
 from mimir_fast.data.cache.windows import windows
