@@ -168,9 +168,9 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int* lowest, int* highest) {
 }
 
 cudaError_t cudaDeviceSynchronize() {
-    simulated::illegal("cudaDeviceSynchronize");
+    int error = simulated::illegal("cudaDeviceSynchronize");
     simulated::log("SYNC|device");
-    return cudaSuccess;
+    return static_cast<cudaError_t>(error);
 }
 
 cudaError_t cudaDeviceCanAccessPeer(int* can, int, int) {

@@ -103,7 +103,7 @@ cudaError_t cudaMemGetInfo(size_t* unused, size_t* total) {
 }
 
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
-    simulated::unsafe("cudaMemcpy");
+    if (int error = simulated::unsafe("cudaMemcpy")) return static_cast<cudaError_t>(error);
     simulated::log("SYNC|cudaMemcpy");
     return copy(to, from, bytes, kind);
 }

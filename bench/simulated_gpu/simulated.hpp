@@ -34,8 +34,9 @@ void* new_handle();
 
 // ---- capture of CUDA graphs
 void captured(void* stream, const char* what);  // work is enqueued: a node, if the stream is being captured
-void illegal(const char* what);                 // not allowed while anything is being captured
-void unsafe(const char* what);                  // the same, as far as the modes of the thread and the capture forbid it
+// Both give CUDA's error, 0 where there is none; an illegal call invalidates the capture.
+int illegal(const char* what);                  // not allowed while anything is being captured
+int unsafe(const char* what);                   // the same, as far as the modes of the thread and the capture forbid it
 
 // ---- cuBLAS and cuSOLVER: the stream that a handle works on
 void bind_stream(void* library, void* stream);

@@ -34,6 +34,7 @@ void* origin = nullptr;
 long last_node = 0, nodes = 0;
 int asked_mode = cudaStreamCaptureModeGlobal;  // of the capture that is going on
 std::thread::id capturing_thread;
+bool invalid = false;  // whether the capture that is going on broke a rule
 thread_local int mode = cudaStreamCaptureModeGlobal;
 
 int capture_of(void* stream) {
@@ -88,15 +89,19 @@ void captured(void* stream, const char* what) {
     nodes++;
 }
 
-void illegal(const char* what) {
-    if (current) log("GRAPH|illegal|%s", what);
+int illegal(const char* what) {
+    if (!current) return cudaSuccess;
+    log("GRAPH|illegal|%s", what);
+    invalid = true;
+    return cudaErrorStreamCaptureUnsupported;
 }
 
-void unsafe(const char* what) {
-    if (!current || mode == cudaStreamCaptureModeRelaxed || asked_mode == cudaStreamCaptureModeRelaxed) return;
+int unsafe(const char* what) {
+    if (!current || mode == cudaStreamCaptureModeRelaxed || asked_mode == cudaStreamCaptureModeRelaxed) return cudaSuccess;
     std::lock_guard<std::recursive_mutex> guard(capture_lock);
     bool own = capturing_thread == std::this_thread::get_id();
-    if (own || (mode == cudaStreamCaptureModeGlobal && asked_mode == cudaStreamCaptureModeGlobal)) illegal(what);
+    bool forbidden = own || (mode == cudaStreamCaptureModeGlobal && asked_mode == cudaStreamCaptureModeGlobal);
+    return forbidden ? illegal(what) : cudaSuccess;
 }
 
 void bind_stream(void* library, void* stream) { bound[library] = stream; }
@@ -114,13 +119,10 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) { return c
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int) { return cudaStreamCreate(stream); }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-    if (capture_of(stream)) {
-        simulated::illegal("cudaStreamSynchronize of a capturing stream");
-    } else {
-        simulated::unsafe("cudaStreamSynchronize");
-    }
+    int error = capture_of(stream) ? simulated::illegal("cudaStreamSynchronize of a capturing stream")
+                                   : simulated::unsafe("cudaStreamSynchronize");
     simulated::log("SYNC|stream");
-    return cudaSuccess;
+    return static_cast<cudaError_t>(error);
 }
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
@@ -170,9 +172,9 @@ cudaError_t cudaStreamQuery(cudaStream_t stream) {
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t) {
-    simulated::unsafe("cudaEventSynchronize");
+    int error = simulated::unsafe("cudaEventSynchronize");
     simulated::log("SYNC|event");
-    return cudaSuccess;
+    return static_cast<cudaError_t>(error);
 }
 
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t, cudaEvent_t) {
@@ -193,6 +195,7 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode as
     records.clear();
     current = ++count;
     asked_mode = asked;
+    invalid = false;
     capturing_thread = std::this_thread::get_id();
     parts[stream] = Part{current, 0, 0};
     origin = stream;
@@ -209,6 +212,10 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
     }
     current = 0;
     simulated::log("GRAPH|end|nodes=%ld", nodes);
+    if (invalid) {
+        *graph = nullptr;
+        return cudaErrorStreamCaptureInvalidated;
+    }
     return create(reinterpret_cast<void**>(graph));
 }
 

@@ -8,6 +8,7 @@ data set.
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +94,7 @@ def fgsm(model: nn.Module, images: Tensor, labels: Tensor, eps: float) -> Tensor
 
     Source: Goodfellow et al., Explaining and Harnessing Adversarial Examples, 2015.
     """
-    return pgd(cross_entropy(model, labels), images, attack_bounds(eps, eps, images.device, images.shape[1]), steps=1)
+    return pgd(cross_entropy(model, labels), images, _bounds(eps, eps, images.device, images.shape[1]), steps=1)
 
 
 def gradient_attack(loss: Loss, images: Tensor, indices: Tensor, attack: Attack, seed: int, restart: int) -> Tensor:
@@ -101,7 +102,7 @@ def gradient_attack(loss: Loss, images: Tensor, indices: Tensor, attack: Attack,
 
     indices   int64 [B], the images' indices in the data set
     """
-    bounds = attack_bounds(attack.eps, attack.alpha, images.device, images.shape[1])
+    bounds = _bounds(attack.eps, attack.alpha, images.device, images.shape[1])
     noise = start_noise(indices.to(images.device), images.shape[1:], seed, restart) * (attack.eps / 255)
     return pgd(loss, images, bounds, attack.steps, noise)
 
@@ -113,8 +114,8 @@ def cross_entropy(model: nn.Module, labels: Tensor) -> Loss:
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
     """Margin [B]: the largest logit of a wrong class minus that of the right one; positive where misclassified."""
-    right = F.one_hot(labels, logits.shape[1]).bool()
-    return logits.masked_fill(right, -torch.inf).amax(dim=1) - logits[right]
+    wrong = logits.scatter(1, labels[:, None], -torch.inf).amax(dim=1)
+    return wrong - logits.gather(1, labels[:, None])[:, 0]
 
 
 def margin_loss(model: nn.Module, labels: Tensor) -> Loss:
@@ -135,7 +136,19 @@ def start_noise(indices: Tensor, shape: torch.Size, seed: int, restart: int = 0)
     count = shape.numel()
     blocks = (count + 3) // 4
     # The attack is not part of the key: all attacks start from the same noise, so that they can be compared image by image.
-    key = torch.tensor((seed % 2**32) | (restart % 2**31) << 32, device=indices.device)
+    key = _key(seed, restart, indices.device)
     block = indices[:, None] * blocks + torch.arange(blocks, device=indices.device)
     words = torch.stack(philox(key, block.flatten()), dim=1).view(len(indices), -1)[:, :count]
     return ((words >> 1).float() * UNIT * 2 - 1).view(len(indices), *shape)
+
+
+# Cached: each copy from the host makes it wait for a GPU, and a CUDA graph may not hold one.
+@lru_cache(maxsize=64)
+def _bounds(eps: float, alpha: float, device: torch.device, channels: int) -> Tensor:
+    return attack_bounds(eps, alpha, device, channels)
+
+
+@lru_cache(maxsize=64)
+def _key(seed: int, restart: int, device: torch.device) -> Tensor:
+    """The key of the noise, a scalar int64."""
+    return torch.tensor((seed % 2**32) | (restart % 2**31) << 32, device=device)

@@ -1,7 +1,8 @@
 """Running an attack on all images, batch by batch, each saved.  Shapes: B batch, C channels, H W sides, O classes."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -19,6 +20,8 @@ from mimir_fast.evaluate.images import Chosen
 from mimir_fast.evaluate.progress import AttackProgress
 from mimir_fast.evaluate.records import Record
 from mimir_fast.models.features import FeatureClassifier, FeatureModel
+from mimir_fast.training.captured_calls import CapturedCalls
+from mimir_fast.training.step_graph import CudaRecorder, Recorder
 
 # For the rounding of x + eps in fp32.
 SLACK = 1e-6
@@ -48,11 +51,16 @@ Perturb = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Round(NamedTuple):
-    """One pass of an attack over the images; passes: its cost per image, in forward passes."""
+    """One pass of an attack over the images.
+
+    passes       its cost per image, in forward passes
+    launchable   whether it is work on the device alone, of one shape for batches of one size: a CUDA graph can hold it
+    """
 
     name: str
     passes: float
     run: Perturb
+    launchable: bool = False
 
 
 def rounds_of(attack: Attack, subject: Subject, sizes: Sizes, seed: int) -> list[Round]:
@@ -61,7 +69,7 @@ def rounds_of(attack: Attack, subject: Subject, sizes: Sizes, seed: int) -> list
     if attack.kind == "clean":
         return [Round("clean", 1, lambda images, labels, indices: images)]
     if attack.kind == "fgsm":
-        return [Round("fgsm", 3, lambda images, labels, indices: fgsm(model, images, labels, attack.eps))]
+        return [Round("fgsm", 3, lambda images, labels, indices: fgsm(model, images, labels, attack.eps), True)]
     if attack.kind == "aa":
         ensemble = AutoAttack(model, subject.num_classes, attack.eps, seed, subject.device, sizes.batch)
         return [Round(name, PASSES[name], partial(ensemble.run, name)) for name in SUB_ATTACKS]
@@ -73,7 +81,7 @@ def rounds_of(attack: Attack, subject: Subject, sizes: Sizes, seed: int) -> list
         )
 
     # Two passes a step, forward and backward, and the forward pass that rates the result.
-    return [Round(f"restart {i + 1}", 2 * attack.steps + 1, start(i)) for i in range(attack.restarts)]
+    return [Round(f"restart {i + 1}", 2 * attack.steps + 1, start(i), True) for i in range(attack.restarts)]
 
 
 def _loss_of(attack: Attack, model: nn.Module) -> Callable[[Tensor, Tensor], Loss]:
@@ -108,20 +116,37 @@ def run_attack(
     # Then all images, in every round: batches must not depend on what earlier rounds broke.
     everything = attack.batch_dependent
     progress = AttackProgress(attack.name, [r.passes for r in rounds], everything, say)
+    recorder = recorder_for(subject.device)
     try:
         for index, round in enumerate(rounds, 1):
-            for rows, images, labels in chosen.batches(record.left(index, everything), size):
-                started = time.perf_counter()
-                indices = torch.from_numpy(record.indices[rows])
-                seen = outcome(round, attack.eps, subject, sizes.batch, images, labels, indices)
-                record.note(rows, index, labels.numpy(), *seen)
-                record.seconds += time.perf_counter() - started
-                record.save()
-                progress.update(record, index, round.name, len(rows))
+            with launched(round, recorder, say) as round:
+                for rows, images, labels in chosen.batches(record.left(index, everything), size):
+                    started = time.perf_counter()
+                    indices = torch.from_numpy(record.indices[rows])
+                    seen = outcome(round, attack.eps, subject, sizes.batch, images, labels, indices)
+                    record.note(rows, index, labels.numpy(), *seen)
+                    record.seconds += time.perf_counter() - started
+                    record.save()
+                    progress.update(record, index, round.name, len(rows))
     finally:
         progress.close()
     record.save()
     return [round.name for round in rounds]
+
+
+def recorder_for(device: torch.device) -> Recorder | None:
+    """What captures attacks on this device; None where nothing can."""
+    return CudaRecorder(device) if device.type == "cuda" else None
+
+
+@contextmanager
+def launched(round: Round, recorder: Recorder | None, say: Callable[[str], None]) -> Iterator[Round]:
+    """Context with the round as a CUDA graph for batches of the first one's size, where it can be one."""
+    if recorder is None or not round.launchable:
+        yield round
+        return
+    with recorder.context(), CapturedCalls(round.run, recorder, say) as captured:
+        yield round._replace(run=captured)
 
 
 def outcome(
@@ -129,6 +154,8 @@ def outcome(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The predicted classes [B] after a round, and their cross-entropy [B]."""
     images, labels = to_float(images_u8.to(subject.device)), labels.to(subject.device)
+    if round.launchable:
+        indices = indices.to(subject.device)
     adv = round.run(images, labels, indices)
     # Checked for every batch: an attack that leaves its ball would make a model look worse than it is.
     farthest = (adv - images).abs().max().item()

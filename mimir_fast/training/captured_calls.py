@@ -36,7 +36,7 @@ class CapturedCalls:
             if not self._graph.pieces:
                 self._graph.capture("call", partial(self.function, *static))
         except CaptureError as error:
-            self.say(f"step_graph: validation could not be captured ({error}) and runs uncaptured")
+            self.say(f"step_graph: an attack could not be captured ({error}) and runs uncaptured")
             self._graph.release()
             self._graph = None
             return self.function(*inputs)

@@ -48,7 +48,7 @@ from mimir_fast.training.finetune_step import (
 )
 from mimir_fast.training.layer_decay import build_optimizer
 from mimir_fast.training.optimizer import Updater
-from mimir_fast.training.options import check_cache, model_options, on_device, same_compat, stream_options
+from mimir_fast.training.options import check_resumed, model_options, on_device, stream_options
 from mimir_fast.training.task import Measured
 from mimir_fast.training.validator import Validator, best_so_far, criterion
 
@@ -177,9 +177,7 @@ class Finetuning:
         family.adapt(self.model, family.of_classifier(tensors))
 
     def resume(self, state: dict, own: dict, say: Callable[[str], None]) -> None:
-        same_compat(state, self.model, say)
-        if self.stream is not None:
-            check_cache(own, self.stream, say)
+        check_resumed(state, own, self.model, self.stream, say)
         if not state:
             start_from_pretrained(self.model, self.config, say, self.pretrained)
             self.pretrained = None
@@ -222,8 +220,8 @@ def build_data(run: Run[FinetuneConfig], world: World) -> BatchStream:
 
 def build_model(run: Run[FinetuneConfig], images: BatchStream | DatasetInfo, device: torch.device) -> Classifier:
     """The classifier on its device, freshly initialised; images in [0,1] are normalised inside of it, if at all."""
-    m = run.config.model
-    constants: dict[str, Any] = {"mean": images.mean, "std": images.std} if run.config.data.use_normalize else {}
+    m, d = run.config.model, run.config.data
+    constants: dict[str, Any] = {"mean": images.mean, "std": images.std} if d.use_normalize else {}
     heads: dict[str, Any] = {"num_classes": m.nb_classes, "global_pool": m.global_pool, "drop_path": m.drop_path}
     return on_device(create_classifier(m.model, **heads, **constants, **model_options(run)), device)
 

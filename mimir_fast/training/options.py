@@ -81,3 +81,16 @@ def on_device(model: Model, device: torch.device) -> Model:
     """The model on a device."""
     # Not moved if it is there: the parameters of the memory prediction are fake and cannot be moved.
     return model if next(model.parameters()).device == device else model.to(device)
+
+
+def check_resumed(
+    state: dict,
+    own: dict,
+    model: MaskedAutoencoder | Classifier,
+    stream: BatchStream | None,
+    say: Callable[[str], None],
+) -> None:
+    """`same_compat` and, for a task with images, `check_cache`."""
+    same_compat(state, model, say)
+    if stream is not None:
+        check_cache(own, stream, say)

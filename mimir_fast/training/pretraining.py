@@ -22,7 +22,7 @@ from mimir_fast.report.samples import SAMPLES, save_samples
 from mimir_fast.training.compilation import Compiler
 from mimir_fast.training.distributed import World
 from mimir_fast.training.optimizer import Updater, build_optimizer
-from mimir_fast.training.options import check_cache, model_options, on_device, same_compat, stream_options
+from mimir_fast.training.options import check_resumed, model_options, on_device, stream_options
 from mimir_fast.training.pretrain_step import MaeAttack, MaeNoise, draw_noise, pretrain_step
 from mimir_fast.training.task import Measured
 
@@ -135,9 +135,7 @@ class Pretraining:
         """All checkpoints of an autoencoder have the same parameters."""
 
     def resume(self, state: dict, own: dict, say: Callable[[str], None]) -> None:
-        same_compat(state, self.model, say)
-        if self.stream is not None:
-            check_cache(own, self.stream, say)
+        check_resumed(state, own, self.model, self.stream, say)
         if self.world.is_main:
             self.skipped_penalties += own.get("skipped_penalties", 0)
 

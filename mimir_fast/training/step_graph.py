@@ -70,8 +70,8 @@ class CudaRecorder:
         pool = self._graphs[0].pool() if self._graphs else None
         # The thread that pins batches may allocate meanwhile: only this thread is held to the rules.
         mode = "thread_local"
-        self._open.enter_context(torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode=mode))
         self._graphs.append(graph)
+        self._open.enter_context(torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode=mode))
 
     def end(self) -> Callable[[], None]:
         self._open.close()
@@ -83,6 +83,8 @@ class CudaRecorder:
         # A capture that an illegal call has invalidated cannot be ended either.
         except RuntimeError:
             torch.cuda.synchronize(self.stream.device)
+        # It has no pool that the next one could share.
+        self._graphs.pop()
 
     def release(self) -> None:
         for graph in self._graphs:

@@ -49,7 +49,7 @@ def forked():
 
 
 def pinned_elsewhere():
-    pins = lambda: ctypes.CDLL(None).cudaHostAlloc(ctypes.byref(ctypes.c_void_p()), 4096, 0)
+    pins = lambda: ctypes.CDLL(None).cudaHostAlloc(ctypes.byref(ctypes.c_void_p()), ctypes.c_size_t(4096), 0)
     other = threading.Thread(target=pins)
     other.start()
     other.join()

@@ -38,7 +38,8 @@ UPDATES = 8
 class Log:
     """What every update called, [call, ...] split at |, and how much memory the allocator held after it."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, printed: str):
+        self.printed = printed
         self.updates, self.reserved, calls = [], [], []
         for line in path.read_text().splitlines():
             kind, *rest = line.split("|")
@@ -66,14 +67,14 @@ class Log:
         return recorded, Counter(tuple(call) for call in self.updates[number - 1] if call[0] in WORK)
 
 
-def trained(folder: Path, task: str, words: list[str]) -> Log:
-    (folder / "program.py").write_text(PROGRAM)
-    run_simulated([sys.executable, folder / "program.py", task, *words], folder / "log")
-    return Log(folder / "log")
+def trained(folder: Path, task: str, words: list[str], program: str = PROGRAM) -> Log:
+    (folder / "program.py").write_text(program)
+    return Log(folder / "log", run_simulated([sys.executable, folder / "program.py", task, *words], folder / "log"))
 
 
 def check(log: Log, launches: int, issued: int) -> None:
     """Every captured update launches so many graphs and issues at most so many operations, the graphs among them."""
+    assert "step one CUDA graph, " in log.printed
     assert not log.graphs("illegal", "outside")
     assert len(log.graphs("begin")) == launches
     recorded, eager = log.captured()
@@ -151,6 +152,45 @@ def test_dib_mi_runs_between_two_graphs(data, tmp_path):
         launches = [i for i, call in enumerate(between) if call[0] == "GRAPH"]
         assert len(launches) == 2
         assert all(launches[0] < i < launches[1] for i, call in enumerate(between) if call[0] == "SYNC")
+
+
+@needs_simulated_gpu
+def test_off_launches_every_operation_and_says_so(data, tmp_path):
+    words = runs.command(data, tmp_path, f"{PLACES} --step_graph off --max_steps {UPDATES} --log_every 100")
+    log = trained(tmp_path, "pretrain", words)
+    assert "step uncaptured (--step_graph off), " in log.printed
+    assert not log.graphs("begin", "launch")
+    assert len(log.updates[-1]) > 100
+
+
+WAITS = """
+from mimir_fast.training.optimizer import Updater
+
+count = Updater._count
+
+def waits(self, bad):
+    count(self, bad)
+    self.counters.sum().item()
+
+Updater._count = waits
+"""
+
+
+@needs_simulated_gpu
+def test_a_step_that_waits_is_not_captured_and_trains_on(data, tmp_path):
+    """torch ends the capture that an illegal call has invalidated, and goes on."""
+    program = PROGRAM.replace("sys.exit(", WAITS + "sys.exit(")
+    words = runs.command(data, tmp_path, f"{PLACES} --max_steps {UPDATES} --log_every 100")
+    log = trained(tmp_path, "pretrain", words, program)
+    told = [
+        line for line in log.printed.splitlines() if line.startswith("step_graph: the step could not be captured (")
+    ]
+    assert ["runs between two graphs" in told[0], "runs uncaptured" in told[1]] == [True, True]
+    assert len(log.updates) == UPDATES
+    assert len(log.graphs("begin")) == 3
+    assert not log.graphs("launch")
+    counts = [Counter(tuple(call) for call in calls if call[0] in WORK) for calls in log.updates]
+    assert counts[-1] == counts[2]
 
 
 @needs_simulated_gpu

@@ -12,11 +12,21 @@ from mimir_fast.attacks.linf import attack_bounds, pgd
 from mimir_fast.attacks.named import cross_entropy, fgsm, gradient_attack, margin, start_noise
 from mimir_fast.checkpoints.errors import CheckpointError
 from mimir_fast.data.crops import to_float
-from mimir_fast.evaluate import Attack, Images, Sizes, make_attack, original_sequence, parse_attacks, run_evaluation
+from mimir_fast.evaluate import (
+    Attack,
+    Images,
+    Sizes,
+    make_attack,
+    original_sequence,
+    parse_attacks,
+    rounds,
+    run_evaluation,
+)
 from mimir_fast.evaluate.records import ROBUST
 from mimir_fast.evaluate.statistics import sign_test, wilson
 from mimir_fast.models import VisionTransformer
 from tests.support.classifiers import Loud, classifier, digits, one_thread, untrained  # noqa: F401
+from tests.support.tape import Tape
 
 SILENT = {"say": lambda line: None}
 
@@ -170,6 +180,20 @@ def test_adaptive_attacks_run(tmp_path, name):
     assert ("batch=4" in key) == name.startswith("pgd-mi")
     attacked = (np.load(tmp_path / data["attacks"][key]["per_image"])["rounds"] == 1).sum()
     assert attacked == (10 if name.startswith("pgd-mi") else data["attacks"]["clean"]["correct"])
+
+
+def test_attacks_that_are_launched_as_graphs_break_the_same_images(tmp_path, monkeypatch):
+    """In batches of 3: the first as it is, whole ones launched, what is left over as it is."""
+    model = classifier()
+    attacks, tape, found = parse_attacks("fgsm,pgd-5,cw-3", 12, 4, restarts=2), Tape(), []
+    for how, recorder in (("launched", tape), ("eager", None)):
+        monkeypatch.setattr(rounds, "recorder_for", lambda device, recorder=recorder: recorder)
+        data = run_evaluation(model, "toy", digits(20), attacks, tmp_path / how, sizes=Sizes(3, 64), **SILENT)
+        found.append([dict(np.load(tmp_path / how / entry["per_image"])) for entry in data["attacks"].values()])
+    assert tape.launched > 5
+    for mine, theirs in zip(*found, strict=True):
+        for name in ("number", "broken", "rounds", "prediction", "loss"):
+            np.testing.assert_array_equal(mine[name], theirs[name], name)
 
 
 def test_a_stronger_attack_leaves_fewer(tmp_path):

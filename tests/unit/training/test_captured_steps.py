@@ -59,7 +59,7 @@ def test_pretraining(data, tmp_path, extra, captures):
 @pytest.mark.parametrize(
     "extra",
     [
-        "--layer_decay .7 --drop_path .1 --model_ema --mixup .8 --cutmix 1 --eps_warmup_epochs 2",
+        "--layer_decay .7 --drop_path .1 --model_ema --mixup .8 --cutmix 1 --eps_warmup_epochs 2 --test_every 0",
         "--attack_train trades --precision bf16 --clip_grad 1 --accum_iter 3 --val_attack pgd2 --test_every 2",
         # images are mixed from epoch 6 on: other targets, another step
         "--warmup_aa --start_epoch 4 --epochs 9 --attack_train apgd",
@@ -121,7 +121,7 @@ class SometimesInfinite(ToyTask):
 
     def step(self, objective, attacked, functions, pixels, noise) -> ToyOutput:
         output = super().step(objective, attacked, functions, pixels, noise)
-        return output._replace(loss=torch.where(pixels[0, 0] > 0.6, torch.inf, output.loss))
+        return output._replace(loss=output.loss * torch.where(pixels[0, 0] > 0.5, torch.inf, 1.0))
 
 
 def test_skipped_updates_are_counted_where_they_were(tmp_path):
@@ -141,8 +141,8 @@ def test_skipped_updates_are_counted_where_they_were(tmp_path):
         )
     assert told["graph"] == told["eager"]
     total, _, worst = told["eager"][0]
-    assert 3 < total < 20
-    assert worst > 1
+    assert 2 < total < 20
+    assert worst > 0
 
 
 def worker(rank: int, port: int, data: str, out: str, extra: str, captures: bool) -> None:
