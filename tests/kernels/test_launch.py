@@ -116,11 +116,13 @@ def launched(*tensors):
 
 x = torch.zeros(n + 1, device="cuda")
 assert launched(x[:n], x[:n]) == (1, 1)
+kept = dict(launch._compiled)
 assert launched(x[:n], x[:n]) == (0, 1)
 # A misaligned view has a kernel of its own, every time, on either side.
 assert launched(x[1:], x[:n]) == (1, 2)
 assert launched(x[1:], x[:n]) == (1, 2)
 assert launched(x[:n], x[1:]) == (1, 3)
+assert launch._compiled == kept
 assert launched(x[:n], x[:n]) == (0, 3)
 half = x.bfloat16()
 assert launched(half[:n], x[:n]) == (1, 4)
