@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from mimir_fast.cli import evaluate, finetune, pretrain
+from mimir_fast.cli import analyze, evaluate, finetune, pretrain
 from mimir_fast.models import families
 from tests.support.finetune_runs import make_data
 from tests.support.runs import load
@@ -38,7 +38,7 @@ def small_models(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "compat"), [("convit_ti", "none"), ("convit_ti", "original"), ("cait_xxs24", "none")])
 def test_from_pretraining_to_evaluation(tmp_path, name, compat, capsys):
-    data = make_data(tmp_path / "data")
+    data = make_data(tmp_path / "data", test_images=44)
     side = ("--input_size", "16", "--compat", compat)
     attacked = f"--model mae_{name} --attack pgd_mae --steps 2 --mi_train hsic --mi_xpl 1e-3".split()
     for out, stop in (("whole", ()), ("halves", ("--max_steps", "1")), ("halves", ("--resume", "auto"))):
@@ -78,5 +78,8 @@ def test_from_pretraining_to_evaluation(tmp_path, name, compat, capsys):
         str(tmp_path / "eval"),
     )
     assert evaluate.main(["--checkpoint", str(trained), *out]) == 0
+    for source in (checkpoint, trained):
+        few = ("--num_images", "44", "--steps", "1", "--output_dir", str(tmp_path / "seen"))
+        assert analyze.main(["--checkpoint", str(source), "--data_root", str(data), "--device", "cpu", *few]) == 0
     results = json.loads((tmp_path / "eval" / "results.json").read_text())
     assert set(results["attacks"]) == {"clean", "pgd-2 eps=8 alpha=2"}
