@@ -24,8 +24,8 @@ SIGNATURES = {
     "mask_noise=None)",
     "nhsic": "(x_md, y_me, sigma=5.0, kernel_y='gaussian', impl='auto')",
     "renyi_mi": "(x_md, z_me, alpha=1.01, sigma_x=None, sigma_z=None)",
-    "create_model": "(name, **options)",
-    "create_classifier": "(name, **options)",
+    "create_model": "(name, *, compat=None, **options)",
+    "create_classifier": "(name, *, compat=None, **options)",
     "train": "(config)",
 }
 
