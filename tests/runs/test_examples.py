@@ -21,7 +21,7 @@ PROGRAMS = {
     "python": '"$PYTHON" "$@"',
     "torchrun": '"$PYTHON" -m torch.distributed.run "$@"',
     "mimir-fast": '"$PYTHON" -m mimir_fast.cli "$@"',
-    "srun": 'SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_STEP_NUM_TASKS=1 "$@"',
+    "srun": 'while [[ "$1" == --* ]]; do shift; done; SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_STEP_NUM_TASKS=1 "$@"',
     "scontrol": 'echo "$@" >> "$SCONTROL_LOG"; echo localhost',
 }
 

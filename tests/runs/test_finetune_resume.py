@@ -180,7 +180,7 @@ def test_a_finished_run_stays_and_a_new_one_puts_its_best_aside(data, tmp_path, 
     assert same_run(before, load(tmp_path / "checkpoint-0.pth"))
     assert (tmp_path / "best.pth").exists()
     assert finetune(data, tmp_path, f"{RATED} --seed 3 --max_steps 1") == 0
-    assert "best.pth is an earlier run's" in capsys.readouterr().out
+    assert "best.pth is not of this run's past and was moved to superseded/" in capsys.readouterr().out
     assert not (tmp_path / "best.pth").exists()
     assert (tmp_path / "superseded" / "best.pth").exists()
 
