@@ -77,6 +77,7 @@ def gone(pid: int) -> bool:
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
+@pytest.mark.slow
 def test_a_stage_that_fails_or_takes_too_long_does_not_stop_the_rest(go, tmp_path, capsys):
     grandchild = (
         "import subprocess,sys,time; c=subprocess.Popen([sys.executable,'-c','import time; time.sleep(600)']); "

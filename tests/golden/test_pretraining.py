@@ -87,7 +87,10 @@ def test_every_parameter_gradient(name, dtype, bound):
 @pytest.mark.parametrize(
     ("name", "kernels"),
     # three interpreted steps take long: one of the two such cases is enough
-    [*product(ATTACKS, ["reference"]), *product([a for a in ATTACKS if a != "attack_unit_3step"], ["triton"])],
+    [
+        *product(ATTACKS, ["reference"]),
+        *(pytest.param(a, "triton", marks=pytest.mark.slow) for a in ATTACKS if a != "attack_unit_3step"),
+    ],
     indirect=["kernels"],
 )
 def test_attack(name, kernels):
@@ -267,6 +270,7 @@ def follow(
     assert errors.quantile(0.98) < 0.02 * record["lr"]  # Adam turns rounding noise into whole steps on a few entries
 
 
+@pytest.mark.slow
 def test_a_step_runs_every_kernel():
     model, images = small_model(kernels="triton"), golden_images()[0, :2]
     attack = MaeAttack(1, linf_bounds(8 / 255, 10 / 255, 0.0, 1.0, 3, "cpu"))

@@ -24,6 +24,7 @@ def whole(data, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", ["", "--accum_iter 2 --num_workers 2", "--mi_train renyi2 --steps 2 --use_normalize"])
 def test_resume_in_mid_epoch_is_exact(data, tmp_path, extra):
     whole, broken = tmp_path / "whole", tmp_path / "broken"

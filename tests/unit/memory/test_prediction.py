@@ -67,6 +67,7 @@ def step_mib(predicted: Prediction, batch: int) -> float:
     return 1024 * sum(size for kind, size in peak(predicted, GPUS["h100-80"], batch).items() if kind != "uint8 images")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("configuration", RECORDED, ids=lambda c: "-".join(map(str, c)))
 def test_within_three_percent_of_the_recorded_peak(configuration):
     for batch, recorded in RECORDED[configuration].items():
@@ -92,6 +93,7 @@ FINETUNED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FINETUNED)
 def test_fine_tuning_within_three_percent_of_the_recorded_peak(name):
     flags, recorded = FINETUNED[name]

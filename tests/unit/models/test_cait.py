@@ -138,6 +138,7 @@ def test_wrong_sizes_name_the_argument():
             call()
 
 
+@pytest.mark.slow
 def test_compiles_without_a_graph_break():
     model, images, noise = autoencoder(), torch.rand(2, 3, 16, 16), torch.rand(2, 16)
     trained = [p for p in model.parameters() if p.requires_grad]

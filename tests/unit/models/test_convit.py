@@ -174,6 +174,7 @@ def test_wrong_sizes_name_the_argument():
             call()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compat", [None, "original"])
 def test_compiles_without_a_graph_break(compat):
     model, images, noise = autoencoder(compat=compat), torch.rand(2, 3, 16, 16), torch.rand(2, 16)

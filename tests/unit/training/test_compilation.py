@@ -14,6 +14,7 @@ from tests.support.golden import BOUNDS, SMALL, golden_images, small_model
 from tests.support.tasks import mae_task
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("region", ["model", "block"])
 def test_compiled_step_is_the_eager_step_and_compiles_once(region):
     torch._dynamo.reset()
@@ -41,6 +42,7 @@ def test_compiled_step_is_the_eager_step_and_compiles_once(region):
         assert (grads[1][name] - grad).abs().max() < 1e-4 * largest, name
 
 
+@pytest.mark.slow
 def test_deep_decoders_compile_by_block(monkeypatch):
     """First and other blocks of either width and the decoder's last, in training and in the attack: ten, past torch's limit."""
     torch._dynamo.reset()

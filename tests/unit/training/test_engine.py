@@ -75,6 +75,7 @@ def weight_products(graph: torch.fx.GraphModule) -> list[bool]:
     return [tuple(node.meta["val"].shape) in weights | {shape[::-1] for shape in weights} for node in nodes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "region"), [("apgd", "model"), ("pgd", "block"), ("trades", "model"), ("mart", "block")]
 )
