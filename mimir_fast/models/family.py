@@ -105,7 +105,7 @@ class Family:
     trunk           name of a model's list of encoder blocks, if all are alike, so that memory grows linearly with their number
     depth           model -> number of layers that layer decay counts, L
     layer_of        (name, model) -> 0 before the first of them, 1 to L in them, L + 1 after the last
-    lacks           tensors of a file -> the name of one that every model of the family has and the file lacks; None: it is one
+    marks           names of tensors that every model of the family has: a file with all of them is one's
     read            tensors of a classifier or autoencoder -> keywords of the constructors that follow from names and shapes:
                     those of `sizes` and of `free`
     free            keywords in which models of one name differ
@@ -131,7 +131,7 @@ class Family:
     blocks: tuple[type[nn.Module], ...]
     depth: Callable[[Any], int]
     layer_of: Callable[[str, Any], int]
-    lacks: Callable[[Tensors], str | None]
+    marks: tuple[str, ...]
     read: Callable[[Tensors], dict[str, Any]]
     describe: Callable[[dict[str, Any]], str]
     tables: tuple[str, ...]
@@ -183,6 +183,10 @@ class Family:
         """What `read` found, as messages say it: by name, or as a model of such sizes."""
         name, words = self.named(read), self.describe(read)
         return f"{name} ({words})" if name else f"a {self.title} of {words}"
+
+    def lacks(self, tensors: Tensors) -> str | None:
+        """The first of `marks` that is not among a classifier's tensors; None: they are of this family."""
+        return next((name for name in self.marks if name not in tensors), None)
 
     def of_classifier(self, tensors: Tensors) -> dict[str, Tensor]:
         """A state dict with the encoder's parameters under their names in a classifier."""

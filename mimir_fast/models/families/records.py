@@ -28,11 +28,6 @@ def layer_of(name: str, model: Encoder) -> int:
     return depth(model) + 1
 
 
-def first_missing(tensors: Tensors, marks: tuple[str, ...]) -> str | None:
-    """The first of these names that is not there."""
-    return next((name for name in marks if name not in tensors), None)
-
-
 def read_sizes(tensors: Tensors, class_rows: int) -> dict[str, Any]:
     """Width as embed_dim, depth, mlp_ratio, patch_size, img_size, num_classes, as far as the tensors are there.
 

@@ -12,7 +12,6 @@ from mimir_fast.models.families.records import (
     TABLES,
     depth,
     different,
-    first_missing,
     read_sizes,
     resize,
 )
@@ -49,11 +48,6 @@ def layer_of(name: str, model: CaiT | MaskedAutoencoderCaiT) -> int:
     if name.startswith("blocks_token_only.") and model.compat == ORIGINAL:
         return int(name.split(".")[1]) + 1
     return records.layer_of(name, model)
-
-
-def lacks(tensors: Tensors) -> str | None:
-    """The first of MARKS that is not there."""
-    return first_missing(tensors, MARKS)
 
 
 def read(tensors: Tensors) -> dict[str, Any]:
@@ -103,7 +97,7 @@ CAIT = Family(
     trunk="blocks",
     depth=depth,
     layer_of=layer_of,
-    lacks=lacks,
+    marks=MARKS,
     read=read,
     describe=describe,
     tables=("pos_embed",),

@@ -13,7 +13,6 @@ from mimir_fast.models.families.records import (
     TABLES,
     depth,
     different,
-    first_missing,
     layer_of,
     read_sizes,
     resize,
@@ -35,11 +34,6 @@ BIAS = "blocks.0.attn.v.bias"
 # Which autoencoders have and the original's classifiers do without.
 BIASES = ("blocks.*.attn.qk.bias", "blocks.*.attn.v.bias", "blocks.*.attn.qkv.bias")
 TIMM = {"convit_ti": "convit_tiny", "convit_small": "convit_small", "convit_base": "convit_base"}
-
-
-def lacks(tensors: Tensors) -> str | None:
-    """The first of MARKS that is not there."""
-    return first_missing(tensors, MARKS)
 
 
 def read(tensors: Tensors) -> dict[str, Any]:
@@ -109,7 +103,7 @@ CONVIT = Family(
     blocks=(Block,),
     depth=depth,
     layer_of=layer_of,
-    lacks=lacks,
+    marks=MARKS,
     read=read,
     free=("img_size", "patch_size", "num_classes", "global_pool", "qkv_bias"),
     describe=describe,

@@ -10,7 +10,6 @@ from mimir_fast.models.families.records import (
     TABLES,
     depth,
     different,
-    first_missing,
     grid,
     grids_in_words,
     layer_of,
@@ -42,11 +41,6 @@ TIMM = {
     "vit_base": ("vit_base_patch16_224", {"depth": 12, "embed_dim": 768, "num_heads": 12}),
     "vit_large": ("vit_large_patch16_224", {"depth": 24, "embed_dim": 1024, "num_heads": 16}),
 }
-
-
-def lacks(tensors: Tensors) -> str | None:
-    """The first of MARKS that is not there."""
-    return first_missing(tensors, MARKS)
 
 
 def read(tensors: Tensors) -> dict[str, Any]:
@@ -113,7 +107,7 @@ VIT = Family(
     trunk="blocks",
     depth=depth,
     layer_of=layer_of,
-    lacks=lacks,
+    marks=MARKS,
     read=read,
     describe=describe,
     tables=("pos_embed",),
