@@ -1,14 +1,16 @@
 """Configuration of a fine-tuning run: one frozen dataclass per section, each field one command-line flag.
 
 Sections that it shares with pre-training are in mimir_fast/config/sections.py, flags of the same name in
-mimir_fast/config/pretraining.py.  Flags marked `new` are not in the original.
+mimir_fast/config/pretraining.py, augmentation in mimir_fast/config/augmentation.py.
+Flags marked `new` are not in the original.
 """
 
 import re
 from dataclasses import dataclass
 
 from mimir_fast.config import combinations, evaluation, pretraining, sections
-from mimir_fast.config.choices import ALPHA_SCHEDULES, MI_LOSS, MIXUP_MODES, REMODES, TRAINING_ATTACKS
+from mimir_fast.config.augmentation import AugmentConfig
+from mimir_fast.config.choices import ALPHA_SCHEDULES, MI_LOSS, TRAINING_ATTACKS
 from mimir_fast.config.combinations import idle_attack, unreached, without_effect
 from mimir_fast.config.fields import Configuration, flag, inherited, require
 from mimir_fast.config.sections import ComputeConfig, DistConfig, check_shared
@@ -48,34 +50,6 @@ class DataConfig(sections.DataConfig):
         "use_normalize",
         help="normalise images by mean and std inside of the model; eps and alpha stay in pixels",
     )
-
-
-@dataclass(frozen=True)
-class AugmentConfig:
-    """Augmentation, of every data set."""
-
-    aa: str = flag(
-        "rand-m9-mstd0.5-inc1",
-        "RandAugment in timm's spelling; noaug: crop and flip alone; None or '': that, with the stronger crops of RandAugment",
-    )
-    color_jitter: float | None = flag(None, "strength of colour jitter; default: none", type=float)
-    reprob: float = flag(0.25, "images with random rectangles erased, whatever --aa says", "share, 0 to 1")
-    remode: str = flag("pixel", "what fills the rectangle", choices=REMODES)
-    recount: int = flag(1, "most rectangles per image")
-    resplit: bool = flag(False, "accepted for compatibility; the original never reads it")
-    warmup_aa: bool = flag(
-        False,
-        "in the first 11 epochs of adversarial training augmentation grows step by step (magnitude, mixup, cutmix)",
-    )
-    smoothing: float = flag(0.1, "label smoothing (not with trades and mart)", "share, 0 to 1")
-    mixup: float = flag(0.0, "mixup's alpha; 0: off")
-    cutmix: float = flag(0.0, "cutmix's alpha; 0: off")
-    cutmix_minmax: tuple[float, ...] | None = flag(
-        None, "least and largest share of a side that cutmix cuts; overrides --cutmix", type=float, several=True
-    )
-    mixup_prob: float = flag(1.0, "batches that are mixed", "share, 0 to 1")
-    mixup_switch_prob: float = flag(0.5, "mixed batches that get cutmix where both are on", "share, 0 to 1")
-    mixup_mode: str = flag("batch", "what shares one mixture", choices=MIXUP_MODES)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.attacks.linf import attack_bounds, linf_step, momentum_step, starting_point
-from mimir_fast.checkpoints.normalisation import own_normalisation
 from mimir_fast.checkpoints.reader import Contents, read
 from mimir_fast.checkpoints.run_state import Position
-from mimir_fast.checkpoints.transfer import load_pretrained
 from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.config.resolve import Run
 from mimir_fast.data import (
@@ -49,14 +47,12 @@ from mimir_fast.training.finetune_step import (
 from mimir_fast.training.layer_decay import build_optimizer
 from mimir_fast.training.optimizer import Updater
 from mimir_fast.training.options import check_resumed, model_options, on_device, stream_options
+from mimir_fast.training.pretrained_start import start_from_pretrained
 from mimir_fast.training.task import Measured
 from mimir_fast.training.validator import Validator, best_so_far, criterion
 
 # Epochs, as in the original.
 CHECKPOINT_EVERY, CHECKPOINT_ALSO = 20, 49
-# Standard deviation of a re-initialised head, by data set; OTHER_HEAD_STD for all others.
-HEAD_STD = {"imagenet": 2e-5}
-OTHER_HEAD_STD = 2e-2
 
 
 class Finetuning:
@@ -230,32 +226,6 @@ def build_attack(run: Run[FinetuneConfig], bounds: Tensor) -> ClassifierAttack:
     """The training attack, in pixels of [0,1]; bounds [4,3] are written anew for every epoch."""
     attack, loss_scale = run.config.attack, FP16_ATTACK_SCALE if run.compute.scaled else 1.0
     return ClassifierAttack(attack.attack_train, attack.steps, bounds, loss_scale, attack.trades_beta)
-
-
-def start_from_pretrained(
-    model: Classifier, config: FinetuneConfig, say: Callable[[str], None], contents: Contents | None = None
-) -> None:
-    """Load what --finetune names, if anything; contents: of that file, if it was read.  Raises CheckpointError if it does not
-    fit."""
-    source = config.model.finetune
-    if not source:
-        say("finetune: no pre-trained checkpoint given, training from scratch")
-        return
-    contents = contents or read(source, "finetune")
-    head_std = HEAD_STD.get(config.data.dataset, OTHER_HEAD_STD)
-    load_pretrained(model, contents.tensors, contents.source, say, head_std)
-    for line in contents.notes:
-        say(f"finetune: {line}")
-    before, now = contents.args.get("use_normalize"), config.data.use_normalize
-    before = True if own_normalisation(contents) else before
-    if before is None:
-        does = "does" if now else "does not (--use_normalize)"
-        say(f"finetune: {source} does not say whether its training normalised images; this run {does}")
-    elif bool(before) != now:
-        seen = "with" if before else "without"
-        say(
-            f"use_normalize: {source} was trained {seen} it, this run is {'with' if now else 'without'}; is that meant?"
-        )
 
 
 def summary(config: FinetuneConfig) -> str:

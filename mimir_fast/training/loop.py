@@ -3,12 +3,9 @@
 import time
 from pathlib import Path
 
-from torch import Tensor
-
 from mimir_fast.checkpoints import folder as ckpt
 from mimir_fast.checkpoints.run_state import (
     Position,
-    checkpoint_state,
     due,
     end_status,
     find_state,
@@ -24,13 +21,11 @@ from mimir_fast.training.engine import Engine
 from mimir_fast.training.failures import rescue
 from mimir_fast.training.logs import RunLog, peak_memory_gib
 from mimir_fast.training.optimizer import learning_rate, peak_learning_rate
+from mimir_fast.training.saving import Batch, Saver, geometry
 from mimir_fast.training.signals import StopSignals
 from mimir_fast.training.stages import stage
 from mimir_fast.training.step_graph import Recorder
 from mimir_fast.training.task import Measured, Output, Task
-
-# Images uint8 [B,3,H,W] and labels int64 [B], on the device.
-Batch = tuple[Tensor, Tensor]
 
 
 class Loop:
@@ -54,15 +49,15 @@ class Loop:
         task.fit(state)
         updater = task.updater(self.lr)
         start = Position(o.start_epoch, update=o.start_epoch * self.updates_per_epoch)
-        entries = (task.model, updater, start, self._geometry(), self.updates_per_epoch)
+        entries = (task.model, updater, start, geometry(task, world), self.updates_per_epoch)
         self.position, own = resume(found, world, *entries, notes.append, self.stream.fingerprint)
         task.resume(state, own, notes.append)
         self.first_update = self.position.update + 1
         self.engine = Engine(task, world, updater, state.get("model_ema"), recorder=recorder)
         self.compile_clock = CompileClock()
         self.engine.meters.sums.restart(self.position.sums)
-        # Of Weights & Biases, where the run has one.
-        self.wandb_run: str | None = own.get("wandb")
+        self.saver = Saver(task, world, self.engine, self.position, self.folder, self.lr)
+        self.saver.wandb_run = own.get("wandb")
         self._open_outputs(notes)
 
     def _open_outputs(self, notes: list[str]) -> None:
@@ -72,16 +67,17 @@ class Loop:
         # What an earlier run got done is what a kill goes back to, until the start of this one is on the disk.
         past = self.world.any(writes is not None and open_folder(writes, flags, p))
         if past:
-            notes += self._save(f"resume-{p.epoch}-{p.step}.pth", None, None)
+            notes += self.saver.save(f"resume-{p.epoch}-{p.step}.pth")
         if writes and "best" in own and (past or own["best"] is None):
             notes += ckpt.set_best_aside(writes, own["best"])
         self.total_updates = o.epochs * self.updates_per_epoch
         if r.max_steps:
             self.total_updates = min(self.total_updates, r.max_steps)
         where, rows = (p.epoch, p.update, p.epoch + p.step / len(self.stream)), self.engine.meters.rows
-        self.log = RunLog(r, flags, self.world, self.task.tags, self.total_updates, where, rows, self.wandb_run)
+        self.log = RunLog(r, flags, self.world, self.task.tags, self.total_updates, where, rows, self.saver.wandb_run)
         self.engine.captured.say = self.log.say
-        self.wandb_run = self.log.wandb.identity if self.log.wandb else self.wandb_run
+        if self.log.wandb:
+            self.saver.wandb_run = self.log.wandb.identity
         for line in [*notes, *describe(self.task, self.stream, self.world, self.lr, self.engine.captured.reason)]:
             self.log.say(line)
 
@@ -124,7 +120,7 @@ class Loop:
                 output = self.engine.advance(*batch, p.epoch, step, p.update + 1 if last else None, first)
             except Exception as error:
                 batch = output = None
-                return self._save_after(error, stop)
+                return self._rescue(error, stop)
             p.step = step + 1
             if last:
                 self._after_update(lr, waited)
@@ -155,10 +151,10 @@ class Loop:
             self.log.flush(wait=resume_point or reason is not None)
             # Every rank has the same count, so that all of them end.
             if self.log.skipped_in_a_row >= self.config.optim.max_bad_steps:
-                self._save_failure(batch, output)
+                self.log.say(self.saver.save_failure(batch, output))
                 return "diverged"
         if resume_point:
-            self._save(f"resume-{p.epoch}-{p.step}.pth", batch, output)
+            self.saver.save(f"resume-{p.epoch}-{p.step}.pth", batch, output)
         return reason
 
     def _stops(self, stop: StopSignals) -> bool:
@@ -180,12 +176,12 @@ class Loop:
         epoch = p.epoch
         p.epoch, p.step, p.sums = epoch + 1, 0, {}
         if measured.is_best:
-            self._save(ckpt.BEST_FILE, batch, output)
+            self.saver.save(ckpt.BEST_FILE, batch, output)
         ends, enough = self._stops(stop), r.max_steps and p.update >= r.max_steps
         if self.task.keeps(epoch) or p.epoch == o.epochs:
-            self._save(f"checkpoint-{epoch}.pth", batch, output)
+            self.saver.save(f"checkpoint-{epoch}.pth", batch, output)
         elif ends or enough or (r.checkpoint_steps and p.update % r.checkpoint_steps == 0):
-            self._save(f"resume-{p.epoch}-0.pth", batch, output)
+            self.saver.save(f"resume-{p.epoch}-0.pth", batch, output)
         if p.epoch == o.epochs:
             return None
         return "signal" if ends else "max_steps" if enough else None
@@ -199,10 +195,10 @@ class Loop:
                 measured = self.task.end_epoch(self.engine, p.epoch, lambda: stop.received is not None)
             # Raised on every rank.
             except DataError:
-                self._save(point, batch, output)
+                self.saver.save(point, batch, output)
                 raise
         if measured is None:
-            self._save(point, batch, output)
+            self.saver.save(point, batch, output)
         return measured
 
     def _log_epoch(self, measured: Measured) -> None:
@@ -219,37 +215,14 @@ class Loop:
         }
         self.log.add_epoch(row)
 
-    # ---- state
-
-    def _save(self, name: str, batch: Batch | None, output: Output | None, extra: dict | None = None) -> list[str]:
-        """Write a checkpoint on rank 0, then retire those that it replaces; returns lines about these.  Every rank calls."""
-        own = {"geometry": self._geometry(), "images": self.stream.fingerprint, **self.task.state()}
-        own |= {"wandb": self.wandb_run} if self.wandb_run else {}
-        moved: list[str] = []
-        states = self.engine.states() if self.folder else {}
-        # Between two epochs there are none.
-        self.position.sums = self.engine.meters.sums.means(self.world) if self.position.step else {}
-        if self.folder and self.world.is_main:
-            weights, moments = states.pop("model"), states.pop("optimizer")
-            entries = (self.engine.updater, self.position, self.task.run.flat(), self.lr, self.stream.name)
-            state = checkpoint_state(weights, moments, *entries, own) | (extra or {}) | states
-            ckpt.save_checkpoint(self.folder / name, state)
-            moved = ckpt.supersede(self.folder, self.position.epoch, self.position.step)
-            # Temporary files stay: a report of the run may be writing its own.
-            ckpt.drop_resume_points(self.folder)
-            if batch is not None and output is not None:
-                self.task.save_samples(self.folder, self.position, batch[0], output)
-        self.world.barrier()
-        return moved
-
-    def _save_after(self, error: Exception, stop: StopSignals) -> str:
+    def _rescue(self, error: Exception, stop: StopSignals) -> str:
         """After an error between two updates: save if that is possible; raises it unless a signal ends the run anyway."""
         p = self.position
 
         def save() -> None:
             self.engine.updater.optimizer.zero_grad(set_to_none=True)
             self.log.flush()
-            self._save(f"resume-{p.epoch}-{p.step}.pth", None, None)
+            self.saver.save(f"resume-{p.epoch}-{p.step}.pth")
 
         # All processes would have to save, and no checkpoint holds the gradients of an update's first micro-steps.
         possible = self.folder and self.world.size == 1 and p.step % self.config.optim.accum_iter == 0
@@ -257,23 +230,6 @@ class Loop:
         if isinstance(error, NoBatchError) and stop.received is not None:
             return "signal"
         raise error
-
-    def _save_failure(self, batch: Batch, output: Output) -> None:
-        """Save the state with the last micro-step's batch and results, and say so."""
-        p = self.position
-        name = f"failed-{p.epoch}-{p.step}.pth"
-        made = {key: value.detach().cpu() for key, value in output._asdict().items()}
-        self._save(name, batch, output, {"batch": {"images": batch[0].cpu(), "labels": batch[1].cpu(), **made}})
-        self.log.say(
-            f"error: {self.config.optim.max_bad_steps} updates in a row (max_bad_steps) had a non-finite loss or gradient, "
-            f"up to epoch {p.epoch}, micro-step {p.step}; the parameters are those before them. State and last batch: "
-            f"{self.folder / name if self.folder else 'not saved, no output_dir'}; try a lower --lr, or --precision fp32"
-        )
-
-    def _geometry(self) -> list[int]:
-        """The numbers that a position inside an epoch depends on."""
-        o = self.config.optim
-        return [self.world.size, o.batch_size, o.accum_iter, len(self.stream), self.config.run.seed]
 
     def close(self) -> None:
         """End the data workers and close the logs."""

@@ -30,7 +30,7 @@ from mimir_fast.checkpoints.transfer import load_pretrained
 from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.models import create_classifier
 from mimir_fast.models.families.vit import VIT
-from mimir_fast.training.finetuning import start_from_pretrained
+from mimir_fast.training.pretrained_start import start_from_pretrained
 
 SIZE = {"img_size": 16, "patch_size": 4}
 W, V, AVERAGE = {"w": torch.zeros(2), "a.b": torch.ones(3)}, {"w": torch.ones(2)}, {"w": torch.full((2,), 7.0)}

@@ -11,7 +11,7 @@ from mimir_fast.checkpoints.transfer import load_pretrained
 from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.models import VisionTransformer, create_classifier
 from mimir_fast.models.families.vit import resize_positions
-from mimir_fast.training.finetuning import start_from_pretrained
+from mimir_fast.training.pretrained_start import start_from_pretrained
 from tests.golden.test_classifier import SIZES
 from tests.support.golden import load_golden, small_model
 

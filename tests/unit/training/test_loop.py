@@ -83,13 +83,13 @@ def test_accumulation_schedule_and_the_rows_of_updates(tmp_path):
 
 def test_updates_that_a_resume_point_counts_are_logged_before_it(tmp_path):
     loop = build(tmp_path, log_every=4, checkpoint_steps=3)
-    saved, save = [], loop._save
+    saved, save = [], loop.saver.save
 
     def noting(*inputs):
         save(*inputs)
         saved.append((loop.position.update, [row["update"] for row in lines(tmp_path / "metrics.jsonl")]))
 
-    loop._save = noting
+    loop.saver.save = noting
     assert finish(loop) == 0
     assert 3 in [update for update, _ in saved]
     assert all(logged == list(range(1, update + 1)) for update, logged in saved)
@@ -359,7 +359,7 @@ def test_what_cannot_be_gone_on_from_is_not_saved(tmp_path, where, monkeypatch, 
             update() if loop.position.update < 3 else (_ for _ in ()).throw(MemoryError())
         )
     if where == "disk full":
-        monkeypatch.setattr(loop, "_save", lambda *inputs: (_ for _ in ()).throw(CheckpointError("no room")))
+        monkeypatch.setattr(loop.saver, "save", lambda *inputs: (_ for _ in ()).throw(CheckpointError("no room")))
         monkeypatch.setattr(loop.task, "keeps", lambda epoch: False)
         monkeypatch.setattr(loop.task, "end_epoch", lambda *inputs: Measured({"bias": 0.0}))
     with pytest.raises((MemoryError, KeyError)):
