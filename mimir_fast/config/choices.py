@@ -10,12 +10,15 @@ PENALTIES = ("hsic", "dib_mi", "renyi2")
 MI_TRAIN = ("plain", *PENALTIES)
 
 # Fine-tuning.
-TRAINING_ATTACKS = ("plain", "pgd", "trades", "mart", "apgd")
+TRAINING_ATTACKS = ("plain", "pgd", "trades", "mart", "apgd", "pgd_best")
 MI_LOSS = ("plain", "dib_mi")
 ALPHA_SCHEDULES = ("constant", "linear", "cosine")
 EDM_AUGMENTATIONS = ("none", "base", "cutout", "autoaugment", "randaugment", "idbh")
 REMODES = ("const", "rand", "pixel")
 MIXUP_MODES = ("batch", "pair", "elem")
+
+# Where the cosine of the learning rate begins.
+AFTER_WARMUP, AT_START = COSINE_FROM = ("warmup", "start")
 
 # How a step is computed.
 PRECISIONS = ("bf16", "fp16", "fp32")

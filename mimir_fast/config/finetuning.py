@@ -59,7 +59,8 @@ class AttackConfig:
     attack_train: str = flag(
         "plain",
         "the attack on training images, plain: none; apgd: the long ImageNet recipe's, there with --steps 2 "
-        "(Croce & Hein 2020), which chooses the size of its steps itself and ignores --alpha",
+        "(Croce & Hein 2020), which chooses the size of its steps itself and ignores --alpha; pgd_best: ARES's, pgd that keeps "
+        "each image's iterate of the highest loss",
         choices=TRAINING_ATTACKS,
     )
     attack: str = flag("pgd", "accepted for compatibility; the original never reads it (see --attack_train)")

@@ -10,6 +10,7 @@ from mimir_fast.config.choices import (
     COMPAT,
     COMPILE_MODES,
     COMPILE_REGIONS,
+    COSINE_FROM,
     EDM_AUGMENTATIONS,
     GRAD_COMPRESSION,
     PARALLEL,
@@ -53,10 +54,17 @@ class OptimConfig:
     accum_iter: int = flag(1, "micro-batches per optimizer update", "micro-batches")
     epochs: int = flag(100, "length of the run", "epochs")
     start_epoch: int = flag(0, "first epoch; a resumed checkpoint overrides it", "epochs")
-    warmup_epochs: int = flag(40, "linear warm-up from 0", "epochs")
+    warmup_epochs: int = flag(40, "linear warm-up from --lr_at_start", "epochs")
+    lr_at_start: float = flag(0.0, "learning rate at the start of the warm-up", new=True)
     lr: float | None = flag(None, "peak learning rate; default: blr * batch_size * accum_iter * GPUs / 256", type=float)
     blr: float = flag(1e-3, "peak learning rate per 256 images")
     min_lr: float = flag(0.0, "learning rate at the end of the cosine")
+    cosine_from: str = flag(
+        "warmup",
+        "where the cosine begins; warmup: at its end; start: in epoch 0, so that the run goes on below the peak (timm, ARES)",
+        choices=COSINE_FROM,
+        new=True,
+    )
     weight_decay: float = flag(0.05, "AdamW weight decay of matrices and tokens")
     max_bad_steps: int = flag(20, "end the run after this many skipped updates in a row", "updates", new=True)
 
@@ -176,7 +184,7 @@ def check_shared(flat: dict) -> None:
     """Check the flags {name: value} that every kind of training has; raises ValueError."""
     for name in ("batch_size", "accum_iter", "epochs", "input_size", "patch_size", "log_every", "max_bad_steps"):
         require(flat[name] >= 1, name, flat[name], "1 or more")
-    for name in ("steps", "eps", "alpha", "warmup_epochs", "start_epoch", "num_workers", "weight_decay"):
+    for name in ("steps", "eps", "alpha", "warmup_epochs", "lr_at_start", "start_epoch", "num_workers", "weight_decay"):
         require(flat[name] >= 0, name, flat[name], "0 or more")
     for name in ("checkpoint_steps", "max_steps", "seed"):
         require(flat[name] >= 0, name, flat[name], "0 or more")

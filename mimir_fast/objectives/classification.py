@@ -24,8 +24,8 @@ class FinetuneOutput(NamedTuple):
 class ClassificationObjective(nn.Module):
     """The loss of a classifier on attacked images: the module that is trained, and that DDP wraps.
 
-    kind         plain, pgd, apgd: the criterion on the images given; trades, mart: their loss on clean and adversarial
-                 images, which pass through the model as one batch
+    kind         plain, pgd, pgd_best, apgd: the criterion on the images given; trades, mart: their loss on clean and
+                 adversarial images, which pass through the model as one batch
     criterion    (logits, targets) -> scalar; trades and mart have their own, without smoothing, as in the original
     beta         weight of the robust term of trades and mart
     information  None, or weights (xz, yz) of an added xz I(images; features) - yz I(logits; features) in bits, with the

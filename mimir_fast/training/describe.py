@@ -4,7 +4,7 @@ from mimir_fast.config.resolve import Compute
 from mimir_fast.config.sections import OptimConfig
 from mimir_fast.data import BatchStream
 from mimir_fast.training.distributed import World
-from mimir_fast.training.optimizer import learning_rate
+from mimir_fast.training.optimizer import scheduled_rate
 from mimir_fast.training.task import Task
 
 
@@ -36,7 +36,7 @@ def schedule_notes(o: OptimConfig, steps: int, lr: float) -> list[str]:
     # The epoch, a fraction, at which the last update begins.
     last = o.epochs - (o.accum_iter + rest) / steps
     if last < o.warmup_epochs:
-        highest = learning_rate(last, lr, o.min_lr, o.warmup_epochs, o.epochs)
+        highest = scheduled_rate(last, lr, o)
         lines.append(
             f"warmup_epochs: {o.warmup_epochs} of {o.epochs} epochs: the learning rate rises to {highest:.3g}, not to {lr:.3g}"
         )

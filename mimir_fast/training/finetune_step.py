@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.attacks.linf import apgd, linf_step, momentum_step, pgd
+from mimir_fast.attacks.apgd import apgd, momentum_step
+from mimir_fast.attacks.linf import linf_step, pgd, pgd_best
 from mimir_fast.attacks.pgd_mae import starting_point
 from mimir_fast.config.choices import TRAINING_ATTACKS
 from mimir_fast.config.fields import in_words
@@ -38,12 +39,13 @@ FP16_ATTACK_SCALE = 1024.0
 class ClassifierAttack(NamedTuple):
     """The attack on training images.
 
-    kind         plain: none; pgd: starts from uniform noise; apgd: from the images; trades (ascends the divergence from the
-                 clean prediction) and mart: from small normal noise.  All but trades ascend the cross-entropy
+    kind         plain: none; pgd, pgd_best: start from uniform noise; apgd: from the images; trades and mart: from small
+                 normal noise.  trades ascends the divergence from the clean prediction, all others the cross-entropy
     bounds       [4,C] eps, alpha, lo, hi of every channel, from attack_bounds; None with plain.  Replace it to change them
                  between steps
     loss_scale   for fp16
     beta         weight of the robust term of trades and mart
+    shared       pgd_best: with mixed targets the whole batch gets one iterate
     """
 
     kind: str = "plain"
@@ -51,12 +53,14 @@ class ClassifierAttack(NamedTuple):
     bounds: Tensor | None = None
     loss_scale: float = 1.0
     beta: float = 6.0
+    shared: bool = False
 
 
 class ClassifierNoise(NamedTuple):
     """Every random draw of a step.
 
-    start   pgd: a seed (one int64 number) of uniform noise, or that noise [B,C,H,W]; trades, mart: normal noise [B,C,H,W]
+    start   pgd, pgd_best: a seed (one int64 number) of uniform noise, or that noise [B,C,H,W]; trades, mart: normal noise
+            [B,C,H,W]
     drop    uniform draws of stochastic depth [depth,2,B]; trades, mart: [depth,2,2B], clean images first; None: none
     """
 
@@ -70,7 +74,7 @@ def draw_noise(
     """Draw a step's randomness for images [B,C,H,W] on the generator's device (seeded by mimir_fast.training.seeds)."""
     device, start, drop = generator.device, None, None
     # In this order: a step is replayed from its seed.
-    if attack.kind == "pgd":
+    if attack.kind in ("pgd", "pgd_best"):
         start = torch.randint(2**63 - 1, (), device=device, generator=generator)
     elif attack.kind in TWO_BRANCHES:
         start = torch.randn(images.shape, device=device, generator=generator)
@@ -132,7 +136,11 @@ def attack_images(
     def losses(adv: Tensor) -> Tensor:
         return functions.losses(model, adv, targets)
 
-    ascend = partial(apgd, move=functions.move) if attack.kind == "apgd" else pgd
+    ascend: Callable[..., Tensor] = pgd
+    if attack.kind == "apgd":
+        ascend = partial(apgd, move=functions.move)
+    elif attack.kind == "pgd_best":
+        ascend = partial(pgd_best, shared=attack.shared and targets.is_floating_point())
     return ascend(
         losses,
         images,

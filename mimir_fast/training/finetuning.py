@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mimir_fast.attacks.linf import attack_bounds, linf_step, momentum_step, starting_point
+from mimir_fast.attacks.apgd import momentum_step
+from mimir_fast.attacks.linf import attack_bounds, linf_step, starting_point
 from mimir_fast.checkpoints.reader import Contents, read
 from mimir_fast.checkpoints.run_state import Position
+from mimir_fast.config.choices import ORIGINAL
 from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.config.resolve import Run
 from mimir_fast.data import (
@@ -225,7 +227,8 @@ def build_model(run: Run[FinetuneConfig], images: BatchStream | DatasetInfo, dev
 def build_attack(run: Run[FinetuneConfig], bounds: Tensor) -> ClassifierAttack:
     """The training attack, in pixels of [0,1]; bounds [4,3] are written anew for every epoch."""
     attack, loss_scale = run.config.attack, FP16_ATTACK_SCALE if run.compute.scaled else 1.0
-    return ClassifierAttack(attack.attack_train, attack.steps, bounds, loss_scale, attack.trades_beta)
+    shared = run.config.run.compat == ORIGINAL
+    return ClassifierAttack(attack.attack_train, attack.steps, bounds, loss_scale, attack.trades_beta, shared)
 
 
 def summary(config: FinetuneConfig) -> str:

@@ -20,7 +20,7 @@ from mimir_fast.training.distributed import World
 from mimir_fast.training.engine import Engine
 from mimir_fast.training.failures import rescue
 from mimir_fast.training.logs import RunLog, peak_memory_gib
-from mimir_fast.training.optimizer import learning_rate, peak_learning_rate
+from mimir_fast.training.optimizer import peak_learning_rate, scheduled_rate
 from mimir_fast.training.saving import Batch, Saver, geometry
 from mimir_fast.training.signals import StopSignals
 from mimir_fast.training.stages import stage
@@ -130,8 +130,7 @@ class Loop:
         return self._end_epoch(stop, batch, output)
 
     def _set_learning_rate(self, epoch: float) -> float:
-        o = self.config.optim
-        lr = learning_rate(epoch, self.lr, o.min_lr, o.warmup_epochs, o.epochs)
+        lr = scheduled_rate(epoch, self.lr, self.config.optim)
         self.engine.updater.set_learning_rate(lr)
         return lr
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from mimir_fast.config.choices import AFTER_WARMUP
 from mimir_fast.config.sections import OptimConfig
 from mimir_fast.training.stages import stage
 
@@ -43,13 +44,30 @@ def peak_learning_rate(optim: OptimConfig, processes: int) -> float:
     return optim.lr if optim.lr is not None else optim.blr * optim.batch_size * optim.accum_iter * processes / 256
 
 
-def learning_rate(epoch: float, lr: float, min_lr: float, warmup_epochs: float, epochs: float) -> float:
-    """Learning-rate schedule: linear warm-up from 0, then half a cosine down to min_lr; `epoch` may be a fraction."""
+def scheduled_rate(epoch: float, lr: float, o: OptimConfig) -> float:
+    """The learning rate at `epoch`, which may be a fraction, of a run with peak rate lr."""
+    return learning_rate(epoch, lr, o.min_lr, o.warmup_epochs, o.epochs, o.lr_at_start, o.cosine_from)
+
+
+def learning_rate(
+    epoch: float,
+    lr: float,
+    min_lr: float,
+    warmup_epochs: float,
+    epochs: float,
+    lr_at_start: float = 0.0,
+    cosine_from: str = AFTER_WARMUP,
+) -> float:
+    """Learning-rate schedule: linear warm-up from lr_at_start, then half a cosine down to min_lr; `epoch` may be a fraction.
+
+    cosine_from   warmup: from lr at the warm-up's end; start: from lr in epoch 0, hidden by the warm-up
+    """
     if epoch < warmup_epochs:
-        return lr * epoch / warmup_epochs
-    if epochs <= warmup_epochs:
+        return lr_at_start + (lr - lr_at_start) * epoch / warmup_epochs
+    begins = warmup_epochs if cosine_from == AFTER_WARMUP else 0
+    if epochs <= begins:
         return min_lr
-    progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
+    progress = (epoch - begins) / (epochs - begins)
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 

@@ -9,13 +9,20 @@ import torch
 from torch._dynamo.utils import counters
 
 from mimir_fast.attacks.pgd_mae import frozen_twin, linf_bounds, pgd_mae
+from mimir_fast.config.sections import OptimConfig
 from mimir_fast.models import families
 from mimir_fast.models.families.vit import VIT
 from mimir_fast.objectives.information import bandwidth, nhsic, renyi_mi
 from mimir_fast.objectives.reconstruction import ReconstructionObjective
 from mimir_fast.training.distributed import World
 from mimir_fast.training.engine import Engine
-from mimir_fast.training.optimizer import build_optimizer, learning_rate, parameter_groups, set_learning_rate
+from mimir_fast.training.optimizer import (
+    build_optimizer,
+    learning_rate,
+    parameter_groups,
+    scheduled_rate,
+    set_learning_rate,
+)
 from mimir_fast.training.pretrain_step import MaeAttack, MaeNoise, draw_noise, pretrain_step
 from tests.support.golden import golden_images, load_golden, relative_error, small_model
 from tests.support.interpreter import Sanitizer, interpret
@@ -168,6 +175,17 @@ def test_learning_rate():
         set_learning_rate(optimizer, learning_rate(*args))
         expected = [row["group_lr_no_scale"], row["group_lr_scale_0p65"]]
         assert [g["lr"] for g in optimizer.param_groups] == pytest.approx(expected, rel=1e-12, abs=1e-18)
+
+
+def test_learning_rate_of_ares():
+    """Every update of a run of 6 epochs of 4: the cosine begins in epoch 0, the warm-up above 0."""
+    record = load_golden("ares_schedule")[1]
+    call = record["call"]
+    o = OptimConfig(min_lr=call["min_lr"], warmup_epochs=call["warmup_epochs"], epochs=call["num_epochs"])
+    o = replace(o, lr_at_start=call["warmup_lr"], cosine_from="start")
+    per_epoch, expected = call["updates_per_epoch"], record["lr_of_update"]
+    rates = [scheduled_rate(update / per_epoch, record["base_lr"], o) for update in range(len(expected))]
+    assert rates == pytest.approx(expected, rel=1e-12)
 
 
 def test_parameter_groups():

@@ -191,7 +191,7 @@ def test_cadence_of_the_original_and_no_folder(data, tmp_path, monkeypatch):
         "--attack_train mart --alpha_warmup_epochs 1",
         "--attack_train apgd --mixup 0.8 --clip_grad 0.1 --residual_dtype bf16 --precision bf16",
         "--attack_train pgd --precision fp16 --warmup_aa --start_epoch 6 --epochs 8 --activation_checkpointing --max_steps 38",
-        "--attack_train pgd --mi_loss dib_mi",
+        "--attack_train pgd_best --mi_loss dib_mi",
     ],
 )
 def test_every_kind_of_training_runs(data, tmp_path, extra):

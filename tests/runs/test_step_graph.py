@@ -124,6 +124,7 @@ def test_pretraining(data, tmp_path, extra, launches):
         ("--attack_train trades --clip_grad 1 --accum_iter 2", 2, 16),
         ("--attack_train mart --precision fp16", 1, 8),
         ("--attack_train apgd --steps 5", 1, 8),
+        ("--attack_train pgd_best --steps 3 --alpha_warmup_epochs 2", 1, 8),
     ],
 )
 def test_finetuning(test_data, tmp_path, extra, launches, issued):

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimir_fast.attacks.linf import apgd, attack_bounds, checkpoints, linf_step, momentum_step, pgd
+from mimir_fast.attacks.apgd import apgd, checkpoints, momentum_step
+from mimir_fast.attacks.linf import attack_bounds, linf_step, pgd, pgd_best
 from mimir_fast.attacks.pgd_mae import linf_bounds, starting_point
 from tests.support.golden import BOUNDS
 from tests.support.waiting import no_waiting
@@ -53,7 +54,7 @@ def test_bounds_are_those_of_pixels_in_the_images_own_units():
     assert torch.equal(attack_bounds(8, 2, "cpu"), linf_bounds(8 / 255, 2 / 255, 0.0, 1.0, 3, "cpu"))
 
 
-@pytest.mark.parametrize("attack", [pgd, apgd])
+@pytest.mark.parametrize("attack", [pgd, pgd_best, apgd])
 @pytest.mark.parametrize("start", [None, torch.tensor(7)])
 def test_stays_in_the_ball_and_the_range_and_raises_the_loss(attack, start):
     net, images = network(), some_images()
@@ -67,7 +68,7 @@ def test_stays_in_the_ball_and_the_range_and_raises_the_loss(attack, start):
     assert torch.equal(adv, attack(losses, images, BOUNDS, 5, start))
 
 
-@pytest.mark.parametrize("attack", [pgd, apgd])
+@pytest.mark.parametrize("attack", [pgd, pgd_best, apgd])
 def test_bounds_of_each_channel(attack):
     images = some_images() * 4 - 2
     lo, hi = torch.tensor([-1.0, -1.5, -2.0]), torch.tensor([1.0, 1.5, 2.0])
@@ -79,7 +80,7 @@ def test_bounds_of_each_channel(attack):
     assert torch.allclose((adv - images).abs().amax(dim=(0, 2, 3)), eps, atol=1e-6)
 
 
-@pytest.mark.parametrize("attack", [pgd, apgd])
+@pytest.mark.parametrize("attack", [pgd, pgd_best, apgd])
 def test_starts(attack):
     images, noise = some_images(), torch.full((6, 3, 8, 8), 0.01)
     losses = losses_of(network(), images)
@@ -91,7 +92,7 @@ def test_starts(attack):
         attack(losses, images, BOUNDS, -1)
 
 
-@pytest.mark.parametrize("attack", [pgd, apgd])
+@pytest.mark.parametrize("attack", [pgd, pgd_best, apgd])
 def test_an_image_does_not_depend_on_its_batch(attack):
     net, images = network(torch.float64), some_images(dtype=torch.float64)
     labels = net(images).argmax(dim=1)
@@ -101,6 +102,32 @@ def test_an_image_does_not_depend_on_its_batch(attack):
 
     order = torch.tensor([3, 1, 5])
     assert torch.allclose(run(order), run(torch.arange(6))[order], atol=1e-9)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_pgd_best_keeps_the_iterate_of_the_highest_loss(shared):
+    """On a loss with many hills: which iterate is the best differs from image to image."""
+    images = some_images(32, torch.float64)
+    smooth = losses_of(network(torch.float64), images)
+
+    def losses(adv):
+        return torch.sin(30 * smooth(adv))
+
+    bounds = linf_bounds(0.4, 0.8, 0.0, 1.0, 3, "cpu").double()
+    points = torch.stack([pgd(losses, images, bounds, n, torch.tensor(1)) for n in range(4)])
+    values = torch.stack([losses(point) for point in points])
+    best = values.mean(dim=1).argmax().repeat(32) if shared else values.argmax(dim=0)
+    adv = pgd_best(losses, images, bounds, 3, torch.tensor(1), shared=shared)
+    assert torch.equal(adv, points[best, torch.arange(32)])
+    assert len(values.argmax(dim=0).unique()) > 1
+    assert not torch.equal(adv, points[-1])
+
+
+def test_pgd_best_without_a_step_size_is_its_start():
+    images = some_images()
+    bounds = linf_bounds(EPS, 0.0, 0.0, 1.0, 3, "cpu")
+    adv = pgd_best(losses_of(network(), images), images, bounds, 3, torch.tensor(7))
+    assert torch.equal(adv, starting_point(images, bounds, torch.tensor(7)))
 
 
 def test_two_steps_of_apgd_by_hand():
@@ -170,7 +197,7 @@ def test_halving_and_momentum_matter():
     assert (adv != other).float().mean() > 0.01
 
 
-@pytest.mark.parametrize("attack", [pgd, apgd])
+@pytest.mark.parametrize("attack", [pgd, pgd_best, apgd])
 def test_fp16_gradients_need_the_loss_scale(attack):
     weights = torch.randn(3, 8, 8).half() * 1e-4
 
@@ -183,7 +210,7 @@ def test_fp16_gradients_need_the_loss_scale(attack):
     assert ((adv - images).sign() == weights.sign()).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("attack", [pgd, apgd])
+@pytest.mark.parametrize("attack", [pgd, pgd_best, apgd])
 def test_nothing_waits_for_the_device(attack):
     images = some_images()
     losses = losses_of(network(), images)

@@ -176,7 +176,7 @@ def test_published_recipes():
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("--attack_train fgsm", ["attack_train", "plain, pgd, trades, mart, apgd"]),
+        ("--attack_train fgsm", ["attack_train", "plain, pgd, trades, mart, apgd, pgd_best"]),
         ("--eps 0.031", ["eps", "1/255"]),
         ("--alpha 0.0078", ["alpha", "1/255"]),
         ("--attack_train mart --mixup 0.8", ["attack_train", "mart", "--mixup"]),

@@ -1,5 +1,7 @@
 """The fine-tuning step: what it trains, what it draws, what it leaves alone, and that nothing waits."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -99,6 +101,7 @@ def test_draws():
         "plain": (None, one),
         "pgd": ((), one),
         "apgd": (None, one),
+        "pgd_best": ((), one),
         "trades": (whole, both),
         "mart": (whole, both),
     }
@@ -145,6 +148,19 @@ def test_an_attack_that_is_none_is_an_error(kind):
         attack_images(nn.Identity(), torch.zeros(1, 3, 2, 2), torch.zeros(1), None, attack)
 
 
+def test_only_mixed_targets_share_an_iterate():
+    """As in ARES, whose loss of mixed targets is one number for the batch, and of labels one per image."""
+    images, model = golden_images()[0], frozen_twin(classifier())
+    soft = torch.eye(10)[labels()] * 0.7 + torch.eye(10)[labels().flip(0)] * 0.3
+    found = {}
+    for shared, targets in itertools.product((False, True), (soft, labels())):
+        # Steps as long as the radius, so that the last iterate is not every image's best.
+        attack = ClassifierAttack("pgd_best", 4, linf_bounds(0.5, 0.5, 0.0, 1.0, 3, "cpu"), shared=shared)
+        found[shared, targets.ndim] = attack_images(model, images, targets, torch.tensor(3), attack)
+    assert torch.equal(found[False, 1], found[True, 1])
+    assert not torch.equal(found[False, 2], found[True, 2])
+
+
 def test_trades_computes_the_clean_prediction_once():
     calls = []
 
@@ -159,7 +175,7 @@ def test_trades_computes_the_clean_prediction_once():
     assert torch.equal(calls[0], images)
 
 
-@pytest.mark.parametrize("kind", ["plain", "pgd", "apgd", "trades"])
+@pytest.mark.parametrize("kind", ["plain", "pgd", "pgd_best", "apgd", "trades"])
 def test_mixed_targets(kind):
     soft = torch.eye(10)[labels()] * 0.7 + torch.eye(10)[labels().flip(0)] * 0.3
     mixed, hard = step(classifier(), kind, targets=soft), step(classifier(), kind)
