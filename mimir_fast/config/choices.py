@@ -8,6 +8,7 @@ in kernels/_shared/registration.py, models in mimir_fast/models/families/, forma
 ATTACKS = ("plain", "pgd_mae")
 PENALTIES = ("hsic", "dib_mi", "renyi2")
 MI_TRAIN = ("plain", *PENALTIES)
+PENALTY_BATCHES = ("local", "global")
 
 # Fine-tuning.
 TRAINING_ATTACKS = ("plain", "pgd", "trades", "mart", "apgd", "pgd_best")

@@ -18,7 +18,7 @@ EDM = Condition(("unsup_fraction", "aux_data_filename"), lambda f: f["use_edm"],
 PRETRAINING = (
     EDM,
     Condition(("attack_mask_ratio",), lambda f: f["attack"] != "plain", "--attack pgd_mae"),
-    Condition(("mi_xpl",), lambda f: f["mi_train"] != "plain", "--mi_train"),
+    Condition(("mi_xpl", "penalty_batch"), lambda f: f["mi_train"] != "plain", "--mi_train"),
 )
 FINETUNING = (
     EDM,

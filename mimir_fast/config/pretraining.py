@@ -7,7 +7,7 @@ mimir_fast/cli/parser.py turns them into the command line.  Flags marked `new` a
 from dataclasses import dataclass
 
 from mimir_fast.config import combinations, sections
-from mimir_fast.config.choices import ATTACKS, MI_TRAIN, PENALTIES
+from mimir_fast.config.choices import ATTACKS, MI_TRAIN, PENALTIES, PENALTY_BATCHES
 from mimir_fast.config.combinations import idle_attack, unreached, without_effect
 from mimir_fast.config.fields import Configuration, flag, inherited, require
 from mimir_fast.config.sections import ComputeConfig, DistConfig, OptimConfig, RunConfig, check_shared
@@ -75,6 +75,14 @@ class PenaltyConfig:
         compat="means no penalty",
     )
     mi_xpl: float = flag(1e-5, "weight of the penalty", "loss per unit of the penalty")
+    penalty_batch: str = flag(
+        "local",
+        "images that the penalty compares where there are several processes; local: each process its own micro-batch, as in "
+        "the original, so that the penalty's value depends on images per process; global: the micro-batches of all processes "
+        "together, with the value and gradient of one process that holds them all",
+        choices=PENALTY_BATCHES,
+        new=True,
+    )
     mi_xl: float = flag(0.0, "accepted for compatibility; the original never reads it")
 
 

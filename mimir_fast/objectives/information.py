@@ -6,10 +6,15 @@ from torch import Tensor
 from mimir_fast.config.choices import PENALTIES
 from mimir_fast.kernels import nhsic
 
-__all__ = ["bandwidth", "nhsic", "penalty_value", "renyi_entropy", "renyi_mi", "squared_distances"]
+__all__ = ["bandwidth", "compared_images", "nhsic", "penalty_value", "renyi_entropy", "renyi_mi", "squared_distances"]
 
 # Samples whose distances decide the bandwidth, as in the original.
 BANDWIDTH_ROWS = 10
+
+
+def compared_images(kind: str, images: Tensor, adv_images: Tensor) -> Tensor:
+    """The images that a penalty compares the latent with: the adversarial ones for hsic, else the clean ones."""
+    return adv_images if kind == "hsic" else images
 
 
 def penalty_value(kind: str, latent: Tensor, images: Tensor, adv_images: Tensor, kernels: str = "auto") -> Tensor:
@@ -20,11 +25,12 @@ def penalty_value(kind: str, latent: Tensor, images: Tensor, adv_images: Tensor,
     kernels   implementation of hsic (see nhsic); the others have one, in plain PyTorch
     Raises ValueError for an unknown kind.
     """
+    x, z = compared_images(kind, images, adv_images).flatten(1), latent.flatten(1)
     if kind == "hsic":
-        return nhsic(latent.flatten(1), adv_images.flatten(1), impl=kernels)
+        return nhsic(z, x, impl=kernels)
     if kind in ("dib_mi", "renyi2"):
-        # Clean images and these orders, as in the original (1.01: Rényi's entropy close to Shannon's).
-        return renyi_mi(images.flatten(1), latent.flatten(1), alpha=1.01 if kind == "dib_mi" else 2.0)
+        # These orders, and clean images, as in the original (1.01: Rényi's entropy close to Shannon's).
+        return renyi_mi(x, z, alpha=1.01 if kind == "dib_mi" else 2.0)
     raise ValueError(f"mi_train: expected one of {', '.join(PENALTIES)}, got {kind!r}")
 
 

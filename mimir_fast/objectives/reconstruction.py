@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.models import MaskedAutoencoder
-from mimir_fast.objectives.information import penalty_value
+from mimir_fast.objectives.information import compared_images, penalty_value
+from mimir_fast.training.distributed import World
 from mimir_fast.training.stages import stage
 from mimir_fast.training.step_graph import leaves, outside
 
@@ -40,6 +41,7 @@ class ReconstructionObjective(nn.Module):
 
     penalty               hsic, dib_mi, renyi2 or None; used with an attack only, as in the original
     encode, reconstruct   compiled versions of the model's methods; None: the methods themselves
+    gathered              the processes whose batches the penalty compares together; None: this process's own batch alone
     """
 
     def __init__(
@@ -50,9 +52,11 @@ class ReconstructionObjective(nn.Module):
         weight: float = 0.0,
         encode: Callable[..., Tensor] | None = None,
         reconstruct: Callable[..., tuple[Tensor, Tensor]] | None = None,
+        gathered: World | None = None,
     ):
         super().__init__()
         self.model, self.mask_ratio, self.penalty, self.weight = model, mask_ratio, penalty, weight
+        self.gathered = gathered
         self.encode, self.reconstruct = encode or model.encode, reconstruct or model.reconstruct
         # The penalty needs the latent alone, and has too little work for a GPU: it runs beside the decoder.
         device = next(model.parameters()).device
@@ -71,7 +75,7 @@ class ReconstructionObjective(nn.Module):
             # There is nothing to skip, hence True: skipped penalties are counted from this.
             none, used = torch.zeros_like(recon), torch.ones_like(recon, dtype=torch.bool)
             return PretrainOutput(recon, recon.detach(), none, used, seen, pred.detach(), ids_removed)
-        penalty = partial(_penalty_stage, self.penalty, latent, images, adv, self.model.kernels)
+        penalty = partial(_penalty_stage, self.penalty, latent, images, adv, self.model.kernels, self.gathered)
         # dib_mi waits for eigenvalues.
         between_graphs = leaves("penalty", always=self.penalty == "dib_mi")
         side = None if between_graphs else self.side
@@ -99,20 +103,28 @@ def _penalty_stage(*arguments) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def guarded_penalty(
-    penalty: str, latent: Tensor, images: Tensor, adv: Tensor, kernels: str
+    penalty: str, latent: Tensor, images: Tensor, adv: Tensor, kernels: str, gathered: World | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The penalty's value, whether it is usable, and its gradient in the latent (zero if unusable).
 
     Usable: finite, not exactly zero, gradient finite.
+    gathered   processes, which all call, whose batches are compared together: every process gets the value of them all, and
+               in its own latent a gradient whose mean over processes is that of one process that holds all images
     """
+    if gathered is not None:
+        images = adv = gathered.gather(compared_images(penalty, images, adv))
     # Its gradient is computed here, apart from that of the reconstruction, so that a NaN can be left out on the device.
     with torch.enable_grad():
-        leaf = latent.detach().requires_grad_(True)
+        leaf = (latent if gathered is None else gathered.gather(latent)).detach().requires_grad_(True)
         value = penalty_value(penalty, leaf, images, adv, kernels)
         (grad,) = torch.autograd.grad(value, leaf)
     value = value.detach()
+    # Usable or not for all processes alike: each has computed the whole.
     # The original's penalty is exactly 0 where a matrix could not be inverted, and is then left out.
     used = value.isfinite() & (value != 0) & grad.isfinite().all()
+    if gathered is not None:
+        # Gradients of parameters are averaged over processes, and each has its own images' part of the sum alone.
+        grad = gathered.own(grad) * gathered.size
     return value, used, torch.where(used, grad, 0)
 
 

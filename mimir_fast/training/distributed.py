@@ -75,6 +75,19 @@ class World:
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), 0)
 
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, which have equally many, in the order of ranks: [B,...] -> [size·B,...], no gradient."""
+        if self.size == 1:
+            return rows
+        rows = rows.detach().contiguous()
+        whole = rows.new_empty(self.size * len(rows), *rows.shape[1:])
+        dist.all_gather_into_tensor(whole, rows)
+        return whole
+
+    def own(self, rows: Tensor) -> Tensor:
+        """This process's rows of what `gather` made."""
+        return rows.chunk(self.size)[self.rank]
+
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.size > 1:

@@ -38,7 +38,7 @@ class Pretraining:
     stream   this process's images; None: a step needs none, and normalises as the data set's name says
     """
 
-    average_decay, form, uncapturable = None, None, ""
+    average_decay, form = None, None
 
     def __init__(self, run: Run[PretrainConfig], world: World, stream: BatchStream | None = None):
         self.run, self.world, self.stream = run, world, stream
@@ -49,7 +49,10 @@ class Pretraining:
         self.model = build_model(run, world.device)
         self.attack = build_attack(run, images, world.device)
         self.penalty = penalty_name(config)
-        self.summary = summary(config)
+        self.gathers = self.penalty is not None and config.penalty.penalty_batch == "global" and world.size > 1
+        # Between two graphs a gather would run once more in a process whose capture failed than in the others.
+        self.uncapturable = "--penalty_batch global gathers over processes" if self.gathers else ""
+        self.summary = summary(config, world.size)
         self.tags = {"train_loss": "loss", "lr": "lr"} | ({"mi": "mi"} if self.penalty else {})
         self.skipped_penalties = torch.zeros((), dtype=torch.float64, device=world.device)
 
@@ -68,7 +71,8 @@ class Pretraining:
     def objective(self, model: MaskedAutoencoder, compiler: Compiler) -> ReconstructionObjective:
         c = self.config
         pieces = compiler.trained(model.encode), compiler.trained(model.reconstruct)
-        return ReconstructionObjective(model, c.model.mask_ratio, self.penalty, c.penalty.mi_xpl, *pieces)
+        gathered = self.world if self.gathers else None
+        return ReconstructionObjective(model, c.model.mask_ratio, self.penalty, c.penalty.mi_xpl, *pieces, gathered)
 
     def host_draws(self, images_u8: Tensor, epoch: int, step: int) -> None:
         """Nothing is drawn by the host."""
@@ -175,8 +179,11 @@ def penalty_name(config: PretrainConfig) -> str | None:
     return chosen if chosen in PENALTIES and config.attack.attack != "plain" else None
 
 
-def summary(config: PretrainConfig) -> str:
+def summary(config: PretrainConfig, processes: int = 1) -> str:
     """What a pre-training does beside reconstructing."""
-    a = config.attack
+    a, penalty = config.attack, penalty_name(config) or "none"
+    if processes > 1 and penalty_name(config):
+        whole = config.penalty.penalty_batch == "global"
+        penalty += f" of all {processes} processes' images together" if whole else " of each process's own images"
     attack = "none" if a.attack == "plain" else f"{a.steps} step(s), eps {a.eps:g}/255"
-    return f"attack {attack}; penalty {penalty_name(config) or 'none'}"
+    return f"attack {attack}; penalty {penalty}"

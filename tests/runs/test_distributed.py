@@ -73,46 +73,82 @@ def the_noise() -> MaeNoise:
     return drawn._replace(start=0.01 * torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(8)))
 
 
-def ddp_worker(rank: int, port: int, penalty: str | None, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+# Penalty, and whether it compares the images of both processes.
+PENALTIES = {"none": (None, False), "local": ("hsic", False)}
+PENALTIES |= {name: (name, True) for name in ("hsic", "renyi2", "dib_mi")}
+WEIGHT = 1.0
+
+
+# The Rényi kernels are the identity between images or latents far apart.
+def close_images() -> torch.Tensor:
+    return 0.45 + 0.1 * golden_images()[0]
+
+
+def close_latents():
     model = small_model()
+    with torch.no_grad():
+        model.norm.weight *= 0.1
+    return model
+
+
+def gradients(model) -> dict:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def replica(rank: int, world: World, penalty: str | None, gathers: bool) -> dict:
+    """Gradients and penalty of one step on this process's half of the images."""
+    model = close_latents()
     if rank == 1:
         with torch.no_grad():
             model.norm.weight += 1  # DDP starts everybody from rank 0's parameters
-    objective = ReconstructionObjective(model, 0.75, penalty, 1e-2)
+    objective = ReconstructionObjective(model, 0.75, penalty, WEIGHT, gathered=world if gathers else None)
     wrapped = DistributedDataParallel(objective, gradient_as_bucket_view=True)
-    images = golden_images()[0][4 * rank : 4 * rank + 4]
+    images = close_images()[4 * rank : 4 * rank + 4]
     out = pretrain_step(wrapped, model, images, half(the_noise(), rank), ATTACK)
     Updater(build_optimizer(model, 1e-3, 0.05), CPU, False).backward(out.loss, 1)
-    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    return {"grads": gradients(model), "mi": out.mi}
+
+
+def ddp_worker(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
     world = World(rank, 2, rank, CPU, dist.group.WORLD)
+    steps = {name: replica(rank, world, *how) for name, how in PENALTIES.items()}
     told = [world.any(rank == 1), world.any(False), world.mean(torch.tensor(float(rank))).item()]
     told += [world.same([3, 5]), world.same([3, rank])]
-    torch.save({"grads": grads, "told": told}, f"{folder}/{rank}.pt")
+    torch.save({"steps": steps, "told": told}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
+def alone(penalty: str | None, whole: bool) -> dict:
+    """The same of one process, on all images, or half by half as two processes' own batches."""
+    model, images, noise = close_latents(), close_images(), the_noise()
+    objective = ReconstructionObjective(model, 0.75, penalty, WEIGHT)
+    parts = [(images, noise)] if whole else [(images[4 * r : 4 * r + 4], half(noise, r)) for r in range(2)]
+    for part, its_noise in parts:
+        out = pretrain_step(objective, model, part, its_noise, ATTACK)
+        (out.loss / len(parts)).backward()
+    return {"grads": gradients(model), "mi": out.mi}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("penalty", [None, "hsic"])
-def test_two_processes_have_the_gradients_of_one(tmp_path, penalty):
-    two_processes(ddp_worker, free_port(), penalty, str(tmp_path))
-    model, images = small_model(), golden_images()[0]
-    objective = ReconstructionObjective(model, 0.75, penalty, 1e-2)
-    if penalty is None:
-        pretrain_step(objective, model, images, the_noise(), ATTACK).loss.backward()
-    else:  # the penalty is defined on each process's own batch
-        for rank in range(2):
-            part = images[4 * rank : 4 * rank + 4]
-            out = pretrain_step(objective, model, part, half(the_noise(), rank), ATTACK)
-            (out.loss / 2).backward()
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    """Planted: a process's part of the gradient not times their number, or another process's part; adversarial images where the
+    clean ones are compared."""
+    two_processes(ddp_worker, free_port(), str(tmp_path))
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    largest = max(p.grad.abs().max() for p in model.parameters() if p.requires_grad)
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            assert torch.equal(results[0]["grads"][name], results[1]["grads"][name])
-            assert (results[0]["grads"][name] - p.grad).abs().max() < 2e-6 * largest, name
     assert all(result["told"] == [True, False, 0.5, True, False] for result in results)
+    for case, (penalty, gathers) in PENALTIES.items():
+        expected = alone(penalty, whole=penalty is None or gathers)
+        ours, theirs = (result["steps"][case] for result in results)
+        largest = max(grad.abs().max() for grad in expected["grads"].values())
+        for name, grad in expected["grads"].items():
+            assert torch.equal(ours["grads"][name], theirs["grads"][name])
+            assert (ours["grads"][name] - grad).abs().max() < 2e-6 * largest, (case, name)
+        if gathers:
+            torch.testing.assert_close(
+                torch.stack([ours["mi"], theirs["mi"]]), expected["mi"].expand(2), rtol=2e-6, atol=0
+            )
 
 
 def computation_worker(rank: int, port: int, compression: str, folder: str) -> None:

@@ -20,6 +20,8 @@ pytestmark = pytest.mark.slow
 
 LR = 1e-3
 FLAGS = {"mi_train": "hsic", "mi_xpl": 1e-2, "lr": LR, "accum_iter": 2}
+# A weight at which the penalty is most of the gradient.
+GLOBAL = {"penalty_batch": "global", "mi_xpl": 10.0}
 BLOCKS = {"compile": True, "compile_region": "block"}
 RUNS = {
     "ddp": {},
@@ -28,6 +30,8 @@ RUNS = {
     "poisoned": {"parallel": "fsdp"},
     "bf16": {"parallel": "fsdp", "precision": "bf16"},
     "compressed": {"parallel": "fsdp", "precision": "bf16", "grad_compression": "bf16"},
+    "global": GLOBAL,
+    "global fsdp": GLOBAL | {"parallel": "fsdp", "activation_checkpointing": True},
     "compiled ddp": BLOCKS,
     "compiled fsdp": {"parallel": "fsdp"} | BLOCKS,
 }
@@ -39,6 +43,7 @@ class Run:
     def __init__(self, rank: int, flags: dict, states: dict | None = None):
         """states: a checkpoint's entries, to go on from."""
         self.rank, model = rank, small_model()
+        model.activation_checkpointing = "activation_checkpointing" in flags
         if rank == 1:
             with torch.no_grad():
                 model.norm.weight += 1  # everybody starts from rank 0's parameters
@@ -115,6 +120,21 @@ def test_shards_train_like_replicas(results):
     assert ours["held"] + theirs["held"] == trainable
     assert max(ours["held"], theirs["held"]) < 0.52 * trainable
     assert list(ours["weights"]) == list(small_model().state_dict())
+
+
+def test_a_penalty_of_all_processes_is_that_of_one_process(results):
+    """With accumulation, in replicas and in shards whose blocks are computed again."""
+    engine = Engine(mae_task(small_model(), ATTACK, **FLAGS | GLOBAL), World())
+    norms = []
+    for _ in range(2):
+        for i in range(2):
+            engine.forward_backward(golden_images()[i], the_noise(), last=i == 1)
+        norms.append(engine.update())
+    moments = engine.states()["optimizer"]["state"]
+    alone = {"weights": engine.states()["model"], "norms": norms}
+    alone["means"] = [state["exp_avg"] for _, state in sorted(moments.items())]
+    for name in ("global", "global fsdp"):
+        assert_close(results[0][name], alone, 1e-3)
 
 
 def test_whole_states_continue_exactly(results):

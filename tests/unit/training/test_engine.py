@@ -241,3 +241,16 @@ def test_after_prepare_the_host_neither_waits_nor_decides(task, precision):
     with no_waiting():
         engine.forward_backward(*prepared)
         engine.update(2)
+
+
+def test_the_first_lines_say_whose_images_the_penalty_compares():
+    """Planted: the step of --penalty_batch global left to a graph; the same words whatever the flag says."""
+    told = {
+        (batch, size): mae_task(small_model(), MaeAttack(), World(0, size), mi_train="hsic", penalty_batch=batch)
+        for batch in ("local", "global")
+        for size in (1, 2)
+    }
+    assert told["local", 2].summary.endswith("penalty hsic of each process's own images")
+    assert told["global", 2].summary.endswith("penalty hsic of all 2 processes' images together")
+    assert {told[batch, 1].summary.partition("penalty ")[2] for batch in ("local", "global")} == {"hsic"}
+    assert [bool(task.uncapturable) for task in told.values()] == [False, False, False, True]
