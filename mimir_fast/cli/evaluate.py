@@ -1,18 +1,19 @@
 """mimir-fast evaluate: accuracy of a classifier, clean and under attack.  Also `python -m mimir_fast.evaluate`."""
 
-import os
 import sys
 
 from mimir_fast.cli.errors import guarded
 from mimir_fast.cli.parser import Command, parse_args
 from mimir_fast.config.evaluation import RECIPES, EvaluateConfig
+from mimir_fast.config.resolve import resolve_device
 from mimir_fast.config.sections import DistConfig
 from mimir_fast.evaluate.configured import evaluate
-from mimir_fast.training.distributed import find_rank
+from mimir_fast.evaluate.team import joined
 
 DESCRIPTION = """Accuracy of a classifier, clean and under attack, with 95 % intervals.  An image counts as robust if the
 model is right on it unattacked and after the attack.  Every batch is saved: the same command goes on where it was stopped,
-other attacks are added to the results.  Exit status: 0 done, 1 failed, 2 wrong input, 130 Ctrl-C."""
+other attacks are added to the results.  Under torchrun or srun all processes share the images.
+Exit status: 0 done, 1 failed, 2 wrong input, 130 Ctrl-C."""
 COMMAND = Command("mimir-fast evaluate", DESCRIPTION, EvaluateConfig, RECIPES)
 STOPPED = "stopped; finished batches are saved, the same command goes on from there"
 
@@ -22,20 +23,12 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
 
     def body() -> int:
-        if is_spare(DistConfig(), COMMAND.prog):
-            return 0
-        evaluate(*parse_args(COMMAND, words))
+        config, explicit = parse_args(COMMAND, words)
+        with joined(DistConfig(), resolve_device(config.run.device, explicit, say=lambda line: None)) as team:
+            evaluate(config, explicit, team)
         return 0
 
     return guarded(COMMAND.prog, body, STOPPED)
-
-
-def is_spare(dist: DistConfig, prog: str) -> bool:
-    """Whether this is one of several processes and another one evaluates; says so."""
-    rank, size, _ = find_rank(dist, os.environ)
-    if rank:
-        print(f"{prog}: process {rank} of {size} ends at once, process 0 evaluates", file=sys.stderr)
-    return rank > 0
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ Also `python -m mimir_fast.finetune`, alone or under torchrun.
 import sys
 
 from mimir_fast.cli.errors import guarded
-from mimir_fast.cli.evaluate import STOPPED, is_spare
+from mimir_fast.cli.evaluate import STOPPED
 from mimir_fast.cli.parser import Command
 from mimir_fast.cli.training import train
 from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.config.finetuning_recipes import RECIPES
 from mimir_fast.config.resolve import Run
 from mimir_fast.evaluate.finetune_eval import evaluate
+from mimir_fast.evaluate.team import joined
 from mimir_fast.training.train import build_loop
 
 FINETUNE = Command(
@@ -30,14 +31,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def evaluated(run: Run[FinetuneConfig]) -> int | None:
-    """--eval: the exit status of the evaluation, None without the flag.  One process evaluates, the others end at once."""
+    """--eval: the exit status of the evaluation, None without the flag."""
     if not run.config.validation.eval:
         return None
-    if is_spare(run.config.dist, FINETUNE.prog):
-        return 0
-    for note in run.notes:
-        print(note)
-    return guarded(FINETUNE.prog, lambda: evaluate(run), STOPPED)
+
+    def body() -> int:
+        with joined(run.config.dist, run.device) as team:
+            team.say(*run.notes)
+            return evaluate(run, team)
+
+    return guarded(FINETUNE.prog, body, STOPPED)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,14 @@ from mimir_fast.evaluate.configured import evaluate
 from mimir_fast.evaluate.evaluation import original_sequence, run_evaluation
 from mimir_fast.evaluate.images import Images
 from mimir_fast.evaluate.rounds import Sizes
+from mimir_fast.evaluate.team import joined
 
 __all__ = [
     "Attack",
     "Images",
     "Sizes",
     "evaluate",
+    "joined",
     "make_attack",
     "original_sequence",
     "parse_attacks",

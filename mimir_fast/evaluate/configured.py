@@ -13,15 +13,18 @@ from mimir_fast.config.resolve import resolve_device
 from mimir_fast.evaluate.evaluation import run_evaluation
 from mimir_fast.evaluate.images import Images
 from mimir_fast.evaluate.rounds import Sizes
+from mimir_fast.evaluate.team import ALONE, Team
 
 
-def evaluate(config: EvaluateConfig, explicit: set[str] | None = None) -> dict:
+def evaluate(config: EvaluateConfig, explicit: set[str] | None = None, team: Team = ALONE) -> dict:
     """Evaluate a classifier as `mimir-fast evaluate` does: prints a table, writes results.json, returns what it holds.
 
     config     EvaluateConfig().updated({"checkpoint": "best.pth", "attacks": "clean,pgd-20", "eps": 4.0}); eps and alpha
                in 1/255, images [B,3,H,W] in [0,1]; a flag is called as on the command line
     explicit   names of the flags that were asked for (default: those that `updated` named): a device that was
                asked for and is not there is an error, a default one is not
+    team       the processes that share the images, all of which call; else this one evaluates all of them:
+               `with mimir_fast.evaluate.joined(DistConfig(), device) as team`
     Every batch is saved, so the same call after an interruption goes on where it stopped.
     Raises ValueError (DataError, CheckpointError) for wrong input, OSError where the disk refuses.
     Source: docs/evaluate.md says what is counted and how.
@@ -31,15 +34,16 @@ def evaluate(config: EvaluateConfig, explicit: set[str] | None = None) -> dict:
     # Adversarial examples lie close to the decision boundary, where tf32 decides otherwise than fp32.
     torch.set_float32_matmul_precision("highest")
     explicit = config.changed() | config.given if explicit is None else explicit
-    device = resolve_device(config.run.device, explicit)
+    device = resolve_device(config.run.device, explicit) if team.world.size == 1 else str(team.world.device)
     overrides = overrides_of(config.model.model, config.model.use_normalize, config.data.dataset)
-    trained = load_classifier(config.model.checkpoint, overrides=overrides, device=device)
+    # The first one downloads it, where it is a URL, for all of its machine.
+    with team.first():
+        trained = load_classifier(config.model.checkpoint, overrides=overrides, device=device)
     eps = config.attack.eps or training_eps(trained) or USUAL_EPS
     alpha = eps / 4 if config.attack.alpha is None else config.attack.alpha
-    for line in [*config.notes(explicit), *trained.notes]:
-        print(line)
     cut = ", images as they are" if config.data.eval_resize == "none" else ""
-    print(f"{trained.source}: {trained.args['model']}, eps {eps:g}/255, alpha {alpha:g}/255, on {device}{cut}")
+    line = f"{trained.source}: {trained.args['model']}, eps {eps:g}/255, alpha {alpha:g}/255, on {device}{team.words()}{cut}"
+    team.say(*config.notes(explicit), *trained.notes, line)
     return run_evaluation(
         trained.model,
         trained.source,
@@ -50,6 +54,7 @@ def evaluate(config: EvaluateConfig, explicit: set[str] | None = None) -> dict:
         seed=config.run.seed,
         with_checks=config.attack.checks,
         classes=trained.classes,
+        team=team,
     )
 
 

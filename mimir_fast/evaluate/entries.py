@@ -60,8 +60,8 @@ def summary(record: Record, rounds: Sequence[str]) -> dict:
     return entry | {"seconds": round(record.seconds, 3)}
 
 
-def circumstances(attack: Attack, subject: Subject) -> dict:
-    """The checkpoint, versions, device and date of a result."""
+def circumstances(attack: Attack, subject: Subject, processes: int = 1) -> dict:
+    """The checkpoint, versions, device, number of processes if there are several, and date of a result."""
     versions = {name: metadata.version(name) for name in ("mimir-fast", "torch")}
     if attack.kind == "aa":
         versions["autoattack"] = f"{version()} standard"
@@ -70,6 +70,7 @@ def circumstances(attack: Attack, subject: Subject) -> dict:
         "checkpoint": subject.source,
         "versions": versions | {"python": platform.python_version()},
         "device": torch.cuda.get_device_name(subject.device) if on_cuda else f"cpu ({platform.machine()})",
+        **({"processes": processes} if processes > 1 else {}),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 

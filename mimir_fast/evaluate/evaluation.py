@@ -1,6 +1,7 @@
 """Evaluation of a classifier under a list of attacks: results.json, a table, and checks for gradient masking."""
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from mimir_fast.evaluate.entries import attack_of, circumstances, key_of, model_
 from mimir_fast.evaluate.images import Chosen, Images
 from mimir_fast.evaluate.records import Record, Results
 from mimir_fast.evaluate.rounds import Sizes, Subject, rounds_of, run_attack
+from mimir_fast.evaluate.team import ALONE, Team
 
 CLEAN = Attack("clean")
 # Images that the checks attack.
@@ -52,6 +54,7 @@ def run_evaluation(
     with_checks: bool = False,
     say: Callable[[str], None] = print,
     classes: list[str] | None = None,
+    team: Team = ALONE,
 ) -> dict:
     """Evaluate a classifier; returns what results.json in output_dir holds: identity, attacks by name and settings, checks.
 
@@ -63,10 +66,13 @@ def run_evaluation(
     with_checks  also attack a few images at a radius at which every image can be broken
     say          called with every line of output
     classes      names of the model's classes in the order of its logits, which must be those of the images; None: not known
+    team         the processes that share the images (`joined`), all of which call; the first prints and writes
     Every batch is saved: a call after a kill continues where it stopped, and ends with the same result.
     Raises ValueError (DataError, CheckpointError), one line each.
     """
-    chosen = images.choose(say)
+    say = say if team.is_main else lambda line: None
+    # Read by one: all images are.
+    chosen = team.shared(lambda: images.choose(say))
     check_same_classes(classes, chosen.classes, source)
     subject = _subject(model, source, len(chosen.classes))
     # Each attack once, the clean one first: those that follow leave out what it finds misclassified.
@@ -74,10 +80,13 @@ def run_evaluation(
     # For its errors: an attack that cannot run should be known before hours of those that can.
     for attack in attacks:
         rounds_of(attack, subject, sizes, seed)
-    identity = {"model": {"source": source, "hash": model_hash(subject.model)}, "images": chosen.identity()}
-    with locked(Path(output_dir), say=say):
-        evaluation = Evaluation(subject, chosen, Results(Path(output_dir), identity), sizes, seed, say)
-        return evaluation.run(attacks, with_checks)
+    mine, folder = model_hash(subject.model), Path(output_dir)
+    if len(set(team.gathered(mine))) > 1:
+        raise ValueError(f"checkpoint: the processes read different parameters from {source}")
+    identity = {"model": {"source": source, "hash": mine}, "images": chosen.identity()}
+    with locked(folder, say=say) if team.is_main else nullcontext():
+        results = team.shared(lambda: Results(folder, identity))
+        return Evaluation(subject, chosen, results, sizes, seed, say, team).run(attacks, with_checks)
 
 
 def _subject(model: nn.Module, source: str, num_classes: int) -> Subject:
@@ -101,9 +110,10 @@ class Evaluation:
         sizes: Sizes,
         seed: int,
         say: Callable[[str], None],
+        team: Team = ALONE,
     ):
         self.subject, self.chosen, self.results = subject, chosen, results
-        self.sizes, self.seed, self.say = sizes, seed, say
+        self.sizes, self.seed, self.say, self.team = sizes, seed, say, team
         # Which images are classified correctly unattacked.
         self.clean = np.ones(len(chosen.indices), bool)
 
@@ -115,28 +125,34 @@ class Evaluation:
             record = self.attack(attack)
             # The attacks that follow leave out what was misclassified unattacked.
             self.clean = record.correct if attack == CLEAN else self.clean
-        findings = [*checks.compare(self.outcomes()), *self.slice_checks(with_checks)]
+        compared = checks.compare(self.outcomes()) if self.team.is_main else []
+        findings = [*compared, *self.slice_checks(with_checks)]
         self.results.data["checks"] = [finding._asdict() for finding in findings]
-        self.results.save()
+        self.save()
         for line in table(self.results.data):
             self.say(line)
-        return self.results.data
+        return self.team.shared(lambda: self.results.data)
+
+    def save(self) -> None:
+        """Write results.json, on the first process."""
+        if self.team.is_main:
+            self.results.save()
 
     def attack(self, attack: Attack) -> Record:
         """Run an attack, or what is left of it, and enter it into the results."""
         settings = settings_of(attack, self.sizes, self.seed)
         key = key_of(settings)
-        record = Record(self.results.record_path(key), self.chosen.indices, self.clean)
-        record.resume()
+        path = self.results.record_path(key)
+        record, _ = self.team.record(path, self.chosen.indices, self.clean)
         before = record.seconds
-        names = run_attack(attack, self.subject, self.chosen, record, self.sizes, self.seed, self.say)
+        names = run_attack(attack, self.subject, self.chosen, record, self.sizes, self.seed, self.say, self.team)
         entries = self.results.data["attacks"]
         # An attack that was complete before keeps its entry, with the date and versions it was measured with.
         if key not in entries or record.seconds > before:
-            path = str(record.path.relative_to(self.results.folder))
-            entry = {**summary(record, names), "settings": settings, "per_image": path}
-            entries[key] = entry | circumstances(attack, self.subject)
-            self.results.save()
+            place = str(path.relative_to(self.results.folder))
+            entry = {**summary(record, names), "settings": settings, "per_image": place}
+            entries[key] = entry | circumstances(attack, self.subject, self.team.world.size)
+            self.save()
         low, high = entries[key]["interval95"]
         self.say(f"{key}: {entries[key]['accuracy']:.2%} ({low:.2%} - {high:.2%}) of {entries[key]['n']} images")
         return record
@@ -155,12 +171,11 @@ class Evaluation:
         # Those that are right alone: of the others there is nothing to break.
         rows = np.flatnonzero(self.clean)[:SLICE]
         chosen = replace(self.chosen, indices=self.chosen.indices[rows])
-        record = Record(self.results.record_path("check large eps"), chosen.indices)
-        there = record.resume()
+        record, there = self.team.record(self.results.record_path("check large eps"), chosen.indices)
         findings = [checks.vanishing_gradients(vanished(self.subject, chosen, self.sizes.batch), len(rows))]
         # Also if an earlier call ran it: its finding must not vanish from the results.
         if large_too or there:
-            run_attack(LARGE, self.subject, chosen, record, self.sizes, self.seed, self.say)
+            run_attack(LARGE, self.subject, chosen, record, self.sizes, self.seed, self.say, self.team)
             findings.append(checks.large_eps(record))
         return findings
 

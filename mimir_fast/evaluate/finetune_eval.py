@@ -8,28 +8,31 @@ from mimir_fast.evaluate.autoattack import refusal
 from mimir_fast.evaluate.evaluation import original_sequence, run_evaluation
 from mimir_fast.evaluate.images import Images
 from mimir_fast.evaluate.rounds import Sizes
+from mimir_fast.evaluate.team import ALONE, Team
 
 
-def evaluate(run: Run[FinetuneConfig]) -> int:
+def evaluate(run: Run[FinetuneConfig], team: Team = ALONE) -> int:
     """Clean accuracy, PGD-5 at eps 1, PGD-20, PGD-100 and AutoAttack, or with --adap_eval the adaptive attacks; in fp32.
 
+    team   the processes that share the images, all of which call
     Model and data set are the checkpoint's unless flags name others; eps and alpha are the flags', as in the original.
     Results are written beside the checkpoint.  Returns 0; raises ValueError for wrong input.
     """
     config, source = run.config, run.config.run.resume
     flat = config.flat()
     overrides = {name: flat[name] for name in OVERRIDES if name in run.explicit and name in flat}
-    trained = load_classifier(source, overrides=overrides, device=run.device)
+    device = run.device if team.world.size == 1 else str(team.world.device)
+    with team.first():
+        trained = load_classifier(source, overrides=overrides, device=device)
     dataset = flat["dataset"] if "dataset" in run.explicit else trained.args.get("dataset") or flat["dataset"]
     a, d = config.attack, config.data
-    for line in trained.notes:
-        print(line)
     cut = ", images as they are" if config.validation.eval_resize == "none" else ""
-    print(f"{trained.source}: {trained.args['model']}, eps {a.eps:g}/255, alpha {a.alpha:g}/255, on {run.device}{cut}")
+    radius = f"eps {a.eps:g}/255, alpha {a.alpha:g}/255"
+    team.say(*trained.notes, f"{trained.source}: {trained.args['model']}, {radius}, on {device}{team.words()}{cut}")
     attacks = original_sequence(a.eps, a.alpha, config.validation.adap_eval)
     # One attack that cannot run is no reason to leave out the others.
     if any(attack.kind == "aa" for attack in attacks) and (reason := refusal(trained.args["nb_classes"])):
-        print(f"eval: AutoAttack is left out, it {reason}")
+        team.say(f"eval: AutoAttack is left out, it {reason}")
         attacks = tuple(attack for attack in attacks if attack.kind != "aa")
     images = Images(
         dataset,
@@ -48,5 +51,6 @@ def evaluate(run: Run[FinetuneConfig]) -> int:
         sizes=Sizes(batch, batch),
         seed=config.run.seed,
         classes=trained.classes,
+        team=team,
     )
     return 0

@@ -12,13 +12,13 @@ SECONDS_BETWEEN_LINES = 10
 
 
 class Bar:
-    """A progress bar on a terminal; elsewhere a line every ten seconds, by `say`."""
+    """A progress bar on a terminal, if it is to be shown; elsewhere a line every ten seconds, by `say`."""
 
-    def __init__(self, say: Callable[[str], None]):
+    def __init__(self, say: Callable[[str], None], shown: bool = True):
         self.say, self.told = say, time.perf_counter()
         self.bar: tqdm | None = None
         # Not shown elsewhere: tqdm would write a line to a log file for every update.
-        if sys.stderr.isatty():
+        if shown and sys.stderr.isatty():
             self.bar = tqdm(total=1, bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}", leave=False)
 
     def show(self, what: str, text: str, done: float, left: float) -> None:
@@ -42,24 +42,37 @@ class AttackProgress:
     """Progress of one attack.
 
     passes   cost of each of its rounds per image, in forward passes
+    shown    whether this process shows it, of several
     The time left is that of all images that are not broken passing through all rounds at the speed so far: an upper bound,
     which falls with every image that a round breaks.
     """
 
-    def __init__(self, name: str, passes: list[float], everything: bool, say: Callable[[str], None]):
+    def __init__(
+        self, name: str, passes: list[float], everything: bool, say: Callable[[str], None], shown: bool = True
+    ):
         self.name, self.passes, self.everything = name, passes, everything
         self.started, self.done = time.perf_counter(), 0.0
-        self.bar = Bar(say)
+        self.bar, self.elsewhere = Bar(say, shown), 0
 
-    def update(self, record: Record, round: int, round_name: str, count: int) -> None:
-        """After `count` images of a round (from 1)."""
-        self.done += count * self.passes[round - 1]
+    def begin(self) -> None:
+        """At the beginning of a round, in which other processes have done nothing yet."""
+        self.elsewhere = 0
+
+    def update(self, record: Record, round: int, round_name: str, count: int, others: tuple[int, int] = (0, 0)) -> None:
+        """After `count` images of a round (from 1); others: images that other processes finished in it, and how many of them
+        were broken, of which the record does not know yet."""
+        done, broken = others
+        self.done += (count + done - self.elsewhere) * self.passes[round - 1]
+        self.elsewhere = done
         left = sum(cost * len(record.left(r, self.everything)) for r, cost in enumerate(self.passes, 1))
+        left -= done * self.passes[round - 1]
+        left -= 0 if self.everything else broken * sum(self.passes[round:])
         eta = tqdm.format_interval((time.perf_counter() - self.started) * left / self.done)
         reached = record.reached(round, self.everything)
-        finished = int((reached & (record.rounds >= round)).sum())
+        finished = int((reached & (record.rounds >= round)).sum()) + done
+        robust = record.correct.mean() - broken / len(record.indices)
         what = f"{self.name} {round_name}" if len(self.passes) > 1 else self.name
-        text = f"{finished}/{int(reached.sum())} images, at most {record.correct.mean():.1%} robust, {eta} left"
+        text = f"{finished}/{int(reached.sum())} images, at most {robust:.1%} robust, {eta} left"
         self.bar.show(what, text, self.done, left)
 
     def close(self) -> None:

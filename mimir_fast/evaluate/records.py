@@ -1,9 +1,10 @@
 """Records of an evaluation: the outcome of an attack for every image, and results.json.  N images."""
 
+import glob
 import json
 import zipfile
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -24,7 +25,10 @@ class Record:
     rounds int8      rounds that the image went through
     prediction int32 predicted class after the last round it went through, -1: none
     loss float32     highest cross-entropy after a round, NaN: none
-    seconds          time spent so far
+    seconds          time spent so far, of all processes together
+
+    Of several processes the first keeps the whole in `path`; the others keep what they do in a round in PATH.part-RANK until
+    its end.
     """
 
     # Names on disk -> attributes.  The indices keep the name that earlier versions wrote.
@@ -66,29 +70,59 @@ class Record:
         # fmax ignores the NaN that stands for no loss.
         self.loss[rows] = np.fmax(self.loss[rows], losses)
 
+    def arrays(self) -> dict[str, Any]:
+        """The arrays by their names on disk."""
+        return {stored: getattr(self, name) for stored, name in self.ARRAYS.items()}
+
+    def take(self, arrays: dict[str, Any]) -> bool:
+        """Take over the images that another process brought farther, from its arrays; returns whether there are any."""
+        farther = arrays["rounds"] > self.rounds
+        for stored, name in self.ARRAYS.items():
+            setattr(self, name, np.where(farther, arrays[stored], getattr(self, name)))
+        return bool(farther.any())
+
+    def part(self, rank: int) -> Path:
+        """Where a process other than the first keeps what it does in a round."""
+        return self.path.with_name(f"{self.path.name}.part-{rank}")
+
     def save(self) -> None:
         """Write atomically.  Raises OSError if the disk refuses."""
-        arrays = {stored: getattr(self, name) for stored, name in self.ARRAYS.items()}
-        write_atomically(self.path, lambda file: np.savez_compressed(file, seconds=self.seconds, **arrays))
+        write_atomically(self.path, lambda file: np.savez_compressed(file, seconds=self.seconds, **self.arrays()))
 
     def resume(self) -> bool:
-        """Read the file; returns whether it exists.  Raises CheckpointError if it is damaged or about other images."""
-        if not self.path.exists():
-            return False
+        """Read the file, and what other processes left beside it when they were stopped; returns whether there is any.
+
+        Raises CheckpointError if a file is damaged or about other images.
+        """
+        left = sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.part-*"))
+        # A kill while a part was written leaves its temporary file.
+        parts = [path for path in left if path.suffix != ".tmp"]
+        whole = [self.path] if self.path.exists() else []
+        for path in whole:
+            arrays, self.seconds = self._read(path)
+            for stored, name in self.ARRAYS.items():
+                setattr(self, name, arrays[stored])
+        for path in parts:
+            arrays, seconds = self._read(path)
+            self.seconds += seconds if self.take(arrays) else 0.0
+        if parts:
+            self.save()
+        # When the whole is on the disk.
+        for path in left:
+            path.unlink()
+        return bool(whole or parts)
+
+    def _read(self, path: Path) -> tuple[dict[str, Any], float]:
         try:
-            with np.load(self.path) as stored:
+            with np.load(path) as stored:
                 arrays = {name: stored[name] for name in self.ARRAYS}
-                self.seconds = float(stored["seconds"])
+                seconds = float(stored["seconds"])
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise CheckpointError(f"output_dir: {self.path} is damaged ({error}); remove it to begin again") from error
+            raise CheckpointError(f"output_dir: {path} is damaged ({error}); remove it to begin again") from error
         # Rows are matched by position: with other images they would be another image's outcome.
         if not np.array_equal(arrays["number"], self.indices):
-            raise CheckpointError(
-                f"output_dir: {self.path} is about other images; remove it or take another output_dir"
-            )
-        for stored, name in self.ARRAYS.items():
-            setattr(self, name, arrays[stored])
-        return True
+            raise CheckpointError(f"output_dir: {path} is about other images; remove it or take another output_dir")
+        return arrays, seconds
 
 
 class Results:

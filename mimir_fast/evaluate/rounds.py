@@ -19,6 +19,7 @@ from mimir_fast.evaluate.autoattack import PASSES, SUB_ATTACKS, AutoAttack
 from mimir_fast.evaluate.images import Chosen
 from mimir_fast.evaluate.progress import AttackProgress
 from mimir_fast.evaluate.records import Record
+from mimir_fast.evaluate.team import ALONE, Team
 from mimir_fast.models.features import FeatureClassifier, FeatureModel
 from mimir_fast.training.captured_calls import CapturedCalls
 from mimir_fast.training.step_graph import CudaRecorder, Recorder
@@ -105,8 +106,11 @@ def run_attack(
     sizes: Sizes,
     seed: int,
     say: Callable[[str], None] = print,
+    team: Team = ALONE,
 ) -> list[str]:
     """Run what is left of an attack's rounds on the images of a record, saved after every batch; returns the rounds' names.
+
+    team   the processes that share the batches, all of which call; afterwards all hold the whole record
 
     Raises CheckpointError for logits that are NaN or infinite, OSError if the record cannot be written, RuntimeError if an
     adversarial image is farther than eps away, which is a bug.
@@ -115,22 +119,24 @@ def run_attack(
     size = sizes.aa if attack.kind == "aa" else sizes.batch
     # Then all images, in every round: batches must not depend on what earlier rounds broke.
     everything = attack.batch_dependent
-    progress = AttackProgress(attack.name, [r.passes for r in rounds], everything, say)
+    progress = AttackProgress(attack.name, [r.passes for r in rounds], everything, say, shown=team.is_main)
     recorder = recorder_for(subject.device)
     try:
         for index, round in enumerate(rounds, 1):
             with launched(round, recorder, say) as round:
-                for rows, images, labels in chosen.batches(record.left(index, everything), size):
+                progress.begin()
+                for rows, images, labels in chosen.batches(team.dealt(record.left(index, everything), size), size):
                     started = time.perf_counter()
                     indices = torch.from_numpy(record.indices[rows])
                     seen = outcome(round, attack.eps, subject, sizes.batch, images, labels, indices)
                     record.note(rows, index, labels.numpy(), *seen)
                     record.seconds += time.perf_counter() - started
                     record.save()
-                    progress.update(record, index, round.name, len(rows))
+                    others = team.others(len(rows), int((record.broken[rows] == index).sum()))
+                    progress.update(record, index, round.name, len(rows), others)
+            team.merge(record)
     finally:
         progress.close()
-    record.save()
     return [round.name for round in rounds]
 
 

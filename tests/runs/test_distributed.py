@@ -1,7 +1,6 @@
 """Several processes: finding each other, equal gradients, one writer, the same end for all."""
 
 import json
-import socket
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from mimir_fast.training.engine import Engine
 from mimir_fast.training.optimizer import Updater, build_optimizer
 from mimir_fast.training.pretrain_step import MaeAttack, MaeNoise, draw_noise, pretrain_step
 from tests.support.golden import BOUNDS, golden_images, small_model
-from tests.support.runs import finish, load, make_images, run, same_state, start, two_processes
+from tests.support.runs import finish, free_port, load, make_images, run, same_state, start, two_processes
 from tests.support.tasks import mae_task
 
 ATTACK = MaeAttack(1, BOUNDS)
@@ -55,12 +54,6 @@ def test_a_process_waits_for_the_others_as_long_as_the_flag_says(monkeypatch):
     assert asked == [1800, 150]
     with pytest.raises(ValueError, match="dist_timeout: got 0"):
         PretrainConfig().updated({"dist_timeout": 0.0}).check()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def half(noise: MaeNoise, rank: int) -> MaeNoise:

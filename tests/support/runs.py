@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -61,12 +62,28 @@ def finish(child: subprocess.Popen, timeout: float = PATIENCE) -> str:
             os.killpg(child.pid, signal.SIGKILL)
 
 
-def two_processes(worker: Callable, *arguments) -> None:
-    """worker(rank, *arguments) for both ranks; forked from one process that has imported everything."""
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def two_processes(worker: Callable, *arguments, join: bool = True) -> mp.ProcessContext | None:
+    """worker(rank, *arguments) for both ranks; forked from one process that has imported everything.
+
+    join   wait for both, of which one ends the other when it fails
+    """
     multiprocessing.set_forkserver_preload(
-        ["mimir_fast.training.sharding", "mimir_fast.training.loop", "torch._dynamo"]
+        [
+            "mimir_fast.training.sharding",
+            "mimir_fast.training.loop",
+            "torch._dynamo",
+            "mimir_fast.evaluate",
+            "sklearn.datasets",
+            "pyautoattack",
+        ]
     )
-    mp.start_processes(worker, arguments, nprocs=2, start_method="forkserver")
+    return mp.start_processes(worker, arguments, nprocs=2, join=join, start_method="forkserver")
 
 
 def load(path: Path) -> dict:

@@ -131,15 +131,6 @@ def test_the_radius_of_the_training(eps, std, expected):
     assert training_eps(trained) == expected
 
 
-def test_of_several_processes_one_evaluates_and_the_others_say_so(checkpoint, capsys, monkeypatch, tmp_path):
-    """As under torchrun; planted: every process evaluates, into one folder."""
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert run("--checkpoint", checkpoint, BASE, "--attacks clean --output_dir", tmp_path / "out") == 0
-    assert capsys.readouterr().err == "mimir-fast evaluate: process 1 of 2 ends at once, process 0 evaluates\n"
-    assert not (tmp_path / "out").exists()
-
-
 def test_two_evaluations_of_one_folder_are_an_error_that_names_the_first(checkpoint, capsys, tmp_path):
     with locked(tmp_path):
         assert run("--checkpoint", checkpoint, BASE, "--attacks clean --output_dir", tmp_path) == 2

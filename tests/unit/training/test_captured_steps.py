@@ -12,10 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 from mimir_fast.training.distributed import World
 from mimir_fast.training.loop import Loop
 from mimir_fast.training.stages import listening
-from tests.runs.test_distributed import free_port
 from tests.support import finetune_runs, runs
 from tests.support.captured_runs import same, train
-from tests.support.runs import two_processes
+from tests.support.runs import free_port, two_processes
 from tests.support.tape import Tape
 from tests.support.toy_task import ToyOutput, ToyTask, toy_run
 
