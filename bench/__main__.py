@@ -4,9 +4,10 @@ kernels   every operation against its rivals at the shapes of the recipes, check
 compile   every kernel compiled for A100 and H100, its machine code read (no GPU needed)
 step      one step of pre-training or fine-tuning priced against a GPU's limits, and measured where the GPU is there
 train     images per second of the real training loop from a folder of images, MFU, memory, the wait for data
+data      a cache's reader against a memory copy, torch's DataLoader and JPEG files, in processor time (no GPU needed)
 profile   a trace of some updates, the time of their stages, their ten most expensive kernels
 capture   updates launched as a CUDA graph against the same ones uncaptured, bit for bit
-gpu       capture, tests, kernels, step, training loop and profile in one go on one GPU: what to run there first
+gpu       capture, tests, kernels, step, data, training loop and profile in one go on one GPU: what to run there first
 
 --simulate h100 (or h200, a100) runs a verb on a simulated GPU (bench/simulated_gpu): calls and memory are exact, times do not
 exist.
@@ -22,7 +23,7 @@ from bench import simulated_gpu
 from bench.simulated_gpu.build import unsuitable
 
 VERBS = {"kernels": "bench.kernels.command", "step": "bench.step.command"}
-VERBS |= {name: f"bench.{name}" for name in ("compile", "train", "profile", "capture", "gpu")}
+VERBS |= {name: f"bench.{name}" for name in ("compile", "train", "data", "profile", "capture", "gpu")}
 
 
 def main(arguments: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""python -m bench gpu: capture, tests, kernels, steps, training loop and profile on one GPU, in one go, with a summary."""
+"""python -m bench gpu: all of what a GPU can tell, in one go with a summary: capture, tests, kernels, steps, data, training."""
 
 import argparse
 import contextlib
@@ -18,7 +18,7 @@ from bench.simulated_gpu import marker
 from bench.steps import FINETUNE, VARIANTS
 from mimir_fast.checkpoints.atomic import write_text_atomically
 
-GROUPS = ("capture", "tests", "kernels", "step", "finetune", "train", "profile")
+GROUPS = ("capture", "tests", "kernels", "step", "finetune", "data", "train", "profile")
 FLAGS = ["--residual_dtype", "bf16"]  # of docs/performance.md
 ATTACKS = (1, 10)  # steps of the fine-tuning steps
 TESTS = ("tests/kernels/test_devices.py", "tests/runs/test_gpu.py")
@@ -116,6 +116,7 @@ def plan(args: argparse.Namespace, flags: list[str]) -> list[Stage]:
         share = COMPILED / (1 + (steps != ATTACKS[0]))  # the second finds its code compiled
         words = ["--task", FINETUNE, "--model", tuned, "--steps", str(steps), *FLAGS]
         add(f"finetune {tuned} PGD-{steps}", share, "step", *words)
+    add("data", 60, "data", "--data_root", args.data_root)
     add("train", 60, "train", *loop)
     add("profile", 45, "profile", "--output", str(args.output / "profile"), *loop)
     return [stage for stage in found if stage.name.split()[0] in args.only]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, profile, train
+from bench import data, gpu, profile, train
 from bench.__main__ import main
 from bench.gpu import FLAGS, GROUPS, Outcome, Stage, plan
 from bench.kernels import command as kernels
@@ -18,7 +18,7 @@ from bench.steps import FINETUNE, PRETRAIN, asked
 from tests.support.simulation import needs_simulated_gpu
 
 PARSERS = {"step": step.build_parser(), "train": train.build_parser(), "profile": profile.build_parser()}
-PARSERS |= {"kernels": kernels.build_parser()}
+PARSERS |= {"kernels": kernels.build_parser(), "data": data.build_parser()}
 
 
 def script(text: str) -> list[str]:
@@ -33,13 +33,13 @@ def test_the_plan_is_made_of_commands_that_parse():
     assert all((ROOT / word).exists() for word in tests.command if word.startswith("tests/"))
     steps = [f"step mae_vit_{m} {v}" for m in ("base", "small") for v in ("ours", "references", "textbook")]
     tuned = ["finetune vit_base PGD-1", "finetune vit_base PGD-10"]
-    assert [s.name for s in found] == ["kernels", *steps, *tuned, "train", "profile"]
+    assert [s.name for s in found] == ["kernels", *steps, *tuned, "data", "train", "profile"]
     for stage in found:
         _, _, bench, verb, *words = stage.command
         own, flags = PARSERS[verb].parse_known_args(words)
         assert bench == "bench"
         assert verb == "profile" or own.results == f"res/{verb}.jsonl"
-        if verb == "kernels":
+        if verb in ("kernels", "data"):
             continue
         config = asked(own.task, ["--device", "cpu", "--precision", "bf16", *flags]).config.flat()
         group, model, *how = stage.name.split() if verb == "step" else (verb, "mae_vit_base")

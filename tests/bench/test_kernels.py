@@ -1,12 +1,15 @@
 """python -m bench kernels: which cases, what is right, what is timed and recorded."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torchvision.transforms.v2.functional import resized_crop
 
 from bench.__main__ import main
-from bench.kernels import bench_linf_patch_step, bench_linf_start, bench_nhsic, command
+from bench.kernels import bench_crop_resize, bench_linf_patch_step, bench_linf_start, bench_nhsic, command
 from bench.kernels.case import Timed
 from bench.kernels.suite import OPS, SIZES, Size, entries
 from bench.peaks import PEAKS
@@ -70,6 +73,52 @@ def test_judges_of_their_own():
     (case,) = bench_nhsic.cases(TINY, "fp32")
     assert case.judge(truth * 1.001, truth, truth) == ""
     assert "relative" in case.judge(truth * 1.003, truth, truth)
+
+
+def test_adapters_of_libraries_that_only_a_gpu_has(monkeypatch):
+    """CV-CUDA and DALI, stand-ins with their documented signatures: the same crops as torchvision's, flipped by the region."""
+
+    def resized(image, first, last, size):
+        (top, left), (bottom, right) = (map(round, first), map(round, last))
+        box = top, min(left, right), bottom - top, abs(right - left)
+        crop = resized_crop(image.permute(2, 0, 1), *box, size, interpolation=3, antialias=True)
+        return (crop.flip(2) if left > right else crop).permute(1, 2, 0)
+
+    class TensorBatch(list):
+        def __init__(self, capacity):
+            super().__init__()
+
+        pushback = list.append
+
+    def hq_resize_into(dst, src, *, antialias=False, roi=None, interpolation=None, stream=None):
+        assert (antialias, interpolation, stream) == (True, "CUBIC", ("stream", 7))
+        for out, image, region in zip(dst, src, roi, strict=True):
+            out.copy_(resized(image, region[:2], region[2:], list(out.shape[:2])))
+
+    def as_batch(tensors, layout=None):
+        return tensors
+
+    def resize(images, *, size, interp_type, antialias, roi_start, roi_end):
+        assert (interp_type, antialias) == ("CUBIC", True)
+        crops = [resized(*each, list(size)) for each in zip(images, roi_start.tolist(), roi_end.tolist(), strict=True)]
+        return SimpleNamespace(torch=lambda: torch.stack(crops))
+
+    cvcuda = {"TensorBatch": TensorBatch, "as_tensor": lambda tensor, layout: tensor, "hq_resize_into": hq_resize_into}
+    cvcuda |= {"as_stream": lambda stream: ("stream", stream), "Interp": SimpleNamespace(CUBIC="CUBIC")}
+    dynamic = SimpleNamespace(as_batch=as_batch, resize=resize)
+    dali = SimpleNamespace(experimental=SimpleNamespace(dynamic=dynamic))
+    types = SimpleNamespace(DALIInterpType=SimpleNamespace(INTERP_CUBIC="CUBIC"))
+    modules = {"cvcuda": SimpleNamespace(**cvcuda), "nvidia": SimpleNamespace(dali=dali), "nvidia.dali": dali}
+    modules |= {"nvidia.dali.types": types, "nvidia.dali.experimental": dali.experimental}
+    modules["nvidia.dali.experimental.dynamic"] = dynamic
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
+    (case,) = bench_crop_resize.cases(TINY, "fp32")
+    inputs = case.draw(CPU)
+    expected = bench_crop_resize.by_torchvision(**inputs)
+    assert torch.equal(bench_crop_resize.by_cv_cuda(**inputs), expected)
+    assert torch.equal(bench_crop_resize.by_dali(**inputs), expected)
 
 
 # ---- the command
