@@ -36,10 +36,8 @@ def test_every_way_is_measured(tmp_path, capsys):
     ):
         assert f"\n{line}" in f"\n{told}"
     cores = 69_600 / ways["reader, 1 thread"]["images/cpu s"][1]
-    assert (
-        f"8 GPUs, ViT-B/16, 69,600 images/s: {cores:.1f} cores, DRAM {3 * 69_600 * record['KB rows'] / 1e6:.0f}, bus"
-        in told
-    )
+    memory = 3 * 69_600 * record["KB rows"] / 1e6
+    assert f"8 GPUs, ViT-B/16, 69,600 images/s: {cores:.1f} cores, GB/s: DRAM {memory:.0f}, bus " in told
 
 
 def test_ways_take_turns_and_steps_are_counted(monkeypatch):
