@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+pytest.register_assert_rewrite("tests.support.crop_checks")
 THREADS = max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 # Sums depend on the number of threads: the same for runs in processes of their own, and for fixtures of whole modules.
 os.environ["OMP_NUM_THREADS"] = str(THREADS)

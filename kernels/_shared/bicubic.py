@@ -115,40 +115,42 @@ def store(crops, image, channel: tl.constexpr, y_Y1, x_1X, S, levels_YX):
         tl.store(place_YX, tl.div_rn(levels_YX, 255.0), mask=exists_YX)
 
 
-# The operations' arguments, in their order.
-SCHEMA = "(Tensor packed, Tensor offsets, Tensor sizes, Tensor boxes, Tensor flips, int size, bool floats) -> Tensor"
+# The operations' arguments, in their order: the last is what they write.
+SCHEMA = "(Tensor packed, Tensor offsets, Tensor sizes, Tensor boxes, Tensor flips, Tensor(a!) crops) -> ()"
 
 
-def empty_crops(packed_N, offsets_B, sizes_B2, boxes_B4, flips_B, size: int, floats: bool) -> Tensor:
-    """Crops [B,3,S,S] without values, fp32 or uint8."""
-    dtype = torch.float32 if floats else torch.uint8
-    return packed_N.new_empty((len(offsets_B), 3, size, size), dtype=dtype)
+def no_result(*arguments) -> None:
+    """What an operation gives that writes into its last argument."""
 
 
-def launch_tiles(kernel: triton.JITFunction, *arguments) -> Tensor:
-    """Crops [B,3,S,S] of the operation's arguments, by one program of the kernel per tile."""
-    *tensors, size, floats = arguments
-    (crops_BCSS,) = _prepared(kernel, len(tensors[1]), size, floats)(*(tensor.contiguous() for tensor in tensors))
-    return crops_BCSS
+def launch_tiles(kernel: triton.JITFunction, *tensors: Tensor) -> None:
+    """Write the crops [B,3,S,S], the last of the operation's arguments, by one program of the kernel per tile."""
+    *inputs, crops_BCSS = tensors
+    B, _, size, _ = crops_BCSS.shape
+    _prepared(kernel, B, size)(*(tensor.contiguous() for tensor in inputs), crops_BCSS)
 
 
 @memoised
-def _prepared(kernel: triton.JITFunction, B: int, size: int, floats: bool) -> Prepared:
+def _prepared(kernel: triton.JITFunction, B: int, size: int) -> Prepared:
     grid = (B * triton.cdiv(size, TILES["HEIGHT"]) * triton.cdiv(size, TILES["WIDTH"]),)
-    crops = ((B, 3, size, size), torch.float32 if floats else torch.uint8)
-    return Prepared(kernel, grid, size, results=[crops], **TILES, **FUSED)
+    return Prepared(kernel, grid, size, results=[], **TILES, **FUSED)
 
 
 def tile_launches(forward: Callable, kernel: str) -> list[Launch]:
     """The launches of a crop operation, for the compile gate."""
 
-    def call(size: int, floats: bool):
+    def call(size: int, dtype: torch.dtype):
         integers = empty(8, dtype=torch.int64), empty(8, 2, dtype=torch.int64)
-        forward(empty(1024, dtype=torch.uint8), *integers, empty(8, 4), empty(8, dtype=torch.bool), size, floats)
+        inputs = empty(1024, dtype=torch.uint8), *integers, empty(8, 4), empty(8, dtype=torch.bool)
+        forward(*inputs, empty(8, 3, size, size, dtype=dtype))
 
     # Its loads are single bytes: pixels are packed without gaps, and boxes begin anywhere.
     narrow = frozenset([kernel])
     return [
-        Launch(f"S{size}", kind, partial(call, size, kind == "fp32"), narrow)
-        for size, kind in ((224, "fp32"), (224, "uint8"), (225, "fp32"))
+        Launch(f"S{size}", kind, partial(call, size, dtype), narrow)
+        for size, kind, dtype in (
+            (224, "fp32", torch.float32),
+            (224, "uint8", torch.uint8),
+            (225, "fp32", torch.float32),
+        )
     ]

@@ -48,7 +48,8 @@ def cost(operator: str, arguments: Iterable, results: list[Tensor]) -> Cost:
     arguments = list(arguments)
     if own := _own_costs().get(operator):
         return own(results, *arguments)
-    return Cost(size(*(a for a in arguments if isinstance(a, Tensor)), *results))
+    read = [a for a in arguments if isinstance(a, Tensor) and not any(a is written for written in results)]
+    return Cost(size(*read, *results))
 
 
 @lru_cache

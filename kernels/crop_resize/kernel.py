@@ -9,9 +9,9 @@ from mimir_fast.kernels._shared.bicubic import (
     SCHEMA,
     across,
     down,
-    empty_crops,
     halves,
     launch_tiles,
+    no_result,
     rounded,
     side_of,
     store,
@@ -75,7 +75,7 @@ def _crop_resize_kernel(
 
 
 crop_resize_forward = partial(launch_tiles, _crop_resize_kernel)
-crop_resize = register("crop_resize", SCHEMA, crop_resize_forward, empty_crops)
+crop_resize = register("crop_resize", SCHEMA, crop_resize_forward, no_result)
 
 
 def launches() -> list[Launch]:

@@ -9,9 +9,9 @@ from mimir_fast.kernels._shared import bt601
 from mimir_fast.kernels._shared.bicubic import (
     SCHEMA,
     across,
-    empty_crops,
     halves,
     launch_tiles,
+    no_result,
     rounded,
     side_of,
     store,
@@ -103,7 +103,7 @@ def _crop_resize_yuv420_kernel(
 
 
 crop_resize_yuv420_forward = partial(launch_tiles, _crop_resize_yuv420_kernel)
-crop_resize_yuv420 = register("crop_resize_yuv420", SCHEMA, crop_resize_yuv420_forward, empty_crops)
+crop_resize_yuv420 = register("crop_resize_yuv420", SCHEMA, crop_resize_yuv420_forward, no_result)
 
 
 def launches() -> list[Launch]:

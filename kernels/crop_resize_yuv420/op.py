@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from mimir_fast.kernels._shared.crops import checked_result
 from mimir_fast.kernels._shared.registration import choose
-from mimir_fast.kernels.crop_resize.op import check_crops
 from mimir_fast.kernels.crop_resize_yuv420 import reference
 
 
@@ -17,6 +17,7 @@ def crop_resize_yuv420(
     size: int,
     dtype: torch.dtype = torch.float32,
     impl: str = "auto",
+    out: Tensor | None = None,
 ) -> Tensor:
     """Crop, resize and flip images with chroma at half resolution: bicubic, antialiased; RGB, rounded to 8 bits once.
 
@@ -33,14 +34,14 @@ def crop_resize_yuv420(
 
     Edges of a box are its top, left, top + height and left + width in fp32; the caller vouches that windows lie in the buffer
     and boxes in their windows.  The results of the two implementations differ by a level in few places.
-    impl: "triton", "reference" or "auto" (triton on CUDA).
+    impl: "triton", "reference" or "auto" (triton on CUDA); out: where the results go, contiguous; None: a new tensor.
     Raises ValueError if shapes or devices disagree, or an element type, dtype or impl is not on offer.
     """
-    check_crops(packed_N, offsets_B, sizes_B2, boxes_B4, flips_B, size, dtype)
+    crops = checked_result(packed_N, offsets_B, sizes_B2, boxes_B4, flips_B, size, dtype, out)
     if choose(impl, packed_N) == "triton":
         # Imported here, since CPU-only installations have no Triton.
         from mimir_fast.kernels.crop_resize_yuv420 import kernel
 
-        arguments = (packed_N, offsets_B, sizes_B2, boxes_B4.float(), flips_B, size, dtype == torch.float32)
-        return kernel.crop_resize_yuv420(*arguments)
-    return reference.crop_resize_yuv420(packed_N, offsets_B, sizes_B2, boxes_B4, flips_B, size, dtype)
+        kernel.crop_resize_yuv420(packed_N, offsets_B, sizes_B2, boxes_B4.float(), flips_B, crops)
+        return crops
+    return crops.copy_(reference.crop_resize_yuv420(packed_N, offsets_B, sizes_B2, boxes_B4, flips_B, size, dtype))

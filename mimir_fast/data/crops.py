@@ -39,6 +39,17 @@ def to_float(images_u8: Tensor, mean: Channels | None = None, std: Channels | No
     return images.sub_(_channel_constants(tuple(mean), device)).div_(_channel_constants(tuple(std), device))
 
 
+def model_input(images: Tensor, mean: Channels | None = None, std: Channels | None = None) -> Tensor:
+    """Images as a model takes them: [..., C, H, W] uint8 by to_float, float32 in [0,1] as they are; then normalised."""
+    if images.dtype == torch.uint8:
+        return to_float(images, mean, std)
+    if mean is None or std is None:
+        return images
+    return images.sub(_channel_constants(tuple(mean), images.device)).div_(
+        _channel_constants(tuple(std), images.device)
+    )
+
+
 # Cached: each copy of a list to a GPU makes the host wait.
 @lru_cache(maxsize=16)
 def _channel_constants(values: tuple[float, ...], device: torch.device) -> Tensor:

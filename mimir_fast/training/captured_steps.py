@@ -62,6 +62,10 @@ class CapturedSteps:
         self._whole |= last
         return self._graph.launch(key)
 
+    def place(self, shape: tuple[int, ...]) -> Tensor:
+        """Where the first input of the next micro-step, fp32 of this shape, is best written: it is then not copied."""
+        return self._inputs.place(shape, self.world.device)
+
     def context(self) -> AbstractContextManager:
         """Context in which the training must run."""
         return self.recorder.context() if self.recorder else nullcontext()
@@ -70,7 +74,8 @@ class CapturedSteps:
         """Give the graphs' memory back, for work between two updates that needs it; the next update is captured again."""
         if self._graph is not None:
             self._graph.release()
-            self._inputs, self._whole = StaticTensors(), False
+            self._whole = False
+            self._inputs.release()
 
     def _choose(self, form: Hashable) -> None:
         """Decide about the update that begins."""

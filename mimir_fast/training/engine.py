@@ -91,7 +91,7 @@ class Engine:
     # ---- the step
 
     def advance(
-        self, images_u8: Tensor, labels: Tensor, epoch: int, step: int, number: int | None = None, first: bool = True
+        self, images: Tensor, labels: Tensor, epoch: int, step: int, number: int | None = None, first: bool = True
     ) -> Output:
         """One micro-step of a training, the update that it ends, and what the meters count: the only call of the loop.
 
@@ -100,7 +100,7 @@ class Engine:
         first         whether it begins an update
         Where steps are captured its output's tensors are overwritten by the next call.
         """
-        draws = self._host_draws(images_u8, epoch, step)
+        draws = self._host_draws(images, epoch, step)
         if first:
             self.updater.place()
         if self.average and number is not None:
@@ -111,38 +111,38 @@ class Engine:
             self.meters.add(output, None if number is None else self.update(number))
             return output
 
-        inputs = [images_u8, labels, *([] if draws is None else [draws])]
+        inputs = [images, labels, *([] if draws is None else [draws])]
         place = (first, number is not None)
         output = self.captured.run(inputs, self.task.form, *place, partial(self._seed, epoch, step), work)
         self.updating = False
         return output
 
-    def micro_step(self, images_u8: Tensor, labels: Tensor, epoch: int = 0, step: int = 0, last: bool = True) -> Output:
+    def micro_step(self, images: Tensor, labels: Tensor, epoch: int = 0, step: int = 0, last: bool = True) -> Output:
         """Prepare, attack, forward and backward pass, uncaptured: adds the gradients of one micro-batch.
 
-        images_u8, labels   uint8 [B,3,H,W] and int64 [B] on the device
+        images, labels   [B,3,H,W], uint8 or fp32 in [0,1], and int64 [B], on the device
         epoch, step         its position, which decides its random numbers
         last                whether an update follows
         """
-        return self.forward_backward(*self.prepare(images_u8, labels, epoch, step), last)
+        return self.forward_backward(*self.prepare(images, labels, epoch, step), last)
 
-    def prepare(self, images_u8: Tensor, labels: Tensor, epoch: int, step: int) -> tuple[Any, Any]:
+    def prepare(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> tuple[Any, Any]:
         """The task's batch, and its random numbers."""
-        draws = self._host_draws(images_u8, epoch, step)
+        draws = self._host_draws(images, epoch, step)
         self._seed(epoch, step)
-        return self._prepared(images_u8, labels, None if draws is None else draws.to(self.world.device))
+        return self._prepared(images, labels, None if draws is None else draws.to(self.world.device))
 
-    def _host_draws(self, images_u8: Tensor, epoch: int, step: int) -> Tensor | None:
-        draws = self.task.host_draws(images_u8, epoch, step)
+    def _host_draws(self, images: Tensor, epoch: int, step: int) -> Tensor | None:
+        draws = self.task.host_draws(images, epoch, step)
         return draws if draws is None or self.world.device.type != "cuda" else draws.pin_memory()
 
     def _seed(self, epoch: int, step: int) -> None:
         self.generator.manual_seed(step_seed(self.seed, self.world.rank, epoch, step))
 
-    def _prepared(self, images_u8: Tensor, labels: Tensor, draws: Tensor | None = None) -> tuple[Any, Any]:
+    def _prepared(self, images: Tensor, labels: Tensor, draws: Tensor | None = None) -> tuple[Any, Any]:
         """Work on the device alone."""
         with stage("prepare"):
-            batch = self.task.prepare(images_u8, labels, draws)
+            batch = self.task.prepare(images, labels, draws)
             return batch, self.task.draw_noise(self.generator, batch)
 
     def forward_backward(self, batch: Any, noise: Any, last: bool = True) -> Output:

@@ -103,14 +103,14 @@ class Finetuning:
         features = compiler.trained(model.forward_features)
         return ClassificationObjective(model, a.attack_train, criterion, a.trades_beta, information, features)
 
-    def host_draws(self, images_u8: Tensor, epoch: int, step: int) -> Tensor | None:
+    def host_draws(self, images: Tensor, epoch: int, step: int) -> Tensor | None:
         if self.mixing is None:
             return None
         seed = mixing_seed(self.config.run.seed, self.world.rank, epoch, step)
-        return mixing_draws(self.mixing, images_u8, seed)
+        return mixing_draws(self.mixing, images, seed)
 
-    def prepare(self, images_u8: Tensor, labels: Tensor, draws: Tensor | None) -> tuple[Tensor, Tensor]:
-        images = to_float(images_u8)
+    def prepare(self, images: Tensor, labels: Tensor, draws: Tensor | None) -> tuple[Tensor, Tensor]:
+        images = to_float(images)
         if self.mixing is None or draws is None:
             return images, labels
         return mix_as_drawn(self.mixing, images, labels, draws)
@@ -162,7 +162,7 @@ class Finetuning:
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         return {**tests, "epoch": epoch, "n_parameters": trained, **row}
 
-    def save_samples(self, folder: Path, position: Position, images_u8: Tensor, output: FinetuneOutput) -> None:
+    def save_samples(self, folder: Path, position: Position, images: Tensor, output: FinetuneOutput) -> None:
         """None."""
 
     # ---- state

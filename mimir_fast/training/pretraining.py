@@ -12,8 +12,8 @@ from mimir_fast.checkpoints.run_state import Position
 from mimir_fast.config.choices import PENALTIES
 from mimir_fast.config.pretraining import PretrainConfig
 from mimir_fast.config.resolve import Run
-from mimir_fast.data import BatchStream, build_pretrain_data, dataset_info, to_float
-from mimir_fast.data.crops import Channels
+from mimir_fast.data import BatchStream, build_pretrain_data, dataset_info
+from mimir_fast.data.crops import Channels, model_input
 from mimir_fast.data.datasets import DatasetInfo
 from mimir_fast.kernels import linf_patch_step
 from mimir_fast.models import MaskedAutoencoder, create_model
@@ -74,11 +74,11 @@ class Pretraining:
         gathered = self.world if self.gathers else None
         return ReconstructionObjective(model, c.model.mask_ratio, self.penalty, c.penalty.mi_xpl, *pieces, gathered)
 
-    def host_draws(self, images_u8: Tensor, epoch: int, step: int) -> None:
+    def host_draws(self, images: Tensor, epoch: int, step: int) -> None:
         """Nothing is drawn by the host."""
 
-    def prepare(self, images_u8: Tensor, labels: Tensor, draws: Tensor | None) -> Tensor:
-        return to_float(images_u8, self.mean, self.std)
+    def prepare(self, images: Tensor, labels: Tensor, draws: Tensor | None) -> Tensor:
+        return model_input(images, self.mean, self.std)
 
     def draw_noise(self, generator: torch.Generator, images: Tensor) -> MaeNoise:
         return draw_noise(generator, *self.model.noise_shape(len(images)), self.attack)
@@ -127,9 +127,9 @@ class Pretraining:
             "skipped_penalties": self.world.total(self.skipped_penalties),
         }
 
-    def save_samples(self, folder: Path, position: Position, images_u8: Tensor, output: PretrainOutput) -> None:
+    def save_samples(self, folder: Path, position: Position, images: Tensor, output: PretrainOutput) -> None:
         where = {"epoch": position.epoch, "update": position.update, "eps_255": self.config.attack.eps}
-        images = to_float(images_u8[:SAMPLES], self.mean, self.std)
+        images = model_input(images[:SAMPLES], self.mean, self.std)
         shape = (self.model.patch_size, self.model.norm_pix_loss)
         save_samples(folder / "samples.npz", images, output, *shape, mean=self.mean, std=self.std, position=where)
 

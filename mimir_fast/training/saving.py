@@ -10,7 +10,7 @@ from mimir_fast.training.distributed import World
 from mimir_fast.training.engine import Engine
 from mimir_fast.training.task import Output, Task
 
-# Images uint8 [B,3,H,W] and labels int64 [B], on the device.
+# Images [B,3,H,W], uint8 or fp32 in [0,1], and labels int64 [B], on the device.
 Batch = tuple[Tensor, Tensor]
 
 

@@ -223,12 +223,24 @@ class StaticTensors:
 
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
+        self._placed: Tensor | None = None
+
+    def place(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """The same fp32 tensor at every call: who writes the first input there saves its copy."""
+        if self._placed is None:
+            self._placed = torch.empty(shape, device=device)
+        return self._placed
 
     def put(self, tensors: list[Tensor], device: torch.device) -> list[Tensor]:
         """The copies, on the device; a copy from pinned memory does not wait.  Shapes and dtypes must be the first ones."""
         if not self.tensors:
-            self.tensors = [torch.empty_like(tensor, device=device) for tensor in tensors]
+            self.tensors = [t if t is self._placed else torch.empty_like(t, device=device) for t in tensors]
         for own, tensor in zip(self.tensors, tensors, strict=True):
             assert own.shape == tensor.shape, "a captured step's batches have one shape"
-            own.copy_(tensor, non_blocking=True)
+            if own is not tensor:
+                own.copy_(tensor, non_blocking=True)
         return self.tensors
+
+    def release(self) -> None:
+        """Give the memory back, but for `place`'s, where the next input may be already."""
+        self.tensors = []

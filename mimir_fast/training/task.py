@@ -77,12 +77,12 @@ class Step(Protocol):
         """The module to train: its call is the training forward pass of `model`, which is the task's or a copy of it."""
         ...
 
-    def host_draws(self, images_u8: Tensor, epoch: int, step: int) -> Tensor | None:
+    def host_draws(self, images: Tensor, epoch: int, step: int) -> Tensor | None:
         """What the host draws for these images: a tensor in its memory, of one shape for all steps; None: nothing."""
         ...
 
-    def prepare(self, images_u8: Tensor, labels: Tensor, draws: Tensor | None) -> Any:
-        """The batch from images uint8 [B,3,H,W], labels int64 [B] and the host's draws, all on the device."""
+    def prepare(self, images: Tensor, labels: Tensor, draws: Tensor | None) -> Any:
+        """The batch from images [B,3,H,W], uint8 or fp32 in [0,1], labels int64 [B] and the host's draws, all on the device."""
         ...
 
     def draw_noise(self, generator: torch.Generator, batch: Any) -> Any:
@@ -154,6 +154,6 @@ class Task(Step, Protocol):
         """An epoch's own columns of log.txt; means: the epoch's sums, averaged over all processes."""
         ...
 
-    def save_samples(self, folder: Path, position: Position, images_u8: Tensor, output: Any) -> None:
+    def save_samples(self, folder: Path, position: Position, images: Tensor, output: Any) -> None:
         """Save images of the last step beside a checkpoint; only the main process calls it."""
         ...

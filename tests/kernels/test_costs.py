@@ -52,7 +52,7 @@ def arguments() -> dict[str, tuple]:
     weight16, hidden16, loss = t(7, E).to(BF16), t(7).to(BF16), (pred, images, removed, 4, True)
     windows = t(500, dtype=torch.uint8), t(B, dtype=I64), t(B, 2, dtype=I64), t(B, 4), t(B, dtype=torch.bool)
     return {
-        **dict.fromkeys(("crop_resize", "crop_resize_yuv420"), (*windows, 5, True)),
+        **dict.fromkeys(("crop_resize", "crop_resize_yuv420"), (*windows, t(B, 3, 5, 5))),
         "mask_indices": (t(B, L),),
         "patch_gather": (images, keep, 4, 0.5, BF16),
         "patch_gather_grad": (visible, keep, [B, 3, 8, 8], 4, torch.float32),
@@ -83,6 +83,9 @@ def operators():
 
 def costed(name: str, *given) -> Cost:
     result = getattr(torch.ops.mimir_fast, name)(*given)
+    if result is None:
+        # Written into the last argument.
+        result = given[-1]
     return cost(name, given, list(result) if isinstance(result, (list, tuple)) else [result])
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from mimir_fast.data.cache.format import Options
 from tests.support import finetune_runs, runs
+from tests.support.pictures import make_cache
 from tests.support.simulation import needs_simulated_gpu, run_simulated
 
 # Marks the log after every update, then runs the command of the words.
@@ -204,3 +206,22 @@ def test_two_hundred_updates_take_no_more_memory(data, tmp_path):
     assert not log.graphs("illegal", "outside")
     assert log.reserved[10] == log.reserved[-1]
     assert not [call for calls in log.updates[10:] for call in calls if call[0] == "MALLOC"]
+
+
+@needs_simulated_gpu
+def test_crops_of_a_cache_are_written_where_the_captured_step_reads_them(test_data, tmp_path):
+    """One launch a step makes the model's input: no copy, no conversion.
+
+    Planted: `place` gives a new tensor; uint8 crops and to_float.
+    """
+    make_cache(test_data, tmp_path / "cache", Options("train", "yuv420", 16, 0, 10))
+    words = runs.command(tmp_path / "cache", tmp_path, f"{PLACES} --max_steps {UPDATES} --log_every 100")
+    log = trained(tmp_path, "pretrain", words)
+    assert not log.graphs("illegal", "outside")
+    labels = 4 * 8
+    for calls in log.updates[5:]:
+        assert sum(call[0] in WORK or call[:2] == ["GRAPH", "launch"] for call in calls) <= 8
+        assert [call[1] for call in calls if call[0] == "TRITON"] == ["_crop_resize_yuv420_kernel"]
+        assert {int(call[2]) for call in calls if call[:2] == ["MEMCPY", "D2D"]} == {labels}
+    # to_float's is the only division of a step from image files
+    assert not [call for call in log.captured()[0] if "DivFunctor" in call[1]]

@@ -31,6 +31,14 @@ def pack(windows: list[tuple[int, int]], yuv: bool, gap: int = 5) -> tuple[torch
     return packed, torch.tensor(offsets), torch.tensor(windows)
 
 
+def of_the_pixels(mark_hw: torch.Tensor, yuv: bool) -> torch.Tensor:
+    """A mark of the pixels of an even window, [h,w], as one of the numbers that they are stored in."""
+    if not yuv:
+        return mark_hw.repeat_interleave(3)
+    pairs, chroma = mark_hw.unflatten(0, (-1, 2)), mark_hw[::2, ::2]
+    return torch.cat([pairs.flatten(1), chroma, chroma], dim=1).flatten()
+
+
 def expected(packed, offsets, sizes, boxes, flips, size: int, yuv: bool, nudge: float = 0.0) -> torch.Tensor:
     """What the oracle makes of it: uint8 [B,3,S,S]."""
     crops = []

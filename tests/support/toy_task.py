@@ -56,11 +56,11 @@ class ToyTask:
     def objective(self, model: nn.Module, compiler) -> nn.Module:
         return model
 
-    def host_draws(self, images_u8: Tensor, epoch: int, step: int) -> None:
+    def host_draws(self, images: Tensor, epoch: int, step: int) -> None:
         self.told.append((epoch, step))
 
-    def prepare(self, images_u8: Tensor, labels: Tensor, draws: None) -> Tensor:
-        return images_u8.flatten(1) / 255
+    def prepare(self, images: Tensor, labels: Tensor, draws: None) -> Tensor:
+        return images.flatten(1) / 255
 
     def draw_noise(self, generator: torch.Generator, pixels: Tensor) -> Tensor:
         return 0.1 * torch.rand(pixels.shape, generator=generator)
@@ -89,8 +89,8 @@ class ToyTask:
     def epoch_row(self, epoch: int, means: dict[str, float], measured: Measured) -> dict:
         return {"epoch": epoch, "noise": means["noise"] / means["micro_steps"], **measured.row}
 
-    def save_samples(self, folder, position, images_u8: Tensor, output: ToyOutput) -> None:
-        (folder / "sample.txt").write_text(str(images_u8[0, 0, 0, 0].item()))
+    def save_samples(self, folder, position, images: Tensor, output: ToyOutput) -> None:
+        (folder / "sample.txt").write_text(str(images[0, 0, 0, 0].item()))
 
     def fit(self, state: dict) -> None:
         """Nothing is missing."""

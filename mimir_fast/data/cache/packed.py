@@ -1,6 +1,7 @@
-"""Packed batches: rows of a cache on the host, of which a device makes crops.  Shapes: B batch, S side of the crops."""
+"""Packed batches: rows of a cache, of which a device makes crops.  Shapes: B batch, S side of the crops."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,28 +13,44 @@ from mimir_fast.data.cache.windows import COLUMNS, table_bytes, table_slices
 from mimir_fast.kernels import crop_resize, crop_resize_yuv420
 
 
-class PackedBatch:
-    """A batch on the host: `on(device)` copies it and makes the crops."""
+class PackedBatch(NamedTuple):
+    """A batch in a buffer on the host, or its copy on a device.
 
-    def __init__(self, buffer: Buffer, pixels: str, input_size: int, kernels: str):
-        self.buffer, self.pixels, self.input_size, self.kernels = buffer, pixels, input_size, kernels
+    memory       of the buffer, from its beginning as far as the batch reaches
+    pixels       of the cache; input_size: S; kernels: implementation of the crops
+    """
 
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Images uint8 [B,3,S,S] and labels int64 [B] on a device; on CUDA nobody waits, and the current stream works."""
+    buffer: Buffer
+    memory: Tensor
+    pixels: str
+    input_size: int
+    kernels: str
+
+    def on(self, device: torch.device) -> "PackedBatch":
+        """The batch on a device; on CUDA nobody waits, and the current stream copies."""
         buffer = self.buffer
-        memory = buffer.memory[: buffer.used]
-        if device.type == "cuda":
-            # As large for every batch: the allocator then has one block to give again.
-            there = torch.empty(len(buffer.memory), dtype=torch.uint8, device=device)[: buffer.used]
-            memory = there.copy_(memory, non_blocking=True)
-            buffer.copied = torch.cuda.current_stream(device).record_event()
-        count = buffer.batch_size
+        if device.type != "cuda":
+            return self
+        # As large for every batch: the allocator then has one block to give again.
+        there = torch.empty(len(buffer.memory), dtype=torch.uint8, device=device)[: len(self.memory)]
+        there.copy_(self.memory, non_blocking=True)
+        buffer.copied = torch.cuda.current_stream(device).record_event()
+        return self._replace(memory=there)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the crops."""
+        return self.buffer.batch_size, 3, self.input_size, self.input_size
+
+    def crops(self, dtype: torch.dtype, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Crops [B,3,S,S], fp32 in [0,1] or uint8, in `out` if that is given, and labels int64 [B]."""
+        count = self.buffer.batch_size
         parts = zip(table_slices(count), COLUMNS)
-        offsets, labels, sizes, boxes, flips = (memory[part].view(dtype) for part, (_, dtype, _) in parts)
-        rows = memory[table_bytes(count) :]
+        offsets, labels, sizes, boxes, flips = (self.memory[part].view(dtype) for part, (_, dtype, _) in parts)
+        rows = self.memory[table_bytes(count) :]
         crop = crop_resize_yuv420 if self.pixels == "yuv420" else crop_resize
         where = (offsets, sizes.view(count, 2), boxes.view(count, 4), flips)
-        images = crop(rows, *where, self.input_size, dtype=torch.uint8, impl=self.kernels)
+        images = crop(rows, *where, self.input_size, dtype, self.kernels, out)
         # The buffer is filled again while these labels are in use.
         return images, labels.clone()
 
@@ -52,7 +69,7 @@ class PackedEpoch:
         return self
 
     def __next__(self) -> tuple[Tensor, Tensor]:
-        return next(self.batches).on(torch.device("cpu"))
+        return next(self.batches).crops(torch.uint8)
 
     def close(self) -> None:
         """End the threads that read."""
@@ -96,6 +113,7 @@ class CachedCrops:
         try:
             for filling in epoch:
                 self.source.bad.record(self.source.unreadable(filling.key.indices))
-                yield PackedBatch(filling.buffer, self.pixels, self.input_size, self.kernels)
+                memory = filling.buffer.memory[: filling.buffer.used]
+                yield PackedBatch(filling.buffer, memory, self.pixels, self.input_size, self.kernels)
         finally:
             epoch.close()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from mimir_fast.data import Augment, DataError, build_pretrain_data, build_train_data, eval_batches, prefetch
+from mimir_fast.data import Augment, DataError, build_pretrain_data, build_train_data, eval_batches, prefetch, to_float
 from mimir_fast.data.batch_order import ShuffleSchedule
 from mimir_fast.data.boxes import boxes, draw
 from mimir_fast.data.cache import reader, shards, staging
@@ -156,7 +156,11 @@ def test_prefetch_on_the_cpu(caches):
     made = stream(caches["rgb"])
     whole = collect(made)
     batches = list(prefetch(made.epoch(0), torch.device("cpu")))
-    assert torch.equal(torch.stack([images for images, _ in batches]), whole[0])
+    assert torch.equal(torch.stack([images for images, _ in batches]), to_float(whole[0]))
+    place = torch.empty(4, 3, 16, 16)
+    for number, (images, _) in enumerate(prefetch(made.epoch(0), torch.device("cpu"), lambda shape: place)):
+        assert images is place
+        assert torch.equal(images, batches[number][0])
     assert torch.equal(torch.stack([labels for _, labels in batches]), whole[1])
 
 

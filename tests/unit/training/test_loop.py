@@ -197,10 +197,10 @@ class Pressed(ToyTask):
 
     again = False
 
-    def host_draws(self, images_u8, epoch, step):
+    def host_draws(self, images, epoch, step):
         if epoch == 0 and step in ((2, 3) if self.again else (2,)):
             os.kill(os.getpid(), signal.SIGINT)
-        return super().host_draws(images_u8, epoch, step)
+        return super().host_draws(images, epoch, step)
 
 
 class PressedTwice(Pressed):
