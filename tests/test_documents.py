@@ -24,7 +24,18 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")])
 FOLDERS = "mimir_fast|kernels|bench|tests|docs|examples"
 # flags of other programs, and of the verbs that have no configuration
-ELSEWHERE = {"nproc_per_node", "gpu", "memory_gib", "task", "seed", "recipe", "config", "aa_images"}
+ELSEWHERE = {
+    "nproc_per_node",
+    "gpu",
+    "memory_gib",
+    "task",
+    "seed",
+    "recipe",
+    "config",
+    "aa_images",
+    "processes",
+    "study",
+}
 CONFIGURATIONS = (PretrainConfig, FinetuneConfig, EvaluateConfig, AnalyzeConfig, ExportConfig, CacheConfig)
 
 

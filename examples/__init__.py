@@ -1,0 +1,1 @@
+"""Examples; `python -m examples.study` runs the study from the root of a checkout."""
