@@ -38,7 +38,11 @@ FINETUNING = (
     Condition(("remode", "recount"), lambda f: f["reprob"], "--reprob above 0"),
     Condition(("mi_xz", "mi_yz"), lambda f: f["mi_loss"] != "plain", "--mi_loss dib_mi"),
     Condition(("model_ema_decay",), lambda f: f["model_ema"], "--model_ema"),
-    Condition(("val_every",), lambda f: f["val_attack"] != "none" or f["held_out"], "--val_attack or --held_out"),
+    Condition(
+        ("val_every",),
+        lambda f: f["val_attack"] != "none" or f["held_out"] or f["val_list"],
+        "--val_attack, --held_out or --val_list",
+    ),
     Condition(("adap_eval",), lambda f: f["eval"], "--eval"),
 )
 HELD_OUT = Condition(("held_out",), lambda f: f["split"] == "held_out", "--split held_out")

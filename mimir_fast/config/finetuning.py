@@ -140,6 +140,13 @@ class ValidationConfig:
         "images",
         new=True,
     )
+    val_list: str = flag(
+        "",
+        "in place of --held_out: a file of paths below the test images' folder, one a line, such as RobustBench's, to choose "
+        "best.pth by (ARES's choice: accuracies on these images are then those of a choice among epochs)",
+        new=True,
+        path=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -189,6 +196,8 @@ class FinetuneConfig(Configuration):
             )
         if (mixed or flat["warmup_aa"]) and flat["mixup_mode"] == "pair" and flat["batch_size"] % 2:
             raise ValueError(f"batch_size: got {flat['batch_size']}, --mixup_mode pair needs an even number")
+        if flat["val_list"] and flat["held_out"]:
+            raise ValueError("val_list: best.pth is chosen by the listed images or by --held_out N, not by both")
         if flat["eval"] and flat["resume"] in ("", "auto"):
             raise ValueError("resume: --eval needs the file of the checkpoint to evaluate")
         return self
@@ -204,8 +213,9 @@ class FinetuneConfig(Configuration):
             notes.append(f"smoothing: {a.attack_train} has a loss of its own, without smoothing, as in the original")
         if self.penalty.mi_loss not in MI_LOSS:
             notes.append(f"mi_loss: {self.penalty.mi_loss!r} is not dib_mi: NO information term, as in the original")
-        if v.held_out and v.val_attack == "none":
-            notes.append("val_attack: none; best.pth is chosen by clean accuracy on the held-out images")
+        if (v.held_out or v.val_list) and v.val_attack == "none":
+            images = "listed" if v.val_list else "held-out"
+            notes.append(f"val_attack: none; best.pth is chosen by clean accuracy on the {images} images")
         flat = self.flat()
         if flat["layer_decay"] == 0:
             notes.append("layer_decay: 0: all layers but the last keep their values")

@@ -141,7 +141,8 @@ class Finetuning:
         if self.validator.due(epoch):
             # Validation may need the memory that captured steps hold.
             engine.captured.release()
-        row = self.validator.rate(engine.rated, engine.functions, epoch, ends, engine.captured.recorder)
+        trained = engine.attacked if engine.average else None
+        row = self.validator.rate(engine.rated, engine.functions, epoch, ends, engine.captured.recorder, trained)
         return None if row is None else Measured(row, self.validator.is_best)
 
     def keeps(self, epoch: int) -> bool:
@@ -234,10 +235,11 @@ def build_attack(run: Run[FinetuneConfig], bounds: Tensor) -> ClassifierAttack:
 def summary(config: FinetuneConfig) -> str:
     """What a fine-tuning does, in a line."""
     a, v, o = config.attack, config.validation, config.optim
+    listed = f", best.pth chosen by {v.val_list}" if v.val_list else ""
     cut = ", images as they are" if v.eval_resize == "none" else ""
     attack = "none" if a.attack_train == "plain" else f"{a.attack_train}, {a.steps} step(s), eps {a.eps:g}/255"
     average = f"{o.model_ema_decay:g}" if o.model_ema else "none"
     return (
-        f"{config.model.nb_classes} classes, {v.held_out} images held out; attack {attack}; "
+        f"{config.model.nb_classes} classes, {v.held_out} images held out{listed}; attack {attack}; "
         f"validation attack {v.val_attack}{cut}; layer decay {o.layer_decay:g}; average {average}"
     )

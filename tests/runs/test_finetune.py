@@ -108,6 +108,29 @@ def test_best_epoch_is_the_one_with_the_highest_robust_accuracy(whole):
     assert all(acc in np.round(np.arange(7) * 100 / 6, 6) for acc, _ in np.round(keys, 6))  # six images
 
 
+def test_listed_images_choose_the_best_epoch_and_the_model_is_measured_beside_its_average(data, tmp_path):
+    names = sorted(path.relative_to(data / "val").as_posix() for path in (data / "val").rglob("*.*"))[1:6]
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    extra = f"--val_list {tmp_path / 'list.txt'} --val_attack pgd2 --model_ema --model_ema_decay 0.9 --test_every 0"
+    assert finetune(data, tmp_path, f"{extra} --lr 1e-2") == 0
+    state, row = load(tmp_path / "checkpoint-1.pth"), lines(tmp_path / "log.txt")[-1]
+    assert state["mimir_fast"]["best_by"] == ["pgd2", 8.0, str(tmp_path / "list.txt")]
+    images, labels = next(iter(eval_batches("imagefolder", data, 16, 5, image_list=tmp_path / "list.txt")))
+    for entry, prefix in (("model_ema", ""), ("model", "model_")):
+        classifier = create_classifier("vit_ti", img_size=16, patch_size=4, num_classes=2).eval()
+        classifier.load_state_dict(state[entry])
+        with torch.no_grad():
+            logits = classifier(to_float(images))
+        assert row[f"{prefix}val_loss"] == pytest.approx(
+            torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5
+        )
+        assert row[f"{prefix}val_robust_acc1"] <= row[f"{prefix}val_acc1"]
+    assert row["val_loss"] != row["model_val_loss"]
+    rows = lines(tmp_path / "log.txt")
+    chosen = max(range(2), key=lambda i: (rows[i]["val_robust_acc1"], rows[i]["val_acc1"]))
+    assert load(tmp_path / "best.pth")["epoch"] == chosen
+
+
 def test_validator_compares_robust_accuracy_first_then_clean():
     validator = Validator.__new__(Validator)
     validator.best = None
@@ -246,6 +269,8 @@ def other_model(path) -> None:
         ("--model vit_huge", ["model", "vit_huge", "vit_ti"]),
         ("--nb_classes 5", ["nb_classes", "5", "2"]),
         ("--held_out 26", ["held_out", "26"]),
+        ("--held_out 2 --val_list list.txt", ["val_list", "not by both"]),
+        ("--val_list none.txt", ["none.txt", "cannot be read"]),
         ("--finetune nowhere.pth", ["finetune", "nowhere.pth"]),
         ("--finetune {other}", ["finetune", "other.pth", "vit_ti"]),
         ("--resume {other}", ["resume", "other.pth", "another model"]),

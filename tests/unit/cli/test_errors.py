@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,3 +95,20 @@ def test_every_verb_that_runs_as_a_module_goes_through_the_same_door(verb):
 def test_what_is_a_bug_stays_a_traceback():
     with pytest.raises(RuntimeError):
         guarded("mimir-fast x", lambda: (_ for _ in ()).throw(RuntimeError("bug")), "")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "spins"), [({}, cli.SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_waiting_threads_sleep_early_unless_the_user_says_otherwise(monkeypatch, theirs, spins):
+    """Before the verb is imported, and torch with it, which reads the variables."""
+    environment, seen = dict(theirs), []
+
+    def imported(name):
+        seen.append(environment.get("GOMP_SPINCOUNT"))
+        return SimpleNamespace(main=lambda words: 0)
+
+    monkeypatch.setattr(cli.os, "environ", environment)
+    monkeypatch.setattr(cli.importlib, "import_module", imported)
+    assert cli.run_verb("report", []) == 0
+    assert seen == [spins]

@@ -62,7 +62,7 @@ IDLE = [
     (FINETUNE, "--mixup_mode elem", "mixup_mode: has no effect without --mixup or --cutmix"),
     (FINETUNE, "--reprob 0 --remode rand", "remode: has no effect without --reprob above 0"),
     (FINETUNE, "--model_ema_decay 0.9", "model_ema_decay: has no effect without --model_ema"),
-    (FINETUNE, "--val_every 3", "val_every: has no effect without --val_attack or --held_out"),
+    (FINETUNE, "--val_every 3", "val_every: has no effect without --val_attack, --held_out or --val_list"),
     (FINETUNE, "--adap_eval", "adap_eval: has no effect without --eval"),
     (FINETUNE, "--mi_xz 1", "mi_xz: has no effect without --mi_loss dib_mi"),
     (FINETUNE, "--layer_decay 0", "layer_decay: 0: all layers but the last keep their values"),
@@ -197,7 +197,7 @@ def test_the_flags_that_are_paths():
     named = {verb: {name for v, name in path_flags() if v == verb} for verb in COMMANDS}
     assert named == {
         "pretrain": train,
-        "finetune": {*train, "finetune"},
+        "finetune": {*train, "finetune", "val_list"},
         "evaluate": {"checkpoint", "data_root", "image_list", "output_dir"},
         "analyze": {"checkpoint", "data_root", "output_dir"},
         "export": {"checkpoint", "output"},
