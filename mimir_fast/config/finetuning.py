@@ -1,19 +1,19 @@
 """Configuration of a fine-tuning run: one frozen dataclass per section, each field one command-line flag.
 
 Sections that it shares with pre-training are in mimir_fast/config/sections.py, flags of the same name in
-mimir_fast/config/pretraining.py, augmentation in mimir_fast/config/augmentation.py.
+mimir_fast/config/pretraining.py, augmentation and validation in augmentation.py and validation.py beside it.
 Flags marked `new` are not in the original.
 """
 
-import re
 from dataclasses import dataclass
 
-from mimir_fast.config import combinations, evaluation, pretraining, sections
+from mimir_fast.config import combinations, pretraining, sections
 from mimir_fast.config.augmentation import AugmentConfig
 from mimir_fast.config.choices import ALPHA_SCHEDULES, MI_LOSS, TRAINING_ATTACKS
 from mimir_fast.config.combinations import idle_attack, unreached, without_effect
 from mimir_fast.config.fields import Configuration, flag, inherited, require
 from mimir_fast.config.sections import ComputeConfig, DistConfig, check_shared
+from mimir_fast.config.validation import ValidationConfig, validation_steps
 from mimir_fast.data.datasets import INFO
 from mimir_fast.models.families import find, listed
 
@@ -105,47 +105,15 @@ class OptimConfig(sections.OptimConfig):
     warmup_epochs: int = inherited(sections.OptimConfig, "warmup_epochs", 5)
     min_lr: float = inherited(sections.OptimConfig, "min_lr", 1e-6)
     layer_decay: float = flag(0.75, "each block's learning rate is this times that of the block above it")
+    decay_tables: bool = flag(
+        False, "weight decay of positional tables and tokens as well, as in ARES; vectors have none", new=True
+    )
     clip_grad: float | None = flag(None, "largest L2 norm of the gradient; default: not clipped", type=float)
     model_ema: bool = flag(
         False, "keep a running average of the parameters, which is evaluated and saved beside them", new=True
     )
     model_ema_decay: float = flag(
         0.9998, "share of the average that stays at update n, at most (1 + n) / (10 + n)", "share, 0 to 1", new=True
-    )
-
-
-@dataclass(frozen=True)
-class ValidationConfig:
-    """Evaluation."""
-
-    eval: bool = flag(
-        False, "evaluate --resume and end: clean accuracy, PGD, and AutoAttack if installed (see mimir-fast evaluate)"
-    )
-    adap_eval: bool = flag(False, "with --eval: the adaptive attacks of the paper instead")
-    dist_eval: bool = flag(
-        False, "accepted for compatibility; processes always share validation, each image once; --eval is one process's"
-    )
-    eval_resize: str = inherited(evaluation.DataConfig, "eval_resize", new=True)
-    test_every: int = flag(1, "clean test accuracy every N epochs and in the last; 0: never", "epochs", new=True)
-    val_attack: str = flag(
-        "none", "attack that measures robust accuracy during training: none, fgsm or pgdN, as pgd10", new=True
-    )
-    val_every: int = flag(
-        1, "robust accuracy and the held-out images every N epochs and in the last", "epochs", new=True
-    )
-    held_out: int = flag(
-        0,
-        "training images kept out to choose best.pth by, robust accuracy first; robust accuracy is then theirs, else the test "
-        "images'",
-        "images",
-        new=True,
-    )
-    val_list: str = flag(
-        "",
-        "in place of --held_out: a file of paths below the test images' folder, one a line, such as RobustBench's, to choose "
-        "best.pth by (ARES's choice: accuracies on these images are then those of a choice among epochs)",
-        new=True,
-        path=True,
     )
 
 
@@ -238,13 +206,3 @@ def _check_numbers(flat: dict) -> None:
     require(classes is None or classes >= 1, "nb_classes", classes, "1 or more")
     two = minmax is None or (isinstance(minmax, tuple) and len(minmax) == 2 and 0 < minmax[0] < minmax[1] <= 1)
     require(two, "cutmix_minmax", minmax, "two rising shares between 0 and 1")
-
-
-def validation_steps(val_attack: str) -> int | None:
-    """Number of steps of --val_attack: None for none, 0 for FGSM.  Raises ValueError for another word."""
-    if val_attack in ("none", "fgsm"):
-        return None if val_attack == "none" else 0
-    match = re.fullmatch(r"pgd-?([1-9]\d*)", val_attack)
-    if match is None:
-        raise ValueError(f"val_attack: got {val_attack!r}, expected none, fgsm or pgdN, as pgd10")
-    return int(match[1])

@@ -84,7 +84,7 @@ class Finetuning:
 
     def updater(self, lr: float) -> Updater:
         o = self.config.optim
-        optimizer = build_optimizer(self.model, lr, o.weight_decay, o.layer_decay)
+        optimizer = build_optimizer(self.model, lr, o.weight_decay, o.layer_decay, decay_tables=o.decay_tables)
         return Updater(optimizer, self.world.device, self.run.compute.scaled, max_norm=o.clip_grad)
 
     def attack_functions(self, compiler: Compiler) -> ClassifierAttackFunctions:

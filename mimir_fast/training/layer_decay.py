@@ -11,13 +11,17 @@ BETAS = (0.9, 0.999)
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, layer_decay: float, family: Family | None = None
+    model: nn.Module,
+    weight_decay: float,
+    layer_decay: float,
+    family: Family | None = None,
+    decay_tables: bool = False,
 ) -> list[dict]:
     """One group per layer and kind in order of first appearance, with lr_scale = layer_decay^(depth + 1 - layer).
 
     The layers are those of the model's family, or of `family` for a model by others with the same names of parameters.
-    Vectors and what the family names (ViT: the class token and the positional table) are not decayed.  Order and grouping are
-    part of the checkpoint format.
+    Vectors are not decayed, and what the family names (ViT: the class token and the positional table) only with decay_tables.
+    Order and grouping are part of the checkpoint format.
     Raises ValueError unless 0 < layer_decay <= 1.
     """
     if not 0 < layer_decay <= 1:
@@ -29,7 +33,7 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         layer = family.layer_of(name, model)
-        decayed = parameter.ndim > 1 and not matches(name, family.undecayed)
+        decayed = parameter.ndim > 1 and (decay_tables or not matches(name, family.undecayed))
         new = {
             "params": [],
             "weight_decay": weight_decay if decayed else 0.0,
@@ -40,9 +44,14 @@ def parameter_groups(
 
 
 def build_optimizer(
-    model: nn.Module, lr: float, weight_decay: float, layer_decay: float, family: Family | None = None
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    layer_decay: float,
+    family: Family | None = None,
+    decay_tables: bool = False,
 ) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`."""
     # Fused: it can skip a step by a flag on the device.
-    groups = parameter_groups(model, weight_decay, layer_decay, family)
+    groups = parameter_groups(model, weight_decay, layer_decay, family, decay_tables)
     return torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=ADAM_EPS, fused=True)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimir_fast.attacks.linf import attack_bounds, pgd
-from mimir_fast.config.finetuning import validation_steps
+from mimir_fast.config.validation import validation_steps
 from mimir_fast.data import DataError, EvalStream, to_float
 from mimir_fast.models import Classifier
 from mimir_fast.training.captured_calls import CapturedCalls

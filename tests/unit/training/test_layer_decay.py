@@ -20,6 +20,12 @@ def test_every_parameter_is_in_one_group():
     assert scales[id(model.blocks[1].attn.qkv.weight)] == 0.5
     assert scales[id(model.pos_embed)] == scales[id(model.patch_embed.proj.weight)] == 0.125
     assert {group["lr_scale"] for group in parameter_groups(model, 0.05, 1.0)} == {1.0}
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert decays[id(model.pos_embed)] == decays[id(model.cls_token)] == decays[id(model.norm.bias)] == 0
+    groups = parameter_groups(model, 0.05, 1.0, decay_tables=True)
+    plain = [p for group in groups if not group["weight_decay"] for p in group["params"]]
+    assert all(p.ndim == 1 for p in plain)
+    assert len(plain) == sum(p.ndim == 1 for p in model.parameters())
     with pytest.raises(ValueError, match=r"layer_decay.*got 0"):
         parameter_groups(model, 0.05, 0.0)
 
