@@ -1,5 +1,6 @@
 """Whole runs from a cache: pre-training, fine-tuning and evaluation as from image files; resuming; several processes."""
 
+import errno
 import json
 import os
 import shutil
@@ -66,6 +67,22 @@ def test_a_damaged_cache_ends_the_run_with_its_last_checkpoint(data, tmp_path, c
     assert run(tmp_path / "data", tmp_path / "out", "--resume auto") == 1
     assert "shard-00000.bin: image " in capsys.readouterr().err
     assert same_state(before, load(tmp_path / "out" / "resume-0-2.pth"))
+
+
+def test_a_disk_that_fails_twice_ends_the_run_with_its_last_checkpoint(data, tmp_path, capsys, monkeypatch):
+    assert run(data, tmp_path, "--max_steps 2") == 0
+    before = load(tmp_path / "resume-0-2.pth")
+
+    def failing(*arguments):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", failing)
+    assert run(data, tmp_path, "--resume auto") == 1
+    error = capsys.readouterr().err
+    assert f"{data / 'train' / 'shard-'}" in error
+    assert f"cannot be read, opened again neither ({os.strerror(errno.EIO)})" in error
+    assert same_state(before, load(tmp_path / "resume-0-2.pth"))
+    assert not (tmp_path / "checkpoint-0.pth").exists()
 
 
 def test_fine_tuning_and_evaluation(files, data, tmp_path, monkeypatch):

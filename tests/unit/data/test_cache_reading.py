@@ -7,6 +7,7 @@ import resource
 import shutil
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -360,6 +361,28 @@ def test_few_open_files_suffice_and_too_few_are_said(caches):
             stream(caches["rgb"])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_256_open_files_and_no_shared_memory_suffice_for_imagenet(tmp_path):
+    """79 shards, as many as ImageNet-1K has."""
+    make_cache(write_pictures(tmp_path / "source", 79), tmp_path / "dst", Options("train", "yuv420", 24, 0, 1))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+    try:
+        before = shared_memory()
+        made = stream(tmp_path / "dst", batch_size=8, data_threads=8)
+        batches = made.epoch(0)
+        next(batches)
+        assert shared_memory() == before
+        assert len(list(batches)) == 8
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def shared_memory() -> list[str]:
+    """What this process maps of /dev/shm, and of memory without a name that torch sends to others."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    return [line for line in maps if "/dev/shm" in line or "/torch_" in line or "memfd:" in line]
 
 
 def test_staging_copies_once(caches, tmp_path, monkeypatch):
