@@ -44,6 +44,7 @@ class Study:
     least         clean and PGD-20 accuracy that the recipe must reach on the held-out images
     search_seed   of the search, none of the arms'
     compared      arms and their number of seeds; varied: the same for the arms of one factor each
+    pairs         names of compared arms whose difference is shown: the first minus the second
     factors       name -> value, for people, -> arm
     test_images   of an evaluation; aa_images: those of them that AutoAttack gets, 0: it is left out
     analyzed      images of an analysis; 0: it is left out
@@ -56,6 +57,7 @@ class Study:
     candidates: tuple[Candidate, ...]
     compared: tuple[tuple[Arm, ...], int]
     varied: tuple[tuple[Arm, ...], int] = ((), 0)
+    pairs: tuple[tuple[str, str], ...] = ()
     factors: dict[str, dict[str, str]] = field(default_factory=dict)
     per_class: tuple[int, int] = (0, 0)
     train_images: int = 0
@@ -121,6 +123,10 @@ CIFAR10 = Study(
     },
     candidates=(*_tried(8), *_tried(4)),
     compared=(ARMS, 5),
+    pairs=(
+        *(("mimir-hsic", other) for other in ("scratch", "scratch-long", "mae", "mimir-plain", "mimir-renyi2")),
+        *(("mimir-plain", "mae"), ("mae", "scratch"), ("scratch-long", "scratch")),
+    ),
     varied=(VARIED, 3),
     factors={
         "weight of the penalty": {
@@ -142,6 +148,7 @@ DIGITS = Study(
     fine_tuning={**CIFAR10.fine_tuning, "epochs": 2},
     candidates=(_tuned(4, 1e-3), _tuned(4, 2e-3)),
     compared=((ARMS[0], UNPENALISED, MIMIR), 2),
+    pairs=((MIMIR.name, "scratch"), (MIMIR.name, UNPENALISED.name)),
     varied=((VARIED[3],), 2),
     factors={"the attack reaches": {"all patches": MIMIR.name, "removed patches alone": "hidden-attack"}},
     least=(0.0, 0.0),
