@@ -41,16 +41,22 @@ def frozen_twin(model: nn.Module) -> nn.Module:
 
 
 def reconstruction(
-    model: MaskedAutoencoder, patches: Tensor, ids_shuffle: Tensor, images: Tensor
+    model: MaskedAutoencoder, patches: Tensor, ids_shuffle: Tensor, images: Tensor, *plan: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Loss and predictions [B,L-K,P] from the kept patches [B,K,P] of images [B,C,H,W]; compile this one."""
-    return model.reconstruct(model.encode(patches, ids_shuffle[:, : patches.shape[1]]), ids_shuffle, images)
+    """Loss and predictions [B,L-K,P] from the kept patches [B,K,P] of images [B,C,H,W]; compile this one.
+
+    plan: nothing, or one of MaskedAutoencoder.encode.
+    """
+    latent = model.encode(patches, ids_shuffle[:, : patches.shape[1]], *plan)
+    return model.reconstruct(latent, ids_shuffle, images)
 
 
-def image_reconstruction(model: MaskedAutoencoder, images: Tensor, ids_shuffle: Tensor, keep: int) -> Tensor:
+def image_reconstruction(
+    model: MaskedAutoencoder, images: Tensor, ids_shuffle: Tensor, keep: int, *plan: Tensor
+) -> Tensor:
     """The same loss from whole images [B,C,H,W], of whose patches the first `keep` of ids_shuffle [B,L] are kept."""
     ids_keep = ids_shuffle[:, :keep]
-    latent = model.encode(model.visible(images, ids_keep), ids_keep)
+    latent = model.encode(model.visible(images, ids_keep), ids_keep, *plan)
     return model.reconstruct(latent, ids_shuffle, images)[0]
 
 
@@ -124,6 +130,7 @@ def ascend_reconstruction(
     mask_noise: Sequence[Tensor] | Tensor | None = None,
     loss_scale: float = 1.0,
     functions: MaeAttackFunctions | None = None,
+    plans: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """PGD-MAE with everything decided by the caller: what the training step and `pgd_mae` run.
 
@@ -133,6 +140,7 @@ def ascend_reconstruction(
     loss_scale     multiplies the loss before its backward pass: fp16 gradients underflow without; the sign ignores it
     functions      default: `plain_functions` of the model.  A compiled loss computes every gradient that it could be asked
                    for: give it a model without trainable parameters (`frozen_twin`), or weight gradients are computed as well
+    plans          of every step's mask, for a model with masks_on_host; None: it makes them itself
     Returns [B,C,H,W], detached.  Raises ValueError if steps < 0 or mask_noise does not hold one entry per step.
     """
     if steps < 0:
@@ -148,8 +156,9 @@ def ascend_reconstruction(
     images = images.detach()
     adv = functions.start(images, bounds, start, model.kernels)
     ascend = _ascend_patches if by_patches(model) else _ascend_images
-    for noise in mask_noise:
-        adv = ascend(model, functions, images, adv, bounds, noise, mask_ratio, loss_scale)
+    for step, noise in enumerate(mask_noise):
+        plan = () if plans is None else plans[step : step + 1]
+        adv = ascend(model, functions, images, adv, bounds, noise, mask_ratio, loss_scale, *plan)
     return adv
 
 
@@ -162,6 +171,7 @@ def _ascend_patches(
     noise: Tensor,
     mask_ratio: float,
     loss_scale: float,
+    *plan: Tensor,
 ) -> Tensor:
     """A step that differentiates the kept patches; noise [B,L] or [1,L] decides which they are."""
     ids_shuffle, ids_restore, keep = model.random_masking(noise, mask_ratio)
@@ -171,7 +181,7 @@ def _ascend_patches(
     patches = model.visible(adv, ids_shuffle[:, :keep]).requires_grad_(True)
     with torch.enable_grad():
         # The target is `adv` too, but as a constant: its share of the gradient is taken from `pred`, below.
-        loss, pred = functions.loss(model, patches, ids_shuffle, adv)
+        loss, pred = functions.loss(model, patches, ids_shuffle, adv, *plan)
         (grad,) = torch.autograd.grad(loss * loss_scale, patches)
     shape = (model.patch_size, model.norm_pix_loss)
     return functions.step(images, adv, grad, pred.detach(), ids_restore, bounds, *shape, impl=model.kernels)
@@ -186,9 +196,10 @@ def _ascend_images(
     noise: Tensor,
     mask_ratio: float,
     loss_scale: float,
+    *plan: Tensor,
 ) -> Tensor:
     """The same step by the gradient of whole images."""
     # A fresh mask for every step, as in the original.
     ids_shuffle, _, keep = model.random_masking(noise, mask_ratio)
-    _, grad = gradient(lambda leaf: functions.loss(model, leaf, ids_shuffle, keep), adv, loss_scale)
+    _, grad = gradient(lambda leaf: functions.loss(model, leaf, ids_shuffle, keep, *plan), adv, loss_scale)
     return functions.step(images, adv, grad, bounds)

@@ -8,6 +8,7 @@ import json
 import runpy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,17 +45,25 @@ TOLERANCE = 1e-3
 
 
 class Architecture(NamedTuple):
-    """A timm model: its name, what timm.create_model is told beside it, and its pretrained_cfg."""
+    """A timm model: its name, what timm.create_model is told beside it, classes of timm's among it, and its pretrained_cfg."""
 
     name: str
     options: dict
     pretrained_cfg: dict
+    classes: dict[str, str] = {}  # noqa: RUF012 (nobody changes it)
+
+    def create(self, path: Path) -> nn.Module:
+        """The model that timm makes of the file."""
+        classes = {name: attrgetter(place)(timm) for name, place in self.classes.items()}
+        return timm.create_model(self.name, checkpoint_path=str(path), **self.options, **classes)
 
     def call(self, path: Path) -> str:
         """The line of Python that loads it."""
         overlay = {name: self.pretrained_cfg[name] for name in OVERLAY}
         words = {"checkpoint_path": str(path), **self.options, "pretrained_cfg_overlay": overlay}
-        return f"timm.create_model({self.name!r}, {', '.join(f'{name}={value!r}' for name, value in words.items())})"
+        said = [f"{name}={value!r}" for name, value in words.items()]
+        said += [f"{name}=timm.{place}" for name, place in self.classes.items()]
+        return f"timm.create_model({self.name!r}, {', '.join(said)})"
 
 
 def export(config: ExportConfig) -> int:
@@ -94,7 +103,7 @@ def architecture(trained: Trained) -> Architecture:
         "first_conv": theirs.first_conv,
         "classifier": theirs.head,
     }
-    return Architecture(theirs.name, theirs.options, cfg)
+    return Architecture(theirs.name, theirs.options, cfg, theirs.classes)
 
 
 def timm_tensors(trained: Trained) -> dict[str, Tensor]:
@@ -128,8 +137,7 @@ def export_timm(trained: Trained, path: Path, json_path: Path) -> list[str]:
             # Not save_file, which has temporary files of its own, with random names that stay after a kill.
             written.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
             written_json.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        model = timm.create_model(built.name, checkpoint_path=str(written), **built.options)
-        difference = checked(trained, PixelModel(model, built.pretrained_cfg), path)
+        difference = checked(trained, PixelModel(built.create(written), built.pretrained_cfg), path)
     return [f"wrote {path} and {json_path}; outputs differ by at most {difference:.0e}", config["create_model"]]
 
 
@@ -167,7 +175,8 @@ class PixelModel(nn.Module):
         if self.cfg["num_classes"]:
             return self.model(images)
         assert isinstance(self.model, FeatureModel)
-        return self.model.forward_features(images)
+        # Some models leave their tokens on a grid, with the features last.
+        return self.model.forward_features(images).flatten(1, -2)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ Takes images in [0,1] and normalises inside.  Needs torch and timm.
     model = load()  # in evaluation mode, with the parameters of {file}
 
 RobustBench: copy this file to robustbench/model_zoo/architectures/, {file} to models/{dataset}/Linf/, and enter
-    ("{stem}", {{"model": zoo_model, "gdrive_id": "<id of {file}>"}})
+    ("{stem}", {{"model": zoo_model, "gdrive_id": "<id of {file}>"{preprocessing}}})
 in the table linf of robustbench/model_zoo/{dataset}.py.
 """
 
@@ -26,7 +26,7 @@ import torch
 
 SIZES = {sizes}
 MEAN, STD = {mean}, {std}  # of the images that the network itself sees
-
+{written}
 
 class {pixel}({base}):
     """{name} for images [B,3,{size},{size}] in [0,1]: logits [B,{classes}]."""
@@ -67,6 +67,11 @@ def model_file(trained: Trained, path: Path) -> str:
         stem=path.stem,
         dataset=dataset,
         source=theirs.source,
+        written=theirs.written,
+        # As evaluations here cut images: resized to 256 pixels with a bicubic filter, their middle taken.
+        preprocessing=', "preprocessing": "BicubicRes256Crop224"'
+        if (dataset, args["input_size"]) == ("imagenet", 224)
+        else "",
         base=theirs.name,
         pixel=pixel,
         # Double quotes, as formatters of Python want them: the file is for people to read and to commit.

@@ -211,10 +211,12 @@ def _resolved(contents: Contents, overrides: dict, facts: dict) -> dict:
         raise ValueError(f"{min(unknown)}: expected one of {', '.join(OVERRIDES)}")
     overrides = {name: value for name, value in overrides.items() if value is not None}
     family = _family(contents)
+    unfollowed = {flag for keyword, flag in SIZE.items() if keyword not in family.free}
     for name, fact in facts.items():
         for whose, given in (("the command line says", overrides), ("its own args say", contents.args)):
-            # The command line always has to agree with the tensors; the original's args are wrong about some of them.
-            binding = given is overrides or BINDING[name]
+            # The command line always has to agree with the tensors; the original's args are wrong about some of them, and say
+            # nothing where the family does not follow the flag.
+            binding = given is overrides or (BINDING[name] and name not in unfollowed)
             if name in given and binding and _canonical(name, given[name], family) != fact:
                 raise CheckpointError(f"{name}: {contents.source} was trained with {fact}, {whose} {given[name]}")
     args = {"dataset": None, "use_normalize": False, **contents.args, **overrides, **facts}

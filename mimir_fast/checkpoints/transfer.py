@@ -50,8 +50,11 @@ def match_encoder(model: Classifier, given: dict, source: str) -> Match:
     among the tensors as they are, and the only ones of another shape.
     """
     family = family_of(model)
-    given = family.of_classifier(given)
-    match = compare(model, {key: tensor for key, tensor in given.items() if not of_head(key)})
+    given = family.of_encoder(given)
+    # Constants follow from the model's own sizes.
+    constants = {name: buffer.shape for name, buffer in model.named_buffers()}
+    loadable = {key: tensor for key, tensor in given.items() if constants.get(key, tensor.shape) == tensor.shape}
+    match = compare(model, {key: tensor for key, tensor in loadable.items() if not of_head(key)})
     if not match.tensors and not match.misshapen:
         raise CheckpointError(
             f"finetune: {source} shares no parameter with the model (it holds {_summary(given)}); "
@@ -87,7 +90,7 @@ def _owner_in(model: Classifier) -> Callable[[str], int]:
 
 def _check_sizes(family: Family, theirs: dict, ours: dict, source: str) -> None:
     """Compare what `read` found in the checkpoint and in the model; raises CheckpointError where the encoders' sizes differ."""
-    sizes = ours.keys() - set(family.free)
+    sizes = ours.keys() - {*family.free, *family.adjusted}
     # A file that lacks even these is reported by its missing tensors, which says more.
     if not sizes | {"patch_size"} <= theirs.keys():
         return

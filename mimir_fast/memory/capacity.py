@@ -9,6 +9,7 @@ from mimir_fast.models.attention import PACKAGES
 from mimir_fast.training import finetuning, pretraining
 from mimir_fast.training.compilation import WITHOUT_GRAPHS
 from mimir_fast.training.describe import arithmetic
+from mimir_fast.training.options import patch_size
 
 GIB = 2**30
 # GiB kept free for the CUDA context, loaded kernels and libraries.
@@ -84,7 +85,7 @@ def report(run: Run, prediction: Prediction, gpus: dict[str, Gpu]) -> list[str]:
     summary = (finetuning if isinstance(config, FinetuneConfig) else pretraining).summary(config)
     kinds = peak(prediction, next(iter(gpus.values())), batch)
     lines = [
-        f"{config.model.model} at {config.model.input_size}/{config.model.patch_size}, {words}; {summary}",
+        f"{config.model.model} at {config.model.input_size}/{patch_size(run)}, {words}; {summary}",
         f"predicted peak at batch {batch} (one process; torch.cuda.max_memory_allocated):",
         *(f"  {kind:<28}{size:8.2f} GiB" for kind, size in kinds.items()),
         f"  {'sum':<28}{sum(kinds.values()):8.2f} GiB",

@@ -6,6 +6,7 @@ S prefix tokens, which stand before the patches (the class token).
 
 from abc import ABC, abstractmethod
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,11 +18,12 @@ from mimir_fast.training.stages import stage
 class MaskedAutoencoder(nn.Module, ABC):
     """Encode the patches that a random mask leaves, predict the others.
 
-    A family provides `visible`, `encode` and `decode`, and these attributes:
+    A family provides `visible`, `encode` and `decode`, with masks_on_host `host_plan` too, and these attributes:
 
     img_size, in_chans   the images are [B,in_chans,img_size,img_size]
     patch_size           side of a patch, the unit of the mask; num_patches: L of an image
     prefix_tokens        S, the number of tokens in the latent before those of patches: 1 for a class token, 0 without
+    masks_on_host        the noise of a training's masks is drawn in host memory, for `host_plan`
     norm_pix_loss        the loss takes every target patch normalised by its own mean and deviation
     kernels              implementation of the operations in mimir_fast.kernels
     compat               "original" where it computes what the original does, else None: models/compat.py
@@ -33,6 +35,7 @@ class MaskedAutoencoder(nn.Module, ABC):
     patch_size: int
     num_patches: int
     prefix_tokens: int = 1
+    masks_on_host: bool = False
     norm_pix_loss: bool
     kernels: str
     compat: str | None = None
@@ -44,10 +47,11 @@ class MaskedAutoencoder(nn.Module, ABC):
         themselves where the family's record says that masking is of "images"."""
 
     @abstractmethod
-    def encode(self, visible: Tensor, ids_keep: Tensor) -> Tensor:
+    def encode(self, visible: Tensor, ids_keep: Tensor, plan: Tensor | None = None) -> Tensor:
         """What `visible` returns, and which patches are kept [B,K] -> latent [B,S+K,D]: prefix tokens, then kept patches.
 
         The patches' order is that of ids_keep, or another that `decode` undoes.
+        plan: with masks_on_host, what `host_plan` made of these patches, on the device; None: made now, from ids_keep.
         """
 
     @abstractmethod
@@ -85,23 +89,35 @@ class MaskedAutoencoder(nn.Module, ABC):
         loss = self.loss(pred[:, keep:], ids_shuffle[:, keep:], imgs)
         # From shuffled order, kept patches first, back to raster order.
         pred = pred.gather(1, ids_restore[:, :, None].expand_as(pred))
-        return loss, pred, (ids_restore >= keep).to(noise.dtype), latent
+        # A row for each image, also where one mask is all images'.
+        mask = (ids_restore >= keep).to(noise.dtype).expand(len(imgs), -1)
+        return loss, pred, mask, latent
 
     def noise_shape(self, batch: int) -> tuple[int, int]:
         """[rows, L] of the noise that decides the mask: a row for each image, or a single one where the family masks the whole
         batch alike."""
         return batch, self.num_patches
 
-    def random_masking(self, noise_BL: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, int]:
-        """noise [B,L], removed share -> ids_shuffle [B,L], kept patches first; ids_restore [B,L], its inverse; K, how many."""
+    def host_plan(self, noise_BL: np.ndarray, mask_ratio: float) -> np.ndarray | None:
+        """With masks_on_host: what `encode` needs of a mask beside its patches, from its noise, as numbers of one shape and
+        type for all masks of a ratio; None: this mask has none of that shape, and a training draws another."""
+        raise NotImplementedError(type(self).__name__)
+
+    def kept(self, mask_ratio: float) -> int:
+        """K, the number of patches that a mask leaves.  Raises ValueError for a ratio that leaves none."""
         if not 0 <= mask_ratio < 1:
             raise ValueError(f"mask_ratio: expected 0 <= ratio < 1, got {mask_ratio}")
-        if noise_BL.ndim != 2 or noise_BL.shape[1] != self.num_patches:
-            raise ValueError(f"noise: expected [B,{self.num_patches}], got {tuple(noise_BL.shape)}")
         # Rounded down, as in the original.
         keep = int(self.num_patches * (1 - mask_ratio))
         if keep < 1:
             raise ValueError(f"mask_ratio: {mask_ratio} keeps none of {self.num_patches} patches; lower it")
+        return keep
+
+    def random_masking(self, noise_BL: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, int]:
+        """noise [B,L], removed share -> ids_shuffle [B,L], kept patches first; ids_restore [B,L], its inverse; K, how many."""
+        keep = self.kept(mask_ratio)
+        if noise_BL.ndim != 2 or noise_BL.shape[1] != self.num_patches:
+            raise ValueError(f"noise: expected [B,{self.num_patches}], got {tuple(noise_BL.shape)}")
         return *mask_indices(noise_BL, impl=self.kernels), keep
 
     def reconstruct(self, latent: Tensor, ids_shuffle: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:

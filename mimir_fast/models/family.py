@@ -55,20 +55,24 @@ Tensors = Mapping[str, Tensor]
 
 
 class TimmModel(NamedTuple):
-    """timm's counterpart: its name, further arguments of timm.create_model, the names of its first layer and its head."""
+    """timm's counterpart: its name, further arguments of timm.create_model, the names of its first layer and its head, and
+    arguments that are classes of timm's, by where they are in it ("layers.LayerNorm")."""
 
     name: str
     options: dict[str, Any]
     first_conv: str
     head: str
+    classes: dict[str, str] = {}  # noqa: RUF012 (nobody changes it)
 
 
 class Network(NamedTuple):
-    """A classifier without mimir_fast: the lines of Python that bring a class, its name and the keywords of its constructor."""
+    """A classifier without mimir_fast: the lines of Python that bring a class, its name, the keywords of its constructor, and
+    what is written out if no package has the class."""
 
     source: str
     name: str
     keywords: dict[str, Any]
+    written: str = ""
 
 
 class Resized(NamedTuple):
@@ -87,7 +91,8 @@ class Family:
     name, title     "vit", which every model's name begins with, and "ViT", for messages
     autoencoder     the masked autoencoder: module of create_model; classifier: module of create_classifier
     sizes           classifier's name -> keywords of both constructors; those that begin with `decoder_` are the
-                    autoencoder's alone, whose name is "mae_" and the classifier's
+                    autoencoder's alone, whose name is "mae_" and the classifier's; a name that differs from an earlier one in
+                    these alone is an autoencoder's only
     decoder         keywords of the autoencoder where `sizes` has none
     aliases         other names, of autoencoders and classifiers; suffixes: what may stand behind any name
     masking         "patches": the encoder is given the kept patches alone, cut along a grid, and the pixels of removed ones
@@ -108,7 +113,8 @@ class Family:
     marks           names of tensors that every model of the family has: a file with all of them is one's
     read            tensors of a classifier or autoencoder -> keywords of the constructors that follow from names and shapes:
                     those of `sizes` and of `free`
-    free            keywords in which models of one name differ
+    free            keywords in which models of one name differ: the flags of commands that the family follows
+    adjusted        further sizes that a classifier may have otherwise than the file it starts from
     describe        what `read` found, in words
     tables          patterns of the positional tables, which may come from another grid
     resize          (table, shape that the model has) -> the table in that shape; raises ValueError, saying what was
@@ -142,6 +148,7 @@ class Family:
     timm_key: Callable[[str], str | None] = str
     adapt: Callable[[Any, Tensors], None] = lambda classifier, tensors: None
     free: tuple[str, ...] = ("img_size", "patch_size", "num_classes", "global_pool")
+    adjusted: tuple[str, ...] = ()
     has_original: bool = False
     trunk: str | None = None
     encoder_prefix: str = ""
@@ -154,7 +161,10 @@ class Family:
 
     def names(self, pretraining: bool) -> list[str]:
         """The autoencoders' names, or the classifiers'."""
-        return [PREFIX * pretraining + name for name in self.sizes]
+        if pretraining:
+            return [PREFIX + name for name in self.sizes]
+        sizes = [self.keywords(name) for name in self.sizes]
+        return [name for i, name in enumerate(self.sizes) if sizes[i] not in sizes[:i]]
 
     def bare(self, name: str) -> str:
         """A model's own name: aliases resolved, suffixes removed."""
@@ -174,7 +184,7 @@ class Family:
         sizes = {key: value for key, value in read.items() if key not in self.free}
         for name in self.sizes:
             # A file also holds sizes that the name leaves to the constructor's default, such as mlp_ratio.
-            own = {**self._defaults, **self.keywords(name)}
+            own = {**self._defaults, **self.decoder, **self.sizes[name]}
             if all(own[key] == value for key, value in sizes.items()):
                 return name
         return None
@@ -191,6 +201,11 @@ class Family:
     def of_classifier(self, tensors: Tensors) -> dict[str, Tensor]:
         """A state dict with the encoder's parameters under their names in a classifier."""
         return {key.removeprefix(self.encoder_prefix): tensor for key, tensor in tensors.items()}
+
+    def of_encoder(self, tensors: Tensors) -> dict[str, Tensor]:
+        """The same of a file's encoder alone, where a prefix tells it from the decoder; of any other file all tensors."""
+        inside = {key: tensor for key, tensor in tensors.items() if key.startswith(self.encoder_prefix)}
+        return self.of_classifier(inside or tensors)
 
     @property
     def _defaults(self) -> dict[str, Any]:

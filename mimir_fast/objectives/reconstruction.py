@@ -62,13 +62,14 @@ class ReconstructionObjective(nn.Module):
         device = next(model.parameters()).device
         self.side = torch.cuda.Stream(device) if device.type == "cuda" and penalty else None
 
-    def forward(self, images: Tensor, adv: Tensor | None, noise_BL: Tensor) -> PretrainOutput:
-        """images [B,C,H,W]; adv, their adversarial version or None; noise [B,L] decides the mask."""
+    def forward(self, images: Tensor, adv: Tensor | None, noise_BL: Tensor, *plan: Tensor) -> PretrainOutput:
+        """images [B,C,H,W]; adv, their adversarial version or None; noise [B,L] decides the mask; plan: nothing, or that of the
+        mask (MaskedAutoencoder.host_plan)."""
         seen = images if adv is None else adv
         with stage("encoder"):
             ids_shuffle, _, keep = self.model.random_masking(noise_BL, self.mask_ratio)
             ids_keep, ids_removed = ids_shuffle[:, :keep], ids_shuffle[:, keep:]
-            latent = self.encode(self.model.visible(seen, ids_keep), ids_keep)
+            latent = self.encode(self.model.visible(seen, ids_keep), ids_keep, *plan)
         if self.penalty is None or adv is None:
             with stage("decoder"):
                 recon, pred = self.reconstruct(latent, ids_shuffle, images)

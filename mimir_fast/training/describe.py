@@ -5,6 +5,7 @@ from mimir_fast.config.sections import OptimConfig
 from mimir_fast.data import BatchStream
 from mimir_fast.training.distributed import World
 from mimir_fast.training.optimizer import scheduled_rate
+from mimir_fast.training.options import patch_size
 from mimir_fast.training.task import Task
 
 
@@ -19,7 +20,7 @@ def describe(task: Task, stream: BatchStream, world: World, lr: float, uncapture
     launched = f"step uncaptured ({uncaptured}), " if uncaptured else "step one CUDA graph, "
     launched = parallel + launched * (world.device.type == "cuda")
     return [
-        f"model {config.model.model} ({parameters:.2f} M parameters), {config.model.input_size}/{config.model.patch_size}; "
+        f"model {config.model.model} ({parameters:.2f} M parameters), {config.model.input_size}/{patch_size(task.run)}; "
         f"data {stream.name}, {stream.num_images} images, {len(stream)} micro-batches per epoch; {task.summary}",
         f"device {world.device} x {world.size}, {launched}{arithmetic(task.run.compute)}; "
         f"lr {lr:.3g}; outputs in {config.run.output_dir or '(nowhere)'}",

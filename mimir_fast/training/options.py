@@ -11,7 +11,7 @@ from mimir_fast.config.choices import NONE, ORIGINAL
 from mimir_fast.config.resolve import Run
 from mimir_fast.data import BatchStream
 from mimir_fast.models import Classifier, MaskedAutoencoder
-from mimir_fast.models.families import family_of
+from mimir_fast.models.families import family_of, find
 from mimir_fast.training.distributed import World
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -52,9 +52,10 @@ def check_cache(own: dict, stream: BatchStream, say: Callable[[str], None]) -> N
 def model_options(run: Run) -> dict:
     """Arguments of create_model and create_classifier: the size of the input, compat, and how the model computes."""
     m, c = run.config.model, run.compute
+    free = find(m.model, None)[0].free
     return {
         "img_size": m.input_size,
-        "patch_size": m.patch_size,
+        **({"patch_size": m.patch_size} if "patch_size" in free else {}),
         "compat": ORIGINAL if run.config.run.compat == ORIGINAL else None,
         "kernels": c.kernels,
         "attention": c.attention,
@@ -62,6 +63,12 @@ def model_options(run: Run) -> dict:
         "residual_dtype": c.residual_dtype,
         "activation_checkpointing": c.activation_checkpointing,
     }
+
+
+def patch_size(run: Run) -> int:
+    """Side of a token's patch: the flag's, or that of the model's name where the family leaves nothing to choose."""
+    name = run.config.model.model
+    return model_options(run).get("patch_size") or find(name, None)[1]["patch_size"]
 
 
 def same_compat(state: dict, model: MaskedAutoencoder | Classifier, say: Callable[[str], None]) -> None:

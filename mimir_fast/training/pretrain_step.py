@@ -20,11 +20,13 @@ class MaeNoise(NamedTuple):
     start          a seed (one int64 number) of the attack's start noise, or that noise itself [B,C,H,W]
     attack_masks   noise [B,L] for every attack step; the patches with the smallest entries are kept
     train_mask     the same [B,L] for the training pass
+    plans          of the attack's masks and of the training's, for a model with masks_on_host; else none
     """
 
     start: Tensor
     attack_masks: list[Tensor]
     train_mask: Tensor
+    plans: tuple[Tensor, ...] = ()
 
 
 class MaeAttack(NamedTuple):
@@ -41,14 +43,18 @@ class MaeAttack(NamedTuple):
     loss_scale: float = 1.0
 
 
+def start_seed(generator: torch.Generator) -> Tensor:
+    """A seed of an attack's start noise, on the generator's device."""
+    return torch.randint(2**63 - 1, (), device=generator.device, generator=generator)
+
+
 def draw_noise(generator: torch.Generator, rows: int, num_patches: int, attack: MaeAttack) -> MaeNoise:
     """Draw a step's randomness on the generator's device: start, attack masks, training mask.
 
     rows, num_patches: noise_shape of the model, a row per image or one for all.
     """
-    device = generator.device
-    start = torch.randint(2**63 - 1, (), device=device, generator=generator)
-    masks = torch.rand((attack.steps or 0) + 1, rows, num_patches, device=device, generator=generator)
+    start, count = start_seed(generator), (attack.steps or 0) + 1
+    masks = torch.rand(count, rows, num_patches, device=generator.device, generator=generator)
     return MaeNoise(start, list(masks[:-1]), masks[-1])
 
 
@@ -68,7 +74,7 @@ def pretrain_step(
     Raises ValueError for an attack without bounds.
     """
     if attack.steps is None:
-        return objective(images, None, noise.train_mask)
+        return objective(images, None, noise.train_mask, *noise.plans)
     if attack.bounds is None:
         raise ValueError("bounds: an attack needs [4,C], got None")
     with stage("attack"):
@@ -82,5 +88,6 @@ def pretrain_step(
             mask_noise=noise.attack_masks,
             loss_scale=attack.loss_scale,
             functions=functions,
+            plans=noise.plans[:-1] or None,
         )
-    return objective(images, adv, noise.train_mask)
+    return objective(images, adv, noise.train_mask, *noise.plans[-1:])

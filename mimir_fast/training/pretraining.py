@@ -21,13 +21,17 @@ from mimir_fast.objectives.reconstruction import PretrainOutput, ReconstructionO
 from mimir_fast.report.samples import SAMPLES, save_samples
 from mimir_fast.training.compilation import Compiler
 from mimir_fast.training.distributed import World
+from mimir_fast.training.host_masks import HostMasks
 from mimir_fast.training.optimizer import Updater, build_optimizer
 from mimir_fast.training.options import check_resumed, model_options, on_device, stream_options
-from mimir_fast.training.pretrain_step import MaeAttack, MaeNoise, draw_noise, pretrain_step
+from mimir_fast.training.pretrain_step import MaeAttack, MaeNoise, draw_noise, pretrain_step, start_seed
+from mimir_fast.training.seeds import step_seed
 from mimir_fast.training.task import Measured
 
 # Epochs, as in the original.
 CHECKPOINT_EVERY = 20
+# Images, and the host's masks of a model that has them.
+Batch = Tensor | tuple[Tensor, Tensor]
 # Loss scale of the attack in fp16, whose loss is a mean over all pixels.
 FP16_ATTACK_SCALE = 65536.0
 
@@ -48,6 +52,8 @@ class Pretraining:
         self.std: Channels | None = images.std if config.data.use_normalize else None
         self.model = build_model(run, world.device)
         self.attack = build_attack(run, images, world.device)
+        ratios = [self.attack.mask_ratio] * (self.attack.steps or 0) + [config.model.mask_ratio]
+        self.host_masks = HostMasks(self.model, ratios) if self.model.masks_on_host else None
         self.penalty = penalty_name(config)
         self.gathers = self.penalty is not None and config.penalty.penalty_batch == "global" and world.size > 1
         # Between two graphs a gather would run once more in a process whose capture failed than in the others.
@@ -74,23 +80,31 @@ class Pretraining:
         gathered = self.world if self.gathers else None
         return ReconstructionObjective(model, c.model.mask_ratio, self.penalty, c.penalty.mi_xpl, *pieces, gathered)
 
-    def host_draws(self, images: Tensor, epoch: int, step: int) -> None:
-        """Nothing is drawn by the host."""
+    def host_draws(self, images: Tensor, epoch: int, step: int) -> Tensor | None:
+        if self.host_masks is None:
+            return None
+        return self.host_masks.draw(step_seed(self.config.run.seed, self.world.rank, epoch, step))
 
-    def prepare(self, images: Tensor, labels: Tensor, draws: Tensor | None) -> Tensor:
-        return model_input(images, self.mean, self.std)
+    def prepare(self, images: Tensor, labels: Tensor, draws: Tensor | None) -> Batch:
+        images = model_input(images, self.mean, self.std)
+        return images if draws is None else (images, draws)
 
-    def draw_noise(self, generator: torch.Generator, images: Tensor) -> MaeNoise:
-        return draw_noise(generator, *self.model.noise_shape(len(images)), self.attack)
+    def draw_noise(self, generator: torch.Generator, batch: Batch) -> MaeNoise:
+        if isinstance(batch, Tensor):
+            return draw_noise(generator, *self.model.noise_shape(len(batch)), self.attack)
+        assert self.host_masks is not None
+        masks, plans = self.host_masks.unpack(batch[1])
+        return MaeNoise(start_seed(generator), masks[:-1], masks[-1], tuple(plans))
 
     def step(
         self,
         objective: nn.Module,
         attacked: MaskedAutoencoder,
         functions: MaeAttackFunctions,
-        images: Tensor,
+        batch: Batch,
         noise: MaeNoise,
     ) -> PretrainOutput:
+        images = batch if isinstance(batch, Tensor) else batch[0]
         output = pretrain_step(objective, attacked, images, noise, self.attack, functions)
         self.skipped_penalties += ~output.penalty_used
         return output

@@ -19,17 +19,19 @@ from mimir_fast.objectives.adversarial_losses import cross_entropy
 from mimir_fast.training import layer_decay
 from mimir_fast.training.finetune_step import ClassifierAttack, attack_images
 from mimir_fast.training.optimizer import parameter_groups
-from tests.support.family_golden import CLASSES, classifier, images, recorded, recorded_autoencoder
+from tests.support.family_golden import CLASSES, classifier, images, recorded, recorded_autoencoder, sizes
 from tests.support.golden import GOLDEN
 from tests.support.interpreter import interpret
 
-FAMILIES = ["convit", "cait"]
-RATIO = {"convit": "r44", "cait": "r50"}
+FAMILIES = ["convit", "cait", "swin"]
+RATIO = {"convit": "r44", "cait": "r50", "swin": "r50"}
 FORWARDS = [
     (f, name) for f in FAMILIES for name in ("normpix_r75", f"normpix_{RATIO[f]}", "pix_r75", "normpix_adv_r75")
 ]
 # Families whose corrected form computes something else.
-CORRECTED = ["convit"]
+CORRECTED = ["convit", "swin"]
+# Of a family's gradients in fp32.
+BOUND = {"convit": 1e-5, "cait": 1e-5, "swin": 2e-5}
 NAMED = json.loads((GOLDEN / "named_models.json").read_text())
 
 
@@ -54,21 +56,24 @@ def listing(model: torch.nn.Module) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-@pytest.mark.parametrize("entry", [name for name in NAMED if name.removeprefix("mae_").split("_")[0] in FAMILIES])
+def entries() -> list[str]:
+    """The recorded names of these families, as far as the original can build their models."""
+    return [entry for entry in NAMED if any(family in entry for family in FAMILIES) and entry != "mae_swin_small 224"]
+
+
+@pytest.mark.parametrize("entry", entries())
 def test_named_models(entry):
     """Keys, shapes and their order, parameter counts, what is frozen."""
-    record, (name, size) = NAMED[entry], entry.split()
-    side, patch = map(int, size.split("/"))
-    options = {"img_size": side, "patch_size": patch}
+    record, name = NAMED[entry], entry.removeprefix("ares ").split()[0]
+    options = {key: value for key, value in record["call"].items() if key in ("img_size", "patch_size", "num_classes")}
     with torch.device("meta"):
-        if name.startswith("mae_"):
-            model = create_model(name, **options)
-        else:
-            model = create_classifier(name, **options, num_classes=record["call"]["num_classes"])
+        create = create_model if name.startswith(("mae_", "green_mim_")) else create_classifier
+        model = create(name, **options)
     assert listing(model) == record["sha256"]
     assert len(model.state_dict()) == record["keys"]
     assert sum(p.numel() for p in model.parameters()) == record["parameters"]
     assert [n for n, p in model.named_parameters() if not p.requires_grad] == record["frozen"]
+    assert len(list(model.buffers())) >= record["buffers"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -78,7 +83,7 @@ def test_state_and_what_a_fresh_model_holds(family):
     assert list(model.state_dict()) == record["key_order"]
     assert [name for name, p in model.named_parameters() if p.requires_grad] == record["trainable_order"]
     torch.manual_seed(0)
-    fresh = type(model)(**{key: value for key, value in record["kwargs"].items() if key != "norm_layer"}).state_dict()
+    fresh = create_model(family, **sizes(family)).state_dict()
     for name, value in record["fresh_constants"].items():
         expected = torch.eye(len(fresh[name])) if value == "identity" else torch.tensor(value)
         assert torch.equal(fresh[name], expected.expand_as(fresh[name])), name
@@ -127,8 +132,9 @@ CASES = [*((family, "original", "") for family in FAMILIES), *((family, None, "_
 
 
 @pytest.mark.parametrize(("family", "compat", "suffix"), CASES)
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 2e-7), (torch.float32, 1e-5)])
-def test_every_parameter_gradient(family, compat, suffix, dtype, bound):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_every_parameter_gradient(family, compat, suffix, dtype):
+    bound = 2e-7 if dtype == torch.float64 else BOUND[family]
     truth, _ = recorded(f"{family}_forward_normpix_r75_grads64{suffix}")
     model, _, (loss, *_) = forward(family, "forward_normpix_r75", compat, dtype)
     loss.backward()
@@ -282,6 +288,8 @@ def test_parameter_groups_of_pretraining(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layer_decay(family, compat, tag):
     _, record = recorded(f"{family}_layer_decay")
+    if record[tag] == "raises AttributeError":
+        pytest.skip("the original cannot do this: compat changes nothing")
     model = classifier(family, compat)
     assert family_of(model).name == family
     groups = named(layer_decay.parameter_groups(model, record["weight_decay"], record["layer_decay"]), model)

@@ -1,7 +1,8 @@
 """Numbers recorded from the original's other families, and the small models that they were recorded with.
 
-The states, images and the most telling recordings of a family stand in tests/golden/.  The whole set is larger; tests that
-need the rest of it look beside the checkout, in ../shared/golden-families, and are skipped without.
+The states, images and the most telling recordings of a family stand in tests/golden/, some without their larger tensors.  The
+whole set is larger; tests that need the rest of it look beside the checkout, in ../shared/golden-families, and are skipped
+without.
 """
 
 import json
@@ -19,19 +20,32 @@ WHOLE = GOLDEN.parents[2] / "shared" / "golden-families"
 CLASSES = 7
 
 
-def recorded(name: str) -> tuple[dict[str, Tensor], dict]:
+class Recorded(dict[str, Tensor]):
+    """Tensors of a recording; the test is skipped where it asks for one that is not at hand."""
+
+    def __missing__(self, name: str) -> Tensor:
+        pytest.skip(f"{name} of the recording is not in tests/golden, and there is no {WHOLE}")
+
+
+def recorded(name: str) -> tuple[Recorded, dict]:
     """Tensors and scalars of a recording, either of which may be empty; skips the test where it is not at hand."""
-    folder = next((path for path in (GOLDEN, WHOLE) if (path / f"{name}.json").exists()), None)
-    if folder is None:
+    folders = [path for path in (WHOLE, GOLDEN) if (path / f"{name}.json").exists()]
+    if not folders:
         pytest.skip(f"{name} is not among the recordings in tests/golden, and there is no {WHOLE}")
-    tensors = Path(folder / f"{name}.safetensors")
-    scalars = json.loads((folder / f"{name}.json").read_text())["scalars"]
-    return load_file(tensors) if tensors.exists() else {}, scalars
+    tensors = Recorded()
+    for path in (Path(folder / f"{name}.safetensors") for folder in folders):
+        tensors.update(load_file(path) if path.exists() else {})
+    return tensors, json.loads((folders[-1] / f"{name}.json").read_text())["scalars"]
 
 
 def sizes(family: str) -> dict:
     """Keywords of the recorded autoencoder."""
-    return json.loads((GOLDEN / f"{family}_mae_state.json").read_text())["config"]["mae"]
+    config = json.loads((GOLDEN / f"{family}_mae_state.json").read_text())["config"]
+    if family != "swin":
+        return config["mae"]
+    # A Swin's patch is a token's; the patch of its mask is the unit.
+    decoder = {key: config["mae"][f"decoder_{key}"] for key in ("embed_dim", "depth", "num_heads")}
+    return {**config["encoder"], "unit": config["mae"]["patch_size"]} | {f"decoder_{k}": v for k, v in decoder.items()}
 
 
 def recorded_autoencoder(
@@ -39,7 +53,11 @@ def recorded_autoencoder(
 ) -> MaskedAutoencoder:
     """The recorded autoencoder with its parameters."""
     model = create_model(family, **sizes(family), norm_pix_loss=norm_pix_loss, compat=compat, **options)
-    model.load_state_dict(recorded(f"{family}_mae_state")[0], strict=True)
+    state, record = recorded(f"{family}_mae_state")
+    constants = {key: value for key, value in model.state_dict().items() if key in record["buffers"]}
+    # What is recorded of them must be what the model computes.
+    assert all(torch.equal(state[key], value) for key, value in constants.items() if key in state)
+    model.load_state_dict({**constants, **state}, strict=True)
     return model.to(dtype)
 
 

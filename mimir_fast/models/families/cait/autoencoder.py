@@ -77,7 +77,7 @@ class MaskedAutoencoderCaiT(CaiTEncoder, MaskedAutoencoder):
         """The kept patches [B,K,P]."""
         return self.patchify(images, ids_keep)
 
-    def encode(self, visible: Tensor, ids_keep: Tensor) -> Tensor:
+    def encode(self, visible: Tensor, ids_keep: Tensor, plan: Tensor | None = None) -> Tensor:
         """Kept patches [B,K,P] and where they were [B,K] -> latent [B,1+K,D]."""
         return self.run(visible, ids_keep)
 

@@ -90,7 +90,7 @@ class MaskedAutoencoderConViT(ConViTEncoder, MaskedAutoencoder):
         """The kept patches [B,K,P]."""
         return self.patchify(images, ids_keep)
 
-    def encode(self, visible: Tensor, ids_keep: Tensor) -> Tensor:
+    def encode(self, visible: Tensor, ids_keep: Tensor, plan: Tensor | None = None) -> Tensor:
         """Kept patches [B,K,P] and where they were [B,K] -> latent [B,1+K,D]."""
         stream = self.run(visible, ids_keep)
         # In the parameters' type, fp32, whatever the blocks compute in: the penalty takes distances of these numbers.
