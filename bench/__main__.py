@@ -32,7 +32,10 @@ def main(arguments: list[str]) -> int:
     Returns that status, or 2 with one line on wrong input.
     """
     if not arguments or arguments[0] not in VERBS:
-        print(f"usage: python -m bench {{{','.join(VERBS)}}} ...\n{__doc__.split(chr(10), 1)[1]}", file=sys.stderr)
+        print(
+            f"usage: python -m bench {{{','.join(VERBS)}}} ...\n{(__doc__ or '').partition(chr(10))[2]}",
+            file=sys.stderr,
+        )
         return 2
     verb, *words = arguments
     where = words.index("--") if "--" in words else len(words)

@@ -14,7 +14,7 @@ from mimir_fast.training import stages
 from mimir_fast.training.stages import listening
 
 EPILOG = f"""Other flags are the trainer's.  Stages (mimir_fast/training/stages.py):
-{stages.__doc__.split(chr(10), 2)[2].strip()}
+{(stages.__doc__ or "").partition(chr(10))[2].strip()}
 Backward passes run on the main thread here, so that their kernels fall into their stages.  The trace opens in
 https://ui.perfetto.dev.  Times under a profiler are longer than without: python -m bench train measures.
 

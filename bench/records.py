@@ -20,11 +20,12 @@ RESULTS = ROOT / "bench" / "results"
 SIMULATED = "simulated-"  # how a device is called where nothing was measured; "pretend-" in records of before
 
 
-def parser(verb: str, doc: str, epilog: str, file: str | None = None) -> argparse.ArgumentParser:
+def parser(verb: str, doc: str | None, epilog: str, file: str | None = None) -> argparse.ArgumentParser:
     """A verb's parser, with the flags that all verbs have.  file: of its records in bench/results, if it keeps any."""
     found = argparse.ArgumentParser(
         prog=f"python -m bench {verb}",
-        description=doc.split(": ", 1)[1],
+        # None under python -OO.
+        description=doc and doc.split(": ", 1)[1],
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

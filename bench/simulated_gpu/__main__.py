@@ -10,7 +10,9 @@ from bench.simulated_gpu.build import missing_calls, unsuitable
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.simulated_gpu", description=__doc__.split(": ", 1)[1])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.simulated_gpu", description=(__doc__ or "").partition(": ")[2]
+    )
     add = parser.add_argument
     add("--gpu", choices=list(PEAKS), default="h100", help="which GPU the program finds (default: %(default)s)")
     add("--memory_mib", type=int, metavar="N", help="its memory [MiB] (default: the GPU's)")

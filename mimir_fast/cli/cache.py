@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -37,15 +38,17 @@ def main(argv: list[str] | None = None) -> int:
     def stop(number, frame):
         raise TerminatedError
 
-    # An exception, so that processes end and half-written files are removed.
-    before = signal.signal(signal.SIGTERM, stop)
+    # An exception, so that processes end and half-written files are removed.  The main thread alone may ask for it.
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if in_main else None
     try:
         return guarded(COMMAND.prog, lambda: run(words), f"stopped; {KEPT}")
     except TerminatedError:
         print(f"{COMMAND.prog}: stopped by SIGTERM; {KEPT}", file=sys.stderr)
         return 143
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
 
 
 def run(words: list[str]) -> int:

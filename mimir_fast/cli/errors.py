@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Callable
 
+from mimir_fast.cli.troubleshooting import reference
 from mimir_fast.config.machine import prepare_machine
 from mimir_fast.training.failures import described
 
@@ -12,8 +13,9 @@ INTERRUPTED = 130
 
 
 def complain(prog: str, error: Exception) -> None:
-    """Print `prog: error: ...`, one line, with advice where the error itself has none."""
-    print(f"{prog}: error: {described(error) or error}", file=sys.stderr)
+    """Print `prog: error: ...`, one line, with advice where the error itself has none, and where to read more about it."""
+    text = described(error) or str(error)
+    print(f"{prog}: error: {text}{reference(text)}", file=sys.stderr)
 
 
 def interrupted(prog: str, text: str) -> int:

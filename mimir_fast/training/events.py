@@ -22,6 +22,7 @@ _numbers = count()
 class Events:
     """TensorBoard's file of scalars.
 
+    log_dir      a folder, or a URL of one (see Upload)
     purge_step   x from which TensorBoard hides what earlier files of the folder hold; None: nothing
     """
 
@@ -37,7 +38,9 @@ class Events:
         self.file: Any = None
         self.events, self.summaries, self.record_writer = event_pb2, summary_pb2, RecordWriter
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
-        self.path, self.purge_step = Path(log_dir) / name, purge_step
+        # A Path would make one slash of a URL's two.
+        self.path = f"{log_dir.rstrip('/')}/{name}" if is_url(log_dir) else str(Path(log_dir) / name)
+        self.purge_step = purge_step
         self.add([])
 
     def add(self, points: list[tuple[str, float, int]]) -> None:
@@ -67,9 +70,12 @@ class Events:
                 self.file.close()
 
     def _open(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Unbuffered: what the disk refuses must not stay in a buffer and be tried again out of place.
-        self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+        if is_url(self.path):
+            self.file = Upload(self.path)
+        else:
+            Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+            # Unbuffered: what the disk refuses must not stay in a buffer and be tried again out of place.
+            self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         try:
             first = [self.events.Event(wall_time=time.time(), file_version="brain.Event:2")]
             if self.purge_step is not None:
@@ -100,6 +106,51 @@ class _Parts(list):
     """What TensorBoard's writer of records writes, in pieces."""
 
     write = list.append
+
+
+def is_url(log_dir: str) -> bool:
+    """Whether a log_dir is no local folder but s3://..., gs://... and the like."""
+    return "://" in log_dir
+
+
+class Upload:
+    """A file at a URL, through the file systems that TensorBoard knows; uploaded whole at its first bytes, then every two
+    minutes, and when it is closed.  Raises OSError for whatever goes wrong there."""
+
+    EVERY_S = 120.0
+
+    def __init__(self, url: str):
+        self.url, self.content, self.due = url, bytearray(), 0.0
+
+    def write(self, part: bytes | memoryview) -> int:
+        self.content += part
+        if time.monotonic() >= self.due:
+            self._upload()
+        return len(part)
+
+    def tell(self) -> int:
+        return len(self.content)
+
+    def seek(self, length: int) -> None:
+        """Nothing: bytes are added at the end."""
+
+    def truncate(self, length: int) -> None:
+        del self.content[length:]
+
+    def close(self) -> None:
+        self._upload()
+
+    def _upload(self) -> None:
+        # Stub or TensorFlow itself, as in TensorBoard: packages such as boto3, s3fs and gcsfs decide which URLs there are.
+        from tensorboard.compat import tf
+
+        self.due = time.monotonic() + self.EVERY_S
+        try:
+            with tf.io.gfile.GFile(self.url, "wb") as file:
+                file.write(bytes(self.content))
+        # Each of those packages has exceptions of its own.
+        except Exception as error:
+            raise OSError(str(error)) from error
 
 
 def drop_points(log_dir: Path, tags: tuple[str, ...], first: int, say: Callable[[str], None]) -> None:

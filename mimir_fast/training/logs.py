@@ -20,7 +20,7 @@ from mimir_fast.checkpoints.atomic import free_name, move, write_atomically
 from mimir_fast.checkpoints.folder import LOGS
 from mimir_fast.config.sections import RunConfig
 from mimir_fast.training.distributed import World
-from mimir_fast.training.events import Events, drop_points
+from mimir_fast.training.events import Events, drop_points, is_url
 from mimir_fast.training.metrics_table import MetricsTable, RowQueue
 from mimir_fast.training.sinks import Console, Lines, WandbRun, can_show
 
@@ -102,7 +102,7 @@ class RunLog:
         if self.folder:
             self._open_files(self.folder, *start)
         if config.log_dir:
-            if update:
+            if update and not is_url(config.log_dir):
                 drop_points(Path(config.log_dir), tuple(EPOCH_TAGS), epoch, self.say)
             self.writer = Events(config.log_dir, self.say, int(1000 * position) if update else None)
         self.wandb = WandbRun(config.output_dir, flat, self.say, wandb_run) if config.wandb else None

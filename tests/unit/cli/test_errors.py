@@ -1,8 +1,10 @@
 """How a verb ends."""
 
 import os
+import re
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +13,7 @@ import torch
 
 from mimir_fast import cli
 from mimir_fast.cli.errors import guarded
+from mimir_fast.cli.troubleshooting import ENTRIES, PAGE
 
 
 @pytest.mark.parametrize(
@@ -55,6 +58,31 @@ def test_every_end_is_a_status_and_a_line(capsys, error, status, line):
     said = capsys.readouterr().err
     assert said.startswith(line)
     assert said.count("\n") == bool(line)
+
+
+def test_messages_point_to_the_entry_that_says_more(capsys):
+    """Every entry of the table is in the page, under its heading, and is what the program says.
+
+    Planted: a heading that the page does not have, words that no message has, an error without the reference.
+    """
+    page = (Path(cli.__file__).parents[2] / PAGE).read_text(encoding="utf-8")
+    sources = "".join(path.read_text(encoding="utf-8") for path in Path(cli.__file__).parents[1].rglob("*.py"))
+    for heading, entries in ENTRIES.items():
+        (section,) = re.findall(rf"^## {heading}\n(.*?)(?=^## |\Z)", page, re.DOTALL | re.MULTILINE)
+        symptoms = "".join(line.split(" | ")[0] for line in section.splitlines())
+        for words in entries:
+            assert words in symptoms, (heading, words)
+            # "out of memory" is torch's.
+            assert words == "out of memory" or sources.count(words) > sources.count(f'"{words}"'), words
+    assert guarded("x", partial(_raise, OSError("disk full")), "") == 1
+    assert PAGE not in capsys.readouterr().err
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried."), MemoryError()):
+        guarded("x", partial(_raise, error), "")
+        assert capsys.readouterr().err.endswith(f" ({PAGE}, Memory, data workers, signals)\n")
+
+
+def _raise(error: Exception) -> int:
+    raise error
 
 
 def test_a_ctrl_c_while_the_line_of_the_last_one_is_printed_changes_nothing(monkeypatch, capsys):

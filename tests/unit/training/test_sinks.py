@@ -5,6 +5,7 @@ import io
 import sys
 from types import SimpleNamespace
 
+import fsspec
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -109,6 +110,27 @@ def test_points_that_come_again_are_dropped_and_no_others(tmp_path):
     found = points(tmp_path)
     assert found["perf/acc"] == [(0, 0.0), (1, 8.0), (2, 9.0)]
     assert found["loss"] == [(0, 0.0), (500, 0.5), (1000, 1.0), (1500, 7.0)]
+
+
+def test_a_log_dir_at_a_url(monkeypatch, tmp_path):
+    """Planted: a local folder of the URL's name; a package's own exception ends the run."""
+    monkeypatch.chdir(tmp_path)
+    store, said = fsspec.filesystem("memory"), []
+    events = Events("memory://bucket/run/", said.append)
+    events.add([("loss", 1.0, 0)])
+    (name,) = store.find("/bucket/run")
+    begun = len(store.cat(name))
+    events.add([("loss", 2.0, 1)])
+    assert len(store.cat(name)) == begun > 0, "uploaded at every point"
+    events.close()
+    (tmp_path / "events.out.tfevents.1").write_bytes(store.cat(name))
+    assert points(tmp_path) == {"loss": [(0, 1.0), (1, 2.0)]}
+    unknown = Events("nosuch://bucket", said.append)
+    unknown.add([("loss", 1.0, 0)])
+    unknown.close()
+    assert len(said) == 1
+    assert "warning: log_dir: could not write nosuch://bucket/events" in said[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["events.out.tfevents.1"]
 
 
 def test_a_log_dir_that_cannot_be_changed_does_not_end_a_resume(tmp_path, monkeypatch):
