@@ -36,7 +36,7 @@ def run(args: argparse.Namespace, flags: list[str]) -> int:
 
 
 def trained(updates: int, step_graph: str, flags: list[str]) -> dict[str, Tensor]:
-    """The model's parameters after so many updates, each on images of its own."""
+    """The model's parameters after so many updates, each on images and at a rate of its own."""
     asked = steps.asked(steps.PRETRAIN, ["--device", "cuda", *flags, "--step_graph", step_graph])
     world, sizes = World(device=torch.device(asked.device)), asked.config.flat()
     seed_everything(sizes["seed"])
@@ -48,8 +48,10 @@ def trained(updates: int, step_graph: str, flags: list[str]) -> dict[str, Tensor
     with engine.captured.context():
         for step in range(updates * accum):
             images = torch.randint(256, shape, dtype=torch.uint8, device=world.device, generator=generator)
-            number = (step + 1) // accum if (step + 1) % accum == 0 else None
-            engine.advance(images, labels, 0, step, number, first=step % accum == 0)
+            number, last = step // accum + 1, (step + 1) % accum == 0
+            engine.updater.set_learning_rate(1e-3 / number)  # another one for every update
+            engine.advance(images, labels, 0, step, number if last else None, first=step % accum == 0)
+            steps.make_room(engine, number)
     if step_graph == "auto" and engine.captured.reason:
         raise ValueError(f"step_graph: the step is not captured: {engine.captured.reason}")
     return {name: parameter.detach().cpu() for name, parameter in engine.task.model.named_parameters()}

@@ -121,9 +121,16 @@ def product(config: StepConfig, images_u8: Tensor, labels: Tensor) -> Update:
 
     def run() -> object:
         n = next(number)
+        make_room(engine, n)
         return engine.advance(images_u8, labels, 0, n - 1, n)
 
     return Update(uncaptured, run, engine.captured.context())
+
+
+def make_room(engine: Engine, number: int) -> None:
+    """At update `number`: let the rows of the table of metrics go before it is full, where no loop reads them."""
+    if number % engine.meters.rows.capacity == 0:
+        engine.meters.rows.next.zero_()
 
 
 def model_flops(config: StepConfig) -> float:

@@ -4,7 +4,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -86,7 +86,8 @@ def on_simulated_gpu(update: Update) -> Step:
     log = Path(os.environ[simulated_gpu.LOG])
     traced = region(log, TRACE)
     counts, disturbed = from_log(region(log, STEP)), from_log(traced)
-    if counts != disturbed:
+    # not how often torch's pool grew: that depends on when the thread of the backward pass lets go of a tensor
+    if replace(counts, allocations=0) != replace(disturbed, allocations=0):
         raise RuntimeError(f"tracing changed the step: {counts} without, {disturbed} with it")
     return Step([*chain(*calls), *beyond(calls, traced)], counts, peak_gib, from_log(region(log, HOST)), ms)
 

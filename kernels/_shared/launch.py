@@ -62,6 +62,7 @@ class Prepared:
     def __call__(self, *tensors: Tensor | None) -> list[Any]:
         key: list[torch.dtype | int | None] = []
         addresses: list[int | None] = []
+        results: list[Any] = []
         bits = 0
         for tensor in tensors:
             if tensor is None:
@@ -73,13 +74,16 @@ class Prepared:
                 addresses.append(address)
                 key.append(tensor.dtype)
         device = given.get_device()
-        key.append(device)
-        handle = self._compiled.get(tuple(key))
+        handle = self._compiled.get((device, *key))
         if handle is None or bits % ALIGNMENT or _unusual(device):
-            return self._launched_by_triton(given, tensors, tuple(key), bits % ALIGNMENT == 0)
-        results = [layout and allocate(*layout) for layout in self.results]
-        for result in results:
-            addresses.append(result if result is None else result.data_ptr())
+            return self._launched_by_triton(given, tensors, (device, *key), bits % ALIGNMENT == 0)
+        for layout in self.results:
+            if layout is None:
+                results.append(None)
+                addresses.append(None)
+            else:
+                results.append(allocate(*layout))
+                addresses.append(results[-1].data_ptr())
         launch, arguments, _ = handle
         stream = torch._C._cuda_getCurrentRawStream(device)
         launch(*self._sizes, stream, *arguments, (*addresses, *self.numbers))

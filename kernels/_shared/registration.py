@@ -9,6 +9,8 @@ from torch._ops import OpOverload
 from torch.autograd.function import once_differentiable
 from torch.library import Library
 
+from mimir_fast.kernels._shared.direct import call_directly
+
 # Alive as long as the operators are.
 LIBRARY = Library("mimir_fast", "FRAGMENT")
 IMPLS = ("auto", "triton", "reference")
@@ -99,7 +101,9 @@ def _define(name: str, overload: str, schema: str, launch: Callable, fake: Calla
     # On CPU tensors for tests only, in Triton's interpreter: `choose` gives them the reference.
     LIBRARY.impl(full, launch, "CPU")
     torch.library.register_fake(f"mimir_fast::{full}", fake, lib=LIBRARY)
-    return getattr(getattr(torch.ops.mimir_fast, name), overload)
+    registered = getattr(getattr(torch.ops.mimir_fast, name), overload)
+    call_directly(registered, launch)
+    return registered
 
 
 def _with_gradient(name: str, kernel: OpOverload, save: Callable, backward: Callable) -> Callable:

@@ -151,7 +151,7 @@ def add_layer_norm_forward(
     """The sum [...,D] (empty without delta), the normalised sum [...,D], mean and 1/deviation of every row [2,rows]."""
     x = _rows_of(x)
     launch = _prepared_forward(
-        x.shape, x.stride(), x.dtype, delta is None, None if keep_B is None else len(keep_B), eps, out_dtype
+        x.shape, x.stride(), x.dtype, delta is None, None if keep_B is None else keep_B.shape[0], eps, out_dtype
     )
     tensors = (
         x,
@@ -205,7 +205,7 @@ def add_layer_norm_backward(
     of_norm             whether weight and bias need gradients
     delta_bias_dtype    None if delta_bias needs no gradient
     """
-    images, of_delta_bias = 1 if keep_B is None else len(keep_B), delta_bias_dtype is not None
+    images, of_delta_bias = 1 if keep_B is None else keep_B.shape[0], delta_bias_dtype is not None
     launch = _prepared_backward(s.shape, s.dtype, images, delta_dtype, of_norm, of_delta_bias)
     tensors = _contiguous(ds), dn.contiguous(), s.contiguous(), statistics, weight_D.contiguous(), _contiguous(keep_B)
     dx, d_delta, partials_KGD = launch(*tensors)

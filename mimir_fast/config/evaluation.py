@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mimir_fast.attacks.named import WORDS, parse_attacks
-from mimir_fast.config.choices import EVAL_RESIZE, SPLITS
+from mimir_fast.config.choices import EVAL_RESIZE, SPLITS, STEP_GRAPH
 from mimir_fast.config.combinations import EVALUATION, without_effect
 from mimir_fast.config.fields import Configuration, flag, require
 from mimir_fast.data.datasets import DATASETS
@@ -83,6 +83,11 @@ class RunConfig:
     )
     device: str = flag("cuda", "cuda or cpu; without a CUDA device the default falls back to cpu and says so")
     seed: int = flag(0, "seed of the random starts and of AutoAttack")
+    step_graph: str = flag(
+        "auto",
+        "launch an attack on a batch as one CUDA graph, captured with the second batch; auto: on CUDA wherever it can be",
+        choices=STEP_GRAPH,
+    )
 
 
 @dataclass(frozen=True)

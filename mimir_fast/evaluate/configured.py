@@ -55,6 +55,7 @@ def evaluate(config: EvaluateConfig, explicit: set[str] | None = None, team: Tea
         with_checks=config.attack.checks,
         classes=trained.classes,
         team=team,
+        launch=config.run.step_graph == "auto",
     )
 
 

@@ -55,6 +55,7 @@ def run_evaluation(
     say: Callable[[str], None] = print,
     classes: list[str] | None = None,
     team: Team = ALONE,
+    launch: bool = True,
 ) -> dict:
     """Evaluate a classifier; returns what results.json in output_dir holds: identity, attacks by name and settings, checks.
 
@@ -67,6 +68,7 @@ def run_evaluation(
     say          called with every line of output
     classes      names of the model's classes in the order of its logits, which must be those of the images; None: not known
     team         the processes that share the images (`joined`), all of which call; the first prints and writes
+    launch       on CUDA, launch attacks as graphs where they can be: changes nothing but time and memory
     Every batch is saved: a call after a kill continues where it stopped, and ends with the same result.
     Raises ValueError (DataError, CheckpointError), one line each.
     """
@@ -74,7 +76,7 @@ def run_evaluation(
     # Read by one: all images are.
     chosen = team.shared(lambda: images.choose(say))
     check_same_classes(classes, chosen.classes, source)
-    subject = _subject(model, source, len(chosen.classes))
+    subject = _subject(model, source, len(chosen.classes), launch)
     # Each attack once, the clean one first: those that follow leave out what it finds misclassified.
     attacks = list(dict.fromkeys([CLEAN, *attacks]))
     # For its errors: an attack that cannot run should be known before hours of those that can.
@@ -89,14 +91,14 @@ def run_evaluation(
         return Evaluation(subject, chosen, results, sizes, seed, say, team).run(attacks, with_checks)
 
 
-def _subject(model: nn.Module, source: str, num_classes: int) -> Subject:
+def _subject(model: nn.Module, source: str, num_classes: int, launch: bool) -> Subject:
     """A twin of the model in fp32 and eval mode without trainable parameters.  Raises ValueError for another number of
     classes."""
     outputs = getattr(model, "num_classes", num_classes)
     if outputs != num_classes:
         raise ValueError(f"dataset: the images have {num_classes} classes, the head of {source} has {outputs}")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return Subject(frozen_twin(model).float().eval(), num_classes, source, device)
+    return Subject(frozen_twin(model).float().eval(), num_classes, source, device, launch)
 
 
 class Evaluation:

@@ -52,5 +52,6 @@ def evaluate(run: Run[FinetuneConfig], team: Team = ALONE) -> int:
         seed=config.run.seed,
         classes=trained.classes,
         team=team,
+        launch=run.compute.step_graph,
     )
     return 0

@@ -31,13 +31,15 @@ SLACK = 1e-6
 class Subject(NamedTuple):
     """The evaluated model: of pixels in [0,1], in fp32 and eval mode, without trainable parameters.
 
-    source   where it is from, for messages
+    source    where it is from, for messages
+    launch    whether attacks on it are launched as CUDA graphs, where they can be
     """
 
     model: nn.Module
     num_classes: int
     source: str
     device: torch.device
+    launch: bool = True
 
 
 class Sizes(NamedTuple):
@@ -120,7 +122,7 @@ def run_attack(
     # Then all images, in every round: batches must not depend on what earlier rounds broke.
     everything = attack.batch_dependent
     progress = AttackProgress(attack.name, [r.passes for r in rounds], everything, say, shown=team.is_main)
-    recorder = recorder_for(subject.device)
+    recorder = recorder_for(subject.device) if subject.launch else None
     try:
         for index, round in enumerate(rounds, 1):
             with launched(round, recorder, say) as round:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from mimir_fast.kernels._shared.direct import write_direct_calls
 from mimir_fast.models.families import family_of
 
 # Modes that run CUDA graphs of their own -> the same without them.
@@ -14,6 +15,9 @@ WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no
 ON_CPU = "on cpu"
 # Graphs that one block may have; torch's own limit is 8.
 BLOCK_GRAPHS = 32
+
+# Inductor checks sizes, strides and addresses of every operator's results in each step.  Our operators' are tested.
+OWN_OPTIONS = {"size_asserts": False, "alignment_asserts": False}
 
 
 class Compiler:
@@ -37,9 +41,19 @@ class Compiler:
     ):
         self.on, self.by_block, self.reference, self.through = on, region == "block", reference, through
         self.mode, self.backend = mode, backend
+        self.options: dict = {}
+        if on and not reference and backend == "inductor":
+            self.options = OWN_OPTIONS
+            write_direct_calls()
+
+    def _how(self, mode: str) -> dict:
+        """The arguments of torch.compile, which takes a mode or options."""
+        if self.options:
+            return {"backend": self.backend, "options": torch._inductor.list_mode_options(mode) | self.options}
+        return {"backend": self.backend, "mode": mode}
 
     def _compile(self, function: Callable, mode: str) -> Callable:
-        return torch.compile(function, fullgraph=True, dynamic=False, mode=mode, backend=self.backend)
+        return torch.compile(function, fullgraph=True, dynamic=False, **self._how(mode))
 
     def trained(self, function: Callable) -> Callable:
         """A part of the training pass, compiled as one graph unless blocks are compiled."""
@@ -67,7 +81,7 @@ class Compiler:
             return
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, BLOCK_GRAPHS)
         for block in blocks_of(model):
-            block.compile(fullgraph=True, dynamic=False, mode=self.mode, backend=self.backend)
+            block.compile(fullgraph=True, dynamic=False, **self._how(self.mode))
 
 
 def mode_inside(mode: str, uncaptured: str, accum_iter: int) -> str:

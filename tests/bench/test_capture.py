@@ -3,9 +3,14 @@
 import pytest
 import torch
 
+from bench import capture
 from bench.__main__ import main
 from bench.capture import differing
+from mimir_fast.training.engine import Engine
+from mimir_fast.training.optimizer import Updater
+from mimir_fast.training.step_graph import StaticTensors
 from tests.support.simulation import needs_simulated_gpu
+from tests.support.tape import Tape
 
 SMALL = "--model mae_vit_ti --batch_size 2 --input_size 32 --patch_size 8 --no_compile".split()
 
@@ -28,3 +33,29 @@ def test_a_cpu_captures_nothing(capsys):
 def test_on_a_simulated_gpu(flags, capfd):
     assert main(["capture", "--simulate", "h100", *SMALL, "--updates", "5", *flags]) == 0
     assert "5 captured and 5 uncaptured updates: the same parameters" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("frozen", "status"),
+    [(None, 0), ((Updater, "place"), 1), ((Engine, "_seed"), 1), ((StaticTensors, "put"), 1)],
+    ids=["right", "learning rate", "seed", "batch"],
+)
+def test_what_a_wrong_capture_has_frozen_is_seen(frozen, status, monkeypatch, capsys):
+    tape = Tape()
+
+    def engine(task, world) -> Engine:
+        return Engine(task, world, recorder=tape if task.run.config.compute.step_graph == "auto" else None)
+
+    monkeypatch.setattr(capture, "Engine", engine)
+    if frozen:
+        done = getattr(*frozen)
+
+        def stays(self, *args):
+            return getattr(self, "tensors", None) if tape.launched else done(self, *args)
+
+        monkeypatch.setattr(*frozen, stays)
+    # more updates than rows of the table of metrics
+    words = [*SMALL, "--device", "cpu", "--updates", "6", "--log_every", "4"]
+    assert main(["capture", *words]) == status
+    assert tape.launched == 2
+    assert ("parameters differ" in capsys.readouterr().out) == status

@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
+from torch._inductor.utils import run_and_get_code
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
 from bench.kernels.suite import OPS
 from mimir_fast import kernels
-from mimir_fast.kernels._shared import bicubic, column_sums
+from mimir_fast.kernels._shared import bicubic, column_sums, direct
 from tests.kernels.test_devices import SMALL, cases
 from tests.support.cases import DTYPES, Drawn
 from tests.support.interpreter import interpret
@@ -76,6 +78,36 @@ def test_compiled_code_calls_kernels_alone(op):
         for key in ("CompositeImplicitAutograd", "Autograd"):
             assert not torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), key), target
     assert not [target for target in called if "autograd" in str(target)]
+
+
+def test_generated_code_calls_launchers_and_no_dispatcher():
+    """The same bits; whoever looks at operators still sees them."""
+    direct.write_direct_calls()
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    tensors = [torch.randn(shape, requires_grad=True) for shape in ((2, 5, 16), (2, 5, 16), 16, 16, 16)]
+
+    class Seen(TorchDispatchMode):
+        ignore_compile_internals = classmethod(lambda cls: True)
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    def gradients(function) -> list[torch.Tensor]:
+        s, n = function(*tensors, impl="triton")
+        return [s, n, *torch.autograd.grad((s * n).sum(), tensors)]
+
+    seen: list = []
+    with interpret(), torch._inductor.config.patch(force_disable_caches=True):
+        compiled = torch.compile(kernels.add_layer_norm, fullgraph=True)
+        ours, code = run_and_get_code(gradients, compiled)
+        assert all(map(torch.equal, ours, gradients(kernels.add_layer_norm)))
+        with Seen():
+            compiled(*tensors, impl="triton")
+    assert torch.ops.mimir_fast.add_layer_norm.kernel in seen
+    assert [text.count('= mimir_fast_calls["torch.ops.mimir_fast.add_layer_norm') for text in code] == [1, 1]
+    assert not any("= torch.ops.mimir_fast" in text for text in code)
 
 
 def test_second_derivatives_are_refused():

@@ -1,6 +1,7 @@
 """Attacks of the evaluation: the right losses, one image at a time, as other packages do them."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,11 +12,13 @@ from mimir_fast.attacks.adaptive import feature_loss, mutual_information_loss
 from mimir_fast.attacks.linf import attack_bounds, pgd
 from mimir_fast.attacks.named import cross_entropy, fgsm, gradient_attack, margin, start_noise
 from mimir_fast.checkpoints.errors import CheckpointError
+from mimir_fast.config.evaluation import EvaluateConfig
 from mimir_fast.data.crops import to_float
 from mimir_fast.evaluate import (
     Attack,
     Images,
     Sizes,
+    configured,
     make_attack,
     original_sequence,
     parse_attacks,
@@ -183,17 +186,29 @@ def test_adaptive_attacks_run(tmp_path, name):
 
 
 def test_attacks_that_are_launched_as_graphs_break_the_same_images(tmp_path, monkeypatch):
-    """In batches of 3: the first as it is, whole ones launched, what is left over as it is."""
+    """In batches of 3: the first as it is, whole ones launched, what is left over as it is; or, if asked for, none."""
     model = classifier()
     attacks, tape, found = parse_attacks("fgsm,pgd-5,cw-3", 12, 4, restarts=2), Tape(), []
-    for how, recorder in (("launched", tape), ("eager", None)):
-        monkeypatch.setattr(rounds, "recorder_for", lambda device, recorder=recorder: recorder)
-        data = run_evaluation(model, "toy", digits(20), attacks, tmp_path / how, sizes=Sizes(3, 64), **SILENT)
-        found.append([dict(np.load(tmp_path / how / entry["per_image"])) for entry in data["attacks"].values()])
+    monkeypatch.setattr(rounds, "recorder_for", lambda device: tape)
+    for launch in (False, True):
+        assert not tape.begun
+        folder, own = tmp_path / str(launch), {"sizes": Sizes(3, 64), "launch": launch, **SILENT}
+        data = run_evaluation(model, "toy", digits(20), attacks, folder, **own)
+        found.append([dict(np.load(folder / entry["per_image"])) for entry in data["attacks"].values()])
     assert tape.launched > 5
     for mine, theirs in zip(*found, strict=True):
         for name in ("number", "broken", "rounds", "prediction", "loss"):
             np.testing.assert_array_equal(mine[name], theirs[name], name)
+
+
+def test_step_graph_off_launches_none(monkeypatch):
+    trained = SimpleNamespace(model=None, source="x", notes=[], args={"model": "vit_ti"}, classes=None)
+    for name, value in {"load_classifier": trained, "chosen_images": None, "training_eps": None}.items():
+        monkeypatch.setattr(configured, name, lambda *_, value=value, **__: value)
+    monkeypatch.setattr(configured, "run_evaluation", lambda *_, **how: how["launch"])
+    words = {"checkpoint": "x.pth", "device": "cpu"}
+    asked = [configured.evaluate(EvaluateConfig().updated(words | {"step_graph": how})) for how in ("auto", "off")]
+    assert asked == [True, False]
 
 
 def test_a_stronger_attack_leaves_fewer(tmp_path):

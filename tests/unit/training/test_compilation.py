@@ -6,7 +6,7 @@ import torch._inductor.config
 
 from mimir_fast.data import prefetch
 from mimir_fast.models import MaskedAutoencoderViT
-from mimir_fast.training.compilation import ON_CPU, CompileClock, mode_inside
+from mimir_fast.training.compilation import ON_CPU, CompileClock, Compiler, mode_inside
 from mimir_fast.training.distributed import World
 from mimir_fast.training.engine import Engine
 from mimir_fast.training.pretrain_step import MaeAttack, draw_noise
@@ -82,3 +82,12 @@ def test_modes_have_no_graphs_inside_of_a_captured_step_and_do_not_accumulate_ou
     assert mode_inside(without, "--step_graph off", 4) == without
     with pytest.raises(ValueError, match=f"compile_mode: {mode} .* --accum_iter 4.*pass --compile_mode {without}"):
         mode_inside(mode, "--step_graph off", 4)
+
+
+def test_checks_of_results_are_left_out_where_kernels_are_ours_alone(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda _, **how: how)
+    asked = {"fullgraph": True, "dynamic": False, "backend": "inductor"}
+    mode = "max-autotune-no-cudagraphs"
+    assert Compiler(mode=mode, reference=True).trained(len) == asked | {"mode": mode}
+    own = {"size_asserts": False, "alignment_asserts": False, "max_autotune": True, "coordinate_descent_tuning": True}
+    assert Compiler(mode=mode, reference=False).trained(len) == asked | {"options": own}
