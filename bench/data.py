@@ -177,6 +177,8 @@ def lines(record: dict) -> Iterator[str]:
     ways, ours = record["ways"], "reader, 1 thread"
     rate, size = ({name: way[what][1] for name, way in ways.items()} for what in ("images/cpu s", "bytes/cpu s"))
     yield "{images} images ({data}), batch {batch_size}, {steps} steps; {device}, {cores} cores".format(**record)
+    if record["device"].startswith(records.SIMULATED):
+        yield "a simulated GPU, which takes no time: all rates are the host's"
     yield "| | images per CPU second | 10 to 90 % | GB per CPU second | images/s |\n| --- | --- | --- | --- | --- |"
     for name, way in ways.items():
         low, _, high = way["images/cpu s"]
