@@ -70,18 +70,18 @@ def test_pairs_are_of_one_seed():
 
 
 def test_arms_and_differences(rows):
-    table = TABLES["compared"](CIFAR10, rows)
+    table = TABLES["compared"](CIFAR10, rows).markdown()
     assert len(table) == 8
     assert cells(table, "from scratch")[1:3] == ["30.0 (26.6 to 33.4)", "20.0 (16.6 to 23.4)"]
     assert cells(table, "MIMIR, HSIC")[4] == "23.2 (19.4 to 27.0)"
-    table = TABLES["differences"](CIFAR10, rows)
+    table = TABLES["differences"](CIFAR10, rows).markdown()
     # What a seed does to both arms is not in the difference.
     assert cells(table, "MIMIR, HSIC − from scratch")[1:3] == ["+5.0 (+5.0 to +5.0)", "+5.2 (+4.6 to +5.8)"]
     assert len(table) == 2 + len(CIFAR10.pairs)
 
 
 def test_factors_are_compared_on_their_seeds(rows):
-    lines = TABLES["factors"](CIFAR10, rows)
+    lines = TABLES["factors"](CIFAR10, rows).markdown()
     (line,) = [line for line in lines if "1e-3" in line]
     words = [cell.strip() for cell in line.strip("|").split("|")]
     # seeds 0, 1, 2: 36, 39, 35 against 35, 38, 34, and under attack 25, 29, 24
@@ -91,16 +91,20 @@ def test_factors_are_compared_on_their_seeds(rows):
 
 
 def test_search_information_and_costs(rows):
-    table = TABLES["search"](CIFAR10, rows)
+    table = TABLES["search"](CIFAR10, rows).markdown()
     # The rows of the first radius are enough.
     assert [line.split("`")[1] for line in table[2:]] == [c.name for c in CIFAR10.candidates if c.eps == 8]
-    table = TABLES["information"](CIFAR10, rows)
+    table = TABLES["information"](CIFAR10, rows).markdown()
     assert [line.split("|")[2].strip() for line in table[2:]] == ["pre-training"] * 4 + ["fine-tuning"] * 6
     assert "| 0.350 (0.316 to 0.384) |" in next(
         line for line in table if line.startswith("| MIMIR, HSIC | pre-training")
     )
     assert last({"pretrain 9": {"a": 1}, "pretrain 10": {"a": 2}}, "pretrain") == {"a": 2}
-    assert cells(TABLES["costs"](CIFAR10, rows), "all")[1:] == [str(len(rows)), "1.5", f"{len(rows) * 90 / 3600:.2f}"]
+    assert cells(TABLES["costs"](CIFAR10, rows).markdown(), "all")[1:] == [
+        str(len(rows)),
+        "1.5",
+        f"{len(rows) * 90 / 3600:.2f}",
+    ]
 
 
 def test_page_and_figure_are_of_complete_results(rows, tmp_path):
@@ -112,7 +116,7 @@ def test_page_and_figure_are_of_complete_results(rows, tmp_path):
     for row in rows[1:]:
         add_row(results, row)
     assert write_up(CIFAR10, results, page, figure) == 0
-    assert page.read_text().splitlines()[2:-2] == TABLES["compared"](CIFAR10, rows)
+    assert page.read_text().splitlines()[2:-2] == TABLES["compared"](CIFAR10, rows).markdown()
     assert 10_000 < figure.stat().st_size < 200_000
     with pytest.raises(ValueError, match="study:none: no such table"):
         rewritten("<!-- study:none -->\n<!-- /study:none -->", DIGITS, rows)
