@@ -7,19 +7,28 @@ data set.
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimir_fast.attacks.linf import attack_bounds, pgd
+from mimir_fast.attacks.l2 import l2_start, l2_step
+from mimir_fast.attacks.linf import pgd
+from mimir_fast.kernels import linf_bounds
 from mimir_fast.kernels.linf_start.reference import philox
 
-KINDS = ("clean", "fgsm", "pgd", "cw", "aa", "pgd-mi", "pgd-feature")
-DEFAULT_STEPS = {"pgd": 20, "cw": 100, "pgd-mi": 100, "pgd-feature": 100}
-WORDS = "clean, fgsm, pgd-N (N steps), cw, aa, pgd-mi, pgd-feature; cw-N, pgd-mi-N, pgd-feature-N: other than 100 steps"
+KINDS = ("clean", "fgsm", "pgd", "cw", "aa", "pgd-mi", "pgd-feature", "pgd-l2", "aa-l2")
+DEFAULT_STEPS = {"pgd": 20, "cw": 100, "pgd-mi": 100, "pgd-feature": 100, "pgd-l2": 20}
+# Attacks that stand behind one word: what RobustBench evaluates.
+SEVERAL = {"robustbench": ("clean", "aa"), "robustbench-l2": ("clean", "aa-l2")}
+WORDS = (
+    "clean, fgsm, pgd-N (N steps), cw, aa, pgd-mi, pgd-feature, pgd-l2-N, aa-l2, robustbench, robustbench-l2; cw-N, pgd-mi-N, "
+    "pgd-feature-N: other than 100 steps"
+)
+# Radius of the L2 ball where none is named: RobustBench's on CIFAR-10.
+USUAL_EPS_L2 = 0.5
 # Just under 2^-31, so that the largest 31-bit word maps below 1.
 UNIT = 4.6566127342e-10
 
@@ -28,11 +37,11 @@ Loss = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Attack:
-    """An attack and its settings; eps and alpha in 1/255.
+    """An attack and its settings; eps and alpha in 1/255, for attacks in the L2 norm the norm of the perturbation in [0,1].
 
     kind      one of KINDS: clean (nothing), fgsm (one step of eps from the image itself), pgd (cross-entropy), cw (PGD on
               the margin between the best wrong logit and the right one), aa (AutoAttack standard), pgd-mi and pgd-feature
-              (adaptive attacks, see adaptive.py)
+              (adaptive attacks, see adaptive.py), pgd-l2 and aa-l2 (PGD and AutoAttack in the L2 norm)
     restarts  random starts; an image is robust if none of them breaks it
     weight    of the penalty in pgd-mi
     """
@@ -50,6 +59,26 @@ class Attack:
         return f"{self.kind}-{self.steps}" if self.kind in DEFAULT_STEPS else self.kind
 
     @property
+    def in_l2(self) -> bool:
+        """Whether its ball is that of the L2 norm, and not of the L-infinity norm."""
+        return self.kind.endswith("-l2")
+
+    @property
+    def is_ensemble(self) -> bool:
+        """Whether it is AutoAttack, in either norm."""
+        return self.kind in ("aa", "aa-l2")
+
+    @property
+    def radius(self) -> float:
+        """Radius of its ball, of pixels in [0,1]."""
+        return self.eps if self.in_l2 else self.eps / 255
+
+    @property
+    def stride(self) -> float:
+        """Size of its steps, of pixels in [0,1]."""
+        return self.alpha if self.in_l2 else self.alpha / 255
+
+    @property
     def batch_dependent(self) -> bool:
         """Whether an image's attack depends on the other images of its batch: nHSIC is a property of a batch."""
         return self.kind == "pgd-mi"
@@ -60,18 +89,34 @@ class Attack:
             "clean": (),
             "fgsm": ("eps",),
             "aa": ("eps",),
+            "aa-l2": ("eps",),
             "pgd-mi": ("steps", "eps", "alpha", "restarts", "weight"),
         }
         names = used.get(self.kind, ("steps", "eps", "alpha", "restarts"))
         return {"attack": self.name, **{name: value for name, value in asdict(self).items() if name in names}}
 
 
-def parse_attacks(words: str, eps: float, alpha: float, restarts: int = 1, weight: float = 1e-5) -> tuple[Attack, ...]:
+def parse_attacks(
+    words: str,
+    eps: float,
+    alpha: float,
+    restarts: int = 1,
+    weight: float = 1e-5,
+    eps_l2: float = USUAL_EPS_L2,
+    alpha_l2: float | None = None,
+) -> tuple[Attack, ...]:
     """Attacks from their names, such as "clean,pgd-20,aa", all with radius eps and step alpha (1/255).
 
+    eps_l2, alpha_l2   radius and step of those in the L2 norm, of pixels in [0,1]; without a step a quarter of the radius
     Raises ValueError for an unknown name.
     """
-    return tuple(make_attack(word.strip(), eps, alpha, restarts, weight) for word in words.split(","))
+    named = (word.strip() for word in words.split(","))
+    attacks = [make_attack(name, eps, alpha, restarts, weight) for word in named for name in SEVERAL.get(word, (word,))]
+    stride = eps_l2 / 4 if alpha_l2 is None else alpha_l2
+    return tuple(
+        replace(attack, eps=eps_l2, alpha=stride if attack.steps else 0.0) if attack.in_l2 else attack
+        for attack in attacks
+    )
 
 
 def make_attack(name: str, eps: float, alpha: float, restarts: int = 1, weight: float = 1e-5) -> Attack:
@@ -83,7 +128,7 @@ def make_attack(name: str, eps: float, alpha: float, restarts: int = 1, weight: 
         raise ValueError(f"attacks: {name!r} is no attack; expected {WORDS}")
     if kind == "clean":
         return Attack(kind)
-    if kind in ("fgsm", "aa"):
+    if kind in ("fgsm", "aa", "aa-l2"):
         return Attack(kind, eps=eps)
     steps = DEFAULT_STEPS[kind] if number is None else int(number)
     return Attack(kind, steps, eps, alpha, restarts, weight if kind == "pgd-mi" else 0.0)
@@ -94,7 +139,8 @@ def fgsm(model: nn.Module, images: Tensor, labels: Tensor, eps: float) -> Tensor
 
     Source: Goodfellow et al., Explaining and Harnessing Adversarial Examples, 2015.
     """
-    return pgd(cross_entropy(model, labels), images, _bounds(eps, eps, images.device, images.shape[1]), steps=1)
+    bounds = _bounds(eps / 255, eps / 255, images.device, images.shape[1])
+    return pgd(cross_entropy(model, labels), images, bounds, steps=1)
 
 
 def gradient_attack(loss: Loss, images: Tensor, indices: Tensor, attack: Attack, seed: int, restart: int) -> Tensor:
@@ -102,8 +148,11 @@ def gradient_attack(loss: Loss, images: Tensor, indices: Tensor, attack: Attack,
 
     indices   int64 [B], the images' indices in the data set
     """
-    bounds = _bounds(attack.eps, attack.alpha, images.device, images.shape[1])
-    noise = start_noise(indices.to(images.device), images.shape[1:], seed, restart) * (attack.eps / 255)
+    bounds, indices = _bounds(attack.radius, attack.stride, images.device, images.shape[1]), indices.to(images.device)
+    if attack.in_l2:
+        uniform = start_noise(indices, torch.Size([images[0].numel() + 1]), seed, restart)
+        return pgd(loss, images, bounds, attack.steps, uniform, step=l2_step, begin=l2_start)
+    noise = start_noise(indices, images.shape[1:], seed, restart) * attack.radius
     return pgd(loss, images, bounds, attack.steps, noise)
 
 
@@ -144,8 +193,8 @@ def start_noise(indices: Tensor, shape: torch.Size, seed: int, restart: int = 0)
 
 # Cached: each copy from the host makes it wait for a GPU, and a CUDA graph may not hold one.
 @lru_cache(maxsize=64)
-def _bounds(eps: float, alpha: float, device: torch.device, channels: int) -> Tensor:
-    return attack_bounds(eps, alpha, device, channels)
+def _bounds(radius: float, stride: float, device: torch.device, channels: int) -> Tensor:
+    return linf_bounds(radius, stride, 0.0, 1.0, channels, device)
 
 
 @lru_cache(maxsize=64)

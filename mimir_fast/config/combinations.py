@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from mimir_fast.attacks.named import Attack, parse_attacks
+
 Flat = dict[str, Any]
 
 
@@ -45,16 +47,27 @@ FINETUNING = (
     ),
     Condition(("adap_eval",), lambda f: f["eval"], "--eval"),
 )
+
+
+def _attacks(flat: Flat) -> tuple[Attack, ...]:
+    return parse_attacks(flat["attacks"], 1, 1)
+
+
 HELD_OUT = Condition(("held_out",), lambda f: f["split"] == "held_out", "--split held_out")
 EVALUATION = (
     HELD_OUT,
     Condition(("mi_weight",), lambda f: "pgd-mi" in f["attacks"], "pgd-mi in --attacks"),
-    Condition(("aa_batch",), lambda f: "aa" in f["attacks"].replace(" ", "").split(","), "aa in --attacks"),
+    Condition(("aa_batch",), lambda f: any(attack.is_ensemble for attack in _attacks(f)), "aa in --attacks"),
     Condition(
-        ("alpha", "restarts"),
-        lambda f: any(word in f["attacks"] for word in ("pgd", "cw")),
+        ("alpha",),
+        lambda f: any(attack.steps and not attack.in_l2 for attack in _attacks(f)),
         "an attack of several steps in --attacks",
     ),
+    Condition(
+        ("restarts",), lambda f: any(attack.steps for attack in _attacks(f)), "an attack of several steps in --attacks"
+    ),
+    Condition(("eps_l2",), lambda f: any(attack.in_l2 for attack in _attacks(f)), "pgd-l2 or aa-l2 in --attacks"),
+    Condition(("alpha_l2",), lambda f: any(a.steps and a.in_l2 for a in _attacks(f)), "pgd-l2 in --attacks"),
 )
 
 

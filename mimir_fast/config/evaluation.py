@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mimir_fast.attacks.named import WORDS, parse_attacks
+from mimir_fast.attacks.named import USUAL_EPS_L2, WORDS, parse_attacks
 from mimir_fast.config.choices import EVAL_RESIZE, SPLITS, STEP_GRAPH
 from mimir_fast.config.combinations import EVALUATION, without_effect
 from mimir_fast.config.fields import Configuration, flag, require
@@ -60,6 +60,8 @@ class AttackConfig:
     alpha: float | None = flag(
         None, "step size of pgd, cw, pgd-mi and pgd-feature; default: eps / 4", "1/255", type=float
     )
+    eps_l2: float = flag(USUAL_EPS_L2, "radius of the L2 ball of pgd-l2 and aa-l2", "norm of a perturbation in [0,1]")
+    alpha_l2: float | None = flag(None, "step size of pgd-l2; default: eps_l2 / 4", "as eps_l2", type=float)
     restarts: int = flag(1, "random starts of those attacks; all must fail")
     mi_weight: float = flag(1e-5, "weight of nHSIC in pgd-mi", "loss per unit of nHSIC")
     checks: bool = flag(
@@ -116,6 +118,8 @@ class EvaluateConfig(Configuration):
         eps, alpha = self.attack.eps, self.attack.alpha
         require(eps is None or 0.25 <= eps <= 255, "eps", eps, "0.25 to 255, in 1/255: 8, not 8/255 = 0.031")
         require(alpha is None or 0.02 <= alpha <= 255, "alpha", alpha, "0.02 to 255, in 1/255: 2, not 2/255 = 0.008")
+        for name in ("eps_l2", "alpha_l2"):
+            require(flat[name] is None or flat[name] > 0, name, flat[name], "more than 0: a norm of pixels in [0,1]")
         # For its errors: the names of the attacks.
         parse_attacks(self.attack.attacks, eps or USUAL_EPS, alpha or USUAL_EPS / 4)
         return self

@@ -1,4 +1,4 @@
-"""AutoAttack standard (L-infinity), attack by attack, with the package pyautoattack.  Shapes: B batch, C channels, H W sides.
+"""AutoAttack standard (L-infinity, L2), attack by attack, by the package pyautoattack.  Shapes: B batch, C channels, H W sides.
 
 The ensemble is APGD on cross-entropy, targeted APGD on the DLR loss (9 targets), targeted FAB (9 targets) and Square (5000
 queries); each attacks the images that are still robust after those before it.  The package draws random numbers for a whole
@@ -43,20 +43,29 @@ class InParts(nn.Module):
 
 
 class AutoAttack:
-    """The four attacks at radius eps (1/255) on a model of pixels in [0,1] without trainable parameters.
+    """The four attacks at radius eps on a model of pixels in [0,1] without trainable parameters.
 
+    eps          in 1/255 for norm Linf; for norm L2 the norm of the perturbation in [0,1]
     batch_size   images in the model at a time
     Raises ValueError if the package is absent or the model has too few classes.
     """
 
     def __init__(
-        self, model: nn.Module, num_classes: int, eps: float, seed: int, device: torch.device, batch_size: int
+        self,
+        model: nn.Module,
+        num_classes: int,
+        eps: float,
+        seed: int,
+        device: torch.device,
+        batch_size: int,
+        norm: str = "Linf",
     ):
         if reason := refusal(num_classes):
             raise ValueError(f"attacks: aa {reason}")
         self.seed, self.device = seed, device
+        radius = eps / 255 if norm == "Linf" else eps
         self.attacks = _package().AutoAttack(
-            InParts(model, batch_size), norm="Linf", eps=eps / 255, version="standard", seed=0, device=device
+            InParts(model, batch_size), norm=norm, eps=radius, version="standard", seed=0, device=device
         )
         self.attacks.fab.targeted, self.attacks.apgd.loss = True, "ce"
         for targeted in (self.attacks.apgd_targeted, self.attacks.fab):

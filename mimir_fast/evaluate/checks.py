@@ -49,9 +49,10 @@ class Finding(NamedTuple):
 def compare(outcomes: Iterable[AttackResult]) -> list[Finding]:
     """All comparisons that attacks of equal radius on the same images allow."""
     outcomes, findings = list(outcomes), []
-    for eps in sorted({o.attack.eps for o in outcomes if o.attack.kind != "clean"}):
-        same = [o for o in outcomes if o.attack.eps == eps]
-        by_kind = {kind: [o for o in same if o.attack.kind == kind] for kind in ("fgsm", "pgd", "cw", "aa")}
+    for in_l2, eps in sorted({(o.attack.in_l2, o.attack.eps) for o in outcomes if o.attack.kind != "clean"}):
+        same = [o for o in outcomes if (o.attack.in_l2, o.attack.eps) == (in_l2, eps)]
+        kinds = ("fgsm", "pgd", "cw", "aa")
+        by_kind = {kind: [o for o in same if o.attack.kind.removesuffix("-l2") == kind] for kind in kinds}
         pgds = sorted(by_kind["pgd"], key=lambda o: o.attack.steps)
         for ensemble in by_kind["aa"]:
             findings += [_aa_above(ensemble, other) for other in [*pgds[-1:], *by_kind["cw"]]]
@@ -130,8 +131,8 @@ def _disagreement(weaker: AttackResult, stronger: AttackResult) -> tuple[str, bo
     the number of images."""
     fallen, standing = weaker.record.broken != ROBUST, stronger.record.broken == ROBUST
     only_weaker, only_stronger = int((fallen & standing).sum()), int((~fallen & ~standing).sum())
-    a, b = weaker.attack.name, stronger.attack.name
-    text = f"{a} alone breaks {only_weaker} images, {b} alone {only_stronger} (eps {stronger.attack.eps:g}/255)"
+    a, b, unit = weaker.attack.name, stronger.attack.name, "" if stronger.attack.in_l2 else "/255"
+    text = f"{a} alone breaks {only_weaker} images, {b} alone {only_stronger} (eps {stronger.attack.eps:g}{unit})"
     return text, sign_test(only_weaker, only_stronger) < SURPRISING, len(fallen)
 
 

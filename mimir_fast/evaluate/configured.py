@@ -39,8 +39,9 @@ def evaluate(config: EvaluateConfig, explicit: set[str] | None = None, team: Tea
     # The first one downloads it, where it is a URL, for all of its machine.
     with team.first():
         trained = load_classifier(config.model.checkpoint, overrides=overrides, device=device)
-    eps = config.attack.eps or training_eps(trained) or USUAL_EPS
-    alpha = eps / 4 if config.attack.alpha is None else config.attack.alpha
+    a = config.attack
+    eps = a.eps or training_eps(trained) or USUAL_EPS
+    alpha = eps / 4 if a.alpha is None else a.alpha
     cut = ", images as they are" if config.data.eval_resize == "none" else ""
     line = f"{trained.source}: {trained.args['model']}, eps {eps:g}/255, alpha {alpha:g}/255, on {device}{team.words()}{cut}"
     team.say(*config.notes(explicit), *trained.notes, line)
@@ -48,11 +49,11 @@ def evaluate(config: EvaluateConfig, explicit: set[str] | None = None, team: Tea
         trained.model,
         trained.source,
         chosen_images(config, trained),
-        parse_attacks(config.attack.attacks, eps, alpha, config.attack.restarts, config.attack.mi_weight),
+        parse_attacks(a.attacks, eps, alpha, a.restarts, a.mi_weight, a.eps_l2, a.alpha_l2),
         folder(config),
         sizes=Sizes(config.run.batch_size, config.run.aa_batch),
         seed=config.run.seed,
-        with_checks=config.attack.checks,
+        with_checks=a.checks,
         classes=trained.classes,
         team=team,
         launch=config.run.step_graph == "auto",

@@ -28,7 +28,7 @@ def settings_of(attack: Attack, sizes: Sizes, seed: int) -> dict:
         settings["seed"] = seed
     if attack.batch_dependent:
         settings["batch"] = sizes.batch
-    if attack.kind == "aa":
+    if attack.is_ensemble:
         settings["group"] = sizes.aa
     return settings
 
@@ -63,7 +63,7 @@ def summary(record: Record, rounds: Sequence[str]) -> dict:
 def circumstances(attack: Attack, subject: Subject, processes: int = 1) -> dict:
     """The checkpoint, versions, device, number of processes if there are several, and date of a result."""
     versions = {name: metadata.version(name) for name in ("mimir-fast", "torch")}
-    if attack.kind == "aa":
+    if attack.is_ensemble:
         versions["autoattack"] = f"{version()} standard"
     on_cuda = subject.device.type == "cuda"
     return {
@@ -89,7 +89,10 @@ def table(data: dict) -> list[str]:
         time = tqdm.format_interval(entry["seconds"])
         rows.append((key, f"{entry['accuracy']:.2%}", f"{low:.2%} - {high:.2%}", str(entry["n"]), time))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [f"{data['identity']['model']['source']} on {images['dataset']} {images['split']} (eps, alpha in 1/255)"]
+    l2 = ", of -l2 the norm" if any(attack_of(entry["settings"]).in_l2 for entry in data["attacks"].values()) else ""
+    lines = [
+        f"{data['identity']['model']['source']} on {images['dataset']} {images['split']} (eps, alpha in 1/255{l2})"
+    ]
     lines += [
         f"  {row[0]:<{widths[0]}}  " + "  ".join(f"{cell:>{w}}" for cell, w in zip(row[1:], widths[1:])) for row in rows
     ]

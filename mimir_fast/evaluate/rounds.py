@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimir_fast.attacks.adaptive import feature_loss, mutual_information_loss
+from mimir_fast.attacks.l2 import norms
 from mimir_fast.attacks.named import Attack, Loss, cross_entropy, fgsm, gradient_attack, margin_loss
 from mimir_fast.checkpoints.errors import CheckpointError
 from mimir_fast.data.crops import to_float
@@ -24,8 +25,8 @@ from mimir_fast.models.features import FeatureClassifier, FeatureModel
 from mimir_fast.training.captured_calls import CapturedCalls
 from mimir_fast.training.step_graph import CudaRecorder, Recorder
 
-# For the rounding of x + eps in fp32.
-SLACK = 1e-6
+# For the rounding of x + eps in fp32; in the L2 norm the errors of all pixels add up, by the root of their number.
+SLACK, SLACK_L2 = 1e-6, 3e-5
 
 
 class Subject(NamedTuple):
@@ -73,8 +74,9 @@ def rounds_of(attack: Attack, subject: Subject, sizes: Sizes, seed: int) -> list
         return [Round("clean", 1, lambda images, labels, indices: images)]
     if attack.kind == "fgsm":
         return [Round("fgsm", 3, lambda images, labels, indices: fgsm(model, images, labels, attack.eps), True)]
-    if attack.kind == "aa":
-        ensemble = AutoAttack(model, subject.num_classes, attack.eps, seed, subject.device, sizes.batch)
+    if attack.is_ensemble:
+        norm = "L2" if attack.in_l2 else "Linf"
+        ensemble = AutoAttack(model, subject.num_classes, attack.eps, seed, subject.device, sizes.batch, norm)
         return [Round(name, PASSES[name], partial(ensemble.run, name)) for name in SUB_ATTACKS]
     make_loss = _loss_of(attack, model)
 
@@ -89,7 +91,7 @@ def rounds_of(attack: Attack, subject: Subject, sizes: Sizes, seed: int) -> list
 
 def _loss_of(attack: Attack, model: nn.Module) -> Callable[[Tensor, Tensor], Loss]:
     """(images, labels) -> the loss that a gradient attack ascends."""
-    if attack.kind == "pgd":
+    if attack.kind in ("pgd", "pgd-l2"):
         return lambda images, labels: cross_entropy(model, labels)
     if attack.kind == "cw":
         return lambda images, labels: margin_loss(model, labels)
@@ -118,7 +120,7 @@ def run_attack(
     adversarial image is farther than eps away, which is a bug.
     """
     rounds = rounds_of(attack, subject, sizes, seed)
-    size = sizes.aa if attack.kind == "aa" else sizes.batch
+    size = sizes.aa if attack.is_ensemble else sizes.batch
     # Then all images, in every round: batches must not depend on what earlier rounds broke.
     everything = attack.batch_dependent
     progress = AttackProgress(attack.name, [r.passes for r in rounds], everything, say, shown=team.is_main)
@@ -130,7 +132,7 @@ def run_attack(
                 for rows, images, labels in chosen.batches(team.dealt(record.left(index, everything), size), size):
                     started = time.perf_counter()
                     indices = torch.from_numpy(record.indices[rows])
-                    seen = outcome(round, attack.eps, subject, sizes.batch, images, labels, indices)
+                    seen = outcome(round, attack, subject, sizes.batch, images, labels, indices)
                     record.note(rows, index, labels.numpy(), *seen)
                     record.seconds += time.perf_counter() - started
                     record.save()
@@ -158,7 +160,7 @@ def launched(round: Round, recorder: Recorder | None, say: Callable[[str], None]
 
 
 def outcome(
-    round: Round, eps: float, subject: Subject, batch_size: int, images_u8: Tensor, labels: Tensor, indices: Tensor
+    round: Round, attack: Attack, subject: Subject, batch_size: int, images_u8: Tensor, labels: Tensor, indices: Tensor
 ) -> tuple[np.ndarray, np.ndarray]:
     """The predicted classes [B] after a round, and their cross-entropy [B]."""
     images, labels = to_float(images_u8.to(subject.device)), labels.to(subject.device)
@@ -166,14 +168,20 @@ def outcome(
         indices = indices.to(subject.device)
     adv = round.run(images, labels, indices)
     # Checked for every batch: an attack that leaves its ball would make a model look worse than it is.
-    farthest = (adv - images).abs().max().item()
-    if not (farthest <= eps / 255 + SLACK and adv.min() >= 0 and adv.max() <= 1):
-        raise RuntimeError(f"{round.name}: an adversarial image is {farthest * 255:g}/255 away, allowed {eps:g}/255")
+    farthest = distance(adv - images, attack.in_l2)
+    allowed = attack.radius + (SLACK_L2 if attack.in_l2 else SLACK)
+    if not (farthest <= allowed and adv.min() >= 0 and adv.max() <= 1):
+        raise RuntimeError(f"{round.name}: an adversarial image is {farthest:g} away, allowed {attack.radius:g}")
     with torch.no_grad():
         logits = torch.cat([subject.model(part) for part in adv.split(batch_size)])
     check_logits(logits, subject)
     losses = F.cross_entropy(logits, labels, reduction="none")
     return logits.argmax(dim=1).cpu().numpy().astype(np.int32), losses.cpu().numpy()
+
+
+def distance(moves: Tensor, in_l2: bool) -> float:
+    """The norm of the largest perturbation [B,C,H,W]: L2, in fp64, or L-infinity."""
+    return (norms(moves.double()) if in_l2 else moves.abs()).max().item()
 
 
 def check_logits(logits: Tensor, subject: Subject) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mimir_fast.data.crops import to_float
-from mimir_fast.evaluate import Sizes, make_attack, run_evaluation
+from mimir_fast.evaluate import Sizes, make_attack, parse_attacks, run_evaluation
 from mimir_fast.evaluate.autoattack import SUB_ATTACKS, AutoAttack, InParts
 from mimir_fast.evaluate.records import ROBUST
 from tests.support.classifiers import classifier, digits, one_thread, short_autoattack, untrained  # noqa: F401
@@ -65,6 +65,23 @@ def test_every_part_attacks(monkeypatch):
         assert torch.equal(adv, ensemble.run(name, images, labels, numbers)), name
     other = ensemble.run("square", images, labels, numbers + 1)
     assert not torch.equal(other, adv)  # its seed follows the image's number
+
+
+def test_both_norms_beside_each_other(tmp_path, monkeypatch):
+    """Planted, each was seen to fail: the ensemble in the L-infinity norm; its radius in 1/255; checks across norms."""
+    short_autoattack(monkeypatch)
+    attacks = parse_attacks("pgd-l2-20,aa-l2,pgd-3,aa", 8, 2, eps_l2=2.0)
+    lines = []
+    data = run_evaluation(classifier(), "toy", digits(16), attacks, tmp_path, sizes=Sizes(8, 16), say=lines.append)
+    keys = ["clean", "pgd-l2-20 eps=2 alpha=0.5", "aa-l2 eps=2 group=16", "pgd-3 eps=8 alpha=2", "aa eps=8 group=16"]
+    assert list(data["attacks"]) == keys
+    _, ours, ensemble, *_ = (entry["correct"] for entry in data["attacks"].values())
+    assert 0 < ensemble <= ours < data["attacks"]["clean"]["correct"]
+    compared = [finding["text"] for finding in data["checks"] if finding["check"] == "AutoAttack not above PGD"]
+    assert [("pgd-l2-20" in text, "eps 2)" in text, "eps 8/255)" in text) for text in compared] == [
+        (False, False, True), (True, True, False)
+    ]  # fmt: skip
+    assert any("of -l2 the norm" in line for line in lines)
 
 
 def test_one_image_alone(monkeypatch):
