@@ -2,17 +2,17 @@
 
 from pathlib import Path
 
-import torch
-
 from mimir_fast.attacks.named import parse_attacks
 from mimir_fast.checkpoints.fetch import beside
 from mimir_fast.checkpoints.trained_models import Trained, load_classifier, training_eps
 from mimir_fast.config.evaluation import USUAL_EPS, EvaluateConfig
 from mimir_fast.config.machine import prepare_machine
 from mimir_fast.config.resolve import resolve_device
+from mimir_fast.evaluate.entries import key_of, settings_of
 from mimir_fast.evaluate.evaluation import run_evaluation
 from mimir_fast.evaluate.images import Images
 from mimir_fast.evaluate.rounds import Sizes
+from mimir_fast.evaluate.submission import is_asked, write_submissions
 from mimir_fast.evaluate.team import ALONE, Team
 
 
@@ -31,33 +31,37 @@ def evaluate(config: EvaluateConfig, explicit: set[str] | None = None, team: Tea
     """
     prepare_machine()
     config = config.check()
-    # Adversarial examples lie close to the decision boundary, where tf32 decides otherwise than fp32.
-    torch.set_float32_matmul_precision("highest")
     explicit = config.changed() | config.given if explicit is None else explicit
     device = resolve_device(config.run.device, explicit) if team.world.size == 1 else str(team.world.device)
     overrides = overrides_of(config.model.model, config.model.use_normalize, config.data.dataset)
     # The first one downloads it, where it is a URL, for all of its machine.
     with team.first():
         trained = load_classifier(config.model.checkpoint, overrides=overrides, device=device)
-    a = config.attack
+    a, run, place = config.attack, config.run, folder(config)
     eps = a.eps or training_eps(trained) or USUAL_EPS
     alpha = eps / 4 if a.alpha is None else a.alpha
     cut = ", images as they are" if config.data.eval_resize == "none" else ""
     line = f"{trained.source}: {trained.args['model']}, eps {eps:g}/255, alpha {alpha:g}/255, on {device}{team.words()}{cut}"
     team.say(*config.notes(explicit), *trained.notes, line)
-    return run_evaluation(
+    attacks = parse_attacks(a.attacks, eps, alpha, a.restarts, a.mi_weight, a.eps_l2, a.alpha_l2)
+    sizes = Sizes(run.batch_size, run.aa_batch)
+    data = run_evaluation(
         trained.model,
         trained.source,
         chosen_images(config, trained),
-        parse_attacks(a.attacks, eps, alpha, a.restarts, a.mi_weight, a.eps_l2, a.alpha_l2),
-        folder(config),
-        sizes=Sizes(config.run.batch_size, config.run.aa_batch),
-        seed=config.run.seed,
+        attacks,
+        place,
+        sizes=sizes,
+        seed=run.seed,
         with_checks=a.checks,
         classes=trained.classes,
         team=team,
         launch=config.run.step_graph == "auto",
     )
+    if is_asked(a.attacks) and team.is_main:
+        keys = [key_of(settings_of(attack, sizes, run.seed)) for attack in attacks]
+        team.say(*write_submissions(data, trained, keys, place, beside(config.model.checkpoint, "eval").name))
+    return data
 
 
 def overrides_of(model: str | None, use_normalize: bool | None, dataset: str | None) -> dict:

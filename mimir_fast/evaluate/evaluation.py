@@ -22,6 +22,7 @@ from mimir_fast.evaluate.images import Chosen, Images
 from mimir_fast.evaluate.records import Record, Results
 from mimir_fast.evaluate.rounds import Sizes, Subject, rounds_of, run_attack
 from mimir_fast.evaluate.team import ALONE, Team
+from mimir_fast.training.precision import full_precision
 
 CLEAN = Attack("clean")
 # Images that the checks attack.
@@ -86,7 +87,8 @@ def run_evaluation(
     if len(set(team.gathered(mine))) > 1:
         raise ValueError(f"checkpoint: the processes read different parameters from {source}")
     identity = {"model": {"source": source, "hash": mine}, "images": chosen.identity()}
-    with locked(folder, say=say) if team.is_main else nullcontext():
+    # tf32 off: adversarial examples lie close to the decision boundary, where it decides otherwise than fp32.
+    with full_precision(), locked(folder, say=say) if team.is_main else nullcontext():
         results = team.shared(lambda: Results(folder, identity))
         return Evaluation(subject, chosen, results, sizes, seed, say, team).run(attacks, with_checks)
 

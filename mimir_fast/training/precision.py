@@ -1,9 +1,24 @@
 """Mixed precision: fp32 parameters for the optimizer, 16-bit copies of matrices for the arithmetic, cast once per update."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Context in which matrix products and convolutions of fp32 are not rounded to tf32, whatever was set before."""
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 class ComputeCopy:

@@ -188,7 +188,7 @@ def test_adaptive_attacks_run(tmp_path, name):
 def test_attacks_that_are_launched_as_graphs_break_the_same_images(tmp_path, monkeypatch):
     """In batches of 3: the first as it is, whole ones launched, what is left over as it is; or, if asked for, none."""
     model = classifier()
-    attacks, tape, found = parse_attacks("fgsm,pgd-5,cw-3", 12, 4, restarts=2), Tape(), []
+    attacks, tape, found = parse_attacks("fgsm,pgd-5,cw-3,pgd-l2-3", 12, 4, restarts=2), Tape(), []
     monkeypatch.setattr(rounds, "recorder_for", lambda device: tape)
     for launch in (False, True):
         assert not tape.begun
@@ -209,6 +209,20 @@ def test_step_graph_off_launches_none(monkeypatch):
     words = {"checkpoint": "x.pth", "device": "cpu"}
     asked = [configured.evaluate(EvaluateConfig().updated(words | {"step_graph": how})) for how in ("auto", "off")]
     assert asked == [True, False]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_attacks_that_are_cuda_graphs_break_the_images_that_eager_ones_break(tmp_path):
+    model, found = classifier().cuda(), []
+    attacks = parse_attacks("fgsm,pgd-20,cw-20,pgd-l2-20", 12, 4, restarts=2)
+    for launch in (True, False):
+        folder, own = tmp_path / str(launch), {"sizes": Sizes(8, 64), "launch": launch, **SILENT}
+        data = run_evaluation(model, "toy", digits(40), attacks, folder, **own)
+        found.append([dict(np.load(folder / entry["per_image"])) for entry in data["attacks"].values()])
+    for mine, theirs in zip(*found, strict=True):
+        for name in ("number", "broken", "rounds", "prediction"):
+            np.testing.assert_array_equal(mine[name], theirs[name], name)
+        np.testing.assert_allclose(mine["loss"], theirs["loss"], rtol=1e-4)
 
 
 def test_a_stronger_attack_leaves_fewer(tmp_path):
@@ -251,3 +265,33 @@ def test_wilson_and_sign_test():
     assert sign_test(0, 0) == 1
     assert sign_test(5, 0) == 1 / 32
     assert sign_test(1, 1) == 0.75
+
+
+class Watched(torch.nn.Module):
+    """Notes in which precision of fp32 products and convolutions it is called."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.seen = model, set()
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def forward(self, images):
+        self.seen.add((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+        return self.model(images)
+
+
+def test_tf32_is_off_while_an_evaluation_runs_and_as_before_afterwards(tmp_path, monkeypatch):
+    """Planted, each was seen to fail: convolutions in tf32, PyTorch's default; the setting of the caller lost."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        model = Watched(classifier().requires_grad_(False))
+        run_evaluation(model, "toy", digits(4), parse_attacks("fgsm", 8, 2), tmp_path, **SILENT)
+        assert model.seen == {("highest", False)}
+        assert torch.get_float32_matmul_precision() == "high"
+        assert torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before)
