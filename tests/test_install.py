@@ -113,6 +113,15 @@ def test_the_readmes_commands_call_what_they_promise(installed):
 
 
 @pytest.mark.slow
+def test_what_installing_and_running_leave_is_not_linted(installed, clone):
+    """Planted: no extend-exclude."""
+    for folder in ("build/lib", "runs/demo"):
+        (clone / folder).mkdir(parents=True, exist_ok=True)
+        (clone / folder / "exported.py").write_text("import os,sys\n")
+    made([sys.executable, "-m", "ruff", "check", "--no-cache", "."], cwd=clone)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["inside", "outside"])
 def test_documented_commands_from_inside_and_outside_of_a_clone(installed, clone, tmp_path, where):
     """Every command of the README and the documents with its flags, and the README's snippet; from outside without extras.
