@@ -17,6 +17,7 @@ LOST_PEER = (
     "Broken pipe",
     "remote process exited",
     "Timed out waiting",
+    "timed out connecting",
 )
 TRANSPORT = ("gloo", "nccl", "tcpstore", "store")
 

@@ -41,6 +41,13 @@ from mimir_fast.cli.troubleshooting import ENTRIES, PAGE
             "mimir-fast x: error: another process of this run ended or does not answer",
         ),
         (
+            RuntimeError(
+                "Gloo connectFullMesh failed with [/x/pair.cc:1] timed out connecting: SO_ERROR: Connection refused"
+            ),
+            1,
+            "mimir-fast x: error: another process of this run ended or does not answer",
+        ),
+        (
             torch.distributed.DistBackendError("NCCL error in: x.cpp\nmore"),
             1,
             "mimir-fast x: error: another process of this run ended or does not answer",
