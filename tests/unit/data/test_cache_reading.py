@@ -330,14 +330,17 @@ def test_a_dead_thread_is_an_error(caches, monkeypatch):
         next(made.epoch(0))
 
 
-def test_a_stuck_thread_is_an_error(caches, monkeypatch):
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_stuck_thread_is_an_error(caches, monkeypatch, stopped):
+    """Also where the run was told to end meanwhile: it does not wait until the thread counts as stuck."""
     made, answer = stream(caches["rgb"]), threading.Event()
-    monkeypatch.setattr(reader, "STUCK_AFTER", 0.5)
-    monkeypatch.setattr(shards.Shards, "read", lambda self, shard, offset, into: answer.wait(20))
+    made.interrupted = lambda: stopped
+    monkeypatch.setattr(reader, "STUCK_AFTER", 60 if stopped else 0.5)
+    monkeypatch.setattr(shards.Shards, "read", lambda self, shard, offset, into: answer.wait(90))
     monkeypatch.setattr(reader, "PATIENCE", 0.1)
     buffers = made._loader.reader.buffers
     try:
-        assert "does not answer" in failed(made)
+        assert ("stopped while no image could be read" if stopped else "does not answer") in failed(made)
     finally:
         answer.set()
     # the threads may wake up and write: not into the buffers of the next epoch
