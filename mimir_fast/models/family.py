@@ -105,7 +105,8 @@ class Family:
     adapt           (classifier, tensors that it will start from) -> None: adds parameters to it that only some files have and
                     that are not there yet
     has_original    whether what the original computes differs from the default, so that both constructors take `compat`
-    undecayed       patterns of what weight decay leaves alone in fine-tuning, beside vectors
+    undecayed       patterns of what weight decay leaves alone in fine-tuning, beside vectors; original_decays: those of them
+                    that the original decays, and so a model with compat="original"
     blocks          classes of the blocks, which are compiled, sharded and gathered one by one
     trunk           name of a model's list of encoder blocks, if all are alike, so that memory grows linearly with their number
     depth           model -> number of layers that layer decay counts, L
@@ -150,6 +151,7 @@ class Family:
     free: tuple[str, ...] = ("img_size", "patch_size", "num_classes", "global_pool")
     adjusted: tuple[str, ...] = ()
     has_original: bool = False
+    original_decays: tuple[str, ...] = ()
     trunk: str | None = None
     encoder_prefix: str = ""
     aliases: dict[str, str] = field(default_factory=dict)

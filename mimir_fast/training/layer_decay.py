@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from mimir_fast.config.choices import ORIGINAL
 from mimir_fast.models.families import family_of
 from mimir_fast.models.family import Family, matches
 from mimir_fast.training.optimizer import ADAM_EPS
@@ -28,12 +29,15 @@ def parameter_groups(
         raise ValueError(f"layer_decay: expected 0 < decay <= 1, got {layer_decay}")
     family = family or family_of(model)
     depth = family.depth(model)
+    # A model by others has no compat.
+    original = getattr(model, "compat", None) == ORIGINAL
+    undecayed = tuple(p for p in family.undecayed if not (original and p in family.original_decays))
     groups: dict[tuple[int, bool], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         layer = family.layer_of(name, model)
-        decayed = parameter.ndim > 1 and (decay_tables or not matches(name, family.undecayed))
+        decayed = parameter.ndim > 1 and (decay_tables or not matches(name, undecayed))
         new = {
             "params": [],
             "weight_decay": weight_decay if decayed else 0.0,

@@ -18,6 +18,8 @@ from tests.support.golden import GOLDEN
 
 WHOLE = GOLDEN.parents[2] / "shared" / "golden-families"
 CLASSES = 7
+# Buffers that training changes.
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class Recorded(dict[str, Tensor]):
@@ -40,7 +42,8 @@ def recorded(name: str) -> tuple[Recorded, dict]:
 
 def sizes(family: str) -> dict:
     """Keywords of the recorded autoencoder."""
-    config = json.loads((GOLDEN / f"{family}_mae_state.json").read_text())["config"]
+    name = f"{family}_mae_state.json"
+    config = json.loads(next(path for path in (GOLDEN / name, WHOLE / name) if path.exists()).read_text())["config"]
     if family != "swin":
         return config["mae"]
     # A Swin's patch is a token's; the patch of its mask is the unit.
@@ -52,9 +55,12 @@ def recorded_autoencoder(
     family: str, compat: str | None, norm_pix_loss: bool = True, dtype: torch.dtype = torch.float64, **options
 ) -> MaskedAutoencoder:
     """The recorded autoencoder with its parameters."""
-    model = create_model(family, **sizes(family), norm_pix_loss=norm_pix_loss, compat=compat, **options)
+    model = create_model(
+        family.removesuffix("16"), **sizes(family), norm_pix_loss=norm_pix_loss, compat=compat, **options
+    )
     state, record = recorded(f"{family}_mae_state")
-    constants = {key: value for key, value in model.state_dict().items() if key in record["buffers"]}
+    buffers = [key for key in record["buffers"] if not key.endswith(STATISTICS)]
+    constants = {key: value for key, value in model.state_dict().items() if key in buffers}
     # What is recorded of them must be what the model computes.
     assert all(torch.equal(state[key], value) for key, value in constants.items() if key in state)
     model.load_state_dict({**constants, **state}, strict=True)
@@ -68,7 +74,7 @@ def classifier(family: str, compat: str | None = "original", **options) -> Class
     return create_classifier(family, **own, num_classes=CLASSES, compat=compat, **options)
 
 
-def images(family: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Images and adversarial images [B,3,H,W] in [0,1], labels [B]."""
+def images(family: str) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Images and adversarial images [B,3,H,W] in [0,1], these where they are at hand, labels [B]."""
     tensors, _ = recorded(f"{family}_images")
-    return tensors["images"], tensors["adv_images"], tensors["labels"]
+    return tensors["images"], tensors.get("adv_images"), tensors["labels"]

@@ -11,12 +11,13 @@ from mimir_fast.models.families.cait import CAIT
 from mimir_fast.models.families.convit import CONVIT
 from mimir_fast.models.families.swin import SWIN
 from mimir_fast.models.families.vit import VIT
+from mimir_fast.models.families.xcit import XCIT
 from mimir_fast.models.family import PREFIX, Family, Tensors
 
 # Sizes in other programs' names, and in ours.
 OTHER_WORDS = {"tiny": "ti", "s": "small", "b": "base", "l": "large"}
 # A file is asked about from the last to the first: a family whose files would pass for another's stands behind it.
-FAMILIES: tuple[Family, ...] = (VIT, CONVIT, CAIT, SWIN)
+FAMILIES: tuple[Family, ...] = (VIT, CONVIT, CAIT, SWIN, XCIT)
 
 
 def model_names(pretraining: bool | None) -> list[str]:

@@ -13,7 +13,7 @@ from tests.support.toy_family import TOY
 
 ALL = (*families.FAMILIES, TOY)
 # Side of the images of a test where it cannot be 16, and of the patches of the mask, of which it has 16.
-SIDE = {"swin": (128, 32)}
+SIDE = {"swin": (128, 32), "xcit": (32, 8)}
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def family(request):
 def options(family) -> tuple[dict, int, int]:
     """What commands pass to a constructor, and the sides of image and patch."""
     side, patch = SIDE.get(family.name, (16, 4))
-    flags = {"device": "cpu", "model": family.names(True)[0], "input_size": side, "patch_size": 4}
+    flags = {"device": "cpu", "model": family.names(True)[0], "input_size": side, "patch_size": patch}
     return model_options(resolve(PretrainConfig().updated(flags), set())), side, patch
 
 
