@@ -8,6 +8,7 @@ from mimir_fast.cli.parser import build_parser, parse_args
 from mimir_fast.config.finetuning import FinetuneConfig, validation_steps
 from mimir_fast.config.finetuning_recipes import RECIPES
 from mimir_fast.training.attack_schedule import build_mixing, radius_and_step
+from mimir_fast.training.optimizer import peak_learning_rate
 
 # flag: (type, default), as in the original's parser
 ORIGINAL = {
@@ -164,6 +165,19 @@ def test_published_recipes():
     expected = {"model": "vit_base", "attack_train": "apgd", "steps": 2, "eps": 4, "epochs": 300, "model_ema": True}
     expected |= {"mixup": 0.8, "cutmix": 1.0, "model_ema_decay": 0.9998}
     assert {name: long[name] for name in expected} == expected
+    ares = {"steps": 3, "eps": 4, "alpha": 8 / 3, "alpha_warmup_epochs": 5, "layer_decay": 1, "warmup_epochs": 5}
+    ares |= {"lr_at_start": 1e-6, "cosine_from": "start", "reprob": 0.25, "smoothing": 0.1, "val_attack": "pgd10"}
+    ares |= {"attack_train": "pgd_best", "mixup": 0.8, "cutmix": 1.0, "model_ema_decay": 0.9998, "drop_path": 0}
+    sizes = {
+        "imagenet_swin_b_ares": ("swin_base", 128, 200, 1e-5),
+        "imagenet_swin_l_ares": ("swin_large", 64, 100, 1e-6),
+    }
+    for name, own in sizes.items():
+        config = parse(f"--recipe {name}")
+        expected = ares | dict(zip(("model", "batch_size", "epochs", "min_lr"), own))
+        assert {flag: config.flat()[flag] for flag in expected} == expected
+        # The peak: 5e-4 per 512 images.
+        assert peak_learning_rate(config.optim, 8) == pytest.approx(5e-4 * own[1] * 8 / 512)
     for name, model in FAMILIES.items():
         like = name.split("_")[0] + "_vit_s"
         assert RECIPES[name]().flat() == RECIPES[like]().flat() | {"model": model}
