@@ -29,10 +29,11 @@ def parse_args(self, words=None):
 parser.configuration, argparse.ArgumentParser.parse_args = configuration, parse_args
 failed = []
 for call in asked["calls"]:
-    module, words = "mimir_fast.cli", call[1:]
-    if call[0] != "mimir-fast":
-        at = call.index("-m")
-        module, words = call[at + 1], call[at + 2:]
+    # Behind a launcher, and behind its own flags.
+    at = call.index("mimir-fast" if "mimir-fast" in call else "-m")
+    module, words = "mimir_fast.cli", [word for word in call[at + 1:] if word != "..."]
+    if call[at] == "-m":
+        module, *words = words
     # Without flags a command is only named; bench would run.
     if module == "bench" or not any(word.startswith("-") for word in words):
         words = [*words, "-h"]
