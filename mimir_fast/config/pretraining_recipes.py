@@ -77,6 +77,16 @@ def imagenet_cait_s36() -> PretrainConfig:
     return imagenet_vit_s().updated({"model": "mae_cait_s36"})
 
 
+def imagenet_swin_l() -> PretrainConfig:
+    """The run that the original's Swin-L started from, at window 14: 4 GPUs x 1024, 800 epochs, units of 32 pixels."""
+    return imagenet_vit_s().updated({"model": "mae_swin_large", "batch_size": 1024, "blr": 1e-4})
+
+
+def imagenet_swin_b() -> PretrainConfig:
+    """The same with Swin-B at window 7; the original publishes the model, the settings are those of its Swin-L."""
+    return imagenet_swin_l().updated({"model": "mae_swin_base"})
+
+
 def digits_demo() -> PretrainConfig:
     """Handwritten digits on two CPU cores in about a minute: mae_vit_nano, patch 8, attack and penalty on."""
     return imagenet_vit_s().updated(
@@ -104,6 +114,8 @@ RECIPES: dict[str, Callable[[], PretrainConfig]] = {
         imagenet_vit_b,
         imagenet_cait_xxs24,
         imagenet_cait_s36,
+        imagenet_swin_b,
+        imagenet_swin_l,
         cifar10_vit_s,
         cifar10_convit_ti,
         cifar10_convit_s,

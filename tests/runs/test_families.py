@@ -1,4 +1,4 @@
-"""ConViT and CaiT from pre-training to evaluation, interrupted once on the way."""
+"""ConViT, CaiT and Swin from pre-training to evaluation, interrupted once on the way."""
 
 import json
 
@@ -25,6 +25,7 @@ def same(first: dict, second: dict) -> bool:
 SMALL = {
     "convit_ti": {"embed_dim": 6, "depth": 3, "num_heads": 4, "local_up_to_layer": 2},
     "cait_xxs24": {"embed_dim": 24, "depth": 2, "num_heads": 4, "init_values": 0.1},
+    "swin_tiny": {"embed_dim": 8, "depths": (2, 1), "num_heads": (1, 2), "window_size": 3, "patch_size": 2},
 }
 
 
@@ -36,7 +37,10 @@ def small_models(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "compat"), [("convit_ti", "none"), ("convit_ti", "original"), ("cait_xxs24", "none")])
+@pytest.mark.parametrize(
+    ("name", "compat"),
+    [("convit_ti", "none"), ("convit_ti", "original"), ("cait_xxs24", "none"), ("swin_tiny", "none")],
+)
 def test_from_pretraining_to_evaluation(tmp_path, name, compat, capsys):
     data = make_data(tmp_path / "data", test_images=44)
     side = ("--input_size", "16", "--compat", compat)

@@ -167,6 +167,9 @@ def test_published_recipes():
     for name, model in FAMILIES.items():
         like = name.split("_")[0] + "_vit_s"
         assert RECIPES[name]().flat() == RECIPES[like]().flat() | {"model": f"mae_{model}"}
+    swin = {"model": "mae_swin_large", "batch_size": 1024, "blr": 1e-4}
+    assert RECIPES["imagenet_swin_l"]().flat() == RECIPES["imagenet_vit_s"]().flat() | swin
+    assert RECIPES["imagenet_swin_b"]().flat() == RECIPES["imagenet_swin_l"]().flat() | {"model": "mae_swin_base"}
     for recipe in RECIPES.values():
         recipe().check()
 

@@ -13,7 +13,7 @@ from mimir_fast.checkpoints.export import export_robustbench, export_timm
 from mimir_fast.checkpoints.trained_models import load_classifier, load_mae
 from mimir_fast.checkpoints.transfer import load_pretrained, match_encoder
 from mimir_fast.models import create_classifier, create_model
-from mimir_fast.models.families.swin import SWIN, windows
+from mimir_fast.models.families.swin import SWIN, layers, windows
 from mimir_fast.models.families.swin.encoder import grids
 from mimir_fast.models.families.swin.files import resize
 from mimir_fast.training.host_masks import HostMasks
@@ -371,3 +371,13 @@ def test_compiles_without_a_graph_break():
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
     for ours, theirs in zip(*(torch.autograd.grad(value, trained) for value in losses)):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_of_a_table_are_added_in_a_fixed_order():
+    """Two threads give the same bits; a plain index adds in whatever order they come."""
+    entry, grads = torch.randint(169, (21, 49, 49), dtype=torch.int32), torch.randn(21, 49, 49, 3)
+    first = layers.sum_by_entry(grads, entry, 169)
+    assert all(torch.equal(layers.sum_by_entry(grads, entry, 169), first) for _ in range(5))
+    table = torch.zeros(169, 3, dtype=torch.float64, requires_grad=True)
+    table[entry].backward(grads.double())
+    torch.testing.assert_close(first.double(), table.grad, atol=1e-4, rtol=1e-4)

@@ -22,6 +22,37 @@ class NormedPatchEmbed(PatchEmbed):
         return self.norm(super().forward(patches_BKP))
 
 
+@torch.library.custom_op("mimir_fast::sum_by_entry", mutates_args=())
+def sum_by_entry(grads: Tensor, entry: Tensor, entries: int) -> Tensor:
+    """Sums of grads [...,N] by entry [...], below `entries`: [entries,N], added up in a fixed order."""
+    grads, entry = grads.flatten(0, -2), entry.flatten().long()
+    if grads.device.type == "cpu":
+        # index_put adds in several threads, in whatever order they come.
+        return torch.stack([entry.bincount(head, entries) for head in grads.unbind(1)], dim=1)
+    # Sorted by entry, where compiled code would add atomically.
+    return grads.new_zeros(entries, grads.shape[1]).index_put_((entry,), grads, accumulate=True)
+
+
+@sum_by_entry.register_fake
+def _(grads, entry, entries):
+    return grads.new_empty(entries, grads.shape[-1])
+
+
+class Entries(torch.autograd.Function):
+    """table[entry]: [E,N], int [...] -> [...,N]; the gradient of an entry is a sum in a fixed order."""
+
+    @staticmethod
+    def forward(ctx, table: Tensor, entry: Tensor) -> Tensor:
+        ctx.save_for_backward(entry)
+        ctx.entries = len(table)
+        return table[entry]
+
+    @staticmethod
+    def backward(ctx, grads: Tensor) -> tuple[Tensor, None]:
+        (entry,) = ctx.saved_tensors
+        return sum_by_entry(grads, entry, ctx.entries), None
+
+
 class WindowAttention(nn.Module):
     """Self-attention within windows, with a number per head and relative position added to the scores.
 
@@ -70,7 +101,7 @@ class WindowAttention(nn.Module):
 
     def bias(self, entry: Tensor, inside: Tensor, outside: Tensor) -> Tensor:
         """What is added to the scores: [G*N,S,S]."""
-        entries = self.relative_position_bias_table[entry]
+        entries = Entries.apply(self.relative_position_bias_table, entry)
         return torch.where(inside[..., None], entries, outside[..., None]).permute(0, 3, 1, 2).flatten(0, 1)
 
 
