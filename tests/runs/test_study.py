@@ -143,7 +143,7 @@ class Verbs:
         folder = Path(words[words.index("--output_dir") + 1])
         name = "/".join(folder.parts[-3:])
         self.seen.append(name)
-        for product in () if name in self.ends else ("checkpoint-1.pth", "results.json", "analysis.json"):
+        for product in () if name in self.ends else ("checkpoint-0.pth", "results.json", "analysis.json"):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / product).touch()
         return self.ends.get(name, 0)
