@@ -87,15 +87,15 @@ class Interrupted(nn.Module):
         return self.model(images)
 
 
-def short_autoattack(monkeypatch, queries: int = 30) -> None:
+def short_autoattack(monkeypatch, queries: int = 30, steps: int = 8) -> None:
     """The four attacks with few steps."""
     package = pytest.importorskip("pyautoattack", reason="AutoAttack comes from the optional package pyautoattack")
 
     def build(*args, **kwargs):
         whole = package.AutoAttack(*args, **kwargs)
         for attack in (whole.apgd, whole.apgd_targeted):
-            attack.n_iter, attack.n_iter_2, attack.n_iter_min, attack.size_decr = 8, 2, 1, 1
-        whole.fab.n_iter, whole.square.n_queries = 3, queries
+            attack.n_iter, attack.n_iter_2, attack.n_iter_min, attack.size_decr = steps, max(2, steps // 5), 1, 1
+        whole.fab.n_iter, whole.square.n_queries = max(3, steps // 3), queries
         return whole
 
     fake = types.SimpleNamespace(AutoAttack=build, __version__="0 (cut down)")
