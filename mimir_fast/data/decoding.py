@@ -13,6 +13,7 @@ import warnings
 
 import numpy as np
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 # Pillow warns from 89 million pixels on, and refuses twice as many, which is an unreadable image like others.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -42,4 +43,23 @@ def to_rgb(image: Image.Image) -> Image.Image:
     # Pillow warns of transparent colours in a palette unless it keeps them at first.
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
         image = image.convert("RGBA")
+    if image.mode == "RGB":
+        # Not converted, which would copy it.
+        image.load()
+        return image
     return image.convert("RGB")
+
+
+def to_ycc_or_rgb(image: Image.Image) -> Image.Image:
+    """An opened image: a JPEG file that holds luma and chroma in YCbCr, as the file has them; any other in RGB."""
+    # As decoders tell it from a JPEG file of red, green and blue, where these say so without doubt.
+    if (
+        isinstance(image, JpegImageFile)
+        and "jfif" in image.info
+        and image.info.get("adobe_transform", 1) == 1
+        and [layer[0] for layer in image.layer] == [1, 2, 3]
+    ):
+        image.draft("YCbCr", None)
+        image.load()
+        return image
+    return to_rgb(image)

@@ -12,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from mimir_fast.data.decoding import BadImageError, to_rgb
+from mimir_fast.data.decoding import BadImageError, to_rgb, to_ycc_or_rgb
 from mimir_fast.data.errors import DataError, log
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -188,15 +188,18 @@ def _unreadable_folder(error: OSError) -> None:
     raise DataError(f"{error.filename}: cannot list this folder ({error.strerror}); check its permissions") from error
 
 
-def read_image(path: str, side: int | None = None) -> Image.Image:
-    """Decode one image to RGB.  Raises BadImageError when that fails, or when it is not side x side pixels."""
-    return decode(lambda: open(path, "rb"), side)
+def read_image(path: str, side: int | None = None, ycc: bool = False) -> Image.Image:
+    """Decode one image to RGB; with ycc to YCbCr where the file holds that.
+
+    Raises BadImageError when that fails, or when it is not side x side pixels.
+    """
+    return decode(lambda: open(path, "rb"), side, ycc)
 
 
-def decode(open_file: Callable[[], BinaryIO], side: int | None = None) -> Image.Image:
-    """Decode one image, wherever it comes from, to RGB; see read_image."""
+def decode(open_file: Callable[[], BinaryIO], side: int | None = None, ycc: bool = False) -> Image.Image:
+    """Decode one image, wherever it comes from; see read_image."""
     with _decoding(open_file) as image:
-        rgb = to_rgb(image)
+        rgb = to_ycc_or_rgb(image) if ycc else to_rgb(image)
     if side is not None and rgb.size != (side, side):
         raise BadImageError(f"{rgb.width}x{rgb.height} pixels, expected {side}x{side}")
     return rgb

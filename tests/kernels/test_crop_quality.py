@@ -18,6 +18,7 @@ from PIL import Image
 from mimir_fast.data.boxes import boxes, draw
 from mimir_fast.data.cache.pixels import reduced, to_pixels
 from mimir_fast.data.crops import resized_crop
+from mimir_fast.data.folders import read_image
 from mimir_fast.kernels import crop_resize, crop_resize_yuv420
 
 SIDE = 224
@@ -46,7 +47,7 @@ def photographs() -> list[Path]:
 def compared(path: Path, number: int, pixels: str, size: int) -> list[Quality]:
     """Two random crops of a photograph stored in this format, against Pillow's of the original."""
     original = Image.open(path).convert("RGB")
-    stored = reduced(original, size)
+    stored = reduced(read_image(str(path), ycc=pixels == "yuv420"), size)
     rows = torch.from_numpy(to_pixels(stored, pixels).flatten())
     scale = np.array([stored.height / original.height, stored.width / original.width] * 2)
     crop = crop_resize_yuv420 if pixels == "yuv420" else crop_resize

@@ -56,7 +56,8 @@ class Piece(NamedTuple):
 def encode(originals: Originals, index: int, options: Options) -> tuple[np.ndarray, Encoded]:
     """An image's bytes, uint8 [...], and what is to be recorded of it."""
     try:
-        image = originals.read(index)
+        # Where luma and chroma are stored, they are taken as they are in the file.
+        image = originals.read(index, ycc=options.pixels == "yuv420")
     except BadImageError as error:
         return np.empty(0, np.uint8), Encoded((0, 0), (0, 0), 0, str(error))
     original = image.height, image.width

@@ -41,8 +41,8 @@ class Originals(Protocol):
         """The image's name in the source."""
         ...
 
-    def read(self, index: int) -> Image.Image:
-        """The RGB image.  Raises BadImageError."""
+    def read(self, index: int, ycc: bool = False) -> Image.Image:
+        """The RGB image; with ycc in YCbCr where the file holds that.  Raises BadImageError."""
         ...
 
     def size(self, index: int) -> tuple[int, int]:
@@ -95,8 +95,8 @@ class FolderOriginals:
     def name(self, index: int) -> str:
         return self.files.paths.relative(index)
 
-    def read(self, index: int) -> Image.Image:
-        return read_image(self.files.paths[index])
+    def read(self, index: int, ycc: bool = False) -> Image.Image:
+        return read_image(self.files.paths[index], ycc=ycc)
 
     def size(self, index: int) -> tuple[int, int]:
         path = self.files.paths[index]
@@ -159,8 +159,8 @@ class TarOriginals:
             file.seek(member.offset)
             return io.BytesIO(file.read(member.bytes))
 
-    def read(self, index: int) -> Image.Image:
-        return decode(lambda: self._open(index))
+    def read(self, index: int, ycc: bool = False) -> Image.Image:
+        return decode(lambda: self._open(index), ycc=ycc)
 
     def size(self, index: int) -> tuple[int, int]:
         return decoded_size(lambda: self._open(index))
@@ -208,7 +208,7 @@ class ArrayOriginals:
     def name(self, index: int) -> str:
         return str(index)
 
-    def read(self, index: int) -> Image.Image:
+    def read(self, index: int, ycc: bool = False) -> Image.Image:
         return Image.fromarray(self.images[index])
 
     def size(self, index: int) -> tuple[int, int]:

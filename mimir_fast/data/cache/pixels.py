@@ -11,20 +11,29 @@ CHROMA = np.array([[-RED, -GREEN, 1 - BLUE], [1 - RED, -GREEN, -BLUE]], np.float
 
 
 def to_yuv420(image: Image.Image) -> np.ndarray:
-    """Row pairs `Y0 Y1 Cb Cr` of an RGB image, BT.601 full range: uint8 [P, 3 W'], 1.5 bytes a pixel.
+    """Row pairs `Y0 Y1 Cb Cr` of an image in RGB or YCbCr, BT.601 full range: uint8 [P, 3 W'], 1.5 bytes a pixel.
 
     Y0 and Y1 hold W' numbers each, Cb and Cr W'/2: means of squares of 2 by 2 pixels, centred as in JPEG.  Where a side is
     odd, its last row or column is there twice.  What crop_resize_yuv420 reads.
     """
-    luma = np.asarray(image.convert("L"))
-    height, width = luma.shape
-    if height % 2 or width % 2:
-        luma = np.pad(luma, ((0, height % 2), (0, width % 2)), mode="edge")
     # Squares that the edge cuts are averages of what is there: the same as of a last row or column repeated.
     half = image.reduce(2)
-    # Pillow rounds to the nearest level and clamps, in half the time of NumPy.
-    cb, cr = (np.asarray(half.convert("L", (*weights, GREY))) for weights in CHROMA.tolist())
-    return np.concatenate([luma[0::2], luma[1::2], cb, cr], axis=1)
+    if image.mode == "YCbCr":
+        luma, cb, cr = image.getchannel(0), half.getchannel(1), half.getchannel(2)
+    else:
+        # Pillow rounds to the nearest level and clamps, in half the time of NumPy.
+        luma, (cb, cr) = image.convert("L"), (half.convert("L", (*weights, GREY)) for weights in CHROMA.tolist())
+    height, width, even = image.height, image.width, image.width + image.width % 2
+    rows = np.empty((half.height, row_pair_bytes(width)), np.uint8)
+    pairs, numbers = rows[:, : 2 * even].reshape(-1, 2, even), np.asarray(luma)
+    pairs[:, 0, :width] = numbers[0::2]
+    pairs[: height // 2, 1, :width] = numbers[1::2]
+    if height % 2:
+        pairs[-1, 1] = pairs[-1, 0]
+    if width % 2:
+        pairs[:, :, width] = pairs[:, :, width - 1]
+    rows[:, 2 * even : 5 * even // 2], rows[:, 5 * even // 2 :] = np.asarray(cb), np.asarray(cr)
+    return rows
 
 
 def row_pair_bytes(width: int) -> int:
@@ -33,7 +42,7 @@ def row_pair_bytes(width: int) -> int:
 
 
 def to_pixels(image: Image.Image, pixels: str) -> np.ndarray:
-    """An RGB image as the rows of the format `pixels`, a word of PIXELS: uint8, two-dimensional."""
+    """An RGB image (for yuv420 a YCbCr one, too) as rows of the format `pixels`, a word of PIXELS: uint8, two-dimensional."""
     return to_yuv420(image) if pixels == "yuv420" else np.asarray(image).reshape(image.height, -1)
 
 

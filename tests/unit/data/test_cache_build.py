@@ -29,7 +29,6 @@ from mimir_fast.data.cache.index import read_index
 from mimir_fast.data.cache.originals import open_originals
 from mimir_fast.data.cache.pixels import reduced, to_image, to_pixels
 from mimir_fast.data.cache.plan import estimated_bytes
-from mimir_fast.data.datasets import read_images
 from mimir_fast.data.eval_stream import resized
 from tests.support.pictures import make_cache, picture, write_pictures
 
@@ -81,19 +80,19 @@ def stored(folder: Path, image: int) -> bytes:
 
 def test_every_image_is_there_as_training_names_it(pictures, cache):
     """Reduced, in row pairs, under the index of the folder's image; the next readable one stands for an unreadable one."""
-    source, manifest = read_images("imagefolder", pictures), read_manifest(cache)
+    source, manifest = open_originals(pictures, "train"), read_manifest(cache)
     index = read_index(cache, manifest)
     assert len(index) == len(source) == manifest.num_images == 22
     for image in range(22):
         shown = {5: 6, 21: 0}.get(image, image)
-        original = source.take(np.array([shown]), lambda whole: np.asarray(whole)).images[0]
-        small = reduced(Image.fromarray(original), 24)
+        original = source.read(shown, ycc=True)
+        small = reduced(original, 24)
         assert stored(cache, image) == to_pixels(small, "yuv420").tobytes()
         assert index.stored[image].tolist() == [small.height, small.width]
-        assert index.original[image].tolist() == list(original.shape[:2])
+        assert index.original[image].tolist() == [original.height, original.width]
         assert index.label[image] == source.labels[shown]
         assert index.crc[image] == zlib.crc32(stored(cache, image))
-        assert index.names().relative(image) == source.files.paths.relative(image)
+        assert index.names().relative(image) == source.name(image)
     assert index.stored[3].tolist() == [24, 480]
     assert index.stored[2].tolist() == [1, 1]
     assert manifest.left_out == [[5, "ant/005.jpg", "not an image"], [21, "bee/021.jpg", "not an image"]]

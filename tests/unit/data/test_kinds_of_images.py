@@ -14,7 +14,7 @@ from mimir_fast.data import DataError, build_pretrain_data, build_train_data, ev
 from mimir_fast.data.cache.originals import open_originals
 from mimir_fast.data.datasets import read_images
 from mimir_fast.data.fingerprints import content_fingerprint, names_fingerprint
-from mimir_fast.data.folders import class_folders
+from mimir_fast.data.folders import class_folders, read_image
 from mimir_fast.data.policies import Augment
 from mimir_fast.data.sources import FolderImages, decode_all
 from tests.unit.data.test_layouts import random_image, write_classes
@@ -76,6 +76,8 @@ KINDS = {
     "grey and alpha": (saved(Image.merge("LA", [Image.fromarray(GREY)] * 2), "a.png"), GREY),
     "CMYK": (saved(CMYK, "a.tif"), np.asarray(CMYK.convert("RGB"))),
     "EXIF orientation": (oriented, COLOUR),
+    "broken EXIF": (saved(Image.fromarray(COLOUR), "a.png", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\1\x12"), COLOUR),
+    "PNG named .JPEG": (saved(Image.fromarray(COLOUR), "a.JPEG", format="PNG"), COLOUR),
     "animated": (
         saved(FRAMES[0], "a.webp", save_all=True, append_images=FRAMES[1:], lossless=True),
         np.asarray(FRAMES[0].convert("RGB")),
@@ -264,3 +266,26 @@ def test_augmented_training_reads_them_too(tmp_path):
     stream = build_train_data("imagefolder", tmp_path, SIDE, 3, augment=Augment())
     images, labels = next(iter(stream.epoch(0)))
     assert (images[labels == 0] == 77).all()
+
+
+ODD = random_image(5, 48)[:47, :45]
+JPEGS = {
+    "luma and chroma": (Image.fromarray(ODD), {"quality": 95}, "YCbCr"),
+    "chroma at full resolution": (Image.fromarray(ODD), {"subsampling": 0}, "YCbCr"),
+    "red, green and blue": (Image.fromarray(ODD), {"keep_rgb": True}, "RGB"),
+    "grey": (Image.fromarray(ODD[..., 0]), {}, "RGB"),
+    "CMYK": (Image.fromarray(np.dstack([ODD, ODD[..., 0]]), "CMYK"), {}, "RGB"),
+}
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_luma_and_chroma_come_as_a_jpeg_file_holds_them(tmp_path, kind):
+    """For caches; from files that hold other colours, or a PNG, they come in RGB.  Planted: every JPEG file's taken so."""
+    image, options, mode = JPEGS[kind]
+    image.save(tmp_path / "a.jpg", **options)
+    path = str(tmp_path / "a.jpg")
+    rgb, other = read_image(path), read_image(path, ycc=True)
+    assert (rgb.mode, other.mode, other.size) == ("RGB", mode, rgb.size)
+    np.testing.assert_array_equal(rgb, Image.open(path).convert("RGB"))
+    # The two conversions round differently.
+    assert np.abs(np.asarray(other.convert("RGB"), int) - np.asarray(rgb)).max() <= 2
