@@ -3,6 +3,7 @@
 import pickle
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -21,7 +22,9 @@ def prepare(dataset: str, data_root: str, folder: Path, per_class: tuple[int, in
     target = folder / CIFAR["cifar10"][0]
     if dataset != "cifar10" or (target / "test_batch").exists():
         return
-    train, test = (select(read_images(dataset, data_root, s), n) for s, n in zip(("train", "val"), per_class))
+    # CIFAR-10 is always in memory.
+    splits = [cast(ArrayImages, read_images(dataset, data_root, split)) for split in ("train", "val")]
+    train, test = (select(images, count) for images, count in zip(splits, per_class))
     write(target / "batches.meta", {"label_names": train.classes})
     for number, rows in enumerate(np.array_split(np.arange(len(train)), 5), 1):
         write(target / f"data_batch_{number}", batch(train.select(rows)))

@@ -118,7 +118,12 @@ class Planner:
     def evaluation(self, tuned: Job, what: str, eps: float, flags: Flags, seconds: float) -> Job:
         """An evaluation of what a fine-tuning makes; flags: attacks and images."""
         folder = self.folder(tuned.arm, tuned.seed, what)
-        common = {"checkpoint": str(tuned.product), "data_root": str(self.root / "data"), "eps": eps, "alpha": eps / 4}
+        common: Flags = {
+            "checkpoint": str(tuned.product),
+            "data_root": str(self.root / "data"),
+            "eps": eps,
+            "alpha": eps / 4,
+        }
         line = words({**common, **flags, **MACHINE, "seed": tuned.seed, "output_dir": str(folder)})
         product, needs = folder / "results.json", (tuned.name,)
         return tuned._replace(what=what, verb="evaluate", words=line, product=product, needs=needs, seconds=seconds)
@@ -146,9 +151,8 @@ class Planner:
         flags: Flags = {"data_root": str(self.root / "data"), "num_images": self.study.analyzed, "split": "val"}
         line += words({**flags, "eps": self.recipe.eps, "device": "cpu", "seed": tuned.seed, "output_dir": str(folder)})
         seconds = COSTS.started + COSTS.analyzed * (1 + 2 * len(encoders))
-        changes = {"part": "analysis", "what": "analysis", "verb": "analyze", "words": line}
-        changes |= {"product": folder / "analysis.json", "needs": (tuned.name,), "seconds": seconds}
-        return tuned._replace(**changes)
+        product, needs = folder / "analysis.json", (tuned.name,)
+        return Job("analysis", arm.name, tuned.seed, "analysis", "analyze", line, product, needs, seconds)
 
     def search(self, candidates: list[Candidate]) -> Iterator[Job]:
         """Every candidate from scratch, judged by the held-out images."""
