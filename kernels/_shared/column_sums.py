@@ -43,11 +43,12 @@ def _add_partials_kernel(partials, first, second, third, G, D, ROWS: tl.constexp
 
 def add_partials(partials_KGD: Tensor, dtypes: tuple[torch.dtype, ...]) -> list[Tensor]:
     """Each of the K partials summed over the groups, [D] in its dtype; K is 1, 2 or 3."""
-    return _prepared(partials_KGD.shape, dtypes)(partials_KGD)[: len(dtypes)]
+    return prepared_sums(partials_KGD.shape, dtypes)(partials_KGD)[: len(dtypes)]
 
 
 @memoised
-def _prepared(shape: torch.Size, dtypes: tuple[torch.dtype, ...]) -> Prepared:
+def prepared_sums(shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> Prepared:
+    """The launch of `add_partials`; of its three results those past K are None."""
     K, G, D = shape
     results = [((D,), dtype) for dtype in dtypes] + [None] * (SUMS - K)
     grid = (triton.cdiv(D, TILE["COLUMNS"]), K)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mimir_fast.kernels._shared.column_sums import add_partials
+from mimir_fast.kernels._shared.column_sums import prepared_sums
 from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, Prepared, empty, memoised, nothing
 from mimir_fast.kernels._shared.patch_tile import tile_block, tile_rows
 from mimir_fast.kernels._shared.registration import register
@@ -206,16 +206,15 @@ def add_layer_norm_backward(
     delta_bias_dtype    None if delta_bias needs no gradient
     """
     images, of_delta_bias = 1 if keep_B is None else keep_B.shape[0], delta_bias_dtype is not None
-    launch = _prepared_backward(s.shape, s.dtype, images, delta_dtype, of_norm, of_delta_bias)
+    norm_dtype = weight_D.dtype if of_norm else None
+    launch, launch_sums = _prepared_backward(s.shape, s.dtype, images, delta_dtype, norm_dtype, delta_bias_dtype)
     tensors = _contiguous(ds), dn.contiguous(), s.contiguous(), statistics, weight_D.contiguous(), _contiguous(keep_B)
     dx, d_delta, partials_KGD = launch(*tensors)
-    of_bias = () if delta_bias_dtype is None else (delta_bias_dtype,)
-    dtypes = (weight_D.dtype, weight_D.dtype, *of_bias) if of_norm else of_bias
-    sums = add_partials(partials_KGD, dtypes) if dtypes else []
+    sums = launch_sums(partials_KGD) if launch_sums else []
     # What was not asked for is empty.
     d_delta = nothing(s) if d_delta is None else d_delta
     d_weight, d_bias = sums[:2] if of_norm else (nothing(weight_D), nothing(weight_D))
-    return dx, d_delta, d_weight, d_bias, sums[-1] if of_delta_bias else nothing(s)
+    return dx, d_delta, d_weight, d_bias, sums[2 * of_norm] if of_delta_bias else nothing(s)
 
 
 @memoised
@@ -224,16 +223,20 @@ def _prepared_backward(
     dtype: torch.dtype,
     images: int,
     delta_dtype: torch.dtype | None,
-    of_norm: bool,
-    of_delta_bias: bool,
-) -> Prepared:
-    D, rows, count = shape[-1], math.prod(shape[:-1]), 2 * of_norm + of_delta_bias
+    norm_dtype: torch.dtype | None,
+    delta_bias_dtype: torch.dtype | None,
+) -> tuple[Prepared, Prepared | None]:
+    """The kernel over the rows, and the sums of its partial sums, if there are any."""
+    of_norm, of_delta_bias = norm_dtype is not None, delta_bias_dtype is not None
+    dtypes = tuple(dtype for dtype in (norm_dtype, norm_dtype, delta_bias_dtype) if dtype is not None)
+    D, rows, count = shape[-1], math.prod(shape[:-1]), len(dtypes)
     programs = groups(rows, D, count > 0)
     of_delta = None if delta_dtype is None else (shape, delta_dtype)
     results = (shape, dtype), of_delta, ((count, programs, D), torch.float32)
     constants = {"D": D, "OF_NORM": of_norm, "OF_DELTA_BIAS": of_delta_bias}
     options = {"num_warps": _warps(D), "maxnreg": REGISTERS, **FUSED}
-    return Prepared(_add_norm_grad_kernel, (programs,), rows, rows // images, results=results, **constants, **options)
+    launch = Prepared(_add_norm_grad_kernel, (programs,), rows, rows // images, results=results, **constants, **options)
+    return launch, prepared_sums((count, programs, D), dtypes) if dtypes else None
 
 
 def _rows_of(x: Tensor) -> Tensor:

@@ -124,8 +124,10 @@ class Validator:
 
     def due(self, epoch: int) -> bool:
         """Whether anything is measured after an epoch."""
-        v = self.config.validation
-        return self._due(epoch, v.test_every) or self._due(epoch, v.val_every)
+        v, every = self.config.validation, [self.config.validation.test_every]
+        if self.attack is not None or self.choosing is not None:
+            every.append(v.val_every)
+        return any(self._due(epoch, epochs) for epochs in every)
 
     def _test_images(self, config: FinetuneConfig, world: World) -> EvalStream:
         try:
