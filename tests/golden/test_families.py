@@ -273,6 +273,18 @@ def test_convit_keeps_the_biases_of_its_encoder():
     assert model.head.out_features == CLASSES
 
 
+def test_the_eps_of_pretraining():
+    """A Swin classifier of the original's fine-tuning has 1e-5 in place of 1e-6."""
+    tensors, _ = recorded("swin_cls_forward")
+    model = recorded_classifier("swin").double()
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            assert module.eps == 1e-6
+            module.eps = 1e-5
+    assert largest(model(images("swin")[0].double()) - tensors["logits64_eps1e-5"]) < 1e-11
+    assert largest(tensors["logits64_eps1e-5"] - tensors["logits64"]) > 1e-6
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_of_the_classifier(family):
     truth, _ = recorded(f"{family}_cls_grads64")

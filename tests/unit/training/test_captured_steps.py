@@ -43,6 +43,8 @@ def tiny(monkeypatch):
         ("--accum_iter 2 --precision bf16", 2),
         # 6 micro-batches an epoch: an update and two that no update follows, which are the first to be captured
         ("--accum_iter 4 --epochs 6 --steps 2 --use_normalize", 2 + 3),
+        # its masks and windows come from the host
+        ("--model mae_swin_tiny --accum_iter 2 --precision bf16", 2),
     ],
 )
 def test_pretraining(data, tmp_path, extra, captures):
