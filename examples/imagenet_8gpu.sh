@@ -30,7 +30,7 @@ torchrun --nproc_per_node="$GPUS" -m mimir_fast.finetune --recipe imagenet_vit_b
     --held_out 5000 --val_attack pgd10 --val_every 5 --resume auto \
     --output_dir "$OUT/finetune" --log_dir "$OUT/finetune" $FINETUNE_FLAGS
 
-mimir-fast evaluate --checkpoint "$OUT/finetune/best.pth" --data_root "$DATA" --attacks "$ATTACKS" \
-    --eps 4 --alpha 1 --output_dir "$OUT/evaluate" $EVALUATE_FLAGS
+torchrun --nproc_per_node="$GPUS" -m mimir_fast.evaluate --checkpoint "$OUT/finetune/best.pth" --data_root "$DATA" \
+    --attacks "$ATTACKS" --eps 4 --alpha 1 --output_dir "$OUT/evaluate" $EVALUATE_FLAGS
 mimir-fast export --checkpoint "$OUT/finetune/best.pth" --output "$OUT/vit_b_robust.safetensors" --overwrite
 }

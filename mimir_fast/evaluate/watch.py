@@ -19,10 +19,19 @@ from mimir_fast.training.failures import described, lost_peer
 # Together less than a minute.
 BEAT, PATIENCE, GRACE = 3.0, 40.0, 10.0
 REASON = "evaluation: why it ends"
+GO_ON = "; finished batches are saved, the same command goes on"
 
 
 class PeerError(ConnectionError):
     """Another process of the evaluation ended; one line that says which and why."""
+
+
+def _in_words(error: BaseException) -> str:
+    """An error in one line: our own errors as they are, others with their type."""
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped by Ctrl-C"
+    said = isinstance(error, (ValueError, OSError))
+    return (str(error) if said else f"{type(error).__name__} {error}").partition("\n")[0]
 
 
 class Watch:
@@ -52,10 +61,9 @@ class Watch:
             # The other one is gone already; if it ended by itself it said why before.
             reason = self._reason() or "another process ended without a word"
         if reason:
-            return PeerError(f"{reason}; finished batches are saved, the same command goes on")
+            return PeerError(reason + GO_ON)
         self.stop()
-        said = isinstance(error, (ValueError, OSError))
-        self._tell(described(error) or (str(error) if said else f"{type(error).__name__} {error}").partition("\n")[0])
+        self._tell(described(error) or _in_words(error))
         return error
 
     def stop(self) -> None:
@@ -82,7 +90,7 @@ class Watch:
                 # As Ctrl-C does: at the next line of Python.
                 _thread.interrupt_main()
                 if not self._ended.wait(GRACE):
-                    print(f"error: {self.lost}", file=sys.stderr, flush=True)
+                    print(f"error: {self.lost}{GO_ON}", file=sys.stderr, flush=True)
                     os._exit(1)
                 return
 
@@ -99,13 +107,13 @@ class Watch:
                 if count != beats[rank]:
                     beats[rank], seen[rank] = count, now
                 elif now - seen[rank] > PATIENCE:
-                    return f"process {rank} of {self.size} ended without a word or hangs; was it killed?"
+                    return f"process {rank} of {self.size} ended without a word or hangs (was it killed?)"
         except dist.DistError:
-            return f"process 0 of {self.size} ended without a word; was it killed?"
+            return f"process 0 of {self.size} ended without a word (was it killed?)"
         return ""
 
     def _reason(self) -> str:
         """What the first process that ended by an error said; empty if none did."""
         with contextlib.suppress(dist.DistError):
             return self._store.get(REASON).decode() if self._store.check([REASON]) else ""
-        return f"process 0 of {self.size} ended without a word; was it killed?"
+        return f"process 0 of {self.size} ended without a word (was it killed?)"

@@ -227,7 +227,7 @@ def test_a_process_that_is_killed_is_missed(watches, monkeypatch):
     watches[1].stop()
     interrupted()
     watches[0]._thread.join(PATIENCE)
-    assert watches[0].lost == "process 1 of 2 ended without a word or hangs; was it killed?"
+    assert watches[0].lost == "process 1 of 2 ended without a word or hangs (was it killed?)"
     assert left == [1]
 
 
