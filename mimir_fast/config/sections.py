@@ -39,7 +39,7 @@ class DataConfig:
     num_workers: int = flag(32, "data-loading processes per GPU; 0 loads in the main process", "processes")
     stage: str = flag(
         "",
-        "folder on a local disk to copy the cache of the training images to first, once per machine",
+        "folder on a local disk to copy caches of training and validation images to first, once per machine",
         new=True,
         path=True,
     )

@@ -6,6 +6,7 @@ from functools import partial
 from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.config.resolve import Run
 from mimir_fast.data import DataError, EvalStream, eval_batches
+from mimir_fast.data.cache.staging import staged_if_cached
 from mimir_fast.models import Classifier
 from mimir_fast.training.distributed import World
 from mimir_fast.training.finetune_step import FP16_ATTACK_SCALE, ClassifierAttackFunctions
@@ -40,7 +41,7 @@ def build_eval_data(config: FinetuneConfig, world: World, split: str, image_list
     d = config.data
     return eval_batches(
         d.dataset,
-        d.data_root,
+        staged_if_cached(d.data_root, d.stage, "train" if split == "held_out" else split),
         config.model.input_size,
         config.optim.batch_size,
         split=split,

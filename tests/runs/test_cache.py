@@ -11,7 +11,9 @@ import sys
 import pytest
 
 from mimir_fast.cli.evaluate import main as evaluate
+from mimir_fast.data import datasets
 from mimir_fast.data.cache.format import Options, read_manifest
+from mimir_fast.data.cache.shards import open_cache
 from mimir_fast.data.cache.staging import staged
 from tests.support import finetune_runs
 from tests.support.pictures import make_cache
@@ -86,8 +88,14 @@ def test_a_disk_that_fails_twice_ends_the_run_with_its_last_checkpoint(data, tmp
 
 
 def test_fine_tuning_and_evaluation(files, data, tmp_path, monkeypatch):
+    """Staged: both caches are read from the copy.  Planted: validation reads data_root."""
     finetune_runs.tiny_models(monkeypatch.setitem)
-    assert finetune_runs.finetune(data, tmp_path / "out", "--val_attack fgsm --num_workers 2") == 0
+    read = []
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "open_cache", lambda folder: read.append(folder) or open_cache(folder))
+        words = f"--val_attack fgsm --num_workers 2 --stage {tmp_path / 'disk'}"
+        assert finetune_runs.finetune(data, tmp_path / "out", words) == 0
+    assert read == [tmp_path / "disk" / "train", tmp_path / "disk" / "val"]
     assert len(lines(tmp_path / "out" / "log.txt")) == 2
     words = ["--checkpoint", str(tmp_path / "out" / "checkpoint-1.pth"), "--attacks", "clean,fgsm", "--device", "cpu"]
     for root in (files, data):

@@ -40,6 +40,16 @@ def staged(data_root: str | Path, stage: Path, split: str) -> Path:
     return stage
 
 
+def staged_if_cached(data_root: str | Path, stage: str, split: str) -> str | Path:
+    """The data_root of a split's images: `stage` once their cache is copied there, data_root if it has none of them.
+
+    stage   see `staged`; empty: nothing is copied
+    """
+    if not stage or find_cache(Path(data_root).expanduser(), split) is None:
+        return data_root
+    return staged(data_root, Path(stage).expanduser(), split)
+
+
 def free_bytes(folder: Path) -> int:
     """Free space where a folder is, or will be."""
     while not folder.exists():

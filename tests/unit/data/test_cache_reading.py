@@ -400,6 +400,8 @@ def test_staging_copies_once(caches, tmp_path, monkeypatch):
         stream(caches["rgb"], stage=tmp_path / "disk")
     with pytest.raises(DataError, match=r"stage: .* is no cache"):
         staged(tmp_path, tmp_path / "disk", "train")
+    # Validation images in files beside the cache of the training images stay where they are.
+    assert staging.staged_if_cached(caches["rgb"], str(tmp_path / "disk"), "val") == caches["rgb"]
 
 
 def test_staging_after_a_stop_and_from_a_damaged_cache(copied, tmp_path):
