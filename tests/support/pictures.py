@@ -6,7 +6,8 @@ import numpy as np
 from PIL import Image
 
 from mimir_fast.data.cache.build import build_cache
-from mimir_fast.data.cache.format import Manifest, Options
+from mimir_fast.data.cache.format import Manifest, Options, read_manifest, shard_name
+from mimir_fast.data.cache.index import read_index
 from mimir_fast.data.cache.originals import open_originals
 
 
@@ -31,3 +32,11 @@ def write_pictures(root: Path, count: int = 22, split: str = "train", unreadable
 def make_cache(source: Path, dst: Path, options: Options, workers: int = 1, show=lambda done, total: None) -> Manifest:
     """Build the cache of a folder."""
     return build_cache(open_originals(source, options.split), Path(dst), options, workers, show)
+
+
+def stored(folder: Path, image: int) -> bytes:
+    """The bytes of one image."""
+    manifest = read_manifest(folder)
+    index = read_index(folder, manifest)
+    start, count = int(index.offset[image]), int(index.bytes(manifest.options.pixels)[image])
+    return (folder / shard_name(int(index.shard[image]))).read_bytes()[start : start + count]

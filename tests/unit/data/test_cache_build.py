@@ -2,17 +2,14 @@
 
 import errno
 import filecmp
-import io
 import json
 import os
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +21,12 @@ from mimir_fast.checkpoints.lock import locked
 from mimir_fast.cli.cache import main
 from mimir_fast.data import DataError
 from mimir_fast.data.cache import build, encoding, plan
-from mimir_fast.data.cache.format import Options, read_manifest, shard_name, write_manifest
+from mimir_fast.data.cache.format import Options, read_manifest
 from mimir_fast.data.cache.index import read_index
 from mimir_fast.data.cache.originals import open_originals
 from mimir_fast.data.cache.pixels import reduced, to_image, to_pixels
 from mimir_fast.data.cache.plan import estimated_bytes
-from mimir_fast.data.eval_stream import resized
-from tests.support.pictures import make_cache, picture, write_pictures
+from tests.support.pictures import make_cache, picture, stored, write_pictures
 
 SMALL = Options("train", "yuv420", 24, 0, 8)
 
@@ -68,14 +64,6 @@ def cache(pictures, tmp_path_factory):
         dst = tmp_path_factory.mktemp("cache")
         make(pictures, dst)
     return dst / "train"
-
-
-def stored(folder: Path, image: int) -> bytes:
-    """The bytes of one image."""
-    manifest = read_manifest(folder)
-    index = read_index(folder, manifest)
-    start, count = int(index.offset[image]), int(index.bytes(manifest.options.pixels)[image])
-    return (folder / shard_name(int(index.shard[image]))).read_bytes()[start : start + count]
 
 
 def test_every_image_is_there_as_training_names_it(pictures, cache):
@@ -287,62 +275,6 @@ def test_an_image_of_too_many_pixels_is_left_out(tmp_path):
     assert "DecompressionBombError" in reason
 
 
-def test_rgb_as_it_is(pictures, tmp_path):
-    make(pictures, tmp_path, Options("train", "rgb", 0, 0, 100))
-    for image in (0, 3, 20):
-        whole = open_originals(pictures, "train").read(image)
-        assert stored(tmp_path / "train", image) == np.asarray(whole).tobytes()
-
-
-def test_val_is_what_evaluation_resizes(tmp_path):
-    (tmp_path / "val" / "ant").mkdir(parents=True)
-    picture(0, 50, 70).save(tmp_path / "val" / "ant" / "0.png")
-    make(tmp_path, tmp_path / "dst", Options("val", "rgb", 0, 28, 100))
-    expected = resized(picture(0, 50, 70), 28)
-    assert expected.size == (44, 32)
-    assert stored(tmp_path / "dst" / "val", 0) == np.asarray(expected).tobytes()
-
-
-def write_tar(path: Path, first: int, count: int, **without) -> None:
-    with tarfile.open(path, "w") as tar:
-        for number in range(first, first + count):
-            buffer = io.BytesIO()
-            picture(number, 20, 30).save(buffer, "PNG")
-            files = {"png": buffer.getvalue(), "cls": str(number % 3).encode(), "json": b"{}"}
-            for ending, content in files.items():
-                if ending not in without:
-                    info = tarfile.TarInfo(f"a/{number:03d}.{ending}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
-
-
-def test_tar_files(tmp_path):
-    write_tar(tmp_path / "b.tar", 5, 4)
-    write_tar(tmp_path / "a.tar", 0, 5)
-    manifest = make(tmp_path, tmp_path / "dst")
-    index = read_index(tmp_path / "dst" / "train", manifest)
-    assert index.label.tolist() == [number % 3 for number in range(9)]
-    assert index.names().relative(6) == "b.tar/a/006.png"
-    assert manifest.classes == ["0", "1", "2"]
-    for image in (0, 8):
-        expected = to_pixels(picture(image, 20, 30), "yuv420").tobytes()
-        assert stored(tmp_path / "dst" / "train", image) == expected
-    write_tar(tmp_path / "b.tar", 5, 4, cls=None)
-    with pytest.raises(DataError, match=r"b.tar: a/005.png has no class number"):
-        open_originals(tmp_path, "train")
-    (tmp_path / "b.tar").write_bytes(b"x" * 2000)
-    with pytest.raises(DataError, match=r"b.tar: not an uncompressed tar"):
-        open_originals(tmp_path, "train")
-
-
-def test_npz(tmp_path):
-    images = np.stack([np.asarray(picture(number, 20, 30)) for number in range(5)])
-    np.savez(tmp_path / "images.npz", image=images, label=np.array([2, 0, 1, 1, 0]))
-    manifest = make(tmp_path / "images.npz", tmp_path / "dst", Options("train", "rgb", 0, 0, 2))
-    assert read_index(tmp_path / "dst" / "train", manifest).label.tolist() == [2, 0, 1, 1, 0]
-    assert stored(tmp_path / "dst" / "train", 3) == images[3].tobytes()
-
-
 def test_the_verb(pictures, cache, tmp_path, capsys):
     words = [str(pictures), str(tmp_path), *"--size 24 --shard_images 8 --workers 2".split()]
     # In a thread, which may not ask for signals; planted: cache's main asks for SIGTERM wherever it runs.
@@ -363,56 +295,6 @@ def test_the_verb(pictures, cache, tmp_path, capsys):
         assert f"error: {named}: " in capsys.readouterr().err
     assert main([str(tmp_path)]) == 2
     assert "dst: none" in capsys.readouterr().err
-
-
-def flip(path: Path, at: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[at] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("damaged", ["shard-00001.bin", "index-label.npy", "manifest.json"])
-def test_a_flipped_bit_is_found(pictures, cache, tmp_path, capsys, damaged):
-    make(pictures, tmp_path)
-    index = read_index(cache, read_manifest(cache))
-    flip(
-        tmp_path / "train" / damaged,
-        int(index.offset[10]) + 5 if "shard" in damaged else 700 if "man" in damaged else -1,
-    )
-    assert main([str(tmp_path), "--verify"]) == 1
-    error = capsys.readouterr().err
-    assert damaged in error
-    assert "damaged" in error
-    assert "image 10 (ant/010.jpg)" in error or "shard" not in damaged
-    assert error.count("\n") == 1
-
-
-def test_a_short_or_missing_shard_is_found(pictures, tmp_path, capsys):
-    make(pictures, tmp_path)
-    path = tmp_path / "train" / shard_name(2)
-    os.truncate(path, path.stat().st_size - 1)
-    assert main([str(tmp_path), "--verify"]) == 1
-    assert f"{path}: " in capsys.readouterr().err
-    path.unlink()
-    assert main([str(tmp_path), "--verify"]) == 1
-    assert f"{path}: cannot be read" in capsys.readouterr().err
-
-
-def test_a_newer_format_is_refused(pictures, tmp_path):
-    make(pictures, tmp_path)
-    path = tmp_path / "train" / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2, "news": []}))
-    with pytest.raises(DataError, match=r"manifest.json: a cache of format 2.*update"):
-        read_manifest(tmp_path / "train")
-
-
-def test_a_manifest_that_names_other_files_is_refused(pictures, tmp_path):
-    """Even with a checksum that fits: copying a cache removes what its manifest names."""
-    make(pictures, tmp_path)
-    manifest = read_manifest(tmp_path / "train")
-    write_manifest(tmp_path / "train", replace(manifest, files=manifest.files | {"../../precious": [1, 2]}))
-    with pytest.raises(DataError, match="names files that are none of a cache"):
-        read_manifest(tmp_path / "train")
 
 
 SLOWLY = """
