@@ -77,8 +77,10 @@ def _inner(value: Any) -> dict[str, Tensor]:
 
 
 def _counts(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor is a counter: no parameter is a single integer."""
+    """Whether a tensor is a counter: no parameter is a single integer, and no buffer but batch normalisation's."""
     last = name.rsplit(".", 1)[-1]
+    if last == "num_batches_tracked":
+        return False
     return tensor.dim() == 0 and (last in COUNTERS or not (tensor.is_floating_point() or tensor.is_complex()))
 
 

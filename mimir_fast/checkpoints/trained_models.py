@@ -232,6 +232,8 @@ def _filled(
     model: Classifier | MaskedAutoencoder, contents: Contents, args: dict, overrides: dict, device: str | torch.device
 ) -> Trained:
     load_all(model, contents.tensors, f"checkpoint: {contents.source} is no {args['model']}")
+    # Where neither args nor tensors say it, as of positions that are computed.
+    args.setdefault("input_size", model.img_size)
     # Frozen: attacks differentiate it in its input alone.
     model = model.float().to(device).eval().requires_grad_(False)
     notes = tuple(assumed(contents, overrides))

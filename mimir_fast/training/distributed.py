@@ -7,7 +7,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mimir_fast.config.sections import DistConfig
 
@@ -156,6 +157,17 @@ def average_gradients(compress: bool, bucket: dist.GradBucket) -> torch.futures.
     gradients = bucket.buffer()
     words = (gradients.bfloat16() if compress else gradients.float()) / dist.get_world_size()
     return dist.all_reduce(words, async_op=True).get_future().then(lambda sums: gradients.copy_(sums.value()[0]))
+
+
+def replicated(module: nn.Module, world: World, compress: bool, static: bool) -> DistributedDataParallel:
+    """DDP with `average_gradients`; static: the same parameters get gradients in every pass, and none are held back."""
+    devices = [world.device] if world.device.type == "cuda" else None
+    # Buffers are no gradients' business: those that training changes are averaged at every update (running_statistics.py).
+    replica = DistributedDataParallel(
+        module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=static
+    )
+    replica.register_comm_hook(compress, average_gradients)
+    return replica
 
 
 class GradientBuffer:

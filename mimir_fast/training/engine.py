@@ -20,11 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 from mimir_fast.attacks.pgd_mae import frozen_twin
 from mimir_fast.training.captured_steps import CapturedSteps
 from mimir_fast.training.compilation import ON_CPU, Compiler, mode_inside
-from mimir_fast.training.distributed import GradientBuffer, World, average_gradients
+from mimir_fast.training.distributed import GradientBuffer, World, replicated
 from mimir_fast.training.meters import Meters
 from mimir_fast.training.optimizer import Updater, peak_learning_rate
 from mimir_fast.training.parameter_ema import ParameterEMA
 from mimir_fast.training.precision import ComputeCopy
+from mimir_fast.training.running_statistics import SharedStatistics
 from mimir_fast.training.seeds import step_seed
 from mimir_fast.training.stages import stage
 from mimir_fast.training.step_graph import CudaRecorder, Recorder, outside
@@ -78,6 +79,7 @@ class Engine:
         self.meters = Meters(task, self.updater, task.run.config.run.log_every)
         self.updating = False
         world.share(task.model.parameters())
+        self.statistics = SharedStatistics(task.model, world)
         self.average = self._start_average(average)
         model = self._compute_model()
         self.attacked = frozen_twin(model).eval()
@@ -112,8 +114,8 @@ class Engine:
             return output
 
         inputs = [images, labels, *([] if draws is None else [draws])]
-        place = (first, number is not None)
-        output = self.captured.run(inputs, self.task.form, *place, partial(self._seed, epoch, step), work)
+        seed = partial(self._seed, epoch, step)
+        output = self.captured.run(inputs, self.task.form, first, number is not None, seed, work)
         self.updating = False
         return output
 
@@ -147,9 +149,8 @@ class Engine:
 
     def forward_backward(self, batch: Any, noise: Any, last: bool = True) -> Output:
         """Attack, forward and backward pass: the rest of a micro-step, which is work on the device alone."""
-        device = self.world.device.type
         with self._gradients_held() if not last else nullcontext():
-            with torch.autocast(device, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            with torch.autocast(self.world.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
                 output = self.task.step(self.objective, self.attacked, self.functions, batch, noise)
             self.updater.backward(output.loss, self.accum_iter)
         return output
@@ -163,6 +164,8 @@ class Engine:
         if self.buffer:
             self.buffer.gather()
             outside(self.buffer.average, in_place=True)
+        if not self.statistics.empty:
+            outside(self.statistics.average, in_place=True)
         norm = self.updater.update()
         if self.average:
             self.average.update(number)
@@ -237,14 +240,8 @@ class Engine:
             dtypes = (self.dtype, torch.bfloat16 if compress else torch.float32)
             self.shards = Shards(objective, self.attacked, self.average, self.updater, self.world, *dtypes)
             return objective
-        devices = [self.world.device] if self.world.device.type == "cuda" else None
         # A static graph forbids holding gradients back.
-        static = self.accum_iter == 1 or self.updater.compute is not None
-        replicated = DistributedDataParallel(
-            objective, device_ids=devices, gradient_as_bucket_view=True, static_graph=static
-        )
-        replicated.register_comm_hook(compress, average_gradients)
-        return replicated
+        return replicated(objective, self.world, compress, self.accum_iter == 1 or self.updater.compute is not None)
 
     def _gradients_held(self) -> AbstractContextManager:
         """Context in which gradients are not averaged over processes."""

@@ -5,12 +5,16 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from mimir_fast.training.running_statistics import running_statistics
+
 
 class ParameterEMA:
     """average <- d * average + (1 - d) * parameters, after every optimizer update.
 
-    module       a frozen copy of the model that holds the average, for validation and checkpoints; it shares buffers
+    module       a frozen copy of the model that holds the average, for validation and checkpoints
     decay        d, but at most (1 + n) / (10 + n) at update n, so that short runs forget their initialisation
+    Running statistics of batch normalisation are averaged like parameters, which they describe; all other buffers, integers
+    among them, are the model's own: an average would corrupt them.
     Make it after the processes agreed on the parameters.  Raises ValueError unless 0 <= decay < 1.
     """
 
@@ -19,9 +23,12 @@ class ParameterEMA:
             raise ValueError(f"model_ema_decay: expected 0 <= decay < 1, got {decay}")
         self.decay = decay
         own = {id(p): nn.Parameter(p.detach().clone(), requires_grad=False) for p in model.parameters()}
-        self.module = copy.deepcopy(model, memo=own | {id(b): b for b in model.buffers()}).eval()
+        statistics = running_statistics(model)
+        shared = {id(b): b for b in model.buffers()} | {id(b): b.clone() for b in statistics}
+        self.module = copy.deepcopy(model, memo=own | shared).eval()
         self.averages: list[Tensor] = list(self.module.parameters())
         self.parameters: list[Tensor] = list(model.parameters())
+        self.statistics = (running_statistics(self.module), statistics)
         # 1 - d of the next update.
         self._share = torch.zeros((), device=self.parameters[0].device)
         self._placed = 0
@@ -37,7 +44,9 @@ class ParameterEMA:
     def update(self, number: int) -> None:
         """Follow the model after its update `number`, counted from 1 over the whole run."""
         self.place(number)
-        torch._foreach_lerp_(self.averages, self.parameters, [self._share] * len(self.averages))
+        for averages, followed in ((self.averages, self.parameters), self.statistics):
+            if averages:
+                torch._foreach_lerp_(averages, followed, [self._share] * len(averages))
 
     def state_dict(self) -> dict:
         """The state dict of the averaged model."""

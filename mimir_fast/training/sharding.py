@@ -51,8 +51,9 @@ class Shards:
         self.model, self.optimizer = objective.get_submodule("model"), updater.optimizer
         whole = list(self.model.parameters())
         mesh = init_device_mesh(world.device.type, (world.size,))
-        for block in blocks_of(twin):
-            block.to(dtype)
+        # Parameters alone: buffers are the model's own, whose running statistics the twin follows.
+        for p in (p for block in blocks_of(twin) for p in block.parameters()):
+            p.data = p.data.to(dtype)
         policy = MixedPrecisionPolicy(dtype, reduce_dtype, cast_forward_inputs=False)
         self.followers = {model: Gathered(model) for model in (twin, *([average.module] if average else []))}
         for root, model in ((objective, self.model), *((root, model) for model, root in self.followers.items())):
@@ -136,8 +137,8 @@ def shard(root: nn.Module, model: nn.Module, mesh: DeviceMesh, policy: MixedPrec
 
 
 def gathered_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a sharded model, whole on every process."""
-    return {name: p.full_tensor() for name, p in model.state_dict().items()}
+    """The state dict of a sharded model, whole on every process; buffers are not sharded."""
+    return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in model.state_dict().items()}
 
 
 def _whole(value: Tensor, like: DTensor) -> Tensor:
