@@ -123,8 +123,7 @@ class Engine:
         """Prepare, attack, forward and backward pass, uncaptured: adds the gradients of one micro-batch.
 
         images, labels   [B,3,H,W], uint8 or fp32 in [0,1], and int64 [B], on the device
-        epoch, step         its position, which decides its random numbers
-        last                whether an update follows
+        epoch, step      its position, which decides its random numbers; last: whether an update follows
         """
         return self.forward_backward(*self.prepare(images, labels, epoch, step), last)
 

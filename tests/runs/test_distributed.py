@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from mimir_fast.config.pretraining import DistConfig, PretrainConfig
+from mimir_fast.models import create_model
 from mimir_fast.objectives.reconstruction import ReconstructionObjective
 from mimir_fast.training.distributed import World, find_rank, join_world
 from mimir_fast.training.engine import Engine
@@ -142,6 +143,37 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
             torch.testing.assert_close(
                 torch.stack([ours["mi"], theirs["mi"]]), expected["mi"].expand(2), rtol=2e-6, atol=0
             )
+
+
+def statistics_worker(rank: int, port: int, parallel: str, folder: str) -> None:
+    """A micro-step and an update of a model whose normalisation has running statistics."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 16, "depth": 2, "num_heads": 4, "cls_attn_layers": 1, "decoder_num_heads": 4}
+    model = create_model("xcit", img_size=32, patch_size=8, **sizes)
+    world = World(rank, 2, rank, CPU, dist.group.WORLD)
+    engine = Engine(mae_task(model, ATTACK, world, parallel=parallel), world)
+    noise = draw_noise(torch.Generator().manual_seed(rank), 4, 16, ATTACK)
+    engine.forward_backward(golden_images()[0][4 * rank : 4 * rank + 4], noise)
+    own = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    engine.update()
+    torch.save({"own": own, "model": engine.states()["model"]}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_running_statistics_are_the_mean_of_the_processes(tmp_path, parallel):
+    """Planted: those of each process's own batches."""
+    two_processes(statistics_worker, free_port(), parallel, str(tmp_path))
+    ours, theirs = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(ours["model"][name], theirs["model"][name]) for name in ours["model"])
+    running = [name for name in ours["own"] if ".running_" in name]
+    assert len(running) == 2 * (3 + 2 + 2)
+    for name in running:
+        assert not torch.equal(ours["own"][name], theirs["own"][name])
+        torch.testing.assert_close(ours["model"][name], (ours["own"][name] + theirs["own"][name]) / 2)
 
 
 def computation_worker(rank: int, port: int, compression: str, folder: str) -> None:

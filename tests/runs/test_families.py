@@ -1,4 +1,4 @@
-"""ConViT, CaiT and Swin from pre-training to evaluation, interrupted once on the way."""
+"""ConViT, CaiT, Swin and XCiT from pre-training to evaluation, interrupted once on the way."""
 
 import json
 
@@ -26,7 +26,10 @@ SMALL = {
     "convit_ti": {"embed_dim": 6, "depth": 3, "num_heads": 4, "local_up_to_layer": 2},
     "cait_xxs24": {"embed_dim": 24, "depth": 2, "num_heads": 4, "init_values": 0.1},
     "swin_tiny": {"embed_dim": 8, "depths": (2, 1), "num_heads": (1, 2), "window_size": 3, "patch_size": 2},
+    "xcit_small": {"embed_dim": 16, "depth": 2, "num_heads": 2, "cls_attn_layers": 1, "decoder_num_heads": 2},
 }
+# Patches of 8 pixels are the smallest that its stem makes.
+PATCHES = {"xcit_small": ("--patch_size", "8")}
 
 
 @pytest.fixture(autouse=True)
@@ -39,11 +42,18 @@ def small_models(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "compat"),
-    [("convit_ti", "none"), ("convit_ti", "original"), ("cait_xxs24", "none"), ("swin_tiny", "none")],
+    [
+        ("convit_ti", "none"),
+        ("convit_ti", "original"),
+        ("cait_xxs24", "none"),
+        ("swin_tiny", "none"),
+        ("xcit_small", "original"),
+    ],
 )
 def test_from_pretraining_to_evaluation(tmp_path, name, compat, capsys):
     data = make_data(tmp_path / "data", test_images=44)
-    side = ("--input_size", "16", "--compat", compat)
+    patches = PATCHES.get(name, ())
+    side = ("--input_size", "16", "--compat", compat, *patches)
     attacked = f"--model mae_{name} --attack pgd_mae --steps 2 --mi_train hsic --mi_xpl 1e-3".split()
     for out, stop in (("whole", ()), ("halves", ("--max_steps", "1")), ("halves", ("--resume", "auto"))):
         assert pretrain.main(words(data, tmp_path / out, *side, *attacked, *stop)) == 0
@@ -60,7 +70,7 @@ def test_from_pretraining_to_evaluation(tmp_path, name, compat, capsys):
     attacked = (
         f"--model {name} --attack_train pgd --steps 1 --layer_decay 0.5 --aa noaug --reprob 0 --drop_path 0.1".split()
     )
-    start = ("--finetune", str(checkpoint), "--model_ema", "--input_size", "24", "--compat", compat)
+    start = ("--finetune", str(checkpoint), "--model_ema", "--input_size", "24", "--compat", compat, *patches)
     for out, stop in (("tuned", ()), ("parts", ("--max_steps", "1")), ("parts", ("--resume", "auto"))):
         assert finetune.main(words(data, tmp_path / out, *start, *attacked, *stop)) == 0
     trained = tmp_path / "tuned" / "checkpoint-0.pth"

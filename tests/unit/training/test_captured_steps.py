@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from mimir_fast.models.families.xcit import XCIT
 from mimir_fast.training.distributed import World
 from mimir_fast.training.loop import Loop
 from mimir_fast.training.stages import listening
@@ -55,6 +56,21 @@ def test_pretraining(data, tmp_path, extra, captures):
     assert tape.begun == captures
     assert tape.launched > 0
     assert loop.engine.captured.reason == ""
+
+
+@pytest.mark.parametrize("task", ["pretrain", "finetune"])
+def test_running_statistics(request, tmp_path, monkeypatch, task):
+    """A captured step moves them too: once in every micro-step, and the average follows."""
+    monkeypatch.setitem(XCIT.sizes, "xcit_small", {"embed_dim": 16, "depth": 1, "num_heads": 4, "cls_attn_layers": 1})
+    words = {"pretrain": "--model mae_xcit_small --accum_iter 2", "finetune": "--model xcit_small --model_ema"}
+    extra, tape = f"{words[task]} --patch_size 8 --epochs 2 --warmup_epochs 0", Tape()
+    images = request.getfixturevalue("data" if task == "pretrain" else "test_data")
+    loop = train(task, images, tmp_path / "graph", extra, tape)
+    train(task, images, tmp_path / "eager", extra)
+    assert tape.launched > 0
+    assert same(tmp_path / "graph", tmp_path / "eager")
+    state = loop.task.model.state_dict()
+    assert {int(state[name]) for name in state if name.endswith("num_batches_tracked")} == {2 * 6}
 
 
 @pytest.mark.parametrize(
