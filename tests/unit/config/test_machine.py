@@ -36,11 +36,15 @@ def test_a_users_cache_folder_stays(without_folders):
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
 
 
-@pytest.mark.parametrize("home", ["a file", "none"])
+@pytest.mark.parametrize("home", ["a file", "none", "another user's cache"])
 def test_without_a_home_folder_the_temporary_one_serves_and_it_is_said(without_folders, tmp_path, home):
-    """Planted: Path.home() at import, or mkdir without a way out."""
+    """Planted: Path.home() at import, mkdir without a way out, a folder taken because it is there."""
     (tmp_path / "a file").write_text("")
-    without_folders.setenv("HOME", str(tmp_path / "a file"))
+    without_folders.setenv("HOME", str(tmp_path / home))
+    if home == "another user's cache":
+        # Nothing is refused to whoever may be root here.
+        allowed = os.access
+        without_folders.setattr(os, "access", lambda path, mode: ".cache" not in str(path) and allowed(path, mode))
     if home == "none":
         without_folders.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     without_folders.setattr(machine.tempfile, "gettempdir", lambda: str(tmp_path))
