@@ -24,6 +24,8 @@ ENTRIES = {
     "Several processes and machines": (
         "another process of this run ended or does not answer",
         "the processes found different checkpoints",
+        "the processes read different parameters",
+        "ended without a word",
     ),
 }
 

@@ -37,12 +37,11 @@ def evaluate(config: EvaluateConfig, explicit: set[str] | None = None, team: Tea
     # The first one downloads it, where it is a URL, for all of its machine.
     with team.first():
         trained = load_classifier(config.model.checkpoint, overrides=overrides, device=device)
-    a, run, place = config.attack, config.run, folder(config)
-    eps = a.eps or training_eps(trained) or USUAL_EPS
-    alpha = eps / 4 if a.alpha is None else a.alpha
+    eps, alpha = radius_and_step(config, trained)
     cut = ", images as they are" if config.data.eval_resize == "none" else ""
     line = f"{trained.source}: {trained.args['model']}, eps {eps:g}/255, alpha {alpha:g}/255, on {device}{team.words()}{cut}"
     team.say(*config.notes(explicit), *trained.notes, line)
+    a, run, place = config.attack, config.run, folder(config)
     attacks = parse_attacks(a.attacks, eps, alpha, a.restarts, a.mi_weight, a.eps_l2, a.alpha_l2)
     sizes = Sizes(run.batch_size, run.aa_batch)
     data = run_evaluation(
@@ -62,6 +61,12 @@ def evaluate(config: EvaluateConfig, explicit: set[str] | None = None, team: Tea
         keys = [key_of(settings_of(attack, sizes, run.seed)) for attack in attacks]
         team.say(*write_submissions(data, trained, keys, place, beside(config.model.checkpoint, "eval").name))
     return data
+
+
+def radius_and_step(config: EvaluateConfig, trained: Trained) -> tuple[float, float]:
+    """eps and alpha in 1/255: those of the flags, else the radius of the training and a quarter of it."""
+    eps = config.attack.eps or training_eps(trained) or USUAL_EPS
+    return eps, eps / 4 if config.attack.alpha is None else config.attack.alpha
 
 
 def overrides_of(model: str | None, use_normalize: bool | None, dataset: str | None) -> dict:
