@@ -166,7 +166,7 @@ def test_summary():
     [
         ("step --batch_size 0", "no CUDA device" if not torch.cuda.is_available() else "batch_size"),
         ("compile --batch_size 1", "python -m bench compile: error: --batch_size: not a flag of compile"),
-        ("steps", "usage: python -m bench {kernels,step,compile,train,profile,capture,gpu}"),
+        ("steps", "usage: python -m bench {kernels,step,compile,train,data,profile,capture,gpu}"),
     ],
 )
 def test_wrong_arguments(words, complaint, capsys):

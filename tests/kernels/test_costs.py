@@ -40,6 +40,8 @@ CASES = {
     # the buffer once, of each image offset, size, box and flip
     **dict.fromkeys(("crop_resize", "crop_resize_yuv420"), 500 + B * (8 + 2 * 8 + 4 * 4 + 1) + 4 * B * 3 * 5 * 5),
     "nhsic_grad": 4 * m * d * 2 + 3 * 4 * m * m + 5 * 2 * 4 * m * m,
+    # of a Swin's table of relative positions
+    "sum_by_entry": n * (4 * E + 8) + 5 * 4 * E,
 }
 
 
@@ -71,6 +73,7 @@ def arguments() -> dict[str, tuple]:
         "gelu_linear_grad": (branch, weight16.T, t(n, 7).to(BF16), True),
         "nhsic": (t(m, d), t(m, 2 * d), 5.0),
         "nhsic_grad": (t(()), t(m, d), square, square, square, 5.0, torch.float32),
+        "sum_by_entry": (rows, t(n, dtype=I64), 5),
     }
 
 
@@ -79,6 +82,7 @@ def operators():
     """Every operator of ours is registered."""
     for path in KERNELS.glob("*/kernel.py"):
         importlib.import_module(f"mimir_fast.kernels.{path.parent.name}.kernel")
+    importlib.import_module("mimir_fast.models.families.swin.layers")
 
 
 def costed(name: str, *given) -> Cost:
