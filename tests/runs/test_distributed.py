@@ -241,7 +241,9 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_torchrun_one_writer_and_resume(data, tmp_path):
+def test_torchrun_one_writer_and_resume_after_a_process_was_killed(data, tmp_path, monkeypatch):
+    # Before the last of three updates.
+    monkeypatch.setenv("TEST_KILL", "1 3")
     extra = "--batch_size 2 --mi_train renyi2 --accum_iter 2 --epochs 1 --warmup_epochs 0"
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     older = (
@@ -251,15 +253,17 @@ def test_torchrun_one_writer_and_resume(data, tmp_path):
         f"--master_port={free_port()}",
     )  # passes --local-rank
     runs = [
-        (whole, extra, TORCHRUN),
-        (broken, f"{extra} --max_steps 2", older),
-        (broken, f"{extra} --resume auto", TORCHRUN),
+        (whole, extra, TORCHRUN, "mimir_fast.pretrain"),
+        (broken, f"{extra} --checkpoint_steps 1", older, "tests.support.killed"),
+        (broken, f"{extra} --resume auto", TORCHRUN, "mimir_fast.pretrain"),
     ]
-    for folder, words, launcher in runs:
-        child = start(data, folder, words, launcher)
+    for folder, words, launcher, module in runs:
+        child = start(data, folder, words, launcher, module)
         out = finish(child)
-        assert child.returncode == 0, out
+        # The launcher says who was killed, and ends the other.
+        assert ("Signal 9 (SIGKILL)" in out) == (child.returncode != 0) == (module == "tests.support.killed"), out
         assert out.count("device cpu x 2") == 1, out  # rank 1 is silent
+        assert list(folder.glob("resume-0-*.pth")) or module == "mimir_fast.pretrain"
     assert same_state(load(whole / "checkpoint-0.pth"), load(broken / "checkpoint-0.pth"))
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [row["update"] for row in rows] == [1, 2, 3]  # 26 images, 2 processes x 2 images x 2 micro-batches

@@ -47,9 +47,11 @@ def run(data: Path, out: Path, extra: str = "") -> int:
     return main(command(data, out, extra))
 
 
-def start(data: Path, out: Path, extra: str = "", launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+def start(
+    data: Path, out: Path, extra: str = "", launcher: tuple[str, ...] = (), module: str = "mimir_fast.pretrain"
+) -> subprocess.Popen:
     """Run as a child process, optionally under a launcher such as torchrun."""
-    words = [sys.executable, "-u", *launcher, "-m", "mimir_fast.pretrain", *command(data, out, extra)]
+    words = [sys.executable, "-u", *launcher, "-m", module, *command(data, out, extra)]
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
