@@ -217,15 +217,18 @@ def _resolved(contents: Contents, overrides: dict, facts: dict) -> dict:
             # The command line always has to agree with the tensors; the original's args are wrong about some of them, and say
             # nothing where the family does not follow the flag.
             binding = given is overrides or (BINDING[name] and name not in unfollowed)
-            if name in given and binding and _canonical(name, given[name], family) != fact:
+            if name in given and binding and not _agree(name, given[name], fact, family, given is overrides):
                 raise CheckpointError(f"{name}: {contents.source} was trained with {fact}, {whose} {given[name]}")
     args = {"dataset": None, "use_normalize": False, **contents.args, **overrides, **facts}
     return args | normalisation(contents, args, overrides)
 
 
-def _canonical(name: str, value, family: Family):
-    """Models by their own names, whatever suffix or alias they were asked for by."""
-    return family.bare(value) if name == "model" and isinstance(value, str) else value
+def _agree(name: str, value, fact, family: Family, exactly: bool) -> bool:
+    """Whether a flag is what the tensors say; models by their own names, whatever suffix or alias they were asked for by."""
+    if name != "model" or not isinstance(value, str):
+        return value == fact
+    # The original's Swin-L has windows of 14 whatever its args call it.
+    return family.bare(value) == fact or (not exactly and family.alike(value, fact))
 
 
 def _filled(

@@ -175,6 +175,16 @@ class Family:
             name = name.removesuffix(suffix)
         return self.aliases.get(name, name)
 
+    def alike(self, name: str, other: str) -> bool:
+        """Whether two names' models have the same sizes but for `adjusted`; False for names of other families."""
+        names = [self.bare(n) for n in (name, other)]
+        if len({n.startswith(PREFIX) for n in names}) > 1 or any(
+            n.removeprefix(PREFIX) not in self.sizes for n in names
+        ):
+            return False
+        first, second = ({k: v for k, v in self.keywords(n).items() if k not in self.adjusted} for n in names)
+        return first == second
+
     def keywords(self, name: str) -> dict[str, Any]:
         """Keywords of the constructor of the model with this bare name.  Raises KeyError for another family's."""
         if name.startswith(PREFIX):

@@ -290,6 +290,17 @@ def test_files_are_recognised_and_start_classifiers(tmp_path):
         load_pretrained(tuned, small_model().state_dict(), "x.pth", print, 0.02)
 
 
+def test_the_name_of_published_swin_l(tmp_path, narrow):
+    """Its args say windows of 7, its tensors have 14."""
+    model = create_classifier("swin_base_win14", num_classes=5)
+    published = saved(tmp_path / "c.pth", model, model="swin_base_patch4_window7_224", num_classes=5)
+    assert load_classifier(published).args["model"] == "swin_base_win14"
+    with pytest.raises(CheckpointError, match=r"model: .*was trained with swin_base_win14, its own args say swin_tiny"):
+        load_classifier(saved(tmp_path / "c.pth", model, model="swin_tiny"))
+    with pytest.raises(CheckpointError, match=r"was trained with swin_base_win14, the command line says swin_base"):
+        load_classifier(published, overrides={"model": "swin_base"})
+
+
 def test_encoders_of_other_windows_start_classifiers():
     """Tables are resized: the same value for the same share of a window's side."""
     model = autoencoder()
@@ -323,8 +334,8 @@ def test_an_average_leaves_constants_alone():
 @pytest.fixture
 def narrow(monkeypatch):
     """Named models of few and narrow blocks."""
-    for name in ("swin_tiny", "swin_base_win14"):
-        sizes = {"embed_dim": 8, "depths": (2, 1, 1, 1), "num_heads": (1, 1, 2, 4)}
+    for name in ("swin_tiny", "swin_base", "swin_base_win14"):
+        sizes = {"embed_dim": 8, "depths": (2 + (name == "swin_tiny"), 1, 1, 1), "num_heads": (1, 1, 2, 4)}
         monkeypatch.setitem(SWIN.sizes, name, {**SWIN.sizes[name], **sizes})
 
 
