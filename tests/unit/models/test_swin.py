@@ -392,3 +392,14 @@ def test_gradients_of_a_table_are_added_in_a_fixed_order():
     table = torch.zeros(169, 3, dtype=torch.float64, requires_grad=True)
     table[entry].backward(grads.double())
     torch.testing.assert_close(first.double(), table.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_added_to_scores_is_contiguous():
+    """Else scaled_dot_product_attention falls back to plain products where one group holds all tokens."""
+    model = autoencoder()
+    row = torch.from_numpy(model.host_plan(np.random.default_rng(0).random((1, 36), np.float32), 0.75))
+    found = model.encoder.plan(9).windows(row)
+    assert {given.slots is None for given in found} == {True, False}
+    for given in found:
+        bias = model.encoder.stages[0].blocks[0].attn.bias(given.entry % 49, given.inside, given.outside)
+        assert bias.is_contiguous()

@@ -102,7 +102,9 @@ class WindowAttention(nn.Module):
     def bias(self, entry: Tensor, inside: Tensor, outside: Tensor) -> Tensor:
         """What is added to the scores: [G*N,S,S]."""
         entries = Entries.apply(self.relative_position_bias_table, entry)
-        return torch.where(inside[..., None], entries, outside[..., None]).permute(0, 3, 1, 2).flatten(0, 1)
+        scores = torch.where(inside[..., None], entries, outside[..., None]).permute(0, 3, 1, 2)
+        # The fused kernels of scaled_dot_product_attention want neighbouring keys next to each other.
+        return scores.flatten(0, 1).contiguous()
 
 
 class SwinBlock(Block):
