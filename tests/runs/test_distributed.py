@@ -242,6 +242,7 @@ def data(tmp_path_factory):
 
 @pytest.mark.slow
 def test_torchrun_one_writer_and_resume_after_a_process_was_killed(data, tmp_path, monkeypatch):
+    """Planted, it was seen to fail: a resume that begins the epoch again."""
     # Before the last of three updates.
     monkeypatch.setenv("TEST_KILL", "1 3")
     extra = "--batch_size 2 --mi_train renyi2 --accum_iter 2 --epochs 1 --warmup_epochs 0"
