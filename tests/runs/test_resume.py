@@ -76,7 +76,10 @@ def test_sigkill_and_resume_is_exact(data, whole, tmp_path, updates):
     ("number", "status"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGHUP, 0), (signal.SIGINT, 130)]
 )
 def test_signals_save_and_end_within_a_step(data, tmp_path, number, status):
+    # Ignored, and inherited so, where the tests run under nohup.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     child = start(data, tmp_path, "--epochs 1000 --log_every 1 --num_workers 1")
+    signal.signal(signal.SIGHUP, before)
     seen = ""
     while "step/s" not in seen and "s/step" not in seen:
         seen = child.stdout.readline()
