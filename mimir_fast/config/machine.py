@@ -28,7 +28,9 @@ def prepare_machine() -> None:
     for stream in (sys.stdout, sys.stderr):
         # A class name or path that the terminal's encoding lacks is written as \\xfc instead of ending the program.
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-            stream.reconfigure(errors="backslashreplace")
+            # It writes what waits first, which a closed output refuses.
+            with contextlib.suppress(OSError):
+                stream.reconfigure(errors="backslashreplace")
     keep_compiled_code()
 
 

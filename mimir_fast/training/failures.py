@@ -8,8 +8,13 @@ import torch
 from mimir_fast.checkpoints.errors import CheckpointError
 from mimir_fast.data.errors import DataError
 
-# What torch's allocators of host memory say, in RuntimeErrors.
-HOST_MEMORY = ("can't allocate memory", "not enough memory: you tried to allocate", "bad_alloc")
+# What torch's allocators of host memory, and Python's threads, say in RuntimeErrors.
+HOST_MEMORY = (
+    "can't allocate memory",
+    "not enough memory: you tried to allocate",
+    "bad_alloc",
+    "can't start new thread",
+)
 # What gloo, NCCL and the store say when another process ended.
 LOST_PEER = (
     "Connection closed by peer",

@@ -27,6 +27,7 @@ from mimir_fast.cli.troubleshooting import ENTRIES, PAGE
             1,
             "mimir-fast x: error: batch_size: CUDA out of memory;",
         ),
+        (RuntimeError("can't start new thread"), 1, "mimir-fast x: error: batch_size: host memory ran out;"),
         (MemoryError(), 1, "mimir-fast x: error: batch_size: host memory ran out;"),
         (
             RuntimeError(

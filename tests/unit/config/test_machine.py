@@ -1,5 +1,6 @@
 """A machine that lacks something: a home folder, a temporary folder, characters, processors."""
 
+import contextlib
 import io
 import os
 import sys
@@ -83,6 +84,19 @@ def test_outputs_take_every_character(without_folders, monkeypatch):
     machine.prepare_machine()
     print("Bilder für █", flush=True)
     assert raw.getvalue() == b"Bilder f\\xfcr \\u2588\n"
+
+
+def test_a_closed_output_does_not_end_a_program(without_folders, monkeypatch):
+    """Planted: the OSError goes through."""
+    without_folders.setenv("TORCHINDUCTOR_CACHE_DIR", "/mine")
+    reading, writing = os.pipe()
+    os.close(reading)
+    closed = io.TextIOWrapper(io.BufferedWriter(io.FileIO(writing, "w")), "ascii")
+    closed.write("waits")
+    monkeypatch.setattr(sys, "stdout", closed)
+    machine.prepare_machine()
+    with contextlib.suppress(OSError):
+        closed.close()
 
 
 @pytest.mark.parametrize(
