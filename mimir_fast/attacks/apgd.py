@@ -123,5 +123,6 @@ def checkpoints(steps: int) -> dict[int, int]:
     while at + window <= steps:
         at += window
         found[at] = window
+        # The paper's p_(j+1) = p_j + max(p_j - p_(j-1) - 0.03, 0.06), in whole steps.
         window = max(window - max(int(0.03 * steps), 1), max(int(0.06 * steps), 1))
     return found

@@ -35,6 +35,7 @@ def l2_start(images: Tensor, bounds: Tensor, uniform: Tensor) -> Tensor:
 
     Uniform in the ball: a normal direction, at a distance of eps * u^(1/n) for n pixels.
     """
+    # erfinv makes them normal but for a factor of sqrt(2), which is gone once the direction has length 1.
     direction = torch.erfinv(uniform[:, :-1].clamp(-LARGEST, LARGEST)).view_as(images)
     share = ((uniform[:, -1] + 1) / 2) ** (1 / direction[0].numel())
     move = direction / norms(direction).clamp_min(TINY) * (bounds[0, 0] * share)[:, None, None, None]

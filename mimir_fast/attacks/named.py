@@ -200,4 +200,5 @@ def _bounds(radius: float, stride: float, device: torch.device, channels: int) -
 @lru_cache(maxsize=64)
 def _key(seed: int, restart: int, device: torch.device) -> Tensor:
     """The key of the noise, a scalar int64."""
+    # 31 bits for the restart, since an int64 has a sign.
     return torch.tensor((seed % 2**32) | (restart % 2**31) << 32, device=device)

@@ -84,6 +84,7 @@ def _flash_attn(qkv_BTQ: Tensor, num_heads: int, query_start: int) -> Tensor:
 def _xformers(qkv_BTQ: Tensor, num_heads: int, query_start: int) -> Tensor:
     from xformers.ops import memory_efficient_attention
 
+    # xformers takes [B,T,N,d]: nothing to transpose before or after.
     q, k, v = _split(qkv_BTQ, num_heads)
     return memory_efficient_attention(q[:, query_start:], k, v).flatten(2)
 

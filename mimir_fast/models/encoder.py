@@ -116,6 +116,7 @@ class Encoder(nn.Module):
         A draw below the block's rate leaves out the image's branch (0 attention, 1 MLP); else it is divided by 1 - rate.
         """
         rates = self.rates[:, None, None].float()
+        # Divided while training, so that the expectation is 1 and evaluation needs no factors.
         keep = (draws >= rates) / (1 - rates)
         return F.pad(keep.flatten(0, 1), (0, 0, 1, 0), value=1.0)
 

@@ -82,6 +82,7 @@ class Resized(NamedTuple):
     change: str
 
 
+# eq=False: records are compared by identity, and so can be hashed in spite of the dicts that they hold.
 @dataclass(frozen=True, eq=False)
 class Family:
     """One family of masked autoencoders and classifiers.
@@ -238,4 +239,5 @@ def of_head(name: str) -> bool:
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
     """Whether one of the patterns is for this name."""
+    # Not fnmatch, which does not tell capital letters on Windows.
     return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -85,6 +85,7 @@ class Block(nn.Module):
         of_delta_B, of_attention_B = (None, None) if keep_2B is None else keep_2B.unbind()
         of_delta_B = None if delta_BTD is None else of_delta_B
         x_BTD, normed_BTD = add_and_norm(x_BTD, delta_BTD, delta_bias_D, self.norm1, self.kernels, keep_B=of_delta_B)
+        # Tokens that are no queries end here: attention had them as keys and values, an MLP works on each alone.
         delta_BTD, bias_D = self.attn(normed_BTD, query_start, *given), self.attn.proj.bias
         x_BTD, normed_BTD = add_and_norm(
             x_BTD[:, query_start:], delta_BTD, bias_D, self.norm2, self.kernels, keep_B=of_attention_B
@@ -162,6 +163,7 @@ def init_xavier(module: nn.Module) -> None:
 def init_trunc_normal(module: nn.Module) -> None:
     """Initialise a linear layer as the original's classifiers do: truncated normal weight of deviation 0.02, zero bias."""
     if isinstance(module, nn.Linear):
+        # Cut at -2 and 2, by torch's default as by timm's: 100 deviations away, so that in effect nothing is cut.
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

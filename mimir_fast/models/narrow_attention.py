@@ -51,6 +51,7 @@ def _attend(qkv_BTQ: Tensor, num_heads: int, query_start: int) -> tuple[Tensor, 
 def _attend_grad(grad_BRD: Tensor, out_BRD: Tensor, q: Tensor, k: Tensor, v: Tensor, lse_BNR: Tensor) -> Tensor:
     """Gradient in qkv, [B,T,Q]; q, k, v as the forward pass returned them."""
     B, N, d, T = k.shape
+    # The softmax's mean gradient, sum_j weight_ij (grad_i . v_j), is grad_i . out_i: Dao et al., FlashAttention, 2022.
     mean_BNR = (grad_BRD * out_BRD).unflatten(2, (N, d)).sum(3).transpose(1, 2).contiguous()
     grads = _run(_backward, q, k, v, _heads(grad_BRD, N), mean_BNR, lse_BNR)
     grad_qkv = grad_BRD.new_empty(B, T, 3, N, d)
@@ -100,6 +101,7 @@ def _exp2(x: Tensor) -> Tensor:
     power = torch.full_like(part, EXP2[0])
     for factor in EXP2[1:]:
         power = power * part + factor
+    # 2^whole by its bits: the exponent of fp32 is biased by 127 and begins at bit 23.
     return ((whole.to(torch.int32) + 127) << 23).view(torch.float32) * power
 
 
@@ -133,6 +135,7 @@ def _backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, mean: Tensor, lse: 
     weights = _exp2(_products(q, k) - lse[..., None])
     dq = _mix(weights * (_products(grad, v) - mean[..., None]), k) / math.sqrt(q.shape[2])
     weights = _exp2(_products(k, q) - lse[:, :, None])
+    # q is scaled by log2(e)/sqrt(d): times ln 2 it has the 1/sqrt(d) that dk needs, and no more.
     dk = _mix(weights * (_products(v, grad) - mean[:, :, None]), q) * math.log(2)
     return dq, dk, _mix(weights, grad)
 

@@ -29,6 +29,7 @@ def trades_loss(clean: Tensor, adv: Tensor, targets: Tensor, beta: float) -> Ten
     Source: Zhang et al., Theoretically Principled Trade-off between Robustness and Accuracy, 2019.
     """
     log_clean, log_adv = (_wide(logits).log_softmax(dim=1) for logits in (clean, adv))
+    # torch's kl_div(a, b) is KL(b || a).
     divergence = F.kl_div(log_adv, log_clean, reduction="batchmean", log_target=True)
     return F.cross_entropy(_wide(clean), targets) + beta * divergence
 
@@ -43,6 +44,7 @@ def mart_loss(clean: Tensor, adv: Tensor, targets: Tensor, beta: float) -> Tenso
     if targets.is_floating_point():
         raise ValueError("attack_train: mart needs one label per image, got mixed ones")
     clean, adv, label = _wide(clean), _wide(adv), targets[:, None]
+    # The clean prediction stays in logarithms: p log p of one that is exactly 0 would have a NaN gradient.
     log_clean, p_adv = clean.log_softmax(dim=1), adv.softmax(dim=1)
     # The small constants here and below are those of the authors' code, which the original uses.
     # -1 is below any probability: the maximum is over the other classes.

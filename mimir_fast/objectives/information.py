@@ -54,6 +54,7 @@ def renyi_mi(
     with torch.autocast(x_md.device.type, enabled=False):
         kx = _normalised_kernel(x_md, sigma_x)
         kz = _normalised_kernel(z_me, sigma_z)
+        # A product of kernels of trace 1 has a smaller trace; entropies are of trace 1, hence the division below.
         joint = kx * kz
         hx, hz, hxz = (renyi_entropy(k, alpha) for k in (kx, kz, joint / _trace(joint)))
         return (hx + hz - hxz).to(torch.promote_types(z_me.dtype, torch.float32))
@@ -70,6 +71,7 @@ def renyi_entropy(k_mm: Tensor, alpha: float) -> Tensor:
     # The eigenvalue solver raises an exception on NaN, for which the host would have to wait.
     finite = k_mm.isfinite().all()
     eigenvalues = torch.linalg.eigvalsh(torch.where(finite, k_mm, 0))
+    # abs: rounding makes the smallest eigenvalues negative, whose powers would be NaN.
     entropy = torch.log2(eigenvalues.abs().pow(alpha).sum()) / (1 - alpha)
     return torch.where(finite, entropy, torch.nan)
 
@@ -80,6 +82,7 @@ def bandwidth(x_md: Tensor) -> Tensor:
 
 
 def _rule(distances_mm: Tensor) -> Tensor:
+    # Detached: at 0, on the diagonal, a square root has an infinite gradient.
     return distances_mm.detach()[:BANDWIDTH_ROWS].sqrt().mean()
 
 

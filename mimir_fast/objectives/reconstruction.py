@@ -86,6 +86,7 @@ class ReconstructionObjective(nn.Module):
             recon, pred = self.reconstruct(latent, ids_shuffle, images)
         if side:
             torch.cuda.current_stream().wait_stream(side)
+        # The value without a gradient, and the gradient without a value.
         term = torch.where(used, mi, 0) + InjectGradient.apply(latent, grad)
         return PretrainOutput(recon + self.weight * term, recon.detach(), mi, used, adv, pred.detach(), ids_removed)
 
@@ -140,4 +141,5 @@ class InjectGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_zero: Tensor):
         (grad,) = ctx.saved_tensors
+        # grad_zero carries the penalty's weight, the accumulation's divisor and the loss scale of fp16.
         return grad_zero * grad, None

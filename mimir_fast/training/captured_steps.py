@@ -98,6 +98,7 @@ class CapturedSteps:
             self._graph.capture(key, work)
         except CaptureError as error:
             why = str(error)
+        # All or none: where one process launches graphs and another does not, their collectives would not meet.
         if not self.world.any(bool(why)):
             return True
         why = why or "it failed in another process"

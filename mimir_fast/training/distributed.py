@@ -37,6 +37,7 @@ class World:
         """Average of a device tensor over all processes."""
         if self.size > 1:
             values = values.clone()
+            # A sum and a division: gloo has no average.
             dist.all_reduce(values)
             values /= self.size
         return values
@@ -66,6 +67,7 @@ class World:
         """Whether every process holds the same integers."""
         if self.size == 1:
             return True
+        # One maximum for both ends: the largest -n is minus the smallest n.
         words = torch.tensor([numbers, [-n for n in numbers]])
         dist.all_reduce(words, op=dist.ReduceOp.MAX, group=self.host_group)
         return bool((words[0] == -words[1]).all())
@@ -145,6 +147,7 @@ def join_world(config: DistConfig, device_name: str) -> World:
     backend = "nccl" if device.type == "cuda" else "gloo"
     patience = timedelta(minutes=config.dist_timeout)
     dist.init_process_group(backend, config.dist_url, world_size=size, rank=rank, timeout=patience)
+    # NCCL moves device memory alone.
     host_group = dist.new_group(backend="gloo", timeout=patience) if backend == "nccl" else dist.group.WORLD
     # Every process is a member of both.
     assert isinstance(host_group, dist.ProcessGroup)
@@ -190,6 +193,7 @@ class GradientBuffer:
         own = [(p, p.grad, part) for p, part in zip(self.parameters, self.parts) if p.grad is not None]
         torch._foreach_copy_([part for *_, part in own], [gradient for _, gradient, _ in own])
         for p, _, part in own:
+            # The optimizer reads the averages where they are: nothing is copied back.
             p.grad = part
 
     def average(self) -> None:

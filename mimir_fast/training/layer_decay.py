@@ -41,6 +41,7 @@ def parameter_groups(
         new = {
             "params": [],
             "weight_decay": weight_decay if decayed else 0.0,
+            # Clark et al., ELECTRA, 2020; for image Transformers Bao et al., BEiT, 2022.
             "lr_scale": layer_decay ** (depth + 1 - layer),
         }
         groups.setdefault((layer, decayed), new)["params"].append(parameter)

@@ -109,6 +109,7 @@ class Loop:
         for step in range(p.step, len(self.stream)):
             first, last = step % o.accum_iter == 0, (step + 1) % o.accum_iter == 0
             if first:
+                # Once per update and by fractions of an epoch, as in MAE.
                 lr = self._set_learning_rate(p.epoch + step / len(self.stream))
             try:
                 started = time.perf_counter()
@@ -173,6 +174,7 @@ class Loop:
             return "signal"
         self._log_epoch(measured)
         epoch = p.epoch
+        # Before best.pth is written too: a run that resumes from it begins the next epoch.
         p.epoch, p.step, p.sums = epoch + 1, 0, {}
         if measured.is_best:
             self.saver.save(ckpt.BEST_FILE, batch, output)

@@ -50,6 +50,7 @@ class MetricsTable:
                 self.next.new_zeros((self.capacity, len(scalars)), dtype=torch.float32),
             )
         row = torch.stack([scalars[name].detach().float() for name in self.names])
+        # The row's number is a tensor: a plain number would be frozen into a captured graph.
         self.rows.index_copy_(0, self.next, row[None])
         self.next += 1
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mimir_fast.training.precision import ComputeCopy
     from mimir_fast.training.sharding import Shards
 
+# MAE's; fine-tuning has 0.999 (layer_decay.py).
 BETAS = (0.9, 0.95)
 ADAM_EPS = 1e-8
 
@@ -29,6 +30,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     decayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
+            # The rule of timm's param_groups_weight_decay: the order of moments in a checkpoint follows from it.
             (plain if parameter.ndim <= 1 or name.endswith(".bias") else decayed).append(parameter)
     return [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
 
@@ -41,6 +43,7 @@ def build_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.o
 
 def peak_learning_rate(optim: OptimConfig, processes: int) -> float:
     """Peak learning rate: --lr, or --blr per 256 images of an update."""
+    # Linear scaling: Goyal et al., Accurate, Large Minibatch SGD, 2017.
     return optim.lr if optim.lr is not None else optim.blr * optim.batch_size * optim.accum_iter * processes / 256
 
 

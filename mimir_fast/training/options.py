@@ -52,6 +52,7 @@ def check_cache(own: dict, stream: BatchStream, say: Callable[[str], None]) -> N
 def model_options(run: Run) -> dict:
     """Arguments of create_model and create_classifier: the size of the input, compat, and how the model computes."""
     m, c = run.config.model, run.compute
+    # A Swin's patches follow from its name, so that the flag does not reach it; elsewhere the flag decides.
     free = find(m.model, None)[0].free
     return {
         "img_size": m.input_size,

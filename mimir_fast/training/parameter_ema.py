@@ -37,6 +37,7 @@ class ParameterEMA:
         """Set the decay of update `number` on the device, without a wait: what an update needs of the host."""
         # The number is an argument and no state, so that checkpoints hold the averaged model alone.
         if number != self._placed:
+            # The warm-up of TensorFlow's ExponentialMovingAverage.
             self._share.fill_(1 - min(self.decay, (1 + number) / (10 + number)))
             self._placed = number
 

@@ -35,6 +35,7 @@ class ComputeCopy:
         ]
         shared = {id(p): p for p in [*model.parameters(), *model.buffers()]}
         replaced = {id(p): c for p, c in zip(self.parameters, self.copies)}
+        # The right one wins: what is replaced is in `shared` as well.
         self.module = copy.deepcopy(model, memo=shared | replaced)
 
     @torch.no_grad()

@@ -88,6 +88,7 @@ def pretrain_step(
             mask_noise=noise.attack_masks,
             loss_scale=attack.loss_scale,
             functions=functions,
+            # The last one is the training mask's.
             plans=noise.plans[:-1] or None,
         )
     return objective(images, adv, noise.train_mask, *noise.plans[-1:])

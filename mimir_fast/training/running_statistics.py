@@ -29,6 +29,7 @@ class SharedStatistics:
         world.share(tensors)
         self.flat = torch.cat([t.flatten() for t in tensors])
         for tensor, part in zip(tensors, self.flat.split([t.numel() for t in tensors])):
+            # By .data a buffer stays the object that its module holds, and that twins of the model share.
             tensor.data = part.view_as(tensor)
 
     def average(self) -> None:

@@ -54,6 +54,7 @@ class Shards:
         # Parameters alone: buffers are the model's own, whose running statistics the twin follows.
         for p in (p for block in blocks_of(twin) for p in block.parameters()):
             p.data = p.data.to(dtype)
+        # Inputs stay as they are: FSDP would round the stream of tokens to 16 bits at every block.
         policy = MixedPrecisionPolicy(dtype, reduce_dtype, cast_forward_inputs=False)
         self.followers = {model: Gathered(model) for model in (twin, *([average.module] if average else []))}
         for root, model in ((objective, self.model), *((root, model) for model, root in self.followers.items())):
@@ -114,6 +115,7 @@ class Shards:
     def total_norm(self, gradients: list[Tensor]) -> Tensor:
         """L2 norm of all gradients on all processes; not finite on all of them if one is not."""
         square = torch.nn.utils.get_total_norm(gradients).square()
+        # Squares add up over shares: no number of a gradient is on two processes.
         dist.all_reduce(square)
         return square.sqrt()
 

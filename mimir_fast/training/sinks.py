@@ -100,6 +100,7 @@ class WandbRun:
                 "wandb: the package is not installed; pip install 'mimir-fast[wandb]' or leave the flag out"
             ) from error
         self.say, self.identity, self.run = say, identity, None
+        # allow: where the service has lost that run, a new one is begun under its id.
         resumed = {"id": identity, "resume": "allow"} if identity else {}
         with self._excused():
             self.run = wandb.init(project="mimir_fast", dir=output_dir or None, config=flat, **resumed)

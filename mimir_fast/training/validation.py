@@ -53,6 +53,7 @@ def build_validation_attack(
     steps = validation_steps(val_attack)
     if steps is None:
         return None
+    # 2.5 eps / N, so that N steps can cross the ball and go back: Madry et al., 2018.
     alpha = min(2.5 * eps / steps, eps) if steps else eps
     bounds = attack_bounds(eps, alpha, device)
     return ValidationAttack(steps, bounds, loss_scale)

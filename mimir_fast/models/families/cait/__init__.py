@@ -23,6 +23,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "cait_xxs36": {"embed_dim": 192, "depth": 36, "num_heads": 4, "init_values": 1e-5},
     "cait_s36": {"embed_dim": 384, "depth": 36, "num_heads": 8, "init_values": 1e-6},
     "cait_xxs24_mh": {"embed_dim": 192, "depth": 24, "num_heads": 12, "init_values": 1e-5},
+    # Of this size the original has an autoencoder and no classifier.
     "cait_xxs24_12layer": {"embed_dim": 384, "depth": 12, "num_heads": 6, "init_values": 1e-5},
 }
 DECODER = {"decoder_embed_dim": 128, "decoder_depth": 2, "decoder_num_heads": 16}
@@ -56,6 +57,7 @@ def read(tensors: Tensors) -> dict[str, Any]:
     if HEADS in tensors and CLASS_FC1 in tensors and "embed_dim" in found:
         layers = {name.split(".")[1] for name in tensors if name.startswith("blocks_token_only.")}
         ratio = len(tensors[CLASS_FC1]) / found["embed_dim"]
+        # Heads are told by the layers between them alone, [N,N]: the packed projection is [3D,D] whatever their number.
         found |= {"num_heads": len(tensors[HEADS]), "depth_token_only": len(layers), "mlp_ratio_token_only": ratio}
     return found
 

@@ -33,6 +33,7 @@ class TalkingHeads(nn.Module):
     def forward(self, x_BTD: Tensor, query_start: int = 0) -> Tensor:
         """[B,T,D] -> the heads' outputs [B,T-query_start,D], before the projection; only tokens[query_start:] are queries."""
         q, k, v = (t.transpose(1, 2) for t in self.qkv(x_BTD).unflatten(2, (3, self.num_heads, -1)).unbind(2))
+        # Stored, and by no fused attention: heads mix before the softmax and again after it.
         scores_BNRT = (q[:, :, query_start:] * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
         weights_BNRT = talk(self.proj_w, talk(self.proj_l, scores_BNRT).softmax(dim=-1))
         return (weights_BNRT.to(v.dtype) @ v).transpose(1, 2).flatten(2)

@@ -56,6 +56,7 @@ class MaskedAutoencoderCaiT(CaiTEncoder, MaskedAutoencoder):
         self.norm_pix_loss = norm_pix_loss
         # In this order, as in CaiTEncoder: the state dict has the parameters of both first, then all modules.
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+        # Without the class token's row of zeros: the original stores [1,L,E].
         table = sincos_table(decoder_embed_dim, self.grid)[None, 1:]
         self.decoder_pos_embed = nn.Parameter(table, requires_grad=False)
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
@@ -71,6 +72,7 @@ class MaskedAutoencoderCaiT(CaiTEncoder, MaskedAutoencoder):
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
+        # Where training begins: the original trains this table, with weight decay, and a ViT's not.
         self.pos_embed.copy_(sincos_table(width, self.grid)[1:])
 
     def visible(self, images: Tensor, ids_keep: Tensor) -> Tensor:

@@ -68,6 +68,7 @@ class CaiTEncoder(Encoder):
         tokens = self.patch_embed(patches)
         tokens = tokens + (self.pos_embed if ids_keep is None else self.pos_embed[0][ids_keep])
         stream = self.run_blocks(self.residual(tokens), factors)
+        # The class token's layers normalise patches as they are: nothing may be left to add.
         tokens = added(stream, None if factors is None else factors[-1])
         cls_token = self.cls_token.expand(len(tokens), -1, -1)
         for block in self.blocks_token_only:

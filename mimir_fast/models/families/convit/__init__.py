@@ -100,11 +100,13 @@ CONVIT = Family(
     beside=(*BESIDE, *BIASES),
     adapt=adapt,
     undecayed=TABLES,
+    # The local ones too, which are Blocks with another attention.
     blocks=(Block,),
     depth=depth,
     layer_of=layer_of,
     marks=MARKS,
     read=read,
+    # qkv_bias: under one name autoencoders have them, and the original's classifiers do not (docs/fidelity.md, D4).
     free=("img_size", "patch_size", "num_classes", "global_pool", "qkv_bias"),
     describe=describe,
     tables=("pos_embed",),

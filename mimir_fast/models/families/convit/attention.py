@@ -82,6 +82,7 @@ class GatedAttention(nn.Module):
         weights = self.pos_proj(offsets)[..., query_start:, :].to(v_BTNd.dtype)
         positional = torch.einsum("nij,bjnd->bind" if weights.ndim == 3 else "bnij,bjnd->bind", weights, v_BTNd)
         gate_N1 = self.gating_param.sigmoid()[:, None]
+        # The original divides the mixed weights by their sum, which is 1 up to rounding.
         mixed = (1 - gate_N1) * content + gate_N1 * positional
         return F.linear(mixed.flatten(2).to(content.dtype), self.proj.weight)
 
@@ -92,10 +93,14 @@ class GatedAttention(nn.Module):
         strength   how sharply; draw initialises the positional weights of heads beyond the largest square number of them
         """
         nn.init.eye_(self.v.weight)
+        # sigmoid(1) = 0.73: position outweighs content when training begins.
         nn.init.ones_(self.gating_param)
         draw(self.pos_proj.weight)
         side = math.isqrt(self.num_heads)
+        # An even number of places a side has none in the middle: heads then look half a patch beside the patches.
         centre = side // 2 if side % 2 else (side - 1) / 2
         for head in range(side**2):
             across, down = head // side - centre, head % side - centre
+            # 2 a dx + 2 b dy - dx^2 - dy^2 = a^2 + b^2 - (dx - a)^2 - (dy - b)^2: with a across and b down
+            # the softmax peaks at the key that is (a, b) away from the query.
             self.pos_proj.weight[head] = strength * torch.tensor([2 * across, 2 * down, -1.0])

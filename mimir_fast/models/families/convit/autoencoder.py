@@ -51,12 +51,14 @@ class MaskedAutoencoderConViT(ConViTEncoder, MaskedAutoencoder):
     ):
         sizes = (embed_dim, depth, num_heads, mlp_ratio, qkv_bias, local_up_to_layer)
         super().__init__(img_size, patch_size, in_chans, *sizes, compat=compat, **computing)
+        # Deeper blocks would be ordinary ones, which the original cannot run in its decoder: their shapes do not fit.
         if not 1 <= decoder_depth <= local_up_to_layer:
             allowed = f"1 to {local_up_to_layer}, the encoder's local_up_to_layer"
             raise ValueError(f"decoder_depth: got {decoder_depth}, expected {allowed}")
         self.norm_pix_loss = norm_pix_loss
         # In this order, as in ConViTEncoder: the state dict has the parameters of both first, then all modules.
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+        # Without a class token's row: the original stores [1,L,E].
         table = sincos_table(decoder_embed_dim, self.grid)[None, 1:]
         self.decoder_pos_embed = nn.Parameter(table, requires_grad=False)
         self.norm = nn.LayerNorm(self.width, eps=1e-6)
@@ -73,6 +75,7 @@ class MaskedAutoencoderConViT(ConViTEncoder, MaskedAutoencoder):
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
+        # Where training begins: the original trains this table, with weight decay, and a ViT's not.
         self.pos_embed.copy_(sincos_table(self.width, self.grid)[1:])
         self.start_as_convolution(strength, nn.init.xavier_uniform_)
 
@@ -107,6 +110,8 @@ class MaskedAutoencoderConViT(ConViTEncoder, MaskedAutoencoder):
         given = (offsets(self.positions),)
         # Never recomputed, whatever activation_checkpointing says: these blocks are few and narrow.
         for block in self.decoder_blocks:
+            # All tokens are queries, in the last block too: in raster order the removed patches are anywhere.
             stream = block(*stream, 0, None, *given)
         normed = add_and_norm(*stream, self.decoder_norm, self.kernels)[1]
+        # query_start counts the class token, which is not here.
         return self.decoder_pred(normed.gather(1, ids[:, query_start - 1 :]))

@@ -60,6 +60,7 @@ class ConViTEncoder(Encoder):
         self.pos_embed = nn.Parameter(torch.zeros(1, self.num_patches, self.width))
         self.patch_embed = PatchEmbed(patch_size, in_chans, self.width)
         self.blocks = self.make_blocks(depth, self.width, num_heads, qkv_bias)
+        # Not persistent: it follows from the grid, and the original's files have no such entry.
         self.register_buffer("positions", raster(self.grid), persistent=False)
 
     def make_blocks(self, depth: int, width: int, num_heads: int, bias: bool = True) -> nn.ModuleList:
@@ -87,6 +88,7 @@ class ConViTEncoder(Encoder):
         tokens = tokens + (self.pos_embed if ids_keep is None else self.pos_embed[0][ids_keep])
         local, given = self.local_up_to_layer, (offsets(self._places(ids_keep)),)
         stream = self.run_blocks(self.residual(tokens), factors, 0, local, given)
+        # What is pending has no row for the class token that joins here.
         tokens = added(stream, None if factors is None else factors[2 * local])
         # Without a position of its own, as in the original.
         cls_token = self.cls_token.expand(len(tokens), -1, -1)
@@ -97,5 +99,6 @@ class ConViTEncoder(Encoder):
         if ids_keep is None:
             return self.positions
         if self.compat == ORIGINAL:
+            # Kept patches in the order of the noise side by side: the original's defect (docs/fidelity.md, D1).
             return raster(math.isqrt(ids_keep.shape[1]), ids_keep.device)
         return self.positions[:, ids_keep]

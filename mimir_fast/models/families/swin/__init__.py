@@ -68,11 +68,14 @@ SWIN = Family(
     sizes=SIZES,
     decoder=DECODER,
     aliases=ALIASES,
+    # A token's convolution has a stride of its own width: none sees pixels of two units.
     masking="patches",
     has_original=True,
+    # Left in place by the original's finetune.py, which so loads none of an encoder's tensors (docs/fidelity.md, D9).
     encoder_prefix="encoder.",
     encoder=("patch_embed.*", "layers.*", "norm.*"),
     fresh=("head.*", *BUFFERS),
+    # As in Liu et al.'s code.  ARES decays them (--decay_tables): nothing there reads the model's list of names.
     undecayed=(TABLES,),
     blocks=(SwinBlock, Block),
     depth=depth,
@@ -80,6 +83,7 @@ SWIN = Family(
     marks=MARKS,
     read=read,
     free=("img_size", "num_classes", "global_pool", "qkv_bias"),
+    # Tables of relative positions are resized, so that a classifier may have other windows than its pre-training.
     adjusted=("window_size",),
     describe=describe,
     tables=(TABLES,),

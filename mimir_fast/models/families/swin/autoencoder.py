@@ -68,6 +68,7 @@ class MaskedAutoencoderSwin(MaskedAutoencoder):
         if decoder_depth < 1:
             raise ValueError(f"decoder_depth: expected 1 or more, got {decoder_depth}")
         sizes = (embed_dim, depths, num_heads, window_size, mlp_ratio, qkv_bias)
+        # A module inside, and no base class as in other families: the original's files call all of it encoder.*.
         encoder = SwinEncoder(
             img_size, patch_size, in_chans, *sizes, unit=unit, attention=attention, mlp=mlp, **computing
         )
@@ -76,6 +77,7 @@ class MaskedAutoencoderSwin(MaskedAutoencoder):
         self.norm_pix_loss, self.compat = norm_pix_loss, checked(compat)
         # The order of the state dict is part of the checkpoint format.
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+        # The table's first row is for a class token, which a Swin lacks.
         table = sincos_table(decoder_embed_dim, encoder.grid)[None, 1:]
         self.decoder_pos_embed = nn.Parameter(table, requires_grad=False)
         self.encoder = encoder
@@ -114,6 +116,7 @@ class MaskedAutoencoderSwin(MaskedAutoencoder):
 
     def host_plan(self, noise_BL: np.ndarray, mask_ratio: float) -> np.ndarray | None:
         """Windows of the units that this noise [1,L] keeps, int32 [n]; None where they need more groups than nearly all do."""
+        # The order of mask_indices, NaN last and ties by index: the device keeps the same units that are packed here.
         order = np.argsort(np.where(np.isnan(noise_BL[0]), np.inf, noise_BL[0]), kind="stable")
         keep = self.kept(mask_ratio)
         return self.encoder.plan(keep).row(order[:keep])
@@ -130,8 +133,10 @@ class MaskedAutoencoderSwin(MaskedAutoencoder):
         ids = ids_keep[0]
         if plan is None:
             kept = ids.cpu().numpy()
+            # Wide: this mask was given and must be laid out; a training may draw another in its place.
             row = self.encoder.plan(len(kept)).row(kept, wide=True)
             plan = torch.from_numpy(row).to(visible.device)
+        # The encoder keeps the units' order, whatever it is; the original's latent is in raster order.
         latent = self.encoder.run(visible, self.encoder.plan(len(ids)).windows(plan))
         return latent.index_select(1, ids.argsort())
 
@@ -141,6 +146,7 @@ class MaskedAutoencoderSwin(MaskedAutoencoder):
         tokens, ids, keep = self.decoder_embed(latent), ids_shuffle[0], latent.shape[1]
         if self.compat != ORIGINAL:
             # From raster order back to that of ids_shuffle.
+            # Sorted twice, numbers become their ranks: a unit's rank in raster order is its row in the latent.
             tokens = tokens.index_select(1, ids[:keep].argsort().argsort())
         removed = self.mask_token.to(tokens.dtype).expand(len(tokens), len(ids) - keep, -1)
         # Attention does not ask for the order of tokens: they stay shuffled, so that removed units are the last ones.

@@ -55,9 +55,12 @@ class SwinTransformer(SwinEncoder, Classifier):
         check_head(num_classes, drop_path)
         sizes = (embed_dim, depths, num_heads, window_size, mlp_ratio, qkv_bias)
         computing["drop_rates"] = rising_rates(drop_path, sum(depths))
+        # masked: classifiers' files, which RobustBench loads strictly, have masks of windows; autoencoders' have none.
         super().__init__(img_size, patch_size, in_chans, *sizes, unit=unit, masked=True, compat=compat, **computing)
         self.num_classes, self.global_pool = num_classes, global_pool
         self.head = nn.Linear(self.width, num_classes)
+        # Packed once: without a mask windows never change.  The 81 moved windows of 56 x 56 tokens fill 64 groups of 49
+        # slots to the last one.
         self.whole = self.plan(self.num_patches)
         row = torch.from_numpy(self.whole.exact(np.arange(self.num_patches)))
         self.register_buffer("row", row, persistent=False)
@@ -79,4 +82,5 @@ class SwinTransformer(SwinEncoder, Classifier):
         check_images("images", images, self.in_chans, self.img_size)
         keep = None if drop_noise is None else self.drop_factors(drop_noise)
         units = self.patchify(self.normalised(images))
+        # Normalised, then averaged; a ViT with global_pool does it the other way round.
         return self.run(units, self.whole.windows(self.row), keep).mean(dim=1)

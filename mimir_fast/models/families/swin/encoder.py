@@ -54,7 +54,9 @@ class SwinEncoder(Encoder):
         **computing: Any,
     ):
         own = check_sizes(img_size, patch_size, depths, num_heads, window_size, unit)
+        # Checked and then ignored: the scores have a bias here, which no backend of --attention takes.
         check_backend(attention)
+        # To the base class a unit is a patch: masks, losses and attacks cut images along units.
         super().__init__(img_size, own, in_chans, **computing)
         self.compat, self.token_size, self.window_size = checked(compat), patch_size, window_size
         self.width = embed_dim * 2 ** (len(depths) - 1)
@@ -65,7 +67,9 @@ class SwinEncoder(Encoder):
             pair, width, last = self.grids[stage], embed_dim * 2**stage, stage + 1 == len(depths)
             options = (width, heads, mlp_ratio, qkv_bias, masked, self.kernels, mlp)
             blocks = (SwinBlock(pair[i % 2], *options) for i in range(depth))
+            # A merging ends its stage, as in the original's files; timm's begins the next one (exports.py).
             self.layers.append(Stage(blocks, None if last else PatchMerging(width, self.kernels)))
+        # The eps of pre-training; the original's fine-tuning has 1e-5 in its place (docs/fidelity.md, D9).
         self.norm = nn.LayerNorm(self.width, eps=1e-6)
 
     @property
@@ -84,9 +88,11 @@ class SwinEncoder(Encoder):
     def tokens(self, units: Tensor) -> Tensor:
         """Units [B,K,P] in (channel, row, column) order -> patches [B,T,C*p*p] in the order of `zorder`."""
         bits = len(self.layers) - 1
+        # A unit's side as an axis of 2 per merging: permuting these orders tokens as `zorder` does, without an index.
         halves = (2,) * bits
         parts = units.unflatten(2, (self.in_chans, *halves, self.token_size, *halves, self.token_size))
         rows, columns = range(3, 3 + bits), range(4 + bits, 4 + 2 * bits)
+        # Columns before rows: children (row, column) come as 00, 10, 01, 11, to which a merging's weights belong.
         places = [axis for pair in zip(columns, rows) for axis in pair]
         return parts.permute(0, 1, *places, 2, 3 + bits, 4 + 2 * bits).flatten(2 + 2 * bits).flatten(1, -2)
 
@@ -105,6 +111,7 @@ class SwinEncoder(Encoder):
                 stream = recomputed(block, *arguments) if self.activation_checkpointing else block(*arguments)
                 i += 1
             if stage.downsample is not None:
+                # The last block's MLP is still to be added: the merging's normalisation does it in the same pass.
                 merged = stage.downsample(*stream, None if factors is None else factors[2 * i])
                 stream = (self.residual(merged), None, None)
         last = None if factors is None else factors[-1]
@@ -135,6 +142,7 @@ def grids(img_size: int, patch_size: int, stages: int, window_size: int) -> list
     found = []
     for stage in range(stages):
         side, bits = img_size // patch_size // 2**stage, stages - 1 - stage
+        # As in Liu et al.'s code: a stage no larger than a window has one window, and blocks that move nothing.
         window = min(window_size, side)
         plain = Grid(side, window, 0, side >> bits, bits)
         # Moved by w // 2, the first window has that many rows and columns.

@@ -26,10 +26,12 @@ def read(tensors: Tensors) -> dict[str, Any]:
         found["decoder_depth"] = len({name.split(".")[1] for name in tensors if name.startswith("decoder_blocks.")})
     if any(name not in tensors for name in MARKS):
         return found
+    # Of "layers.S.blocks.B. ...": S and B.
     blocks = {
         tuple(map(int, name.split(".")[1:4:2])) for name in tensors if name.startswith("layers.") and ".blocks." in name
     }
     depths = tuple(sum(layer == stage for layer, _ in blocks) for stage in range(1 + max(layer for layer, _ in blocks)))
+    # A table has a column per head; the packed projection is [3D,D] whatever their number.
     heads = tuple(tensors[TABLE.replace("layers.0", f"layers.{stage}")].shape[1] for stage in range(len(depths)))
     width, patch = tensors[PROJECTION].shape[0], tensors[PROJECTION].shape[-1]
     found |= {"embed_dim": width, "depths": depths, "num_heads": heads, "patch_size": patch}
@@ -48,9 +50,11 @@ def _side(tensors: Tensors, patch: int, n: int, window: int) -> int:
     """Side of the images; 0 where the tensors do not say.  n: side of a unit in tokens."""
     if "decoder_pos_embed" in tensors:
         return patch * n * math.isqrt(tensors["decoder_pos_embed"].shape[1])
+    # Every second block moves its windows: block 1 is the first with a mask, [windows,w*w,w*w].
     if (mask := tensors.get("layers.0.blocks.1.attn_mask")) is None:
         return 0
     tiles = math.isqrt(len(mask))
+    # Windows may stick out: their number leaves w sides, of which units divide one or several.
     sides = [side for side in range(window * (tiles - 1) + 1, window * tiles + 1) if side % n == 0]
     return patch * sides[0] if len(sides) == 1 else 0
 

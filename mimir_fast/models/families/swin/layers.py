@@ -87,6 +87,7 @@ class WindowAttention(nn.Module):
         """[B,T,D] -> [B,T,D], without the projection's bias; the fields of Windows."""
         qkv_BTQ = self.qkv(x_BTD)
         if slots is not None:
+            # After the projection, not before it: empty slots would be projected as well.
             qkv_BTQ = Regroup.apply(qkv_BTQ, slots, places)
         G, S = entry.shape[:2]
         # Groups stand beside the heads, so that the batch shares one bias.
@@ -96,6 +97,7 @@ class WindowAttention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
         out = out.unflatten(1, (G, self.num_heads)).transpose(2, 3).flatten(3).flatten(1, 2)
         if slots is not None:
+            # Before the projection, for the same reason.
             out = Regroup.apply(out, places, slots)
         return F.linear(out, self.proj.weight)
 
@@ -128,6 +130,7 @@ class SwinBlock(Block):
         attn = WindowAttention(width, num_heads, grid.window, qkv_bias)
         super().__init__(width, num_heads, mlp_ratio, kernels=kernels, mlp=mlp, attn=attn)
         if mask and grid.offset:
+            # The block's own and not its attention's: files call it layers.S.blocks.B.attn_mask.
             self.register_buffer("attn_mask", attention_mask(grid.side, grid.window, grid.window - grid.offset))
 
 
@@ -137,12 +140,14 @@ class PatchMerging(nn.Module):
     def __init__(self, width: int, kernels: str = "auto"):
         super().__init__()
         self.kernels = kernels
+        # Made before the normalisation that it comes after: the order of the original's files.
         self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
         self.norm = nn.LayerNorm(4 * width, eps=1e-6)
 
     def forward(self, x_BTD: Tensor, delta_BTD: Tensor, bias_D: Tensor, keep_B: Tensor | None = None) -> Tensor:
         """Tokens and what is still to be added to them, children next to each other -> [B,T/4,2*D]; keep: see `Block`."""
         x, delta = (tensor.unflatten(1, (-1, 4)).flatten(2) for tensor in (x_BTD, delta_BTD))
+        # The pending bias is one token's; four tokens are normalised as one row.
         return self.reduction(add_and_norm(x, delta, bias_D.repeat(4), self.norm, self.kernels, keep_B=keep_B)[1])
 
 

@@ -104,10 +104,12 @@ def attention_mask(side: int, window: int, shift: int) -> Tensor:
     Where windows do not tile the side, as if the grid were filled up with tokens of no window.
     """
     tiles = -(-side // window)
+    # torch.roll by -shift, as in Liu et al.'s code: slot i holds token i + shift.
     place = (torch.arange(tiles * window) + shift) % (tiles * window)
     own = torch.where(place < side, (place + window - shift) // window, -1)
     name = (own[:, None] * (tiles + 2) + own[None]).unflatten(0, (tiles, window)).unflatten(2, (tiles, window))
     name = name.transpose(1, 2).flatten(2).flatten(0, 1)
+    # The files' number: e^-100 of a weight stands for none.  What attends here takes -inf (`_windows`).
     return torch.where(name[:, :, None] == name[:, None], 0.0, -100.0)
 
 
@@ -120,6 +122,7 @@ def pack(grid: Grid, kept: np.ndarray, groups: int | None = None) -> Packed | No
     own_rows, own_columns = zorder(grid.bits)
     rows = (kept[:, None] // grid.units * n + own_rows).ravel()
     columns = (kept[:, None] % grid.units * n + own_columns).ravel()
+    # One more than fit: moved windows stick out at both ends.
     across = (grid.side + grid.offset) // grid.window + 1
     window = (rows + grid.offset) // grid.window * across + (columns + grid.offset) // grid.window
     size = grid.slots(len(kept))
@@ -131,6 +134,7 @@ def pack(grid: Grid, kept: np.ndarray, groups: int | None = None) -> Packed | No
     if groups is not None and needed > groups:
         return None
     slots = np.zeros((4, (groups or needed) * size), np.int32)
+    # Empty slots read token 0; their window, -1, keeps what they compute from all tokens.
     slots[3] = -1
     slots[:, starts] = np.stack([order, rows[order], columns[order], window[order]])
     places = np.empty(len(rows), np.int32)
@@ -145,6 +149,7 @@ def _first_fit(window: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     fullest = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
     free: list[int] = []
     first = np.zeros(len(counts), np.int64)
+    # A loop over windows and not over tokens: 81 at most where 224 pixels have 56 x 56 tokens in windows of 7.
     for name, count in zip(fullest.tolist(), counts[fullest].tolist()):
         group = next((i for i, left in enumerate(free) if left >= count), len(free))
         if group == len(free):
@@ -211,6 +216,7 @@ def _windows(row: Tensor, window: int, groups: int, size: int) -> Windows:
     same = pairs(name, torch.eq)
     # Entries of other windows are anywhere in the table and not all at one end: their gradients, zeros, are added there.
     entry = entry.remainder(across**2)
+    # Empty slots attend to each other: a row of -inf alone would be NaN after the softmax, and so would gradients.
     outside = torch.where(same, 0.0, -torch.inf)
     return Windows(
         token.flatten() if moved else None,

@@ -101,6 +101,7 @@ VIT = Family(
     suffixes=("_dec128d2b", "_patch16"),
     masking="patches",
     encoder=(*TABLES, "patch_embed.*", "blocks.*", "norm.*"),
+    # With global_pool the last normalisation is fc_norm, which no autoencoder has.
     fresh=("norm.*", "fc_norm.*", "head.*"),
     undecayed=TABLES,
     blocks=(Block,),

@@ -69,6 +69,7 @@ class VisionTransformer(ViTEncoder, Classifier):
             activation_checkpointing=activation_checkpointing,
         )
         self.num_classes, self.global_pool = num_classes, global_pool
+        # Two names, by which files of the two kinds of pooling are told apart; timm has the same.
         setattr(self, "fc_norm" if global_pool else "norm", nn.LayerNorm(embed_dim, eps=1e-6))
         self.head = nn.Linear(embed_dim, num_classes)
         self.apply(init_trunc_normal)

@@ -70,5 +70,6 @@ class ViTEncoder(Encoder):
         """Patches [B,K,P] and where they were [B,K] (None: all, in raster order) -> tokens [B,1+K,D], class token first."""
         tokens = self.patch_embed(patches)
         tokens = tokens + (self.pos_embed[:, 1:] if ids_keep is None else self.pos_embed[0, 1:][ids_keep])
+        # Row 0 of the table is zero in pre-training; a classifier trains it like all others.
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
         return self.residual(torch.cat([cls_token, tokens], dim=1))

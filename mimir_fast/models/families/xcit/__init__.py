@@ -29,6 +29,7 @@ DECAYED = ("pos_embed.*", "blocks.*.attn.temperature")
 S12 = {"img_size": 224, "patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 8, "tokens_norm": True}
 TIMM = {
     "xcit_small": ("xcit_small_12_p16_224", S12),
+    # timm has no medium or large of 12 blocks.
     "xcit_medium": ("xcit_medium_24_p16_224", {**S12, "embed_dim": 512, "depth": 24}),
     "xcit_large": ("xcit_large_24_p16_224", {**S12, "embed_dim": 768, "depth": 24, "num_heads": 16}),
 }
@@ -54,6 +55,7 @@ def read(tensors: Tensors) -> dict[str, Any]:
     if HEADS in tensors:
         found |= {"num_heads": len(tensors[HEADS]), "cls_attn_layers": _count(tensors, "cls_attn_blocks.")}
     if STEM in tensors:
+        # Every convolution of the stem halves the side; the GELUs between them have no tensors.
         steps = {name.split(".")[2] for name in tensors if name.startswith("patch_embed.proj.")}
         found["patch_size"] = 2 ** len(steps)
     if "head.weight" in tensors:
@@ -99,6 +101,7 @@ XCIT = Family(
     sizes=SIZES,
     decoder=DECODER,
     suffixes=("_dec128d2b",),
+    # The stem's convolutions reach across patches: they need a whole image.
     masking="images",
     has_original=True,
     encoder=("cls_token", "patch_embed.*", "pos_embed.*", "blocks.*", "cls_attn_blocks.*", "norm.*"),

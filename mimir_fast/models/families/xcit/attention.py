@@ -52,12 +52,14 @@ class CrossCovariance(nn.Module):
         super().__init__()
         check_heads(width, num_heads)
         self.num_heads = num_heads
+        # In place of 1/sqrt(S): products of normalised rows are cosines, and every head learns its softmax's sharpness.
         self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Every head's queries and keys are divided by their length over all tokens."""
+        # Tokens last: a row is a channel over all tokens, and the weights are [S,S] whatever the number of tokens.
         q, k, v = self.qkv(x_BTD).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 4, 1).unbind()
         scores_BNSS = F.normalize(q, dim=-1).to(v.dtype) @ F.normalize(k, dim=-1).to(v.dtype).transpose(2, 3)
         weights_BNSS = (scores_BNSS * self.temperature).softmax(dim=-1).to(v.dtype)
@@ -78,6 +80,7 @@ class LocalPatches(nn.Module):
 
     def forward(self, x_BTD: Tensor, grid: Grid) -> tuple[Tensor, Statistics | None]:
         """[B,T,D] -> the same, and what the running statistics follow."""
+        # GELU before the normalisation, the order of El-Nouby et al.'s code.
         x_BDHW, batch = self.bn.normalised(F.gelu(self.conv1(grid.spread(x_BTD))), grid.kept)
         # What the first convolution leaves beside the kept patches must not come back through the second.
         x_BDHW = x_BDHW if grid.kept is None else x_BDHW * grid.kept
@@ -148,6 +151,7 @@ class ClassBlock(nn.Module):
         asked_B1D = self.attn(normed_BTD.to(self.attn.q.weight.dtype))
         x_BTD = x_BTD + self.gamma1 * torch.cat([asked_B1D.to(normed_BTD.dtype), normed_BTD[:, 1:]], dim=1)
         cls_B1D, patches_BTD = x_BTD[:, :1], x_BTD[:, 1:]
+        # In place of x and not beside it: the sum below begins with the normalised value, as in El-Nouby et al.'s code.
         cls_B1D = self.norm2(cls_B1D)
         patches_BTD = self.norm2(patches_BTD) if self.tokens_norm else patches_BTD
         hidden = F.gelu(self.mlp.fc1(cls_B1D.to(self.mlp.fc1.weight.dtype)))

@@ -61,7 +61,9 @@ class MaskedAutoencoderXCiT(XCiTEncoder, MaskedAutoencoder):
         self.decoder_cls_attn_blocks = self.make_class_blocks(decoder_embed_dim, decoder_num_heads)
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=EPS)
         self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * in_chans)
+        # The last entry of the state dict, as in the original's files.
         self.add_norm(embed_dim)
+        # Linear layers alone: the original leaves convolutions, those of positions too, as torch draws them.
         self.apply(init_trunc_normal)
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -81,6 +83,7 @@ class MaskedAutoencoderXCiT(XCiTEncoder, MaskedAutoencoder):
         """The images [B,C,H,W], zero in removed patches; under compat="original" as they are."""
         if self.compat == ORIGINAL:
             return images
+        # Before the stem: a token of 16 pixels also sees 15 pixels above its patch and 15 to the left of it.
         grid, p = self.grid, self.patch_size
         seen = self.seen(ids_keep).view(-1, 1, grid, 1, grid, 1).expand(-1, -1, -1, p, -1, p)
         return images * seen.reshape(-1, 1, *images.shape[2:])
@@ -92,6 +95,7 @@ class MaskedAutoencoderXCiT(XCiTEncoder, MaskedAutoencoder):
     def decode(self, latent: Tensor, ids_shuffle: Tensor, query_start: int) -> Tensor:
         """As MaskedAutoencoder says."""
         tokens = self.decoder_embed(latent)
+        # Put aside: convolutions over the grid have no place for it.
         cls_token, tokens = tokens[:, :1], tokens[:, 1:]
         ids = ids_shuffle[:, :, None].expand(-1, -1, tokens.shape[2])
         # In raster order, which the convolutions need.
@@ -99,7 +103,9 @@ class MaskedAutoencoderXCiT(XCiTEncoder, MaskedAutoencoder):
         # Never recomputed, whatever activation_checkpointing says: these blocks are few and narrow.
         grid = through(self.decoder_blocks, self.residual(grid + self.decoder_pos_embed()), Grid(self.grid))
         tokens = torch.cat([cls_token.to(grid.dtype), grid], dim=1)
+        # Needed for the patches, which they normalise and scale, although nobody asks what becomes of the class token.
         for block in self.decoder_cls_attn_blocks:
             tokens = block(tokens)
+        # query_start counts the class token, ids_shuffle does not.
         wanted = self.decoder_norm(tokens[:, 1:].gather(1, ids[:, query_start - 1 :]))
         return self.decoder_pred(wanted.to(self.decoder_pred.weight.dtype))

@@ -27,6 +27,7 @@ class XCiT(XCiTEncoder, Classifier):
     Source: El-Nouby et al., XCiT: Cross-Covariance Image Transformers, 2021.
     """
 
+    # Attention, local convolutions and MLP, each left out by a draw of its own.
     branches = 3
 
     def __init__(
@@ -52,6 +53,7 @@ class XCiT(XCiTEncoder, Classifier):
         computing["drop_rates"] = [drop_path] * depth
         super().__init__(img_size, patch_size, in_chans, *sizes, compat=compat, **computing)
         self.num_classes, self.global_pool = num_classes, global_pool
+        # Before the head; the autoencoder's comes after everything else.
         self.add_norm(embed_dim)
         self.head = nn.Linear(embed_dim, num_classes)
         self.apply(init_trunc_normal)

@@ -78,7 +78,9 @@ class XCiTEncoder(Encoder):
         [B,1+K,D], class token first.  factors: see `drop_factors`."""
         tokens = self.patch_embed(images.contiguous()) + self.pos_embed()
         if ids_keep is not None:
+            # Positions are in already: every kept token has that of its own place.
             tokens = tokens.gather(1, ids_keep[:, :, None].expand(-1, -1, tokens.shape[2]))
+        # Without row 0, which is for an addition pending before the first block: these blocks leave none pending.
         rows = None if factors is None else factors[1:].unflatten(0, (len(self.blocks), -1))
         tokens = through(
             self.blocks, self.residual(tokens), self._places(ids_keep), rows, self.activation_checkpointing
@@ -97,6 +99,7 @@ class XCiTEncoder(Encoder):
         if ids_keep is None:
             return Grid(self.grid)
         if self.compat == ORIGINAL:
+            # Kept patches in the order of the noise side by side: the original's defect (docs/fidelity.md, D1).
             return Grid(math.isqrt(ids_keep.shape[1]))
         return Grid(self.grid, ids_keep, self.seen(ids_keep).unflatten(1, (1, self.grid, self.grid)))
 

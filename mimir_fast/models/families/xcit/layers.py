@@ -48,8 +48,10 @@ class BatchNorm(nn.BatchNorm2d):
         else:
             # It stays on the device, which nobody waits for.
             count = kept_B1HW.sum()
+            # In two passes: a mean of squares minus the squared mean would lose the digits of a small variance.
             mean = (x_BDHW * kept_B1HW).sum((0, 2, 3)) / count
             var = ((x_BDHW - mean[:, None, None]).square() * kept_B1HW).sum((0, 2, 3)) / count
+        # As torch does: normalised by the biased variance, while the running one is unbiased.
         unbiased = var.detach() * (count / (count - 1))
         return self._scaled(x_BDHW, mean, var), Statistics(mean.detach(), unbiased)
 
@@ -87,8 +89,10 @@ class ConvolutionalStem(nn.Module):
         widths = [channels, *(width >> i for i in reversed(range(halvings)))]
         steps: list[nn.Module] = []
         for before, after in pairwise(widths):
+            # Without a bias, which the normalisation would subtract again.
             convolution = nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)
             steps += [nn.Sequential(convolution, BatchNorm(after)), nn.GELU()]
+        # Without the last GELU.  Those between count: convolutions are proj.0, proj.2, proj.4 in the original's files.
         self.proj = nn.Sequential(*steps[:-1])
 
     def forward(self, images: Tensor) -> Tensor:
@@ -120,6 +124,7 @@ class FourierPositions(nn.Module):
 def fourier_features(grid: int) -> Tensor:
     """Of the rows, then of the columns: [L,64] fp32, in raster order."""
     # In fp32 from the beginning, as in the original: trained projections belong to these numbers.
+    # Counted from 1 and with an eps of 1e-6: the formula of Carion et al., DETR, 2020, which XCiT took over.
     positions = torch.arange(1, grid + 1, dtype=torch.float32) / (grid + 1e-6) * (2 * math.pi)
     index = torch.arange(HIDDEN, dtype=torch.float32)
     angles = positions[:, None] / TEMPERATURE ** (2 * torch.div(index, 2, rounding_mode="floor") / HIDDEN)
