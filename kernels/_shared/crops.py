@@ -27,6 +27,7 @@ def checked_result(
     """
     if packed_N.ndim != 1 or packed_N.dtype != torch.uint8:
         raise ValueError(f"packed: expected uint8 [N], got {packed_N.dtype} {tuple(packed_N.shape)}")
+    # With another number of dimensions the comparison below fails, and names offsets.
     B = len(offsets_B) if offsets_B.ndim == 1 else 0
     for name, tensor, shape in (
         ("offsets", offsets_B, (B,)), ("sizes", sizes_B2, (B, 2)), ("boxes", boxes_B4, (B, 4)), ("flips", flips_B, (B,))

@@ -24,6 +24,7 @@ def call_directly(overload: OpOverload, launch: Callable) -> None:
         return launch(*arguments)
 
     CALLS[f"torch.ops.{overload}"] = call
+    # Operators are registered when their modules are imported, which can be after Inductor was told.
     if _writers is not None:
         write_direct_calls()
 

@@ -52,6 +52,7 @@ class Prepared:
         **options,
     ):
         self.kernel, self.grid = kernel, grid
+        # Constants become arguments by place here; what stays in options, such as num_warps, is for the compiler.
         self.numbers = (*numbers, *(options.pop(name) for name in kernel.arg_names if name in options))
         self.options = options
         self.results = [result and (tuple(result[0]), _strides(result[0]), result[1]) for result in results]
@@ -70,9 +71,11 @@ class Prepared:
                 addresses.append(None)
             else:
                 given, address = tensor, tensor.data_ptr()
+                # One test serves all tensors: a low bit stays set if any address has it.
                 bits |= address
                 addresses.append(address)
                 key.append(tensor.dtype)
+        # The last tensor's stands for all: op.py has checked that they are on one device.
         device = given.get_device()
         handle = self._compiled.get((device, *key))
         if handle is None or bits % ALIGNMENT or _unusual(device):
@@ -92,6 +95,7 @@ class Prepared:
     def _launched_by_triton(self, like: Tensor, tensors: tuple, key: tuple, aligned: bool) -> list[Any]:
         # Triton launches on the current device, which need not be the one that holds the tensors.
         with torch.cuda.device_of(like):
+            # new_empty and not `allocate`: it fills memory with NaN where deterministic algorithms ask for that.
             results = [layout and like.new_empty(layout[0], dtype=layout[2]) for layout in self.results]
             compiled = self.kernel[self.grid](*tensors, *results, *self.numbers, **self.options)
             if like.is_cuda and aligned and VERSION in HANDLES:
@@ -115,6 +119,7 @@ def _handle(compiled: triton.compiler.CompiledKernel) -> tuple[Callable[..., Non
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    # A size of 0 counts as 1, as in the strides that torch gives to contiguous tensors.
     return tuple(math.prod(max(1, size) for size in shape[i + 1 :]) for i in range(len(shape)))
 
 

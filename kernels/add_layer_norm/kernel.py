@@ -305,6 +305,7 @@ def _backward(ctx, ds, dn, _):
         keep_B,
     )
     d_delta = d_delta if copied else dx
+    # Both sums of the norm come in weight's dtype, which need not be bias's.
     return (
         dx if of_x else None, d_delta if of_delta else None, d_delta_bias if of_delta_bias else None,
         d_weight if of_weight else None, d_bias.to(bias_dtype) if of_bias else None, None, None, None,

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+# Philox's own: the multipliers of a round, and what each word of the key grows by (golden ratio, sqrt(3) - 1).
 ROUND_A, ROUND_B, KEY_A, KEY_B = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85
 LOW = 0xFFFFFFFF
 # Just under 2^-31, so that the largest int32 maps below 1; the constant that tl.rand uses.

@@ -145,6 +145,7 @@ def gelu_linear_backward(
 @memoised
 def _prepared_forward(M: int, F: int, D: int, dtype: torch.dtype, *sizes: int) -> Prepared:
     """sizes: the values of AMPERE or HOPPER."""
+    # Numbers and not the dictionary, which could not be hashed; AMPERE has the same keys in the same order.
     config, results = dict(zip(HOPPER, sizes)), [((M, F), dtype)] * 2
     return Prepared(_linear_gelu_kernel, _grid(M, F, config), M, F, D, results=results, GROUP=GROUP, **config, **FUSED)
 
@@ -152,6 +153,7 @@ def _prepared_forward(M: int, F: int, D: int, dtype: torch.dtype, *sizes: int) -
 @memoised
 def _prepared_backward(M: int, F: int, D: int, dtype: torch.dtype, with_sums: bool, *sizes: int) -> Prepared:
     config = dict(zip(HOPPER, sizes))
+    # The leading 1 is K of column_sums.py: one sum at once.
     sums = ((1, triton.cdiv(M, config["BLOCK_M"]), F), torch.float32) if with_sums else None
     numbers, options = (M, F, D), {"GROUP": GROUP, **config, **FUSED}
     return Prepared(_gelu_linear_grad_kernel, _grid(M, F, config), *numbers, results=[((M, F), dtype), sums], **options)
@@ -168,6 +170,7 @@ def _config(device: torch.device) -> dict:
 
 @memoised
 def _generation(device: torch.device) -> int:
+    # The generation alone, so that sums have the same order on all its GPUs, with however many multiprocessors.
     return torch.cuda.get_device_capability(device)[0]
 
 

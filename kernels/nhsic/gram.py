@@ -110,6 +110,7 @@ def _expm1(x):
 def gaussian_gram(rows_md: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
     """Centred rows [m,d] and their Gaussian kernel minus one [m,m], both fp32."""
     m, d = rows_md.shape
+    # Rows may lie apart, for their stride is an argument of the kernel: a slice of wider ones is not copied.
     rows_md = rows_md if rows_md.stride(1) == 1 else rows_md.contiguous()
     center, gram, gaussian = _prepared(m, d, rows_md.stride(0), sigma)
     (centred_md,) = center(rows_md)
@@ -135,6 +136,8 @@ def _prepared(m: int, d: int, stride_m: int, sigma: float) -> tuple[Prepared, Pr
 def _split(m: int, d: int) -> tuple[int, int]:
     """How many parts the Gram product's reduction over d is split into, and how long a part is."""
     tiles = triton.cdiv(m, GRAM["BLOCK_M"])
+    # Tiles above the diagonal do no work and do not count.  A part has 8 blocks of d or so: shorter ones would write
+    # partial products for little arithmetic.
     parts = min(triton.cdiv(PROGRAMS, tiles * (tiles + 1) // 2), triton.cdiv(d, 8 * GRAM["BLOCK_K"]))
     part = triton.cdiv(triton.cdiv(d, parts), GRAM["BLOCK_K"]) * GRAM["BLOCK_K"]
     return triton.cdiv(d, part), part

@@ -256,6 +256,7 @@ def _prepared_backward(shape: torch.Size, num_heads: int, dtype: torch.dtype) ->
     B, T, Q = shape
     head = Q // 3 // num_heads
     options = {"T": T, "HEAD": head, **backward_tiles(T, head, dtype.itemsize), **FUSED}
+    # 1/sqrt(d) for the gradients in q and k: the factor in the exponent holds a 1/ln 2 beside it, for powers of two.
     grid, results = _grid(B, num_heads, head), [(shape, dtype)]
     return Prepared(_attend_grad_kernel, grid, num_heads, head**-0.5, results=results, **options)
 
@@ -266,6 +267,7 @@ def _grid(batch: int, num_heads: int, head: int) -> tuple[int]:
 
 def forward_tiles(tokens: int, head: int, itemsize: int) -> dict[str, int]:
     """Query rows of a block, keys of a part, and warps: the largest for which no kernel spills registers."""
+    # tl.dot takes no side shorter than 16.
     needed = max(16, triton.next_power_of_2(tokens))
     # fp32 products are three tf32 products, and take three times the registers.
     if itemsize == 4:
@@ -305,6 +307,7 @@ def _fake_backward(grad_BTD, qkv_BTQ, num_heads):
 
 def _save(ctx, inputs, output):
     qkv_BTQ, ctx.num_heads = inputs
+    # No weights and no sums: a program of the backward kernel has all keys at hand, and computes the softmax again.
     ctx.save_for_backward(qkv_BTQ)
 
 

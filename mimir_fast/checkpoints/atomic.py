@@ -44,6 +44,7 @@ def append_text(path: Path, text: str, flag: str = "output_dir") -> None:
     Raises OSError naming flag and file if that fails; the file is then as long as before.
     """
     try:
+        # Unbuffered: what a failed write leaves in a buffer would be written once more when the file is closed.
         with open(path, "ab", buffering=0) as file:
             length, rest = os.fstat(file.fileno()).st_size, memoryview(text.encode(errors="surrogateescape"))
             try:
@@ -52,6 +53,7 @@ def append_text(path: Path, text: str, flag: str = "output_dir") -> None:
                     rest = rest[file.write(rest) :]
                 _fsync(file.fileno())
             except OSError:
+                # Half a line would become one with the next that is appended.
                 os.truncate(path, length)
                 raise
     except OSError as error:
@@ -75,6 +77,7 @@ def in_place_when_done(*paths: Path, keep_suffix: bool = False) -> Iterator[list
         # Content before name: a file system may write the rename to disk first, and a power cut leave an empty file.
         for path in temporary:
             _sync(path)
+        # All contents are on the disk by now: files that belong together change names in one go.
         for ours, final in zip(temporary, paths):
             os.replace(ours, final)
         for folder in {path.parent for path in paths}:

@@ -187,6 +187,7 @@ def checked(trained: Trained, exported: nn.Module, path: Path) -> float:
     images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     ours = trained.model(images) if isinstance(trained.model, Classifier) else latent_tokens(trained, images)
     difference = ((exported(images) - ours).abs().max() / ours.abs().max().clamp_min(1e-12)).item()
+    # Not >=: a NaN compares false, and must be refused too.
     if not difference < TOLERANCE:
         raise ValueError(
             f"output: {path} would give other outputs in timm {timm.__version__} than here (by {difference:.1e}); not written"

@@ -49,5 +49,6 @@ def _fetched(source: str) -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / f"{digest}-{name}"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
+        # It writes beside the path and renames: a download that was stopped leaves no file of this name.
         torch.hub.download_url_to_file(source, str(path))
     return path

@@ -82,6 +82,7 @@ def supersede(folder: Path, epoch: int, step: int) -> list[str]:
     target.mkdir(exist_ok=True)
     for name in LOGS:
         if (folder / name).exists():
+            # Copies: the run goes on writing into the logs themselves.
             shutil.copy2(folder / name, free_name(target / name))
     for path in past:
         move(path, target / path.name)

@@ -13,5 +13,6 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         # As bytes: numpy has no bfloat16.
+        # Flattened first: torch does not view a tensor without dimensions in a dtype of another size.
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

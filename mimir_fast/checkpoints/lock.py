@@ -45,6 +45,7 @@ def locked(folder: Path, flag: str = "output_dir", say: Callable[[str], None] = 
         yield
     finally:
         ended.set()
+        # Another program may have taken it over, from a process that was suspended for longer than PATIENCE.
         if _owner(path).get("token") == mine["token"]:
             with contextlib.suppress(OSError):
                 path.unlink()
@@ -57,12 +58,14 @@ def _describe_self() -> dict:
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         "machine": _machine(),
         "started": _started(os.getpid()),
+        # Numbers of processes come again; this one tells whether a lock is still the same.
         "token": uuid.uuid4().hex,
     }
 
 
 def _created(path: Path, mine: dict) -> bool:
     try:
+        # O_EXCL: of several programs one succeeds, over NFS too from its version 3 on.
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
         return False
@@ -140,6 +143,7 @@ def _machine() -> str:
 def _started(process: int) -> str | None:
     """When a process of this machine began, in the kernel's words; None if there is none (a zombie is none)."""
     try:
+        # The program's name stands in brackets and may hold brackets and blanks: counting begins after the last one.
         state, *fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         return None if state == "Z" else fields[18]
     except FileNotFoundError:

@@ -50,6 +50,7 @@ def find_weights(state: Mapping[Any, Any]) -> dict[str, Named]:
     """The entries of a file that hold parameters, averages first, each by its name; that of a bare state dict is called ""."""
     found = {entry: held for entry, value in state.items() if isinstance(entry, str) and (held := _inner(value))}
     known = [name for name in ENTRIES if name in found]
+    # model_ema, as this package calls it, before averages of other names.
     averages = sorted((name for name in found if is_average(name)), key=lambda name: name != "model_ema")
     others = [name for name in found if name not in known and name not in averages]
     bare = _tensors(state)

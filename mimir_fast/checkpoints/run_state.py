@@ -230,6 +230,7 @@ def end_status(reason: str | None, received: int | None, position: Position, fol
     if reason == "signal":
         name = signal.Signals(received or signal.SIGTERM).name
         say(f"stopped by {name}; " + ("go on with --resume auto" if folder else "nothing saved: no output_dir"))
+        # SIGTERM is how schedulers take a machine back: saved and to be resumed, that is no failure.
         return 130 if received == signal.SIGINT else 0
     say(f"done: epoch {position.epoch}, {position.update} updates")
     return 0

@@ -142,6 +142,7 @@ def training_eps(trained: Trained) -> float | None:
     eps, std = trained.args.get("eps"), trained.args.get("std")
     if isinstance(eps, Tensor) and std is not None and eps.numel() == len(std):
         eps = (eps.flatten().cpu().double() * torch.tensor(std, dtype=torch.float64)).mean().item()
+    # The division by 255 and back leaves rounding errors, which would stand in messages and in keys of results.
     return round(eps * 255, 4) if isinstance(eps, float) and eps > 0 else None
 
 

@@ -98,6 +98,7 @@ def unpickled(file: IO[bytes]) -> Loaded:
     """
     stand_ins: dict[str, Callable] = {}
     refusal: pickle.UnpicklingError | None = None
+    # Once more for every type it does not know: torch's reader stops at the first, and names that one alone.
     while True:
         file.seek(0)
         allowed: list[Callable | tuple[Callable, str]] = [(call, name) for name, call in (KNOWN | stand_ins).items()]
@@ -124,6 +125,7 @@ def unpickled(file: IO[bytes]) -> Loaded:
 
 def _unknown(error: Exception) -> str | None:
     """The type that torch's reader does not know, None for one that is refused and for other errors."""
+    # torch's error has no attribute for the type: its text is all there is.
     found = re.search(r"Unsupported global: GLOBAL ([\w.]+)", str(error))
     if not found:
         return None

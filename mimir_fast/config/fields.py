@@ -72,6 +72,7 @@ class Configuration:
             section = getattr(self, name)
             homes = {f.name: _at_home(f, getattr(section, f.name)) for f in fields(kind) if f.metadata["path"]}
             if any(value != getattr(section, flag_name) for flag_name, value in homes.items()):
+                # A frozen dataclass refuses assignments, in its own __post_init__ too.
                 object.__setattr__(self, name, replace(section, **homes))
 
     # Flags have one namespace over all sections, as on the command line: `flat` and `updated` need no section.

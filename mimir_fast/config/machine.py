@@ -66,6 +66,7 @@ def _own_temporary_folder() -> Path:
     with contextlib.suppress(OSError):
         root = Path(tempfile.gettempdir()) / f"mimir_fast-{os.getuid()}"
         root.mkdir(mode=0o700, exist_ok=True)
+        # Anybody may have made a folder of this name before, or a link to another one.
         if root.stat().st_uid == os.getuid() and not root.is_symlink() and os.access(root, os.W_OK | os.X_OK):
             return root
     # Without any temporary folder: where the program runs.
@@ -75,6 +76,7 @@ def _own_temporary_folder() -> Path:
 def usable_cpus() -> int:
     """Processors that this process may use: by its affinity, and by the quota of its container."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # `allowed` twice: without a quota min would be given a single number, which it takes for a sequence.
     return min(allowed, *(max(1, math.ceil(quota)) for quota in _quotas()), allowed)
 
 

@@ -121,6 +121,7 @@ def resolve(config: Config, explicit: set[str], machine: Machine | None = None) 
     notes: list[str] = []
     device = resolve_device(config.run.device, explicit, notes.append, machine)
     asked, on_cuda = config.compute, device.startswith("cuda")
+    # Many CPUs have no arithmetic in 16 bits and emulate it, slower than fp32.
     precision = asked.precision or ("bf16" if on_cuda else "fp32")
     if asked.residual_dtype == "bf16" and precision != "bf16":
         raise ValueError(f"residual_dtype: bf16 goes with --precision bf16, not with {precision}")
@@ -133,6 +134,7 @@ def resolve(config: Config, explicit: set[str], machine: Machine | None = None) 
     compute = Compute(
         dtype=DTYPES[precision],
         residual_dtype=None if asked.residual_dtype == "fp32" else DTYPES[asked.residual_dtype],
+        # bf16 has the exponents of fp32, so that small gradients do not become zero.
         scaled=precision == "fp16",
         compile=compiled,
         compile_mode=asked.compile_mode,

@@ -100,6 +100,7 @@ def read_cifar(folder: Path, files: list[str], label_key: str) -> ArrayImages:
             with path.open("rb") as file:
                 # Python 2 wrote these pickles: latin1 decodes its byte strings, which hold the arrays.
                 batch = _ArrayUnpickler(file, encoding="latin1").load()
+            # A row is an image's red plane, then the green one, then the blue one.
             rows = np.asarray(batch["data"]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
             part = _checked(rows, batch[label_key], path, advice)
         images.append(part[0])

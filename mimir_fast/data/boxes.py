@@ -50,6 +50,7 @@ def draw(seed: int, epoch: int, indices: np.ndarray) -> Draws:
     index, attempt = np.broadcast_arrays(index, attempt)
     purpose = np.uint64(Purpose.CROP)
     words = philox(seed % 2**64, index, attempt, np.full_like(index, epoch), np.full_like(index, purpose))
+    # In fp64, which holds all 32 bits: in fp32 the largest words would become 1.
     numbers = np.stack(words, axis=-1) * 2.0**-32
     return Draws(numbers[:, :-1], numbers[:, -1, 0] < 0.5)
 
@@ -66,6 +67,7 @@ def boxes(
     log_low, log_high = (math.log(ratio) for ratio in CROP_RATIO)
     area = (heights * widths)[:, None] * (area_range[0] + (area_range[1] - area_range[0]) * u_area)
     ratio = np.exp(log_low + (log_high - log_low) * u_ratio)
+    # rint rounds halves to even, as Python's round does in torchvision.
     w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
     fits = (w > 0) & (w <= widths[:, None]) & (h > 0) & (h <= heights[:, None])
     top = np.floor(u_top * (heights[:, None] - h + 1))

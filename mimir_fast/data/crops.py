@@ -45,6 +45,7 @@ def model_input(images: Tensor, mean: Channels | None = None, std: Channels | No
         return to_float(images, mean, std)
     if mean is None or std is None:
         return images
+    # Not in place, unlike above: these floats are the caller's own.
     return images.sub(_channel_constants(tuple(mean), images.device)).div_(
         _channel_constants(tuple(std), images.device)
     )

@@ -64,6 +64,7 @@ def _next(batches: Iterator[Batch], interrupted: Callable[[], bool]) -> Batch | 
             return next(batches, None)
         except (RuntimeError, OSError, EOFError) as error:
             text = str(error)
+            # torch has no class for it: the text alone tells a timeout from other errors.
             if "DataLoader timed out" not in text:
                 raise _explained(error) or error from error
         if interrupted():

@@ -59,6 +59,7 @@ class EvalStream:
         self._keys = [self.indices[i : i + batch_size] for i in range(0, len(self.indices), batch_size)]
         of_any_size = info.side is None and not is_resized(source, input_size)
         maker = EvalMaker(source, input_size, of_any_size, resize)
+        # Workers end with each pass: between two validations of a training they would only hold memory.
         self._loader = batch_loader(maker, self._keys, num_workers, pin_memory, persistent=False)
 
     def __len__(self) -> int:

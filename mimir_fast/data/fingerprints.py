@@ -33,6 +33,7 @@ def names_fingerprint(source: ArrayImages | FolderImages | CachedImages | MixedI
     for part in (source.real, source.generated) if isinstance(source, MixedImages) else (source,):
         digest.update(part.labels.astype("<i8").tobytes())
         if (paths := _paths(part)) is not None:
+            # With the ends: the joined text alone does not say where one name stops.
             digest.update(paths.text.tobytes() + paths.ends.astype("<i8").tobytes())
     return f"{len(source)}-{digest.hexdigest()[:16]}"
 
@@ -52,6 +53,7 @@ def content_fingerprint(
         part = indices[start : start + PART]
         for index, content in zip(part, _contents(source, part)):
             name = "" if paths is None else paths.relative(int(index))
+            # Zero bytes in between, which no name can hold: no other name and label are written alike.
             digest.update(f"{name}\0{source.labels[index]}\0".encode(errors="surrogateescape") + content)
         read(len(part))
     return digest.hexdigest()

@@ -104,6 +104,7 @@ def mixing_draws(mixing: Mixing, images: Tensor, seed: int) -> Tensor:
     batch, _, height, width = images.shape
     if mixing.mode == "pair" and batch % 2:
         raise DataError(f"batch_size: {batch} is odd, but mixup_mode pair needs pairs")
+    # The legacy generator: timm draws from numpy's global one, whose numbers no newer generator gives.
     return torch.from_numpy(_draw(mixing, batch, height, width, np.random.RandomState(seed)).astype(np.float32))
 
 

@@ -28,6 +28,7 @@ class Purpose(IntEnum):
 def random_stream(seed: int, purpose: Purpose, *position: int) -> np.random.Generator:
     """The generator of (seed, purpose, position), position being epoch, rank, step...; global generators are untouched."""
     # Philox is counter-based: it is cheap to make, so that every batch and image can have a generator of its own.
+    # A seed may be negative, which SeedSequence refuses.
     key = np.random.SeedSequence(entropy=seed % 2**64, spawn_key=(int(purpose), *position))
     return np.random.Generator(np.random.Philox(key))
 

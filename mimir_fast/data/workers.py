@@ -181,6 +181,7 @@ def start_worker(worker_id: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     if HOLDS_SIGTERM:
         parent = os.getppid()
+        # SIGKILL, since a SIGTERM is blocked here and counts only from a parent that lives.
         ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
         # It may have ended before that.
         if os.getppid() != parent:
@@ -189,6 +190,7 @@ def start_worker(worker_id: int) -> None:
 
 
 def _end_when_told_by(parent: int) -> None:
+    # A handler of Python's is not told who sent a signal; sigwaitinfo is, if the signal is blocked.
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     # Not sys.exit, which in a thread ends the thread alone.

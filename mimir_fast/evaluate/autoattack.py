@@ -39,6 +39,7 @@ class InParts(nn.Module):
         # Square and the final predictions need no gradient, hence no second forward pass.
         if not (torch.is_grad_enabled() and images.requires_grad):
             return torch.cat([self.model(part) for part in parts])
+        # The reentrant kind refuses torch.autograd.grad, by which the attacks take their gradients.
         return torch.cat([checkpoint(self.model, part, use_reentrant=False) for part in parts])
 
 
@@ -64,11 +65,14 @@ class AutoAttack:
             raise ValueError(f"attacks: aa {reason}")
         self.seed, self.device = seed, device
         radius = eps / 255 if norm == "Linf" else eps
+        # The seed is a stand-in, which `run` replaces before every use; None would mean the clock.
         self.attacks = _package().AutoAttack(
             InParts(model, batch_size), norm=norm, eps=radius, version="standard", seed=0, device=device
         )
+        # The package sets these in run_standard_evaluation, which attacks all in turn and is not called here.
         self.attacks.fab.targeted, self.attacks.apgd.loss = True, "ce"
         for targeted in (self.attacks.apgd_targeted, self.attacks.fab):
+            # A target is a wrong class, of which a model with few classes has fewer than nine.
             targeted.n_target_classes = min(TARGETS, num_classes - 1)
         # The package warns of vanishing gradients, and of Square being ahead of the others; checks.py measures both.
         logging.getLogger("auto-attack").setLevel(logging.ERROR)
@@ -84,6 +88,7 @@ class AutoAttack:
             "fab-t": self.attacks.fab,
             "square": self.attacks.square,
         }[name]
+        # Not hash(), which Python salts anew in every process: a resumed evaluation would draw other numbers.
         digest = hashlib.sha256(f"{self.seed} {name} {int(indices[0])}".encode()).digest()
         attack.seed = int.from_bytes(digest[:4], "little")
         # The package seeds torch's global generators.

@@ -68,6 +68,7 @@ def compare(outcomes: Iterable[AttackResult]) -> list[Finding]:
 def large_eps(record: Record) -> Finding:
     """record: the images that the model gets right, under PGD at LARGE_EPS."""
     standing, n = int(record.correct.sum()), len(record.indices)
+    # The lower end of the interval: on a hundred images a share above the limit may be chance.
     low, _ = wilson(standing, n)
     text = f"at eps {LARGE_EPS:g}/255, where every image can be made grey, {standing} of {n} images stay correct"
     doubt = ": PGD misses adversarial images that must exist (masked gradients); the true robustness is lower"

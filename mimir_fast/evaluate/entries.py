@@ -56,6 +56,7 @@ def summary(record: Record, rounds: Sequence[str]) -> dict:
     n, correct = len(record.indices), int(record.correct.sum())
     entry = {"accuracy": correct / n, "correct": correct, "n": n, "interval95": list(wilson(correct, n))}
     if len(rounds) > 1:
+        # ROBUST exceeds every round, and 0 stands for misclassified unattacked: what is above r stands after round r.
         entry["after"] = {name: float((record.broken > r).mean()) for r, name in enumerate(rounds, 1)}
     return entry | {"seconds": round(record.seconds, 3)}
 

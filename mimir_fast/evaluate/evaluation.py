@@ -84,11 +84,13 @@ def run_evaluation(
     for attack in attacks:
         rounds_of(attack, subject, sizes, seed)
     mine, folder = model_hash(subject.model), Path(output_dir)
+    # Each process reads the file by itself: with unlike copies on two machines the result would be of no model.
     if len(set(team.gathered(mine))) > 1:
         raise ValueError(f"checkpoint: the processes read different parameters from {source}")
     identity = {"model": {"source": source, "hash": mine}, "images": chosen.identity()}
     # tf32 off: adversarial examples lie close to the decision boundary, where it decides otherwise than fp32.
     with full_precision(), locked(folder, say=say) if team.is_main else nullcontext():
+        # Under the lock already: to open a folder's results can mean to move those of another model aside.
         results = team.shared(lambda: Results(folder, identity))
         return Evaluation(subject, chosen, results, sizes, seed, say, team).run(attacks, with_checks)
 
@@ -129,6 +131,7 @@ class Evaluation:
             record = self.attack(attack)
             # The attacks that follow leave out what was misclassified unattacked.
             self.clean = record.correct if attack == CLEAN else self.clean
+        # By process 0 alone: reading a record also takes in and removes the parts that a stopped call left.
         compared = checks.compare(self.outcomes()) if self.team.is_main else []
         findings = [*compared, *self.slice_checks(with_checks)]
         self.results.data["checks"] = [finding._asdict() for finding in findings]

@@ -76,6 +76,7 @@ class Images:
         finally:
             bar.close()
         # Little-endian on every machine: the hash is compared across machines.
+        # Names of class folders are bytes to the file system, and need not be UTF-8.
         digest = hashlib.sha256(f"{facts} {content}".encode(errors="surrogateescape") + indices.astype("<i8").tobytes())
         return Chosen(self, indices, list(stream.classes), digest.hexdigest())
 

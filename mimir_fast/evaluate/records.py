@@ -87,6 +87,7 @@ class Record:
 
     def save(self) -> None:
         """Write atomically.  Raises OSError if the disk refuses."""
+        # Into an open file: to a name without its ending numpy would add .npz, and the rename would miss it.
         write_atomically(self.path, lambda file: np.savez_compressed(file, seconds=self.seconds, **self.arrays()))
 
     def resume(self) -> bool:
@@ -104,6 +105,7 @@ class Record:
                 setattr(self, name, arrays[stored])
         for path in parts:
             arrays, seconds = self._read(path)
+            # A part that brings nothing was taken in before a kill that left it there: its time is counted already.
             self.seconds += seconds if self.take(arrays) else 0.0
         if parts:
             self.save()
@@ -181,6 +183,7 @@ class Results:
 
 
 def _key(identity: dict) -> str:
+    # 48 bits of each hash: enough to tell the few models of one folder apart, and a name that people can still read.
     return f"{identity['model']['hash'][:12]}-{identity['images']['hash'][:12]}"
 
 

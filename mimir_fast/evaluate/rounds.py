@@ -77,6 +77,7 @@ def rounds_of(attack: Attack, subject: Subject, sizes: Sizes, seed: int) -> list
     if attack.is_ensemble:
         norm = "L2" if attack.in_l2 else "Linf"
         ensemble = AutoAttack(model, subject.num_classes, attack.eps, seed, subject.device, sizes.batch, norm)
+        # Never a CUDA graph: the package decides on the host, step by step, which images it goes on attacking.
         return [Round(name, PASSES[name], partial(ensemble.run, name)) for name in SUB_ATTACKS]
     make_loss = _loss_of(attack, model)
 
@@ -134,6 +135,7 @@ def run_attack(
                     indices = torch.from_numpy(record.indices[rows])
                     seen = outcome(round, attack, subject, sizes.batch, images, labels, indices)
                     record.note(rows, index, labels.numpy(), *seen)
+                    # The outcome lies on the host: the device has finished, so that the time is the batch's own.
                     record.seconds += time.perf_counter() - started
                     record.save()
                     others = team.others(len(rows), int((record.broken[rows] == index).sum()))
@@ -164,6 +166,7 @@ def outcome(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The predicted classes [B] after a round, and their cross-entropy [B]."""
     images, labels = to_float(images_u8.to(subject.device)), labels.to(subject.device)
+    # A graph reads indices on the device; AutoAttack takes its seed from the first one, on the host.
     if round.launchable:
         indices = indices.to(subject.device)
     adv = round.run(images, labels, indices)
@@ -173,6 +176,7 @@ def outcome(
     if not (farthest <= allowed and adv.min() >= 0 and adv.max() <= 1):
         raise RuntimeError(f"{round.name}: an adversarial image is {farthest:g} away, allowed {attack.radius:g}")
     with torch.no_grad():
+        # A group of AutoAttack's may hold more images than fit into the model at a time.
         logits = torch.cat([subject.model(part) for part in adv.split(batch_size)])
     check_logits(logits, subject)
     losses = F.cross_entropy(logits, labels, reduction="none")
@@ -181,6 +185,7 @@ def outcome(
 
 def distance(moves: Tensor, in_l2: bool) -> float:
     """The norm of the largest perturbation [B,C,H,W]: L2, in fp64, or L-infinity."""
+    # A sum of squares in fp32 would add a rounding error of its own to the distance that is checked.
     return (norms(moves.double()) if in_l2 else moves.abs()).max().item()
 
 

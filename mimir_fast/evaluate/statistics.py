@@ -28,6 +28,7 @@ def sign_test(more: int, fewer: int) -> float:
     This is McNemar's exact test if the two count the images on which two attacks disagree, once in each direction.
     """
     n = more + fewer
+    # Whole numbers up to the one division: from n = 1030 on the binomials exceed what a float holds.
     return sum(math.comb(n, k) for k in range(more, n + 1)) / 2**n
 
 

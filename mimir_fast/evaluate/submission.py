@@ -49,6 +49,7 @@ def write_submissions(data: dict, trained: Trained, keys: Iterable[str], folder:
 def model_info(clean: dict, robust: dict, attack: Attack, trained: Trained, dataset: str) -> dict:
     """The fields of RobustBench's file, in its order; None for what only the submitter knows."""
     args = trained.args
+    # Percent as text with two decimals, as in the files of the leaderboard.
     accuracy = f"{100 * robust['accuracy']:.2f}"
     return {
         "link": None,
@@ -56,12 +57,14 @@ def model_info(clean: dict, robust: dict, attack: Attack, trained: Trained, data
         "authors": None,
         # Generated images, the only ones that a training of ours adds; a file of others does not say it.
         "additional_data": bool(args["use_edm"]) if "use_edm" in args else None,
+        # Passes that classify one image: more than one is for models that average over random draws.
         "number_forward_passes": 1,
         "dataset": dataset,
         "venue": None,
         "architecture": f"{args['model']}, patches of {args['patch_size']} pixels",
         "eps": f"{attack.eps:g}" if attack.in_l2 else f"{attack.eps:g}/255",
         "clean_acc": f"{100 * clean['accuracy']:.2f}",
+        # What the authors claim, by whatever attack; here that is AutoAttack's number too.
         "reported": accuracy,
         "autoattack_acc": accuracy,
     }

@@ -52,12 +52,14 @@ class Team:
         if not self.is_main:
             self.gathered(None)
         yield
+        # Not in a finally: where process 0 fails, the watch ends the others, which must not take it for done.
         if self.is_main:
             self.gathered(None)
 
     def dealt(self, rows: np.ndarray, size: int) -> np.ndarray:
         """This process's part of the rows that a round has still to attack in batches of `size`: every size-th batch."""
         batches = [rows[i : i + size] for i in range(0, len(rows), size)][self.world.rank :: self.world.size]
+        # Fewer batches than processes leave some with none, and np.concatenate refuses an empty list.
         return np.concatenate(batches) if batches else rows[:0]
 
     def shared(self, make: Callable[[], T]) -> T:
@@ -65,6 +67,7 @@ class Team:
         if self.world.size == 1:
             return make()
         box = [make() if self.is_main else None]
+        # Pickled: the others get a copy, and see nothing of what process 0 changes in it afterwards.
         dist.broadcast_object_list(box, 0, group=self.group)
         return box[0]  # type: ignore[return-value]
 
@@ -81,6 +84,7 @@ class Team:
         record = Record(path, indices, correct)
         record, there = self.shared(lambda: (record, record.resume()))
         if not self.is_main:
+            # A file of its own: of two processes that save to one, each would overwrite what the other has done.
             record.path, record.seconds = record.part(self.world.rank), 0.0
         return record, there
 
@@ -91,6 +95,7 @@ class Team:
     def merge(self, record: Record) -> None:
         """After a round: enter into every process's record what the others did, and save it."""
         views = self.gathered((record.arrays(), record.seconds))
+        # In a round each image has one process that attacks it: the order of the views does not matter.
         for arrays, _ in views:
             record.take(arrays)
         if self.is_main:
@@ -99,6 +104,7 @@ class Team:
         # The parts go when the whole is on the disk.
         self.gathered(None)
         if not self.is_main:
+            # Counted anew in every round: process 0 has added them to its sum, and would add them again.
             record.seconds = 0.0
             record.path.unlink(missing_ok=True)
         self._turn += 1
@@ -121,6 +127,7 @@ def joined(config: DistConfig, device: str) -> Iterator[Team]:
     store = dist.distributed_c10d._get_default_store().clone()
     watch = Watch(store, world.rank, world.size)
     try:
+        # Gloo on GPUs too: what is exchanged lies on the host, NCCL would send it through the device that is attacking.
         group = dist.new_group(backend="gloo", timeout=FOREVER)
         # Every process is a member.
         assert isinstance(group, dist.ProcessGroup)
@@ -130,10 +137,12 @@ def joined(config: DistConfig, device: str) -> Iterator[Team]:
         team.gathered(None)
         watch.stop()
         team.gathered(None)
+    # BaseException, since the watch interrupts this thread with a KeyboardInterrupt.
     except BaseException as error:
         reason = watch.ends(error)
         if reason is error:
             raise
+        # The traceback would show the wait that was interrupted, and not what went wrong elsewhere.
         raise reason from None
     finally:
         watch.stop()

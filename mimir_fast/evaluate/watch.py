@@ -44,6 +44,7 @@ class Watch:
     def __init__(self, store: dist.Store, rank: int, size: int):
         self.rank, self.size, self.lost = rank, size, ""
         self._store, self._ended = store, threading.Event()
+        # A daemon: a process whose main thread has ended must not live on to send beats.
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
 
@@ -51,6 +52,7 @@ class Watch:
         """Add to the images that this process has finished in a turn, and how many of them were broken; on rank 0 returns both
         sums over the others."""
         mine = (0, 0) if self.rank == 0 else (done, broken)
+        # A counter per turn: none could be set back to zero between rounds while others add to it already.
         sums = [self._store.add(f"evaluation: {turn} {what}", n) for what, n in zip(("done", "broken"), mine)]
         return sums[0], sums[1]
 
@@ -62,6 +64,7 @@ class Watch:
             reason = self._reason() or "another process ended without a word"
         if reason:
             return PeerError(reason + GO_ON)
+        # Before the reason is told: this process's own watch would find it there and interrupt the telling.
         self.stop()
         self._tell(described(error) or _in_words(error))
         return error
@@ -91,6 +94,7 @@ class Watch:
                 _thread.interrupt_main()
                 if not self._ended.wait(GRACE):
                     print(f"error: {self.lost}{GO_ON}", file=sys.stderr, flush=True)
+                    # Not sys.exit, which ends this thread alone: the main one may hang where no exception helps.
                     os._exit(1)
                 return
 
@@ -101,13 +105,16 @@ class Watch:
             if reason := self._reason():
                 self._store.add("evaluation: heard", 1)
                 return reason
+            # Beats are counters and carry no time, so that clocks of several machines are never compared.
             now = time.monotonic()
             for rank in range(self.size):
+                # Adding 0 reads a counter that need not exist yet; `get` would wait for its first beat.
                 count = self._store.add(f"evaluation: beat {rank}", 0)
                 if count != beats[rank]:
                     beats[rank], seen[rank] = count, now
                 elif now - seen[rank] > PATIENCE:
                     return f"process {rank} of {self.size} ended without a word or hangs (was it killed?)"
+        # The store is process 0's, or torchrun's on the same machine: where it does not answer, that is gone.
         except dist.DistError:
             return f"process 0 of {self.size} ended without a word (was it killed?)"
         return ""
@@ -115,5 +122,6 @@ class Watch:
     def _reason(self) -> str:
         """What the first process that ended by an error said; empty if none did."""
         with contextlib.suppress(dist.DistError):
+            # `get` alone would wait for a key that is not there until the store's timeout.
             return self._store.get(REASON).decode() if self._store.check([REASON]) else ""
         return f"process 0 of {self.size} ended without a word (was it killed?)"

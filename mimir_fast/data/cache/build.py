@@ -98,6 +98,7 @@ class _Shards:
             Encoded((stored[0], stored[1]), (original[0], original[1]), crc, reason)
             for stored, original, crc, reason in json.loads(record.read_text(encoding="utf-8"))
         ]
+        # Its length stands for its contents: to read all that was written would take about as long as to write it.
         size = sum(stored_bytes(self.options.pixels, *image.stored) for image in images)
         return images if path.stat().st_size == size else None
 
@@ -107,7 +108,9 @@ class _Shards:
         partial = path.with_name(path.name + PARTIAL)
         # Not there if all of its images are unreadable.
         with open(partial, "ab") as file:
+            # fsync is of the file and not of the writer: it covers what other processes have written into it.
             os.fsync(file.fileno())
+        # The record first: a shard is given its name last, and then has all that `_whole` asks for.
         write_text_atomically(self._record(shard), json.dumps(images), "dst")
         move(partial, path)
 
@@ -127,6 +130,7 @@ class _Shards:
             yield from _received(processes)
         finally:
             for process in processes.values():
+                # Not terminate: these processes ignore SIGTERM, and a shard without its name is made again anyway.
                 process.kill()
                 process.join()
             for descriptor in alive:
@@ -171,6 +175,7 @@ def _index(originals: Originals, options: Options, images: list[Encoded]) -> Ind
     """Where the images lie, which are in the shards one after the other."""
     stored, original = (np.array([getattr(i, f) for i in images], np.int32) for f in ("stored", "original"))
     crc = np.array([image.crc for image in images], np.uint32)
+    # In 64 bits: a shard of 16,384 images may be longer than the 2 GiB that an int32 offset reaches.
     counts = stored_bytes(options.pixels, *stored.astype(np.int64).T)
     shard = np.arange(len(images)) // options.shard_images
     offset = np.cumsum(counts) - counts

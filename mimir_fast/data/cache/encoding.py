@@ -24,6 +24,7 @@ CHUNK = 32
 PIECE = 32 * 2**20
 # Ending of a shard that is being written.
 PARTIAL = ".partial"
+# Forked processes share the list of files, or the images of an npz; spawned ones would be sent a copy each.
 FORK = multiprocessing.get_context("fork")
 
 
@@ -70,6 +71,7 @@ class Turns:
     """Hands out chunks to processes, and places in the shards in the order of the chunks."""
 
     def __init__(self) -> None:
+        # Without locks of their own: `changed` guards all three.
         self.taken, self.turn, self.end = (FORK.Value("q", 0, lock=False) for _ in range(3))
         self.changed = FORK.Condition()
 
@@ -83,6 +85,7 @@ class Turns:
         """The offset in the shard for `count` bytes of a chunk, once it is its turn; last: the next chunk's turn is next."""
         with self.changed:
             self.changed.wait_for(lambda: self.turn.value == number)
+            # Places alone are given out in turn: processes then write at the same time.
             offset = 0 if begins_shard else self.end.value
             self.end.value = offset + count
             if last:
@@ -101,6 +104,7 @@ class Encoder:
 
     def run(self, results: Connection, alive: tuple[int, int]) -> None:
         """The process: sends (chunk number, images, bytes), or the text of an error.  Ends when its parent does."""
+        # A terminal or a scheduler signals all processes of a job; the parent alone decides what becomes of the build.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         # The parent alone holds the other end: reading returns when it is gone, however it ended.
@@ -152,6 +156,7 @@ def write_at(path: Path, offset: int, parts: list[np.ndarray]) -> None:
         for part in parts:
             left = part.data.cast("B") if part.nbytes else memoryview(b"")
             while left:
+                # With the place in the call: the file has several writers.  A nearly full disk takes a part.
                 done = os.pwrite(descriptor, left, offset)
                 left, offset = left[done:], offset + done
     finally:

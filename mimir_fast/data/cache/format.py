@@ -83,6 +83,7 @@ class Manifest:
 
 
 def _checksum(content: dict) -> str:
+    # Keys stay in their order through JSON and back: the text is the same when it is written and when it is read.
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -119,6 +120,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         content = json.loads(path.read_bytes())
+        # Before the checksum, which a later version may compute in another way.
         if content["version"] > VERSION:
             raise DataError(
                 f"{path}: a cache of format {content['version']}, this version of mimir-fast reads up to {VERSION}; update it"
@@ -127,6 +129,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise ValueError("its checksum differs")
         del content["format"], content["version"]
         manifest = Manifest(options=Options(**content.pop("options")), **content)
+        # Staging removes and writes files of these names: none may lead out of the folder.
         if not all(FILE.fullmatch(name) for name in manifest.files):
             raise ValueError("it names files that are none of a cache")
     except DataError:

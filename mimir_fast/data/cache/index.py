@@ -72,6 +72,7 @@ def write_index(folder: Path, index: Index) -> dict[str, list[int]]:
     for field in fields(Index):
         # Through memory: the checksum is then of what is meant, whatever the disk makes of it.
         buffer = io.BytesIO()
+        # Without pickles, which run code when they are read: a cache may come from somebody else.
         np.save(buffer, getattr(index, field.name), allow_pickle=False)
         content = buffer.getvalue()
         write_atomically(folder / index_name(field.name), partial(_write, content), "dst")
@@ -88,6 +89,7 @@ def read_index(folder: Path, manifest: Manifest) -> Index:
     arrays = {}
     for field in fields(Index):
         name = index_name(field.name)
+        # Read once, so that the bytes that were compared with the checksum are those that are used.
         content = _content(folder / name)
         if [len(content), zlib.crc32(content)] != manifest.files.get(name):
             raise DataError(f"{folder / name}: damaged (its checksum differs from the manifest's); {AGAIN}")

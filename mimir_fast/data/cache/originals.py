@@ -103,6 +103,7 @@ class FolderOriginals:
         return decoded_size(lambda: open(path, "rb"))
 
     def contents(self) -> list:
+        # Sizes, and no checksums: these would have every file read before the first one is decoded.
         with ThreadPoolExecutor(STAT_THREADS) as pool:
             parts = pool.map(self._bytes, range(0, len(self), STAT_PART))
             return [count for part in parts for count in part]
@@ -155,6 +156,7 @@ class TarOriginals:
 
     def _open(self, index: int) -> io.BytesIO:
         member = self.members[index]
+        # Opened for each image: forked processes share the position of a file that was open before.
         with self.tars[member.tar].open("rb") as file:
             file.seek(member.offset)
             return io.BytesIO(file.read(member.bytes))
@@ -174,6 +176,7 @@ def _tar_members(path: Path, number: int) -> tuple[list[Member], list[int]]:
     images: dict[str, Member] = {}
     classes: dict[str, int] = {}
     try:
+        # "r:" refuses compression, since members of a compressed tar have no place in it to seek to.
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 # As WebDataset does: the key ends at the first dot of the name.

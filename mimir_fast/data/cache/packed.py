@@ -34,6 +34,7 @@ class PackedBatch(NamedTuple):
         # As large for every batch: the allocator then has one block to give again.
         there = torch.empty(len(buffer.memory), dtype=torch.uint8, device=device)[: len(self.memory)]
         there.copy_(self.memory, non_blocking=True)
+        # Whoever fills the buffer next waits for this event, and not the step.
         buffer.copied = torch.cuda.current_stream(device).record_event()
         return self._replace(memory=there)
 

@@ -55,6 +55,7 @@ def begin(folder: Path, plan: dict, originals: Originals) -> None:
     elif any(path.name != LOCK for path in folder.iterdir()):
         raise DataError(f"dst: {folder} holds other files; choose another folder")
     write_text_atomically(folder / PLAN, json.dumps(plan) + "\n", "dst")
+    # Nobody writes here now: the build holds the folder's lock.
     remove_temporaries(folder)
     for path in folder.glob(f"*{PARTIAL}"):
         path.unlink()

@@ -43,6 +43,7 @@ class Buffer:
     def begin(self, batch: Windows) -> None:
         """Write the table, once the batch before has left; the buffer grows if the rows have no room."""
         if self.copied is not None:
+            # The GPU may still be reading the rows of the batch before: a copy from page-locked memory runs on its own.
             self.copied.synchronize()
             self.copied = None
         first = table_bytes(self.batch_size)
@@ -93,6 +94,7 @@ class Reader:
         self.new_buffer = partial(Buffer, batch_size, room, pin_memory)
         self.renew()
         # Images that were read whole and compared with their checksums in this run.
+        # A byte each and no lock: two threads that check one image at once write the same value.
         self.checked = bytearray(len(cache.index))
 
     def renew(self) -> None:
@@ -111,6 +113,7 @@ class Reader:
         view = f.buffer.view
         for n in range(part.first, part.last):
             place, count = f.places[n], f.counts[n]
+            # A checksum is of the whole image: it is read whole the first time, and afterwards the crop's rows alone.
             if self.checked[f.rows[n]]:
                 shards.read(f.shards[n], f.starts[n], view[place : place + count])
                 continue
@@ -158,6 +161,7 @@ class Epoch:
                     return None
                 if not any(thread.is_alive() for thread in self.threads):
                     raise NoBatchError("data_threads: all threads that read have ended")
+                # Every second, since a signal's handler sets a flag and wakes no thread that waits for a condition.
                 if not self.changed.wait(timeout=1):
                     self._check_silence()
             return self.order.popleft()
@@ -196,6 +200,7 @@ class Epoch:
                     return None
                 if not self.free:
                     self.changed.wait()
+                # Still under the lock, so that batches begin in the order of their keys.
                 elif (key := next(self.keys, None)) is None:
                     self.ended = True
                     self.changed.notify_all()

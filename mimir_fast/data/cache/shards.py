@@ -76,6 +76,7 @@ class Shards:
                 ) from again
 
     def _fill(self, descriptor: int, shard: int, offset: int, into: memoryview) -> None:
+        # With the place in the call: threads and forked processes read from one descriptor without a lock.
         done = os.preadv(descriptor, [into], offset)
         while done < len(into):
             count = os.preadv(descriptor, [into[done:]], offset + done)
@@ -104,6 +105,7 @@ class Shards:
     def close(self) -> None:
         """Close the files; may be called again."""
         while self.descriptors:
+            # Each number is forgotten before it is closed: closed twice, it could be another file's by then.
             os.close(self.descriptors.pop())
 
     def __reduce__(self):

@@ -76,6 +76,7 @@ def _copy(source: Path, target: Path, manifest: Manifest) -> None:
     # Whole files of a copy that was stopped, maybe of another cache.
     for name in manifest.files:
         (target / name).unlink(missing_ok=True)
+    # After the files of a stopped copy are gone, whose space counts as free.
     if manifest.bytes > (free := free_bytes(target)):
         raise DataError(
             f"stage: {target} has {free / 1e9:.1f} GB free, the cache takes {manifest.bytes / 1e9:.1f} GB; make room, "

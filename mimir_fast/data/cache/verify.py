@@ -22,6 +22,7 @@ def verify(folder: Path, threads: int, show: Callable[[int, int], None]) -> int:
     check_shards(folder, manifest)
     index = read_index(folder, manifest)
     done = 0
+    # Threads do: reading and zlib.crc32 release the interpreter's lock.
     with ThreadPoolExecutor(threads) as pool:
         shards = range(len(manifest.shards))
         try:
@@ -43,4 +44,5 @@ def check_shard(folder: Path, manifest: Manifest, index: Index, shard: int) -> i
     with path.open("rb", buffering=BLOCK) as file:
         for image in images.tolist():
             check_image(path, image, index, file.read(int(sizes[image])))
+    # With those that another image stands for, so that the shards add up to all images of the index.
     return int((index.shard == shard).sum())

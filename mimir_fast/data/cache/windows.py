@@ -35,6 +35,7 @@ class Table(NamedTuple):
 
 
 # The arrays' bytes per number, dtypes on the device, and numbers per image.
+# The widest numbers first: each array then begins at a multiple of its numbers' size, as `Tensor.view` demands.
 COLUMNS = ((8, torch.int64, 1), (8, torch.int64, 1), (8, torch.int64, 2), (4, torch.float32, 4), (1, torch.bool, 1))
 
 
@@ -82,12 +83,14 @@ def windows(
     box = boxes(drawn.numbers, original[:, 0], original[:, 1]) * np.tile(stored / original, 2)
     height, width = stored.T
     step = rows_in(pixels)
+    # Chroma is stored once per pair of rows, so that a window cannot begin or end within one.
     first = np.floor(box[:, 0]).astype(np.int64) // step * step
     last = np.clip(np.ceil(box[:, 0] + box[:, 2]).astype(np.int64), first + 1, height)
     # All rows of the last pair, if the image has them.
     last = np.minimum(-(-last // step) * step, height)
     counts = stored_bytes(pixels, last - first, width)
     image_starts = index.offset[rows]
+    # While it is fp64: relative to the window a top keeps more digits of its fraction in fp32.
     box[:, 0] -= first
     table = Table(
         np.cumsum(counts) - counts,
