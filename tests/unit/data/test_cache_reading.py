@@ -109,6 +109,7 @@ def test_only_the_rows_of_the_boxes_are_read(caches):
 
 @pytest.mark.parametrize("pixels", FORMATS)
 def test_threads_and_resuming_do_not_change_a_bit(caches, pixels):
+    before = set(threading.enumerate())
     alone = stream(caches[pixels], data_threads=1)
     whole = [collect(alone, epoch) for epoch in range(2)]
     assert len(whole[0][0]) == 6
@@ -125,9 +126,7 @@ def test_threads_and_resuming_do_not_change_a_bit(caches, pixels):
             helped.epoch(0)
     for start in range(6):
         assert same(collect(stream(caches[pixels]), 1, start), [part[start:] for part in whole[1]])
-    assert not [
-        thread for thread in threading.enumerate() if thread is not threading.main_thread() and not thread.daemon
-    ]
+    assert not [thread for thread in set(threading.enumerate()) - before if not thread.daemon]
 
 
 def test_any_number_of_processes_sees_the_same_crops(caches):
