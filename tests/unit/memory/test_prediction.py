@@ -132,6 +132,7 @@ def test_grows_with_the_batch_and_a_step_with_one_image_holds_the_gradients():
         predicted.at(0)
 
 
+@pytest.mark.slow
 def test_accumulation_keeps_gradients():
     flags = {"model": "mae_vit_ti", "input_size": 32, "patch_size": 8, "compile": False}
     once, twice = (predict(on_gpu(flags | {"accum_iter": n})).at(256) for n in (1, 2))
@@ -251,6 +252,7 @@ def test_another_family(task, monkeypatch):
     assert 64 * 3 * 32 * 32 * 4 < 2**30 * kinds["activations and gradients"] < 16 * 2**20
 
 
+@pytest.mark.slow
 def test_command_line_of_a_fine_tuning(capsys):
     flags = "--dataset cifar10 --model vit_ti --patch_size 4 --attack_train pgd --no_compile --batch_size 64"
     words = f"--task finetune {flags} --gpu a100-40"
