@@ -175,6 +175,13 @@ def check_heads(width: int, num_heads: int) -> None:
         raise ValueError(f"num_heads: {num_heads} does not divide the width {width}")
 
 
+def check_counts(**counts: int) -> None:
+    """Raises ValueError, which names it, for a number of blocks, classes and the like below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name}: expected 1 or more, got {count}")
+
+
 def check_images(name: str, images: Tensor, channels: int, side: int) -> None:
     """Raises ValueError unless images are [B,channels,side,side]; `name` is the argument's."""
     if images.ndim != 4 or images.shape[1:] != (channels, side, side):

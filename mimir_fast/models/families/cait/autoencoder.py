@@ -15,7 +15,7 @@ from mimir_fast.models.autoencoder import MaskedAutoencoder
 from mimir_fast.models.encoder import Stream
 from mimir_fast.models.families.cait.attention import EPS
 from mimir_fast.models.families.cait.encoder import CaiTEncoder
-from mimir_fast.models.layers import add_and_norm, init_xavier, sincos_table
+from mimir_fast.models.layers import add_and_norm, check_counts, init_xavier, sincos_table
 
 
 class MaskedAutoencoderCaiT(CaiTEncoder, MaskedAutoencoder):
@@ -51,8 +51,7 @@ class MaskedAutoencoderCaiT(CaiTEncoder, MaskedAutoencoder):
     ):
         sizes = (embed_dim, depth, num_heads, mlp_ratio, init_values, depth_token_only, mlp_ratio_token_only)
         super().__init__(img_size, patch_size, in_chans, *sizes, compat=compat, **computing)
-        if decoder_depth < 1:
-            raise ValueError(f"decoder_depth: expected 1 or more, got {decoder_depth}")
+        check_counts(decoder_depth=decoder_depth)
         self.norm_pix_loss = norm_pix_loss
         # In this order, as in CaiTEncoder: the state dict has the parameters of both first, then all modules.
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mimir_fast.models.compat import checked
 from mimir_fast.models.encoder import Encoder, added
 from mimir_fast.models.families.cait.attention import EPS, ClassAttentionBlock, TalkingHeadsBlock
-from mimir_fast.models.layers import PatchEmbed
+from mimir_fast.models.layers import PatchEmbed, check_counts
 
 
 class CaiTEncoder(Encoder):
@@ -44,9 +44,7 @@ class CaiTEncoder(Encoder):
         **computing: Any,
     ):
         super().__init__(img_size, patch_size, in_chans, **computing)
-        for name, value in (("depth", depth), ("depth_token_only", depth_token_only)):
-            if value < 1:
-                raise ValueError(f"{name}: expected 1 or more, got {value}")
+        check_counts(depth=depth, depth_token_only=depth_token_only)
         # Heads mix their scores: no backend of --attention computes that, whichever is asked for.
         self.compat, self._block = checked(compat), (mlp_ratio, init_values, self.kernels, mlp)
         # The order of the state dict is part of the checkpoint format: parameters in this order, then modules in theirs.

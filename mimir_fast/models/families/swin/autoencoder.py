@@ -18,7 +18,7 @@ from mimir_fast.models.compat import checked
 from mimir_fast.models.encoder import Stream
 from mimir_fast.models.families.swin.encoder import SwinEncoder
 from mimir_fast.models.families.swin.layers import WindowAttention
-from mimir_fast.models.layers import Block, add_and_norm, init_xavier, sincos_table
+from mimir_fast.models.layers import Block, add_and_norm, check_counts, init_xavier, sincos_table
 
 
 class MaskedAutoencoderSwin(MaskedAutoencoder):
@@ -65,8 +65,7 @@ class MaskedAutoencoderSwin(MaskedAutoencoder):
         super().__init__()
         if drop_path_rate:
             raise ValueError(f"drop_path_rate: pre-training leaves out no blocks; got {drop_path_rate}, expected 0")
-        if decoder_depth < 1:
-            raise ValueError(f"decoder_depth: expected 1 or more, got {decoder_depth}")
+        check_counts(decoder_depth=decoder_depth)
         sizes = (embed_dim, depths, num_heads, window_size, mlp_ratio, qkv_bias)
         # A module inside, and no base class as in other families: the original's files call all of it encoder.*.
         encoder = SwinEncoder(

@@ -11,7 +11,7 @@ from mimir_fast.kernels import token_restore
 from mimir_fast.models.autoencoder import MaskedAutoencoder
 from mimir_fast.models.encoder import Stream
 from mimir_fast.models.families.vit.encoder import ViTEncoder
-from mimir_fast.models.layers import Block, add_and_norm, init_xavier, sincos_table
+from mimir_fast.models.layers import Block, add_and_norm, check_counts, init_xavier, sincos_table
 
 
 class MaskedAutoencoderViT(ViTEncoder, MaskedAutoencoder):
@@ -61,8 +61,7 @@ class MaskedAutoencoderViT(ViTEncoder, MaskedAutoencoder):
             mlp=mlp,
             activation_checkpointing=activation_checkpointing,
         )
-        if decoder_depth < 1:
-            raise ValueError(f"decoder_depth: expected 1 or more, got {decoder_depth}")
+        check_counts(decoder_depth=decoder_depth)
         self.norm_pix_loss = norm_pix_loss
         # In this order, as in ViTEncoder: the state dict has the parameters of both first, then all modules.
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))

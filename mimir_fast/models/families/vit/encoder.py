@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mimir_fast.models.encoder import Encoder
-from mimir_fast.models.layers import Block, PatchEmbed, sincos_table
+from mimir_fast.models.layers import Block, PatchEmbed, check_counts, sincos_table
 
 
 class ViTEncoder(Encoder):
@@ -53,8 +53,7 @@ class ViTEncoder(Encoder):
             residual_dtype=residual_dtype,
             activation_checkpointing=activation_checkpointing,
         )
-        if depth < 1:
-            raise ValueError(f"depth: expected 1 or more, got {depth}")
+        check_counts(depth=depth)
         # The order of the state dict is part of the checkpoint format: parameters in this order, then modules in theirs.
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         if fixed_positions:

@@ -14,7 +14,7 @@ from mimir_fast.models.autoencoder import MaskedAutoencoder
 from mimir_fast.models.families.xcit.attention import EPS, Grid
 from mimir_fast.models.families.xcit.encoder import XCiTEncoder, through
 from mimir_fast.models.families.xcit.layers import FourierPositions
-from mimir_fast.models.layers import init_trunc_normal
+from mimir_fast.models.layers import check_counts, init_trunc_normal
 
 
 class MaskedAutoencoderXCiT(XCiTEncoder, MaskedAutoencoder):
@@ -50,8 +50,7 @@ class MaskedAutoencoderXCiT(XCiTEncoder, MaskedAutoencoder):
     ):
         sizes = (embed_dim, depth, num_heads, mlp_ratio, eta, tokens_norm, cls_attn_layers)
         super().__init__(img_size, patch_size, in_chans, *sizes, compat=compat, **computing)
-        if decoder_depth < 1:
-            raise ValueError(f"decoder_depth: expected 1 or more, got {decoder_depth}")
+        check_counts(decoder_depth=decoder_depth)
         self.norm_pix_loss = norm_pix_loss
         # In this order, as in XCiTEncoder: the state dict has the parameters of both first, then all modules.
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))

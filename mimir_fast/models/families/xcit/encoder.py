@@ -15,6 +15,7 @@ from mimir_fast.models.compat import checked
 from mimir_fast.models.encoder import Encoder, recomputed
 from mimir_fast.models.families.xcit.attention import EPS, ClassBlock, CrossCovarianceBlock, Grid
 from mimir_fast.models.families.xcit.layers import ConvolutionalStem, FourierPositions
+from mimir_fast.models.layers import check_counts
 
 
 class XCiTEncoder(Encoder):
@@ -50,9 +51,7 @@ class XCiTEncoder(Encoder):
         **computing: Any,
     ):
         super().__init__(img_size, patch_size, in_chans, **computing)
-        for name, value in (("depth", depth), ("cls_attn_layers", cls_attn_layers)):
-            if value < 1:
-                raise ValueError(f"{name}: expected 1 or more, got {value}")
+        check_counts(depth=depth, cls_attn_layers=cls_attn_layers)
         # Channels attend, not tokens: no backend of --attention computes that, whichever is asked for.
         self.compat, self._block, self._mlp = checked(compat), (mlp_ratio, eta), mlp
         self._class_block = (cls_attn_layers, tokens_norm)
