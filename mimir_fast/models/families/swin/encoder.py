@@ -18,7 +18,7 @@ from mimir_fast.models.families.swin.layers import (
     SwinBlock,
 )
 from mimir_fast.models.families.swin.windows import Grid, Plan, Windows
-from mimir_fast.models.layers import add_and_norm
+from mimir_fast.models.layers import add_and_norm, check_counts
 
 
 class SwinEncoder(Encoder):
@@ -127,8 +127,7 @@ def check_sizes(
         raise ValueError(f"num_heads: expected one number for each of {len(depths)} stages, got {tuple(num_heads)}")
     if not depths or min(depths) < 1:
         raise ValueError(f"depths: expected stages of 1 block or more, got {tuple(depths)}")
-    if window_size < 1:
-        raise ValueError(f"window_size: expected 1 or more, got {window_size}")
+    check_counts(window_size=window_size)
     own = patch_size * 2 ** (len(depths) - 1)
     if unit not in (None, own):
         raise ValueError(f"unit: {len(depths)} stages make patches of {patch_size} pixels units of {own}, got {unit}")
