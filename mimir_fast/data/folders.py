@@ -104,7 +104,7 @@ def class_folders(root: Path) -> list[str]:
     except OSError as error:
         _unreadable_folder(error)
     if not names:
-        raise DataError(f"{root}: no class folders; put the images into one sub-folder per class")
+        raise DataError(f"{root}: no class folders; data_root must contain one folder of images per class")
     return names
 
 

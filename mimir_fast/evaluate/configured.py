@@ -38,9 +38,14 @@ def evaluate(config: EvaluateConfig, explicit: set[str] | None = None, team: Tea
     with team.first():
         trained = load_classifier(config.model.checkpoint, overrides=overrides, device=device)
     eps, alpha = radius_and_step(config, trained)
+    line = f"{trained.source}: {trained.args['model']}, eps {eps:g}/255, alpha {alpha:g}/255, on {device}{team.words()}"
     cut = ", images as they are" if config.data.eval_resize == "none" else ""
-    line = f"{trained.source}: {trained.args['model']}, eps {eps:g}/255, alpha {alpha:g}/255, on {device}{team.words()}{cut}"
-    team.say(*config.notes(explicit), *trained.notes, line)
+    team.say(*config.notes(explicit), *trained.notes, line + cut)
+    return attacked(config, trained, eps, alpha, team)
+
+
+def attacked(config: EvaluateConfig, trained: Trained, eps: float, alpha: float, team: Team) -> dict:
+    """Run the attacks on a loaded classifier, eps and alpha in 1/255, and write what was asked for; what results.json holds."""
     a, run, place = config.attack, config.run, folder(config)
     attacks = parse_attacks(a.attacks, eps, alpha, a.restarts, a.mi_weight, a.eps_l2, a.alpha_l2)
     sizes = Sizes(run.batch_size, run.aa_batch)
@@ -55,7 +60,7 @@ def evaluate(config: EvaluateConfig, explicit: set[str] | None = None, team: Tea
         with_checks=a.checks,
         classes=trained.classes,
         team=team,
-        launch=config.run.step_graph == "auto",
+        launch=run.step_graph == "auto",
     )
     if is_asked(a.attacks) and team.is_main:
         keys = [key_of(settings_of(attack, sizes, run.seed)) for attack in attacks]

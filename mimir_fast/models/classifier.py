@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from mimir_fast.models.layers import check_counts
+
 
 class Classifier(nn.Module, ABC):
     """Features of an image, then logits.
@@ -52,8 +54,7 @@ class Classifier(nn.Module, ABC):
 
 def check_head(num_classes: int, drop_path: float) -> None:
     """Raises ValueError for arguments that no classifier can have."""
-    if num_classes < 1:
-        raise ValueError(f"nb_classes: expected 1 or more, got {num_classes}")
+    check_counts(nb_classes=num_classes)
     if not 0 <= drop_path < 1:
         raise ValueError(f"drop_path: expected 0 <= rate < 1, got {drop_path}")
 

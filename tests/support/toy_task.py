@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from mimir_fast.config.pretraining import PretrainConfig
 from mimir_fast.config.resolve import Run, resolve
+from mimir_fast.training.distributed import World
+from mimir_fast.training.loop import Loop
 from mimir_fast.training.optimizer import Updater
 from mimir_fast.training.task import Measured
 
@@ -107,3 +109,15 @@ def toy_run(folder="", **flags) -> Run:
     own = {"output_dir": str(folder), "log_dir": "", "batch_size": BATCH, "accum_iter": 2, "epochs": 3, "lr": 0.1}
     schedule = {"warmup_epochs": 1, "device": "cpu", "precision": "fp32", "compile": False, "log_every": 1}
     return resolve(PretrainConfig().updated(own | schedule | flags), set())
+
+
+def build_loop(folder="", task_type=ToyTask, **flags) -> Loop:
+    torch.manual_seed(3)
+    return Loop(task_type(toy_run(folder, **flags)), World())
+
+
+def finish(loop: Loop) -> int:
+    try:
+        return loop.run()
+    finally:
+        loop.close()

@@ -12,31 +12,16 @@ import torch
 
 from mimir_fast.checkpoints.errors import CheckpointError
 from mimir_fast.data import DataError
-from mimir_fast.data.errors import NoBatchError
 from mimir_fast.training.distributed import World
 from mimir_fast.training.epoch_sums import EpochSums
 from mimir_fast.training.loop import Loop
 from mimir_fast.training.seeds import step_seed
-from mimir_fast.training.signals import StopSignals
-from mimir_fast.training.task import Measured
 from tests.support.runs import lines, load
-from tests.support.toy_task import CPU, STEPS, ToyStream, ToyTask, toy_run
-
-
-def build(folder="", task_type=ToyTask, **flags) -> Loop:
-    torch.manual_seed(3)
-    return Loop(task_type(toy_run(folder, **flags)), World())
-
-
-def finish(loop: Loop) -> int:
-    try:
-        return loop.run()
-    finally:
-        loop.close()
+from tests.support.toy_task import CPU, STEPS, ToyTask, build_loop, finish
 
 
 def test_a_task_is_asked_in_the_order_of_its_data():
-    loop = build()
+    loop = build_loop()
     assert finish(loop) == 0
     asked = iter(loop.task.told)
     for epoch in range(3):
@@ -70,7 +55,7 @@ def by_hand(loop: Loop) -> tuple[torch.Tensor, list[float]]:
 
 
 def test_accumulation_schedule_and_the_rows_of_updates(tmp_path):
-    loop = build(tmp_path)
+    loop = build_loop(tmp_path)
     weight, rates = by_hand(loop)
     assert finish(loop) == 0
     assert torch.allclose(loop.task.model.weight, weight, rtol=1e-5)
@@ -82,7 +67,7 @@ def test_accumulation_schedule_and_the_rows_of_updates(tmp_path):
 
 
 def test_updates_that_a_resume_point_counts_are_logged_before_it(tmp_path):
-    loop = build(tmp_path, log_every=4, checkpoint_steps=3)
+    loop = build_loop(tmp_path, log_every=4, checkpoint_steps=3)
     saved, save = [], loop.saver.save
 
     def noting(*inputs):
@@ -96,7 +81,7 @@ def test_updates_that_a_resume_point_counts_are_logged_before_it(tmp_path):
 
 
 def test_an_epochs_line_holds_means_of_all_its_micro_steps(tmp_path):
-    loop, losses = build(tmp_path), []
+    loop, losses = build_loop(tmp_path), []
     step = loop.task.step
     loop.task.step = lambda *inputs: losses.append(step(*inputs)) or losses[-1]
     assert finish(loop) == 0
@@ -108,22 +93,22 @@ def test_an_epochs_line_holds_means_of_all_its_micro_steps(tmp_path):
 
 
 def test_checkpoints_are_those_the_task_keeps_the_best_and_the_last(tmp_path):
-    assert finish(build(tmp_path)) == 0
+    assert finish(build_loop(tmp_path)) == 0
     assert {p.name for p in tmp_path.glob("*.pth")} == {"checkpoint-0.pth", "checkpoint-2.pth", "best.pth"}
     assert load(tmp_path / "best.pth")["epoch"] == 1
     assert load(tmp_path / "best.pth")["mimir_fast"]["best"] == 1
     assert (tmp_path / "sample.txt").exists()
     # a run that has no best epoch yet puts another's aside
-    assert finish(build(tmp_path, max_steps=1)) == 0
+    assert finish(build_loop(tmp_path, max_steps=1)) == 0
     assert (tmp_path / "superseded" / "best.pth").exists()
 
 
 @pytest.mark.parametrize("stops", [(1,), (2, 3), (5,)])
 def test_a_run_in_pieces_is_the_whole_run(tmp_path, stops):
-    whole = build(tmp_path / "whole")
+    whole = build_loop(tmp_path / "whole")
     assert finish(whole) == 0
     for stop in (*stops, 0):
-        piece = build(tmp_path / "pieces", max_steps=stop, resume="auto")
+        piece = build_loop(tmp_path / "pieces", max_steps=stop, resume="auto")
         assert finish(piece) == 0
     for name, p in whole.task.model.state_dict().items():
         assert torch.equal(p, piece.task.model.state_dict()[name])
@@ -156,9 +141,9 @@ class Unreadable(ToyTask):
 
 @pytest.mark.parametrize("kind", [Interrupted, Unreadable])
 def test_an_epoch_that_could_not_be_measured_is_measured_by_the_run_that_goes_on(tmp_path, kind):
-    whole = build(tmp_path / "whole")
+    whole = build_loop(tmp_path / "whole")
     assert finish(whole) == 0
-    loop = build(tmp_path / "broken", kind)
+    loop = build_loop(tmp_path / "broken", kind)
     if kind is Unreadable:
         with pytest.raises(DataError, match=r"a\.png"):
             finish(loop)
@@ -166,56 +151,13 @@ def test_an_epoch_that_could_not_be_measured_is_measured_by_the_run_that_goes_on
         assert finish(loop) == 0
     assert load(tmp_path / "broken" / f"resume-1-{STEPS}.pth")["mimir_fast"]["step"] == STEPS
     # even one that has no updates left
-    again = build(tmp_path / "broken", kind, resume="auto", max_steps=4)
+    again = build_loop(tmp_path / "broken", kind, resume="auto", max_steps=4)
     assert finish(again) == 0
     assert again.task.told == [("epoch 1",), ("end 1",)]
-    again = build(tmp_path / "broken", kind, resume="auto")
+    again = build_loop(tmp_path / "broken", kind, resume="auto")
     assert finish(again) == 0
     assert [row["epoch"] for row in lines(tmp_path / "broken" / "log.txt")] == [0, 1, 2]
     assert torch.equal(whole.task.model.weight, again.task.model.weight)
-
-
-class Diverging(ToyTask):
-    def step(self, *inputs):
-        output = super().step(*inputs)
-        return output._replace(loss=output.loss * torch.inf)
-
-
-def test_a_diverged_run_keeps_its_parameters_and_its_last_batch(tmp_path, capsys):
-    loop = build(tmp_path, Diverging, max_bad_steps=2)
-    before = loop.task.model.weight.detach().clone()
-    assert finish(loop) == 1
-    assert "error: 2 updates in a row (max_bad_steps)" in capsys.readouterr().out
-    state = load(tmp_path / "failed-0-4.pth")
-    assert torch.equal(state["model"]["weight"], before)
-    assert state["batch"].keys() == {"images", "labels", "loss", "noise"}
-    assert torch.equal(state["batch"]["images"], next(loop.stream.epoch(0, 3))[0])
-
-
-class Pressed(ToyTask):
-    """Ctrl-C in the third micro-step, and where `again` once more in the fourth."""
-
-    again = False
-
-    def host_draws(self, images, epoch, step):
-        if epoch == 0 and step in ((2, 3) if self.again else (2,)):
-            os.kill(os.getpid(), signal.SIGINT)
-        return super().host_draws(images, epoch, step)
-
-
-class PressedTwice(Pressed):
-    again = True
-
-
-def test_ctrl_c_saves_after_the_update_and_a_second_one_interrupts(tmp_path, capsys):
-    assert finish(build(tmp_path / "once", Pressed)) == 130
-    assert "stopped by SIGINT; go on with --resume auto" in capsys.readouterr().out
-    assert (tmp_path / "once" / "resume-0-4.pth").exists()
-    loop, before = build(tmp_path / "twice", PressedTwice), signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        finish(loop)
-    assert loop.position.update == 1
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 def names(folder):
@@ -224,7 +166,7 @@ def names(folder):
 
 def test_nothing_is_moved_before_the_start_of_the_run_that_replaces_it_is_on_the_disk(tmp_path, monkeypatch):
     """Planted: checkpoints, best.pth or config.yaml moved while the run is built."""
-    assert finish(build(tmp_path)) == 0
+    assert finish(build_loop(tmp_path)) == 0
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def refuse(path, state):
@@ -232,7 +174,7 @@ def test_nothing_is_moved_before_the_start_of_the_run_that_replaces_it_is_on_the
 
     monkeypatch.setattr("mimir_fast.checkpoints.folder.save_checkpoint", refuse)
     with pytest.raises(CheckpointError, match=r"resume-0-0\.pth"):
-        build(tmp_path, seed=5)
+        build_loop(tmp_path, seed=5)
     after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert after.pop("config.yaml") != before["config.yaml"]
     assert after.pop("config.yaml.old") == before.pop("config.yaml")
@@ -241,13 +183,13 @@ def test_nothing_is_moved_before_the_start_of_the_run_that_replaces_it_is_on_the
 
 def test_a_kill_after_a_resume_that_begins_its_epoch_again_loses_no_update(tmp_path, capsys):
     """Planted: the resume points of the epoch are moved first: the run fell back to checkpoint-0.pth with its two updates."""
-    first = build(tmp_path, max_steps=3)
+    first = build_loop(tmp_path, max_steps=3)
     assert finish(first) == 0
     # another seed: the position inside of the epoch means nothing; killed before its first update
-    build(tmp_path, resume="auto", seed=1).close()
+    build_loop(tmp_path, resume="auto", seed=1).close()
     assert "resume-1-2.pth is past this run's start and was moved to superseded/" in capsys.readouterr().out
     assert {"resume-1-2.pth", "metrics.jsonl"} <= names(tmp_path / "superseded")
-    again = build(tmp_path, resume="auto", seed=1)
+    again = build_loop(tmp_path, resume="auto", seed=1)
     assert (again.position.epoch, again.position.step, again.position.update) == (1, 0, 3)
     assert torch.equal(again.task.model.weight, first.task.model.weight)
     # the x-axis only rises: the update that the epoch's new beginning stands before is in superseded/
@@ -260,11 +202,11 @@ def test_a_kill_after_a_resume_that_begins_its_epoch_again_loses_no_update(tmp_p
 
 def test_a_start_that_is_saved_again_is_the_same_run(tmp_path):
     """The newest point is passed over by hand: sums, counts and moments of the middle of an epoch are kept."""
-    whole = build(tmp_path / "whole")
+    whole = build_loop(tmp_path / "whole")
     assert finish(whole) == 0
-    assert finish(build(tmp_path / "run", checkpoint_steps=1, max_steps=4)) == 0
-    build(tmp_path / "run", resume=str(tmp_path / "run" / "resume-1-2.pth")).close()
-    assert finish(build(tmp_path / "run", resume="auto")) == 0
+    assert finish(build_loop(tmp_path / "run", checkpoint_steps=1, max_steps=4)) == 0
+    build_loop(tmp_path / "run", resume=str(tmp_path / "run" / "resume-1-2.pth")).close()
+    assert finish(build_loop(tmp_path / "run", resume="auto")) == 0
     for name in ("log.txt", "metrics.jsonl"):
         mine, theirs = (lines(tmp_path / folder / name) for folder in ("whole", "run"))
         times = ("images_per_s", "peak_memory_gib", "data_wait")
@@ -275,7 +217,7 @@ def test_a_start_that_is_saved_again_is_the_same_run(tmp_path):
 
 def test_a_third_run_overwrites_nothing_of_the_first(tmp_path):
     for seed in range(3):
-        assert finish(build(tmp_path, seed=seed)) == 0
+        assert finish(build_loop(tmp_path, seed=seed)) == 0
     for folder, seed in (("superseded", 0), ("superseded.2", 1)):
         assert load(tmp_path / folder / "checkpoint-2.pth")["args"].seed == seed
         assert load(tmp_path / folder / "best.pth")["args"].seed == seed
@@ -292,10 +234,10 @@ def test_a_resumed_run_goes_on_in_the_same_run_of_weights_and_biases(tmp_path, m
         return SimpleNamespace(log=lambda row, step: None, finish=lambda: None, id=words.get("id", f"new{len(asked)}"))
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    assert finish(build(tmp_path, wandb=True, max_steps=1)) == 0
+    assert finish(build_loop(tmp_path, wandb=True, max_steps=1)) == 0
     # an hour without it does not break the thread
-    assert finish(build(tmp_path, resume="auto", max_steps=2)) == 0
-    assert finish(build(tmp_path, wandb=True, resume="auto", max_steps=3)) == 0
+    assert finish(build_loop(tmp_path, resume="auto", max_steps=2)) == 0
+    assert finish(build_loop(tmp_path, wandb=True, resume="auto", max_steps=3)) == 0
     assert asked == [(None, None), ("new1", "allow")]
 
 
@@ -307,7 +249,7 @@ def test_full_or_missing_places_for_logs_do_not_end_a_run(tmp_path, monkeypatch,
         raise OSError(f"{flag}: could not write {path}: No space left on device")
 
     monkeypatch.setattr("mimir_fast.training.sinks.append_text", full)
-    loop = build(tmp_path / "out", log_dir=str(tmp_path / "file" / "logs"))
+    loop = build_loop(tmp_path / "out", log_dir=str(tmp_path / "file" / "logs"))
     assert finish(loop) == 0
     assert {"checkpoint-0.pth", "checkpoint-2.pth"} <= names(tmp_path / "out")
     said = capsys.readouterr().out
@@ -316,98 +258,15 @@ def test_full_or_missing_places_for_logs_do_not_end_a_run(tmp_path, monkeypatch,
     assert "6 lines are missing" in said
 
 
-class Failing(ToyTask):
-    """An error of the machine or the data in epoch 1, at `at`, unless the run is resumed."""
-
-    error, at = MemoryError(), 2
-
-    def step(self, objective, attacked, functions, pixels, noise):
-        if self.told[-1] == (1, self.at) and not self.run.config.run.resume:
-            raise self.error
-        return super().step(objective, attacked, functions, pixels, noise)
-
-
-HOST = "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
-REFUSED = [MemoryError(), RuntimeError(HOST), torch.OutOfMemoryError("CUDA out of memory."), NoBatchError("killed")]
-
-
-@pytest.mark.parametrize("error", REFUSED, ids=lambda e: type(e).__name__)
-def test_what_is_done_is_saved_when_the_machine_refuses(tmp_path, error, monkeypatch, capsys):
-    """Planted: no save; a save at the position of the step before."""
-    monkeypatch.setattr(Failing, "error", error)
-    whole = build(tmp_path / "whole")
-    assert finish(whole) == 0
-    with pytest.raises(type(error)):
-        finish(build(tmp_path / "run", Failing))
-    assert (tmp_path / "run" / "resume-1-2.pth").exists()
-    assert "the state after the last update was saved" in capsys.readouterr().out
-    assert [row["update"] for row in lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
-    again = build(tmp_path / "run", Failing, resume="auto")
-    assert finish(again) == 0
-    assert torch.equal(again.task.model.weight, whole.task.model.weight)
-
-
-@pytest.mark.parametrize("where", ["within an update's micro-steps", "in the update", "a bug", "disk full"])
-def test_what_cannot_be_gone_on_from_is_not_saved(tmp_path, where, monkeypatch, capsys):
-    """Planted: gradients of half an update lost in silence; parameters saved that an update had half changed."""
-    monkeypatch.setattr(Failing, "at", 3 if where.startswith("within") else 2)
-    monkeypatch.setattr(Failing, "error", KeyError("bug") if where == "a bug" else MemoryError())
-    loop = build(tmp_path, ToyTask if where == "in the update" else Failing)
-    if where == "in the update":
-        update = loop.engine.updater.update
-        loop.engine.updater.update = lambda: (
-            update() if loop.position.update < 3 else (_ for _ in ()).throw(MemoryError())
-        )
-    if where == "disk full":
-        monkeypatch.setattr(loop.saver, "save", lambda *inputs: (_ for _ in ()).throw(CheckpointError("no room")))
-        monkeypatch.setattr(loop.task, "keeps", lambda epoch: False)
-        monkeypatch.setattr(loop.task, "end_epoch", lambda *inputs: Measured({"bias": 0.0}))
-    with pytest.raises((MemoryError, KeyError)):
-        finish(loop)
-    assert not list(tmp_path.glob("resume-*"))
-    assert ("the state could not be saved (no room)" in capsys.readouterr().out) == (where == "disk full")
-
-
-def test_a_signal_ends_a_run_whose_data_does_not_come(tmp_path):
-    """Planted: the flag is looked at after an update only."""
-
-    class Silent(ToyStream):
-        def epoch(self, epoch, start_step=0):
-            for step, batch in enumerate(super().epoch(epoch, start_step), start_step):
-                if (epoch, step) == (1, 2):
-                    os.kill(os.getpid(), signal.SIGHUP)
-                    assert self.interrupted()
-                    raise NoBatchError("stopped while the data workers were silent")
-                yield batch
-
-    class Waiting(ToyTask):
-        def __init__(self, run):
-            super().__init__(run)
-            self.stream = Silent()
-
-    assert finish(build(tmp_path, Waiting)) == 0
-    assert (tmp_path / "resume-1-2.pth").exists()
-
-
-def test_a_run_under_nohup_outlives_its_terminal():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with StopSignals() as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert stop.received is None
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
 def test_nothing_is_written_without_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert finish(build()) == 0
+    assert finish(build_loop()) == 0
     assert not list(tmp_path.iterdir())
 
 
 def test_an_epoch_must_hold_an_update():
     with pytest.raises(ValueError, match="accum_iter: 6 exceeds the 5 micro-batches of an epoch"):
-        build(accum_iter=6)
+        build_loop(accum_iter=6)
 
 
 def test_sums_go_on_where_they_were_and_take_names_in_any_order():
