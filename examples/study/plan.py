@@ -74,7 +74,10 @@ def _tuned(eps: float, lr: float, batch_size: int = 64, **others: float) -> Cand
 
 
 def _tried(eps: float) -> tuple[Candidate, ...]:
-    """The candidates of a radius.  On a CPU an image costs as much in a small batch as in a large one: small batches update more often."""
+    """The candidates of a radius.
+
+    On a CPU an image costs as much in a small batch as in a large one: small batches update more often.
+    """
     return _tuned(eps, 1e-3, 16), _tuned(eps, 2e-3, 16), _tuned(eps, 1e-3)
 
 
