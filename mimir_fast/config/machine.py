@@ -42,15 +42,27 @@ def keep_compiled_code() -> None:
     # Before anything asks Inductor for a compiler: it would set this variable itself, to a folder that a reboot empties.
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
         return
-    with contextlib.suppress(OSError, RuntimeError):
-        folder = Path.home() / ".cache" / "mimir_fast" / "inductor"
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK | os.X_OK):
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-            return
+    if folder := _home_folder("inductor"):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+        return
     root = _own_temporary_folder()
     for variable, name in FOLDERS.items():
         os.environ.setdefault(variable, str(root / name))
+
+
+def cache_folder(name: str) -> Path:
+    """A folder of ours in the user's cache, or below the temporary folder where the home folder cannot be written to."""
+    return _home_folder(name) or _own_temporary_folder() / name
+
+
+def _home_folder(name: str) -> Path | None:
+    """A folder of ours in the cache of the home folder, which is made; None where it cannot be written to."""
+    with contextlib.suppress(OSError, RuntimeError):
+        folder = Path.home() / ".cache" / "mimir_fast" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    return None
 
 
 def kept_elsewhere() -> str:
