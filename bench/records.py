@@ -7,6 +7,7 @@ import json
 import platform
 import statistics
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -97,6 +98,7 @@ def append(record: dict, results: Path | str) -> None:
         file.write(json.dumps(record) + "\n")
 
 
+@cache  # what runs is what was loaded, whatever is committed meanwhile
 def _git(*arguments: str) -> str:
     done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
     return done.stdout.strip()

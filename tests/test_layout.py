@@ -29,7 +29,6 @@ def test_every_operation_has_its_files_and_its_function():
         for name in ("reference.py", "kernel.py"):
             assert (ROOT / "kernels" / op / name).exists(), (op, name)
         assert (ROOT / "tests" / "kernels" / f"test_{op}.py").exists(), op
-        assert (ROOT / "bench" / "kernels" / f"bench_{op}.py").exists(), op
         module = importlib.import_module(f"mimir_fast.kernels.{op}.op")
         doc = getattr(module, op).__doc__
         for line in ("formula", "shapes", "dtypes", "bytes", "determinism", "source"):
@@ -57,7 +56,7 @@ def test_no_tracked_file_is_over_a_megabyte():
 
 
 def test_every_operation_is_in_the_benchmark():
-    from bench.kernels.suite import OPS as BENCHED
+    from bench.kernels.cases import OPS as BENCHED
 
     assert sorted(BENCHED) == OPS
 

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from bench import records
-from bench.kernels.suite import ON_CPU, ON_GPU, OPS, SIZES, entries
+from bench.kernels.cases import ON_CPU, ON_GPU, OPS, SIZES, entries
 from bench.simulated_gpu import marker
 
 EPILOG = f"""operations: {", ".join(OPS)}

@@ -15,7 +15,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
-from bench.kernels.suite import OPS
+from bench.kernels.cases import OPS
 from mimir_fast import kernels
 from mimir_fast.kernels._shared import bicubic, column_sums, direct
 from tests.kernels.test_devices import SMALL, cases

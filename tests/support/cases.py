@@ -1,6 +1,6 @@
 """One operation at one shape in one dtype, and whether an implementation of it is right.
 
-bench/kernels/bench_OP.py has the cases of an operation: tests hold its kernels to them, benchmarks time them.
+bench/kernels/cases.py has the cases of all operations: tests hold the kernels to them, benchmarks time them.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class Case:
 
     op, shape     the operation's name; what tells this case from its others, e.g. {"B": 512, "L": 196}
     dtype         storage of images, activations and 16-bit weights (a key of DTYPES)
-    draw          device -> fresh random inputs, the operation's keyword arguments; gradients are taken in those that ask
+    draw          fresh random inputs on the default device, keyword arguments; gradients are taken in those that ask
     function      the operation itself: takes the inputs and impl="triton" or "reference"
     rivals        implementations from elsewhere, by name; each takes the inputs
     refused       why impl="triton" does not offer this case; "" if it does
@@ -35,7 +35,7 @@ class Case:
     op: str
     shape: dict[str, int]
     dtype: str
-    draw: Callable[[torch.device], Inputs]
+    draw: Callable[[], Inputs]
     function: Callable[..., Tensor | tuple[Tensor, ...]]
     rivals: dict[str, Callable[..., Tensor]] = field(default_factory=dict)
     refused: str = ""
@@ -64,11 +64,6 @@ def outputs(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-def random_order(B: int, L: int, device: torch.device) -> Tensor:
-    """Patches [B,L] in random order, int64."""
-    return torch.rand(B, L, device=device).argsort(dim=1)
-
-
 @dataclass
 class Drawn:
     """A case's inputs with a random gradient for each floating-point output, and what is true of them in float64."""
@@ -78,7 +73,8 @@ class Drawn:
 
     def __post_init__(self):
         torch.manual_seed(0)
-        self.inputs = self.case.draw(self.device)
+        with self.device:
+            self.inputs = self.case.draw()
         results = outputs(self.case.reference(**self.inputs))
         self.upstream = [torch.randn_like(r) if r.is_floating_point() else None for r in results]
 
