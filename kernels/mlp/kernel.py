@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from mimir_fast.kernels._shared.column_sums import add_partials
 from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, Prepared, empty, memoised, nothing
 from mimir_fast.kernels._shared.registration import register
+from mimir_fast.kernels.mlp.gelu import gelu, gelu_slope
 
 # Tiles of rows whose programs run together, so that they find the same weights in the L2 cache.
 GROUP = 8
@@ -91,8 +92,7 @@ def _linear_gelu_kernel(
         tl.store(pre + row_M[:, None] * F + column_1C, pre_MC, mask=row_M[:, None] < M)
         # GELU of pre as stored: the backward pass reads that, and its gradient must belong to the same function.
         h_MC = pre_MC.to(tl.float32)
-        act_MC = h_MC * (0.5 + 0.5 * tl.math.erf(h_MC * 0.7071067811865476))
-        tl.store(act + row_M[:, None] * F + column_1C, act_MC.to(act.dtype.element_ty), mask=row_M[:, None] < M)
+        tl.store(act + row_M[:, None] * F + column_1C, gelu(h_MC).to(act.dtype.element_ty), mask=row_M[:, None] < M)
 
 
 @triton.jit
@@ -112,9 +112,7 @@ def _gelu_linear_grad_kernel(
     for i in tl.static_range(4):
         column_1C = (first + i * (BLOCK_F // 4) + tl.arange(0, BLOCK_F // 4))[None, :]
         h_MC = tl.load(pre + row_M[:, None] * F + column_1C, mask=row_M[:, None] < M, other=0).to(tl.float32)
-        density_MC = 0.3989422804014327 * tl.exp(-0.5 * h_MC * h_MC)
-        slope_MC = 0.5 + 0.5 * tl.math.erf(h_MC * 0.7071067811865476) + h_MC * density_MC
-        grad_MC = parts[i] * slope_MC
+        grad_MC = parts[i] * gelu_slope(h_MC)
         tl.store(
             grad_pre + row_M[:, None] * F + column_1C, grad_MC.to(grad_pre.dtype.element_ty), mask=row_M[:, None] < M
         )
