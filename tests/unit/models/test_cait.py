@@ -53,6 +53,30 @@ def test_talking_heads_by_definition():
             torch.testing.assert_close(attention(x, 3)[image, :, 4 * a : 4 * a + 4], expected[3:])
 
 
+def test_heads_folded_into_one_attention_are_the_same():
+    """Values and gradients, queries being the last tokens alone; the first mixing's bias has none either way."""
+    attention, x = moved(TalkingHeads(12, 3)).double(), torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
+    q, k, v = attention.qkv(x).unflatten(2, (3, -1)).unbind(2)
+    found, expected = attention.folded(q[:, 2:], k, v), attention(x, 2)
+    torch.testing.assert_close(found, expected)
+    wanted, grad = [x, *(p for name, p in attention.named_parameters() if "proj." not in name)], torch.randn(2, 3, 12)
+    for ours, theirs in zip(*(torch.autograd.grad(out, wanted, grad.double()) for out in (found, expected))):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_heads_are_folded_where_that_is_less(monkeypatch):
+    """kernels="triton" stands for a GPU here; in fp32, in a wider model and in the reference nothing is folded."""
+    monkeypatch.setattr(TalkingHeads, "folded", lambda self, q, k, v: q * 0)
+    for width, dtype, kernels, folds in [
+        (8, torch.bfloat16, "triton", True),
+        (8, torch.float32, "triton", False),
+        (12, torch.bfloat16, "triton", False),
+        (8, torch.bfloat16, "reference", False),
+    ]:
+        attention = moved(TalkingHeads(width, 2, kernels)).to(dtype)
+        assert (attention(torch.randn(1, 9, width, dtype=dtype)).count_nonzero() == 0) == folds
+
+
 def test_the_order_of_kept_patches_does_not_matter():
     images, noise = torch.rand(2, 3, 16, 16).double(), torch.rand(2, 16)
     lowest = noise.sort(dim=1)[0]

@@ -8,22 +8,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimir_fast.kernels import mlp
+from mimir_fast.kernels._shared.registration import choose
 from mimir_fast.kernels.mlp.op import supported
 from mimir_fast.models.layers import MLP, add_and_norm, check_heads
 
 EPS = 1e-6
+# Numbers per head that torch's flash attention takes, at most.
+FLASH_WIDTH = 256
 
 
 class TalkingHeads(nn.Module):
     """Self-attention whose heads mix their scores before the softmax and their weights after it.
 
+    kernels: "reference" computes by the definition everywhere; else on CUDA in 16 bits, where no token is wider than the
+    sequence is long, as an attention whose heads share keys and values (`folded`).
     Source: Shazeer et al., Talking-Heads Attention, 2020; Touvron et al., Going deeper with Image Transformers, 2021.
     """
 
-    def __init__(self, width: int, num_heads: int):
+    def __init__(self, width: int, num_heads: int, kernels: str = "auto"):
         super().__init__()
         check_heads(width, num_heads)
-        self.num_heads = num_heads
+        self.num_heads, self.kernels = num_heads, kernels
         # The order of the state dict is part of the checkpoint format.
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
@@ -32,11 +37,32 @@ class TalkingHeads(nn.Module):
 
     def forward(self, x_BTD: Tensor, query_start: int = 0) -> Tensor:
         """[B,T,D] -> the heads' outputs [B,T-query_start,D], before the projection; only tokens[query_start:] are queries."""
-        q, k, v = (t.transpose(1, 2) for t in self.qkv(x_BTD).unflatten(2, (3, self.num_heads, -1)).unbind(2))
+        q_BTD, k_BTD, v_BTD = self.qkv(x_BTD).unflatten(2, (3, -1)).unbind(2)
+        q_BRD, (T, D) = q_BTD[:, query_start:], x_BTD.shape[1:]
+        if choose(self.kernels, q_BRD) == "triton" and q_BRD.dtype.itemsize == 2 and min(T, FLASH_WIDTH) >= D:
+            return self.folded(q_BRD, k_BTD, v_BTD)
+        q, k, v = (t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in (q_BRD, k_BTD, v_BTD))
         # Stored, and by no fused attention: heads mix before the softmax and again after it.
-        scores_BNRT = (q[:, :, query_start:] * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
+        scores_BNRT = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
         weights_BNRT = talk(self.proj_w, talk(self.proj_l, scores_BNRT).softmax(dim=-1))
         return (weights_BNRT.to(v.dtype) @ v).transpose(1, 2).flatten(2)
+
+    def folded(self, q_BRD: Tensor, k_BTD: Tensor, v_BTD: Tensor) -> Tensor:
+        """The same numbers, [B,R,D], with heads mixed in the queries and in the outputs: D per head and query in memory in
+        place of T, and a fused attention between."""
+        heads = (self.num_heads, -1)
+        # sum_b l[a,b] q_b k_b^T is a product of all D numbers, once q has head a's factors in it.
+        factors_ND = self.proj_l.weight.repeat_interleave(q_BRD.shape[2] // self.num_heads, dim=1)
+        asked_B1QD = (q_BRD[:, None] * factors_ND[:, None]).flatten(1, 2)[:, None]
+        # All heads have the same keys and values: to the kernel they are further queries of a single head.
+        scale = (q_BRD.shape[2] // self.num_heads) ** -0.5
+        told_B1QD = F.scaled_dot_product_attention(asked_B1QD, k_BTD[:, None], v_BTD[:, None], scale=scale)
+        told_BNRNd = told_B1QD.squeeze(1).unflatten(1, (self.num_heads, -1)).unflatten(3, heads)
+        mixed_BRNd = (told_BNRNd * self.proj_w.weight.T[:, None, :, None]).sum(dim=1)
+        # proj_l's bias is the same for all keys, which a softmax does not see: its gradient is 0, and not None.
+        bias_N = self.proj_w.bias + 0 * self.proj_l.bias
+        sums_B1Nd = v_BTD.sum(dim=1, keepdim=True).unflatten(2, heads)
+        return (mixed_BRNd + bias_N[:, None] * sums_B1Nd).flatten(2).to(v_BTD.dtype)
 
 
 def talk(linear: nn.Linear, x_BNRT: Tensor) -> Tensor:
@@ -67,7 +93,7 @@ class TalkingHeadsBlock(nn.Module):
         self.gamma_1 = nn.Parameter(torch.full((width,), float(init_values)))
         self.gamma_2 = nn.Parameter(torch.full((width,), float(init_values)))
         self.norm1 = nn.LayerNorm(width, eps=EPS)
-        self.attn = TalkingHeads(width, num_heads)
+        self.attn = TalkingHeads(width, num_heads, kernels)
         self.norm2 = nn.LayerNorm(width, eps=EPS)
         hidden = int(width * mlp_ratio)
         self.mlp = MLP(width, hidden)
