@@ -7,9 +7,7 @@ from torch import Tensor
 
 from bench import records, steps
 from mimir_fast.training.distributed import World
-from mimir_fast.training.engine import Engine
 from mimir_fast.training.running import seed_everything
-from mimir_fast.training.train import build_task
 
 EPILOG = """Other flags are pre-training's.  Uncaptured updates run twice, to tell what is not repeatable from a wrong capture.
 Exit status: 0 the same, 1 different, 2 not captured at all."""
@@ -40,7 +38,7 @@ def trained(updates: int, step_graph: str, flags: list[str]) -> dict[str, Tensor
     asked = steps.asked(steps.PRETRAIN, ["--device", "cuda", *flags, "--step_graph", step_graph])
     world, sizes = World(device=torch.device(asked.device)), asked.config.flat()
     seed_everything(sizes["seed"])
-    engine = Engine(build_task(asked, world), world)
+    engine = steps.tuned_engine(asked, world)
     generator = torch.Generator(world.device).manual_seed(1)
     shape = (sizes["batch_size"], 3, sizes["input_size"], sizes["input_size"])
     labels = torch.zeros(shape[0], dtype=torch.int64, device=world.device)

@@ -32,6 +32,7 @@ from mimir_fast.config.resolve import Run, resolve
 from mimir_fast.training.distributed import World
 from mimir_fast.training.engine import Engine
 from mimir_fast.training.train import build_task
+from mimir_fast.tuning.decisions import decide
 
 VARIANTS = ("ours", "references", "textbook")
 PRETRAIN, FINETUNE = "pretrain", "finetune"
@@ -61,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def asked(task: str, words: list[str]) -> Run:
     """The run that the trainer would begin with these flags of its own, on top of an ImageNet recipe."""
-    words = [*DEFAULTS[task], *words]
+    words = [*DEFAULTS[task], *["--tune", "off"] * bool(marker()), *words]  # nothing takes time on a simulated GPU
     if task == FINETUNE:
         return resolve(*parse_args(FINETUNE_COMMAND, words))
     return resolve(*parse_args(PRETRAIN_COMMAND, words))
@@ -110,7 +111,7 @@ def build_step(variant: str, config: StepConfig, device: torch.device) -> Update
 def product(config: StepConfig, images_u8: Tensor, labels: Tensor) -> Update:
     """The trainer's own.  Uncaptured: noise, attack, forward, backward and update of a batch that is prepared once."""
     world = World(device=images_u8.device)
-    engine = Engine(build_task(resolve(config, set()), world), world)
+    engine = tuned_engine(resolve(config, set()), world)
     batch, _ = engine.prepare(images_u8, labels, 0, 0)
 
     def uncaptured() -> object:
@@ -125,6 +126,14 @@ def product(config: StepConfig, images_u8: Tensor, labels: Tensor) -> Update:
         return engine.advance(images_u8, labels, 0, n - 1, n)
 
     return Update(uncaptured, run, engine.captured.context())
+
+
+def tuned_engine(run: Run, world: World) -> Engine:
+    """The engine of a run, with the implementations that the training loop would choose."""
+    task = build_task(run, world)
+    decide(task, world, {}, print)
+    print(f"tune: {task.run.compute.tune}")
+    return Engine(task, world)
 
 
 def make_room(engine: Engine, number: int) -> None:

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch._C._dynamo.guards import _empty_strided_cuda as allocate  # type: ignore[attr-defined]
 from triton import knobs
 
+from mimir_fast.kernels._shared.tiles import FORGET
+
 STORAGE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Whether multiply-adds are fused is said at every launch: Triton's default depends on its version.
 FUSED = {"enable_fp_fusion": True}
@@ -21,8 +23,16 @@ VERSION = ".".join(triton.__version__.split(".")[:2])
 # Addresses of torch's allocations are multiples of it, and Triton compiles another kernel where one is not.
 ALIGNMENT = 16
 
-# For what follows from shapes, dtypes and flags: computed once, for more of them than a run has.
-memoised = lru_cache(maxsize=1024)
+
+def memoised(function: Callable) -> Callable:
+    """For what follows from shapes, dtypes and flags: computed once, for more of them than a run has.
+
+    Chosen tile sizes are among the flags, so that what was computed is forgotten when others are chosen.
+    """
+    found = lru_cache(maxsize=1024)(function)
+    FORGET.append(found.cache_clear)
+    return found
+
 
 # A result's shape and dtype; None where the kernel writes nothing.
 Result = tuple[tuple[int, ...], torch.dtype] | None

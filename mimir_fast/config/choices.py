@@ -27,7 +27,9 @@ RESIDUAL_DTYPES = ("fp32", "bf16")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 COMPILE_REGIONS = ("model", "block")
 STEP_GRAPH = ("auto", "off")
-ATTENTION = ("auto", "short", "narrow", "sdpa", "flash_attn", "xformers", "math")
+# PyTorch's own kernels by name; sdpa lets PyTorch choose.
+SDPA_BACKENDS = ("sdpa_cudnn", "sdpa_flash", "sdpa_efficient")
+ATTENTION = ("auto", "short", "narrow", "sdpa", *SDPA_BACKENDS, "flash_attn", "xformers", "math")
 PARALLEL = ("ddp", "fsdp")
 GRAD_COMPRESSION = ("none", "bf16")
 

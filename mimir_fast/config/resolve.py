@@ -6,6 +6,7 @@ from typing import Generic, TypeVar
 
 import torch
 
+from mimir_fast.config.choices import SDPA_BACKENDS
 from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.config.machine import kept_elsewhere
 from mimir_fast.config.pretraining import PretrainConfig
@@ -57,6 +58,8 @@ class Compute:
     step_graph          whether steps are captured as CUDA graphs, where they can be
     kernels, mlp        triton or reference
     attention           a backend other than auto
+    measured            of attention and mlp those whose implementation is measured: the two words above are then defaults
+    tune                auto, again, off, or choices (mimir_fast/tuning/records.py); off where nothing is measured
     fsdp                whether processes share the parameters; with one process it changes compile_region only
     compress_gradients  whether gradients are averaged in bf16
     """
@@ -71,6 +74,8 @@ class Compute:
     kernels: str
     attention: str
     mlp: str
+    measured: tuple[str, ...]
+    tune: str
     activation_checkpointing: bool
     fsdp: bool
     compress_gradients: bool
@@ -82,6 +87,8 @@ class Compute:
         words["residual_dtype"] = WORDS[self.residual_dtype or torch.float32]
         words["parallel"] = "fsdp" if self.fsdp else "ddp"
         words["step_graph"] = "auto" if self.step_graph else "off"
+        # With it the choices: read back, these two words would decide by name.
+        words |= dict.fromkeys(self.measured, "auto")
         words["grad_compression"] = "bf16" if self.compress_gradients else "none"
         return words
 
@@ -106,6 +113,12 @@ class Run(Generic[Config]):
     def flat(self) -> dict:
         """{flag name: value} as it is recorded: what was asked for, with what resolve filled in."""
         return self.config.flat() | {"device": self.device} | self.compute.words()
+
+    def tuned(self, tune: str) -> "Run[Config]":
+        """A copy with the choices that were made, as a value of --tune."""
+        # Without choices the two words are what is computed with.
+        measured = () if tune == "off" else self.compute.measured
+        return replace(self, compute=replace(self.compute, tune=tune, measured=measured))
 
     def updated(self, values: dict) -> "Run[Config]":
         """A copy with flags replaced; only for flags that resolve does not read, such as nb_classes, which the data decides."""
@@ -197,10 +210,16 @@ def _implementations(asked: ComputeConfig, on_cuda: bool, precision: str, compil
         attention = "short" if half else "narrow" if narrow and compiled else "sdpa"
     elif attention == "short" and not on_cuda:
         raise ValueError("attention: short needs a CUDA device; pass --attention sdpa or leave the default")
+    elif attention in SDPA_BACKENDS and not on_cuda:
+        raise ValueError(f"attention: {attention} needs a CUDA device; pass --attention sdpa or leave the default")
     elif attention == "narrow" and (reason := machine.missing_compiler() if narrow else "it is for CPUs in fp32"):
         raise ValueError(f"attention: narrow: {reason}; pass --attention sdpa or leave the default")
     if mlp == "auto":
         mlp = "triton" if half else "reference"
     elif mlp == "triton" and not (on_cuda and precision != "fp32"):
         raise ValueError("mlp: triton needs a CUDA device and 16 bits; pass --mlp reference or leave the default")
-    return {"kernels": kernels, "attention": attention, "mlp": mlp}
+    open_to = {"attention": half or (narrow and compiled), "mlp": half}
+    measured = tuple(op for op, possible in open_to.items() if possible and getattr(asked, op) == "auto")
+    measured = () if asked.tune == "off" else measured
+    tune = asked.tune if measured else "off"
+    return {"kernels": kernels, "attention": attention, "mlp": mlp, "measured": measured, "tune": tune}

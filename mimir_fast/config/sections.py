@@ -21,6 +21,7 @@ from mimir_fast.config.choices import (
 from mimir_fast.config.fields import flag, require
 from mimir_fast.data.datasets import DATASETS
 from mimir_fast.kernels._shared.registration import IMPLS
+from mimir_fast.tuning.records import check_tune
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ class ComputeConfig:
     )
     attention: str = flag(
         "auto",
-        "attention backend; auto: short on CUDA in 16 bits with --kernels triton, narrow on CPUs with --compile, else sdpa; "
+        "attention backend; auto: what --tune finds, by default short on CUDA in 16 bits with --kernels triton, narrow on CPUs "
+        "with --compile, else sdpa; sdpa_cudnn and the like: one of PyTorch's kernels; "
         "short: our kernel where it offers the size, else sdpa; narrow: compiled loops for heads of at most 8 numbers, else "
         "sdpa; flash_attn and xformers are optional packages",
         choices=ATTENTION,
@@ -121,9 +123,16 @@ class ComputeConfig:
     )
     mlp: str = flag(
         "auto",
-        "the MLP: triton computes GELU inside of the matrix products (16 bits), reference leaves it to PyTorch; auto: triton "
-        "on CUDA in 16 bits with --kernels triton",
+        "the MLP: triton computes GELU inside of the matrix products (16 bits), reference leaves it to PyTorch; auto: what "
+        "--tune finds, by default triton on CUDA in 16 bits with --kernels triton",
         choices=IMPLS,
+        new=True,
+    )
+    tune: str = flag(
+        "auto",
+        "what auto means for attention and MLP on CUDA in 16 bits with --kernels triton, and for attention on CPUs with "
+        "--compile; auto: the implementation that is fastest here, measured at the start of the first run and remembered, or "
+        "that of the resumed run; again: measured anew; off: the default; or choices as config.yaml records them",
         new=True,
     )
     parallel: str = flag(
@@ -189,6 +198,7 @@ def check_shared(flat: dict) -> None:
     for name in ("checkpoint_steps", "max_steps", "seed"):
         require(flat[name] >= 0, name, flat[name], "0 or more")
     require(flat["input_size"] % flat["patch_size"] == 0, "patch_size", flat["patch_size"], "a divisor of input_size")
+    check_tune(flat["tune"])
     require(flat["dist_timeout"] > 0, "dist_timeout", flat["dist_timeout"], "more than 0 minutes")
     # Smaller values are fractions of 1 where 1/255 is meant.
     require(flat["eps"] == 0 or flat["eps"] >= 0.25, "eps", flat["eps"], "a number in 1/255: 8, not 8/255 = 0.031")

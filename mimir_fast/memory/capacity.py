@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from mimir_fast.config.choices import SDPA_BACKENDS
 from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.config.resolve import Config, Machine, Run, resolve
 from mimir_fast.memory.prediction import Prediction
@@ -41,7 +42,7 @@ GPUS = {
 def on_cuda(config: Config, explicit: set[str]) -> Run[Config]:
     """The run that it would be on a CUDA machine.
 
-    Raises ValueError if it asks for the CPU, for shards of the model or for a package's attention, or is wrong in itself.
+    Raises ValueError if it asks for the CPU, for shards of the model or for another's attention, or is wrong in itself.
     """
     if "device" in explicit and not config.run.device.startswith("cuda"):
         raise ValueError(f"device: got {config.run.device}, expected cuda: memory predicts GPU memory")
@@ -49,11 +50,11 @@ def on_cuda(config: Config, explicit: set[str]) -> Run[Config]:
         raise ValueError("parallel: got fsdp; memory predicts a process that has the whole model, expected ddp")
     if isinstance(config, FinetuneConfig) and config.model.nb_classes is None:
         raise ValueError(f"nb_classes: memory reads no data; say how many classes {config.data.dataset} has")
-    if config.compute.attention in PACKAGES:
+    if config.compute.attention in (*PACKAGES, *SDPA_BACKENDS):
         raise ValueError(f"attention: got {config.compute.attention}; memory predicts auto, short, sdpa and math")
-    # With a compiler, whether this machine has one or not: defaults are to be those of the GPU's machine.
+    # The defaults' memory: nothing is measured.  With a compiler, whether this machine has one or not, as on the GPU's machine.
     pretended = Machine(cuda_devices=1, missing_compiler=lambda: None)
-    return resolve(config.updated({"device": "cuda:0"}), explicit, pretended)
+    return resolve(config.updated({"device": "cuda:0", "tune": "off"}), explicit, pretended)
 
 
 def peak(prediction: Prediction, gpu: Gpu, batch: int) -> dict[str, float]:

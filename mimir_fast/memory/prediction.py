@@ -75,7 +75,7 @@ def predict(run: Run) -> Prediction:
     Raises ValueError for a configuration that cannot be built.
     """
     with FakeTensorMode():
-        model = _fake_task(run).model
+        model = fake_task(run).model
     trunk = family_of(model).trunk
     depth = len(getattr(model, trunk)) if trunk else 1
     whole = run.compute.compile and run.compute.compile_region == "model"
@@ -83,7 +83,7 @@ def predict(run: Run) -> Prediction:
     return Prediction([follow(run, blocks) for blocks in depths], depths, depth)
 
 
-def _fake_task(run: Run) -> Pretraining | Finetuning:
+def fake_task(run: Run) -> Pretraining | Finetuning:
     """The task, without data, on the CPU; inside of a FakeTensorMode its parameters are fake."""
     with _ConditionsFalse():
         return build_task(run, World(device=CPU))
@@ -100,8 +100,8 @@ def follow(run: Run, depth: int) -> Trace:
     """Run the step on fake tensors, after a warm-up, under the ledger; with `depth` encoder blocks where they are alike."""
     torch.compiler.reset()
     with FakeTensorMode():
-        task = _fake_task(run)
-        _shorten(task.model, depth)
+        task = fake_task(run)
+        shorten(task.model, depth)
         ledger = Ledger(_prime(run, task.model))
         engine = Engine(task, task.world, backend=planning_backend(ledger))
         side = run.config.model.input_size
@@ -120,7 +120,7 @@ def follow(run: Run, depth: int) -> Trace:
     return Trace.of(ledger.moments)
 
 
-def _shorten(model: MaskedAutoencoder | Classifier, depth: int) -> None:
+def shorten(model: MaskedAutoencoder | Classifier, depth: int) -> None:
     """Keep the encoder's last blocks, which a classifier's stochastic depth leaves out the most."""
     if not (trunk := family_of(model).trunk):
         return

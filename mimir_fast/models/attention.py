@@ -1,22 +1,28 @@
 """Self-attention from a packed projection, by backend.  Shapes: B batch, T tokens, N heads, d numbers per head, D = N*d.
 
 A backend is a function (qkv_BTQ, num_heads, query_start) -> [B,T-query_start,D]; qkv [B,T,3*D] holds q, k and v, head by
-head.  Backends are chosen by name; those of packages other than torch are never chosen automatically.
+head.  Backends are chosen by name, or were measured (mimir_fast/tuning): a name for each number of tokens.
 """
 
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mimir_fast.config.choices import ATTENTION
+from mimir_fast.config.choices import ATTENTION, SDPA_BACKENDS
 from mimir_fast.kernels import short_attention
 from mimir_fast.kernels.short_attention.op import supported
 from mimir_fast.models import narrow_attention
 
+# A name, or names by the number of tokens, with that for all other numbers under 0.
+Backend = str | dict[int, str]
 # Up to this many tokens plain matrix products are faster on a CPU than sdpa's tiles.
 FEW_TOKENS = 64
+# Of SDPA_BACKENDS, in their order.
+SDPA_KERNELS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 # Module -> its name for pip, which is also that of our extra.
 PACKAGES = {"flash_attn": "flash-attn", "xformers": "xformers"}
 
@@ -31,12 +37,13 @@ def check_backend(name: str) -> None:
         )
 
 
-def attention(qkv_BTQ: Tensor, num_heads: int, query_start: int = 0, backend: str = "auto") -> Tensor:
+def attention(qkv_BTQ: Tensor, num_heads: int, query_start: int = 0, backend: Backend = "auto") -> Tensor:
     """softmax(q k^T / sqrt(d)) v of every head: [B,T,3*D] -> [B,T-query_start,D].
 
     All tokens are keys and values; only tokens[query_start:] are queries.  auto: torch's scaled_dot_product_attention.
     """
-    return _FUNCTIONS[backend](qkv_BTQ, num_heads, query_start)
+    name = backend if isinstance(backend, str) else backend.get(qkv_BTQ.shape[1], backend[0])
+    return _FUNCTIONS[name](qkv_BTQ, num_heads, query_start)
 
 
 def _split(qkv_BTQ: Tensor, num_heads: int) -> tuple[Tensor, ...]:
@@ -47,6 +54,12 @@ def _split(qkv_BTQ: Tensor, num_heads: int) -> tuple[Tensor, ...]:
 def _sdpa(qkv_BTQ: Tensor, num_heads: int, query_start: int) -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in _split(qkv_BTQ, num_heads))
     return F.scaled_dot_product_attention(q[:, :, query_start:], k, v).transpose(1, 2).flatten(2)
+
+
+def _sdpa_by(kernel: SDPBackend, qkv_BTQ: Tensor, num_heads: int, query_start: int) -> Tensor:
+    """sdpa by one kernel.  Raises RuntimeError for a size, dtype or device that it does not take."""
+    with sdpa_kernel(kernel):
+        return _sdpa(qkv_BTQ, num_heads, query_start)
 
 
 def _short(qkv_BTQ: Tensor, num_heads: int, query_start: int) -> Tensor:
@@ -94,6 +107,7 @@ _FUNCTIONS: dict[str, Callable[[Tensor, int, int], Tensor]] = {
     "short": _short,
     "narrow": _narrow,
     "sdpa": _sdpa,
+    **{name: partial(_sdpa_by, kernel) for name, kernel in zip(SDPA_BACKENDS, SDPA_KERNELS)},
     "flash_attn": _flash_attn,
     "xformers": _xformers,
     "math": _math,

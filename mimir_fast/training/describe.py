@@ -14,17 +14,18 @@ def describe(task: Task, stream: BatchStream, world: World, lr: float, uncapture
 
     uncaptured   why the step is no CUDA graph, if so
     """
-    config = task.run.config
+    config, compute = task.run.config, task.run.compute
     parameters = sum(p.numel() for p in task.model.parameters()) / 1e6
-    parallel = f"{task.run.compute.words()['parallel']}, " if world.size > 1 else ""
+    parallel = f"{compute.words()['parallel']}, " if world.size > 1 else ""
     launched = f"step uncaptured ({uncaptured}), " if uncaptured else "step one CUDA graph, "
     launched = parallel + launched * (world.device.type == "cuda")
     return [
         f"model {config.model.model} ({parameters:.2f} M parameters), {config.model.input_size}/{patch_size(task.run)}; "
         f"data {stream.name}, {stream.num_images} images, {len(stream)} micro-batches per epoch; {task.summary}",
-        f"device {world.device} x {world.size}, {launched}{arithmetic(task.run.compute)}; "
+        f"device {world.device} x {world.size}, {launched}{arithmetic(compute)}; "
         f"lr {lr:.3g}; outputs in {config.run.output_dir or '(nowhere)'}",
         *([f"data {stream.origin}"] if stream.origin else []),
+        *([f"tune: computes with {compute.tune}"] if compute.measured else []),
         *schedule_notes(config.optim, len(stream), lr),
     ]
 
@@ -51,6 +52,6 @@ def arithmetic(compute: Compute) -> str:
     words = compute.words()
     compiled = f"{compute.compile_mode}, by {compute.compile_region}" if compute.compile else "off"
     return (
-        f"{words['precision']}, compile {compiled}, kernels {compute.kernels}, attention {compute.attention}, "
-        f"mlp {compute.mlp}, residual {words['residual_dtype']}"
+        f"{words['precision']}, compile {compiled}, kernels {compute.kernels}, attention {words['attention']}, "
+        f"mlp {words['mlp']}, residual {words['residual_dtype']}"
     )

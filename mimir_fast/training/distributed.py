@@ -72,6 +72,13 @@ class World:
         dist.all_reduce(words, op=dist.ReduceOp.MAX, group=self.host_group)
         return bool((words[0] == -words[1]).all())
 
+    def agreed(self, text: str) -> str:
+        """Rank 0's text, on every process."""
+        texts = [text]
+        if self.size > 1:
+            dist.broadcast_object_list(texts, src=0, group=self.host_group)
+        return texts[0]
+
     def share(self, tensors: Iterable[Tensor]) -> None:
         """Broadcast rank 0's values, in place."""
         if self.size > 1:

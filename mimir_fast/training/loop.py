@@ -26,6 +26,7 @@ from mimir_fast.training.signals import StopSignals
 from mimir_fast.training.stages import stage
 from mimir_fast.training.step_graph import Recorder
 from mimir_fast.training.task import Measured, Output, Task
+from mimir_fast.tuning.decisions import decide
 
 
 class Loop:
@@ -53,6 +54,7 @@ class Loop:
         self.position, own = resume(found, world, *entries, notes.append, self.stream.fingerprint)
         task.resume(state, own, notes.append)
         self.first_update = self.position.update + 1
+        decide(task, world, state, print if world.is_main else notes.append)
         self.engine = Engine(task, world, updater, state.get("model_ema"), recorder=recorder)
         self.compile_clock = CompileClock()
         self.engine.meters.sums.restart(self.position.sums)

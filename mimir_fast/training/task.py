@@ -42,7 +42,7 @@ class Measured(NamedTuple):
 class Step(Protocol):
     """What a micro-step computes.
 
-    run             the resolved configuration
+    run             the resolved configuration, in which the loop fills in the implementations that it measured
     model           the fp32 model, which the engine trains
     average_decay   decay of a running average of the parameters; None: no average is kept
     uncapturable    why a CUDA graph cannot hold `prepare`, `draw_noise` and `step`; "" if it can
@@ -50,8 +50,7 @@ class Step(Protocol):
     Models, batches, noise and outputs are of types that only the task knows: Any.
     """
 
-    @property
-    def run(self) -> Run: ...
+    run: Run
 
     @property
     def model(self) -> MaskedAutoencoder | Classifier: ...

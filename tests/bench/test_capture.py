@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import capture
+from bench import steps
 from bench.__main__ import main
 from bench.capture import differing
 from mimir_fast.training.engine import Engine
@@ -46,7 +46,7 @@ def test_what_a_wrong_capture_has_frozen_is_seen(frozen, status, monkeypatch, ca
     def engine(task, world) -> Engine:
         return Engine(task, world, recorder=tape if task.run.config.compute.step_graph == "auto" else None)
 
-    monkeypatch.setattr(capture, "Engine", engine)
+    monkeypatch.setattr(steps, "Engine", engine)
     if frozen:
         done = getattr(*frozen)
 

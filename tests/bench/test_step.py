@@ -121,7 +121,7 @@ def test_configurations_are_the_recipes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     ours, references = (configuration(PRETRAIN, [], variant).flat() for variant in ("ours", "references"))
     parts = ("kernels", "attention", "mlp")
-    assert [ours[name] for name in parts] == ["triton", "short", "triton"]
+    assert [ours[name] for name in parts] == ["triton", "auto", "auto"]
     assert [references[name] for name in parts] == ["reference", "sdpa", "reference"]
     with pytest.raises(ValueError, match=r"steps: .* got 2"):
         build_step("textbook", configuration(PRETRAIN, ["--device", "cpu", "--steps", "2"]), CPU)

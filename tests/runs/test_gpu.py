@@ -37,7 +37,7 @@ def test_five_steps_without_a_host_synchronisation(tmp_path, monkeypatch, extra,
     monkeypatch.setattr(RunLog, "flush", reading)
     words = f"""--dataset imagefolder --data_root {data} --model mae_vit_ti --input_size 32 --patch_size 4 --norm_pix_loss
         --batch_size 2 --num_workers 0 --attack pgd_mae --mi_train hsic --max_steps 7 --epochs 9 --warmup_epochs 1
-        --log_every 100 --output_dir {tmp_path / "out"} --log_dir {tmp_path / "out"} {extra}"""
+        --log_every 100 --output_dir {tmp_path / "out"} --log_dir {tmp_path / "out"} --tune off {extra}"""
     opened = []
 
     def ranged(name: str):

@@ -33,7 +33,7 @@ World.mean = lambda self, values: values if values.ndim == 2 else torch.ones(val
 sys.exit({"pretrain": pretrain, "finetune": finetune}[sys.argv[1]].main(sys.argv[2:]))
 """
 WORK = ("KERNEL", "TRITON", "GEMM", "SOLVER", "MEMSET", "MEMCPY", "MEMCPY2D")
-PLACES = "--device cuda --output_dir= --log_dir= --epochs 3 --no_compile"
+PLACES = "--device cuda --output_dir= --log_dir= --epochs 3 --no_compile --tune off"
 UPDATES = 8
 
 

@@ -37,6 +37,29 @@ def test_defaults_on_a_cpu(machine):
     )
 
 
+@pytest.mark.parametrize(
+    ("line", "measured"),
+    [
+        ("", ("attention", "mlp")),
+        ("--attention sdpa_flash", ("mlp",)),
+        ("--mlp reference --precision fp16", ("attention",)),
+        ("--attention short --mlp triton", ()),
+        ("--tune off", ()),
+        ("--kernels reference", ()),
+        ("--precision fp32", ()),
+        ("--device cpu --compile", ("attention",)),
+        ("--device cpu", ()),
+    ],
+)
+def test_what_is_measured_where_the_flags_leave_it_open(line, measured):
+    run = resolved(line)
+    assert run.compute.measured == measured
+    assert run.flat()["tune"] == ("auto" if measured else "off")
+    assert [op for op in ("attention", "mlp") if run.flat()[op] == "auto"] == list(measured)
+    # Until choices are made; without any, the words are those computed with.
+    assert "auto" not in (run.tuned("off").flat()["attention"], run.tuned("off").flat()["mlp"])
+
+
 def test_choices_that_follow_other_choices():
     c = resolved("--kernels reference").compute
     assert (c.kernels, c.attention, c.mlp) == ("reference", "sdpa", "reference")
@@ -55,6 +78,8 @@ def test_choices_that_follow_other_choices():
     [
         ("--device cpu --attention short", "attention: short needs a CUDA device"),
         ("--device cpu --kernels triton", "kernels: triton needs a CUDA device"),
+        ("--device cpu --attention sdpa_cudnn", "attention: sdpa_cudnn needs a CUDA device; pass --attention sdpa"),
+        ("--tune often", "tune: got 'often', expected auto, off, again or choices"),
         ("--attention narrow", "attention: narrow: it is for CPUs in fp32; pass --attention sdpa"),
         ("--precision fp32 --mlp triton", "mlp: triton needs a CUDA device and 16 bits"),
         ("--precision fp16 --residual_dtype bf16", "residual_dtype: bf16 goes with --precision bf16, not with fp16"),
@@ -94,7 +119,7 @@ def test_what_is_recorded_is_what_was_asked_with_nothing_left_open():
     flat = run.flat()
     assert list(flat) == list(run.config.flat())
     filled = {"device": "cpu", "precision": "fp32", "compile": False, "compile_region": "block"}
-    filled |= {"kernels": "reference", "attention": "sdpa", "mlp": "reference", "step_graph": "off"}
+    filled |= {"kernels": "reference", "attention": "sdpa", "mlp": "reference", "step_graph": "off", "tune": "off"}
     assert flat == run.config.flat() | filled
     assert run.config.compute.precision is None
     assert resolve(run.config.updated(flat), set(flat) - {"compile_region"}, CPU).flat() == flat

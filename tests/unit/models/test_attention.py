@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from mimir_fast.config.choices import ATTENTION
+from mimir_fast.config.choices import ATTENTION, SDPA_BACKENDS
 from mimir_fast.models import create_model
 from mimir_fast.models.attention import PACKAGES, attention, check_backend
 from tests.support.budget import assert_within_budget
 from tests.support.golden import small_model
 from tests.support.interpreter import Sanitizer, interpret
 
-HERE = [name for name in ATTENTION if name not in (*PACKAGES, "short", "narrow")]
+HERE = [name for name in ATTENTION if name not in (*PACKAGES, *SDPA_BACKENDS, "short", "narrow")]
 
 
 @pytest.mark.parametrize("query_start", [0, 3, 6])
