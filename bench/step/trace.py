@@ -18,7 +18,7 @@ from mimir_fast.kernels._shared.cost import cost
 NO_KERNEL = re.compile(
     r"(new_)?empty(_like|_strided|_permuted)?$|_unsafe_view$|_reshape_alias$|lift_fresh|resize_$|set_$"
 )
-OVERWRITTEN = re.compile(r"(copy|fill|zero|uniform|normal|random|exponential|bernoulli)_$")
+OVERWRITTEN = re.compile(r"(_foreach_)?(copy|fill|zero|uniform|normal|random|exponential|bernoulli)_$")
 
 
 class Recorder(TorchDispatchMode):

@@ -34,6 +34,7 @@ def priced(function) -> list[Price]:
         ("add_", lambda: x.add_(1), "other ATen", 4 * (60 + 60), {}),  # read and written
         ("mul", lambda: torch.mul(x, y, out=out), "other ATen", 4 * (60 + 6 + 60), {}),  # out is not read
         ("copy_", lambda: out.copy_(x), "copies", 4 * (60 + 60), {}),
+        ("_foreach_copy_", lambda: torch._foreach_copy_([out], [x]), "other ATen", 4 * (60 + 60), {}),
         ("fill_", lambda: out.fill_(1), "copies", 4 * 60, {}),
         ("cat", lambda: torch.cat([x, x]), "copies", 4 * (120 + 120), {}),
         ("_to_copy", lambda: x.bfloat16(), "copies", 60 * (4 + 2), {}),
