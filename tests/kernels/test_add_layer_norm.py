@@ -334,7 +334,8 @@ def test_the_reference_is_torchs_layer_norm_and_passes_gradcheck():
     assert torch.equal(total, x + (delta + delta_bias))
     assert torch.equal(out, torch.nn.functional.layer_norm(total, (10,), weight, bias, 1e-6))
     assert torch.equal(add_layer_norm(x, None, None, weight, bias)[1], torch.layer_norm(x, (10,), weight, bias, 1e-6))
-    leaves = [t.double().requires_grad_() for t in tensors]
+    # Few numbers: gradcheck moves each by itself.
+    leaves = [t.double().requires_grad_() for t in inputs((3, 2, 4))[0]]
     assert torch.autograd.gradcheck(add_layer_norm, leaves)
     keep = torch.tensor([0.0, 1.5, 1.0], dtype=torch.float64)
     assert torch.equal(add_layer_norm(*tensors, keep_B=keep)[0], x + (delta + delta_bias) * keep.float()[:, None, None])

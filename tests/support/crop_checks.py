@@ -3,6 +3,7 @@
 A test module makes a subclass of CropChecks for its operation.
 """
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -45,6 +46,12 @@ class CropChecks:
         assert not s.errors
         return crops
 
+    @classmethod
+    @cache
+    def of_hard_cases(cls, impl: str, size: int = 20, **options) -> torch.Tensor:
+        """Computed once: the interpreter takes most of the time of these tests."""
+        return cls().crops(*hard_cases(cls.yuv), size, impl=impl, **options)
+
     @pytest.mark.parametrize("impl", ["triton", "reference", "float64"])
     @pytest.mark.parametrize("size", [20, 33])
     def test_at_most_a_level_from_float64(self, impl, size):
@@ -52,7 +59,7 @@ class CropChecks:
         if impl == "float64":
             crops = self.op(packed, offsets, sizes, boxes.double(), flips, size, **LEVELS, impl="reference")
         else:
-            crops = self.crops(*inputs, size, **LEVELS, impl=impl)
+            crops = self.of_hard_cases(impl, size, **LEVELS)
         off = distance(crops, *inputs, size, self.yuv)
         assert crops.shape == off.shape
         assert off.max() <= 1
@@ -60,23 +67,20 @@ class CropChecks:
 
     @IMPLEMENTATIONS
     def test_floats_are_the_levels_divided_as_to_float_does(self, impl):
-        inputs = hard_cases(self.yuv)
-        assert torch.equal(self.crops(*inputs, 20, impl=impl), to_float(self.crops(*inputs, 20, **LEVELS, impl=impl)))
+        assert torch.equal(self.of_hard_cases(impl), to_float(self.of_hard_cases(impl, **LEVELS)))
 
     @IMPLEMENTATIONS
     def test_mirrored_where_asked(self, impl):
-        *inputs, _ = hard_cases(self.yuv)
-        B = len(inputs[1])
-        plain, mirrored = (
-            self.crops(*inputs, torch.full((B,), flip), 11, **LEVELS, impl=impl) for flip in (False, True)
-        )
-        assert torch.equal(mirrored, plain.flip(3))
-        assert not torch.equal(mirrored, plain)
+        *inputs, flips = hard_cases(self.yuv)
+        crops = self.of_hard_cases(impl, **LEVELS)
+        mirrored = self.crops(*inputs, ~flips, 20, **LEVELS, impl=impl)
+        assert torch.equal(mirrored, crops.flip(3))
+        assert not torch.equal(mirrored, crops)
 
     @IMPLEMENTATIONS
     def test_images_do_not_know_of_each_other_and_repeats_are_the_same(self, impl):
         packed, *inputs = hard_cases(self.yuv)
-        crops, order = self.crops(packed, *inputs, 20, impl=impl), torch.tensor([5, 2, 8, 0, 3])
+        crops, order = self.of_hard_cases(impl), torch.tensor([5, 2, 8, 0, 3])
         assert torch.equal(self.crops(packed, *(t[order] for t in inputs), 20, impl=impl), crops[order])
         assert self.crops(packed, *(t[:0] for t in inputs), 20, impl=impl).shape == (0, 3, 20, 20)
 
@@ -85,7 +89,7 @@ class CropChecks:
         inputs = hard_cases(self.yuv)
         crops = torch.full((len(inputs[1]), 3, 20, 20), torch.nan)
         assert self.crops(*inputs, 20, out=crops, impl=impl) is crops
-        assert torch.equal(crops, self.crops(*inputs, 20, impl=impl))
+        assert torch.equal(crops, self.of_hard_cases(impl))
 
     @IMPLEMENTATIONS
     def test_pixels_outside_of_the_box_are_not_used(self, impl):
