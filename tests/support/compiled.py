@@ -5,7 +5,9 @@ data, each kernel call is recorded with the argument types, divisibilities and c
 compiled.
 """
 
+import hashlib
 import importlib
+import json
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,20 +87,46 @@ def _source(kernel: JITFunction, arguments: dict) -> tuple[dict, dict, dict]:
     return signature, constants, attributes
 
 
-def compiled(variant: Variant, arch: int) -> dict:
-    """The record of one variant on one architecture."""
+def source_of(variant: Variant) -> ASTSource:
     kernel = getattr(importlib.import_module(variant.module), variant.kernel)
-    source = ASTSource(kernel, variant.signature, variant.constants, variant.attributes)
-    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=variant.options)
+    return ASTSource(kernel, variant.signature, variant.constants, variant.attributes)
+
+
+def label(variant: Variant, arch: int) -> dict:
+    """What a record says of it before it is compiled; key: by Triton's own hash, which holds the text of all that it calls."""
+    found = {name: getattr(variant, name) for name in ("op", "kernel", "config", "dtype", "wide")}
+    options = sorted(variant.options.items())
+    key = hashlib.sha256(repr((source_of(variant).hash(), options, arch)).encode()).hexdigest()[:16]
+    return {**found, "arch": arch, "key": key}
+
+
+def compiled(variant: Variant, arch: int) -> dict:
+    """The facts of one variant on one architecture."""
+    binary = triton.compile(source_of(variant), target=GPUTarget("cuda", arch, 32), options=variant.options)
     warps, shared = binary.metadata.num_warps, binary.metadata.shared
-    label = {name: getattr(variant, name) for name in ("op", "kernel", "config", "dtype", "wide")}
     facts = read(binary.asm["cubin"], warps, arch, shared)
-    return {**label, "arch": arch, "warps": warps, "dot": "tt.dot" in binary.asm["ttir"], **facts}
+    return {"warps": warps, "dot": "tt.dot" in binary.asm["ttir"], **facts}
+
+
+def recorded() -> tuple[list[dict], bool]:
+    """The records of bench/results/compile.jsonl, and whether they are this compiler's."""
+    versions, *rows = map(json.loads, TABLE.read_text().splitlines())
+    for row in rows:
+        row |= {name: {int(width): count for width, count in row[name].items()} for name in ("loads", "stores")}
+    return rows, versions["triton"] == triton.__version__
 
 
 def compile_all(ops: list[str], dtypes: tuple[str, ...] | None = None, processes: int = 2) -> list[dict]:
-    """Records of every variant of these operations on every architecture; dtypes: only those of these, None: all."""
+    """Records of every variant of these operations on every architecture; dtypes: only those of these, None: all.
+
+    The same source compiled by the same compiler is the same code: what is on record is not compiled again.
+    """
     chosen = [v for op in ops for v in variants(op) if dtypes is None or v.dtype in dtypes]
     jobs = [(variant, arch) for variant in chosen for arch in variant.archs]
-    with ProcessPoolExecutor(processes) as pool:
-        return list(pool.map(compiled, *zip(*jobs), chunksize=4))
+    labels, (table, same) = [label(*job) for job in jobs], recorded()
+    known = {row["key"]: row for row in table if same and "key" in row}
+    if new := [job for job, found in zip(jobs, labels) if found["key"] not in known]:
+        with ProcessPoolExecutor(processes) as pool:
+            facts = pool.map(compiled, *zip(*new), chunksize=4)
+            known |= {label(*job)["key"]: found for job, found in zip(new, facts)}
+    return [known[found["key"]] | found for found in labels]
