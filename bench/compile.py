@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from collections.abc import Iterator
 
 import torch
 import triton
@@ -11,7 +10,11 @@ from bench import records
 from mimir_fast.checkpoints.atomic import write_text_atomically
 from tests.support import compiled as gate
 
-EPILOG = "tests/kernels/test_compile.py says which of these facts are faults, and holds new code to the recorded table."
+EPILOG = """What is on record and has not changed is not compiled again; the table shows what is new or other code than before.
+tests/kernels/test_compile.py says which of these facts are faults, and holds new code to the recorded table."""
+COLUMNS = """op={op}; kernel={kernel}; config={config}; dtype={dtype}; arch={arch}; registers={registers}; shared bytes={shared}
+spills={spills}; stack bytes={stack}; loads by bits={loads}; stores by bits={stores}; matrix={matrix}
+occupancy={occupancy:.0%}; limited by={limit}"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -22,24 +25,9 @@ def run(args: argparse.Namespace, flags: list[str]) -> int:
     """Print the table, write bench/results/compile.jsonl.  Raises ValueError for a flag: there is none."""
     if flags:
         raise ValueError(f"{flags[0]}: not a flag of compile")
-    found = gate.compile_all(gate.OPS)
-    print(*table(found), sep="\n")
+    before, found = [row | {"key": ""} for row in gate.recorded()[0]], gate.compile_all(gate.OPS)
+    print(records.table(COLUMNS, [row for row in found if row | {"key": ""} not in before]))
     versions = {"torch": torch.__version__, "triton": triton.__version__}
     write_text_atomically(gate.TABLE, "".join(json.dumps(line) + "\n" for line in [versions, *found]), "results")
-    print(f"{len(found)} kernels compiled; {gate.TABLE.name} written")
+    print(f"{len(found)} kernels; {gate.TABLE.name} written")
     return 0
-
-
-def table(records: list[dict]) -> Iterator[str]:
-    """Lines of a table, one per record."""
-    columns = "{:18} {:24} {:22} {:5} {:>4} {:>4} {:>6} {:>6} {:>5} {:>16} {:>16} {:>10} {:>5} {}".format
-    head = "op kernel config dtype arch regs shared spills stack loads stores matrix occ limit"
-    yield columns(*head.split())
-    for r in records:
-        loads, stores = (
-            " ".join(f"{n}x{width}" for width, n in r[name].items()) or "-" for name in ("loads", "stores")
-        )
-        matrix = " ".join(sorted({name.split(".")[0] for name in r["matrix"]})) or "-"
-        numbers = (r["arch"], r["registers"], r["shared"], r["spills"], r["stack"])
-        labels = (r["op"], r["kernel"], r["config"], r["dtype"])
-        yield columns(*labels, *numbers, loads, stores, matrix, f"{r['occupancy']:.0%}", r["limit"])

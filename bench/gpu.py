@@ -156,8 +156,8 @@ def page(outcomes: list[Outcome], planned: int, heading: dict) -> str:
     lines = [f"{head}{len(outcomes)} of {planned} stages done{f'; NOT ok: {bad}' if bad else ''}."]
     if heading["device"].startswith(records.SIMULATED):
         lines.append("A simulated GPU: launches and memory are exact, nothing here is a measured time.")
-    lines.append("\n| stage | outcome | seconds | allowed |\n| --- | --- | --- | --- |")
-    lines += [f"| {o.name} | {o.status} | {o.seconds:.0f} | {o.limit:.0f} |" for o in outcomes]
+    columns = "stage={name}; outcome={status}; seconds={seconds:.0f}; allowed={limit:.0f}"
+    lines.append("\n" + records.table(columns, [o._asdict() for o in outcomes]))
     for o in outcomes:
         # without progress bars and the profiler's own lines
         told = [line for line in o.told if "%|" not in line and not line.startswith("USDT:")]

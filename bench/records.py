@@ -5,6 +5,7 @@ import ctypes
 import datetime
 import json
 import platform
+import re
 import statistics
 import subprocess
 from functools import cache
@@ -74,14 +75,19 @@ def peaks_of(device: str, gpu: str | None = None) -> str | None:
 
 def driver() -> str | None:
     """The CUDA version that the installed driver supports, "13.0"; None without a driver."""
+    version = ctypes.c_int()
     try:
-        cuda = ctypes.CDLL("libcuda.so.1")
+        wrong = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
     except OSError:
         return None
-    version = ctypes.c_int()
-    if cuda.cuDriverGetVersion(ctypes.byref(version)):
-        return None
-    return f"{version.value // 1000}.{version.value % 1000 // 10}"
+    return None if wrong else f"{version.value // 1000}.{version.value % 1000 // 10}"
+
+
+def table(columns: str, rows: list[dict]) -> str:
+    """Markdown.  columns: "head=format; ...", lines of them."""
+    heads, formats = zip(*(column.split("=", 1) for column in re.split(r"; |\n", columns)))
+    lines = [heads, ["---"] * len(heads), *([text.format(**row) for text in formats] for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def percentiles(values: list[float]) -> dict[str, float]:

@@ -8,7 +8,7 @@ import json
 import re
 
 from bench.peaks import PEAKS
-from bench.records import RESULTS, ROOT
+from bench.records import RESULTS, ROOT, table
 from bench.step.prices import CLASSES
 from bench.steps import VARIANTS
 from mimir_fast.checkpoints.atomic import write_text_atomically
@@ -18,7 +18,6 @@ BLOCK = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench:\2 -->)", re.DOT
 SIZES = {"ti": "Ti", "small": "S", "base": "B", "large": "L"}
 SAME = "task variant peaks model batch_size input_size patch_size residual_dtype steps compile".split()
 PUBLISHED_MFU = 0.229  # the highest among the trainings that docs/performance.md cites
-# head=format; ...
 BOUNDS = """model={model}; step={step}; for={gpu}; kernels + products + memsets={kernels} + {gemms} + {memsets}
 issued by the host={issued}; host ms={host_ms}; host / bound={host_share}
 waits={syncs}; GB={gb:.1f}; GB outside products and attention={gb_outside_gemm_attention:.1f}; product TFLOP={gemm_tflop:.1f}
@@ -69,12 +68,6 @@ def figures(r: dict) -> dict:
         "source": f"{r['device'].replace('pretend-', 'simulated-')} · {versions}",
     }
     return r | r["totals"] | shares | own
-
-
-def table(columns: str, found: list[dict]) -> str:
-    heads, formats = zip(*(column.split("=", 1) for column in re.split(r"; |\n", columns)))
-    lines = [heads, ["---"] * len(heads), *([text.format(**r) for text in formats] for r in found)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def headline() -> str:

@@ -151,7 +151,7 @@ def test_wrong_arguments(words, complaint, capsys, tmp_path, monkeypatch):
 
 @needs_simulated_gpu
 def test_on_a_simulated_gpu(tmp_path, capfd):
-    size, out = "--models mae_vit_ti --batch_size 2 --input_size 32 --patch_size 8 --no_compile", tmp_path / "out"
+    size, out = "--models mae_vit_nano --batch_size 2 --input_size 32 --patch_size 8 --no_compile", tmp_path / "out"
     command = f"gpu --simulate h100 --only tests,profile {size} --output {out} --results {tmp_path} --minutes 5"
     assert main(command.split()) == 0, capfd.readouterr()
     summary = (tmp_path / "out" / "summary.md").read_text()

@@ -15,7 +15,7 @@ from bench.__main__ import main
 from mimir_fast.training.stages import STAGES
 from tests.support.runs import make_images
 
-SMALL = "profile --model mae_vit_ti --batch_size 4 --input_size 16 --patch_size 8 --warmup 1 --updates 2".split()
+SMALL = "profile --model mae_vit_nano --batch_size 4 --input_size 16 --patch_size 8 --warmup 1 --updates 2".split()
 ON_CPU = "-- --device cpu --num_workers 0".split()
 
 
@@ -28,7 +28,7 @@ def test_a_trace_of_the_observed_updates(tmp_path, capsys):
     ranges = Counter(e["name"] for e in events if e.get("cat") == "user_annotation" and e["name"] in STAGES)
     assert ranges == {**dict.fromkeys(STAGES, 2), "loss": 4}  # the attack's and the training's
     printed = capsys.readouterr().out
-    assert "2 updates after 1 of mae_vit_ti, batch 4; cpu" in printed
+    assert "2 updates after 1 of mae_vit_nano, batch 4; cpu" in printed
     assert all(float(re.search(rf"^{name} +([0-9.]+) ms$", printed, re.MULTILINE)[1]) > 0 for name in STAGES)
     assert 1 <= len(re.findall(r"^ *aten::", printed, re.MULTILINE)) <= 10
 

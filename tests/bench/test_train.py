@@ -47,7 +47,7 @@ def test_mfu_is_of_the_peak_of_the_arithmetic():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "model"), [("pretrain", "mae_vit_ti"), ("finetune", "vit_ti")])
+@pytest.mark.parametrize(("task", "model"), [("pretrain", "mae_vit_nano"), ("finetune", "vit_nano")])
 def test_a_whole_run_on_the_cpu(task, model, tmp_path, capsys):
     data, results = make_images(tmp_path / "data"), tmp_path / "train.jsonl"
     words = ["--task", task, *SMALL, model, "--updates", "2", "--data_root", str(data), "--results", str(results)]
@@ -68,7 +68,7 @@ def test_a_whole_run_on_the_cpu(task, model, tmp_path, capsys):
 def test_a_training_that_ends_early_leaves_no_record(verb, tmp_path, monkeypatch):
     monkeypatch.setattr("mimir_fast.training.loop.Loop.run", lambda self: 1)
     results = ["--results", str(tmp_path / "none")] if verb == "train" else ["--output", str(tmp_path / "none")]
-    words = [*SMALL, "mae_vit_ti", "--updates", "2", "--data_root", str(make_images(tmp_path)), *results]
+    words = [*SMALL, "mae_vit_nano", "--updates", "2", "--data_root", str(make_images(tmp_path)), *results]
     with pytest.raises(SystemExit, match="the training ended with status 1 after 0 of 3 updates"):
         main([verb, *words, "--", *ON_CPU])
     assert not (tmp_path / "none").exists()
@@ -87,7 +87,7 @@ def test_a_training_that_ends_early_leaves_no_record(verb, tmp_path, monkeypatch
 def test_wrong_arguments(words, complaint, tmp_path, capsys):
     own, _, flags = words.partition(" -- ")
     data = [] if "data_root" in words else ["--data_root", str(make_images(tmp_path))]
-    assert main(["train", *SMALL, "mae_vit_ti", *data, *own.split(), "--", *ON_CPU, *flags.split()]) == 2
+    assert main(["train", *SMALL, "mae_vit_nano", *data, *own.split(), "--", *ON_CPU, *flags.split()]) == 2
     assert complaint in capsys.readouterr().err
 
 
@@ -103,7 +103,7 @@ def test_synthetic_images_are_many_but_take_little_room(tmp_path):
 @needs_simulated_gpu
 def test_on_a_simulated_gpu_it_runs_through_and_claims_no_times(tmp_path, capfd):
     results = tmp_path / "train.jsonl"
-    words = ["--simulate", "h100", *SMALL, "mae_vit_ti", "--updates", "2", "--results", str(results)]
+    words = ["--simulate", "h100", *SMALL, "mae_vit_nano", "--updates", "2", "--results", str(results)]
     assert main(["train", *words, "--", "--no_compile", "--num_workers", "0"]) == 0
     (record,) = map(json.loads, results.read_text().splitlines())
     assert [record[name] for name in ("device", "peaks", "images")] == ["simulated-h100", "h100", 16]

@@ -89,7 +89,7 @@ def test_a_disk_that_fails_twice_ends_the_run_with_its_last_checkpoint(data, tmp
 
 def test_fine_tuning_and_evaluation(files, data, tmp_path, monkeypatch):
     """Staged: both caches are read from the copy.  Planted: validation reads data_root."""
-    finetune_runs.tiny_models(monkeypatch.setitem)
+    finetune_runs.small_models(monkeypatch.setitem)
     read = []
     with monkeypatch.context() as patch:
         patch.setattr(datasets, "open_cache", lambda folder: read.append(folder) or open_cache(folder))

@@ -9,13 +9,13 @@ from mimir_fast.cli.analyze import main as analyze
 from mimir_fast.cli.evaluate import main as evaluate
 from mimir_fast.cli.export import main as export
 from mimir_fast.data.splits import check_same_classes
-from tests.support.finetune_runs import finetune, load, make_data, tiny_models
+from tests.support.finetune_runs import finetune, load, make_data, small_models
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _tiny():
     with pytest.MonkeyPatch.context() as patch:
-        tiny_models(patch.setitem)
+        small_models(patch.setitem)
         yield
 
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.support.finetune_runs import make_data
+from tests.support.runs import free_port
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TOY = "--batch_size 4 --warmup_epochs 0 --device cpu --num_workers 0"
@@ -19,7 +20,9 @@ EPOCHS = {"PRETRAIN_EPOCHS": "1", "FINETUNE_EPOCHS": "1"}
 # the programs that a script calls, here all of this Python
 PROGRAMS = {
     "python": '"$PYTHON" "$@"',
-    "torchrun": '"$PYTHON" -m torch.distributed.run "$@"',
+    # one process as torchrun starts it, without the seconds that torchrun itself takes; tests/runs/test_distributed.py has it
+    "torchrun": '[ "$1" == --nproc_per_node=1 ] && shift && RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 LOCAL_WORLD_SIZE=1 '
+    'MASTER_ADDR=127.0.0.1 "$PYTHON" "$@"',
     "mimir-fast": '"$PYTHON" -m mimir_fast.cli "$@"',
     "srun": 'while [[ "$1" == --* ]]; do shift; done; SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_STEP_NUM_TASKS=1 "$@"',
     "scontrol": 'echo "$@" >> "$SCONTROL_LOG"; echo localhost',
@@ -38,7 +41,7 @@ def example(tmp_path):
 
     def run(script: str, **variables: str) -> tuple[str, int]:
         path = os.pathsep.join([str(programs), os.environ["PATH"]])
-        logs = {"SCONTROL_LOG": str(tmp_path / "scontrol.log")}
+        logs = {"SCONTROL_LOG": str(tmp_path / "scontrol.log"), "MASTER_PORT": str(free_port())}
         env = os.environ | {"PATH": path, "PYTHON": sys.executable, "OUT": str(tmp_path / "out")} | logs | variables
         root = str(EXAMPLES.parent)
         env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from mimir_fast.cli import analyze, evaluate, finetune, pretrain
-from mimir_fast.models import families
 from tests.support.finetune_runs import make_data
 from tests.support.runs import load
+from tests.support.small_models import small_models
 
 COMMON = """--dataset imagefolder --patch_size 4 --batch_size 4 --epochs 1 --warmup_epochs 0 --lr 1e-3 --device cpu
 --num_workers 0 --precision fp32 --no_compile"""
@@ -22,21 +22,13 @@ def same(first: dict, second: dict) -> bool:
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
-SMALL = {
-    "convit_ti": {"embed_dim": 6, "depth": 3, "num_heads": 4, "local_up_to_layer": 2},
-    "cait_xxs24": {"embed_dim": 24, "depth": 2, "num_heads": 4, "init_values": 0.1},
-    "swin_tiny": {"embed_dim": 8, "depths": (2, 1), "num_heads": (1, 2), "window_size": 3, "patch_size": 2},
-    "xcit_small": {"embed_dim": 16, "depth": 2, "num_heads": 2, "cls_attn_layers": 1, "decoder_num_heads": 2},
-}
 # Patches of 8 pixels are the smallest that its stem makes.
 PATCHES = {"xcit_small": ("--patch_size", "8")}
 
 
 @pytest.fixture(autouse=True)
-def small_models(monkeypatch):
-    for family in families.FAMILIES:
-        for name in SMALL.keys() & family.sizes.keys():
-            monkeypatch.setitem(family.sizes, name, SMALL[name])
+def _small(monkeypatch):
+    small_models(monkeypatch.setitem)
 
 
 @pytest.mark.slow

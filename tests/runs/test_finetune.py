@@ -20,7 +20,7 @@ from mimir_fast.training.distributed import World
 from mimir_fast.training.optimizer import Updater
 from mimir_fast.training.validation import Scores, build_validation_attack, validate
 from mimir_fast.training.validator import Validator
-from tests.support.finetune_runs import finetune, lines, load, make_data, pretrained, tiny_models
+from tests.support.finetune_runs import finetune, lines, load, make_data, pretrained, small_models
 
 CPU = torch.device("cpu")
 
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True, scope="module")
 def _tiny():
     with pytest.MonkeyPatch.context() as patch:
-        tiny_models(patch.setitem)
+        small_models(patch.setitem)
         yield
 
 

@@ -8,7 +8,7 @@ from mimir_fast.data import DataError
 from mimir_fast.training.distributed import World
 from mimir_fast.training.validation import validate
 from tests.runs.test_distributed import CPU, free_port
-from tests.support.finetune_runs import finetune, lines, load, make_data, same_run, start, tiny_models
+from tests.support.finetune_runs import finetune, lines, load, make_data, same_run, start, small_models
 from tests.support.runs import finish, two_processes
 
 pytestmark = pytest.mark.slow
@@ -20,7 +20,7 @@ EXTRA = "--batch_size 2 --accum_iter 2 --epochs 1 --warmup_epochs 0 --held_out 5
 @pytest.fixture(autouse=True, scope="module")
 def _tiny():
     with pytest.MonkeyPatch.context() as patch:
-        tiny_models(patch.setitem)
+        small_models(patch.setitem)
         yield
 
 

@@ -11,7 +11,7 @@ import torch
 
 from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.training import validator as rating
-from tests.support.finetune_runs import finetune, lines, load, make_data, same_run, start, tiny_models
+from tests.support.finetune_runs import finetune, lines, load, make_data, same_run, start, small_models
 from tests.support.runs import PATIENCE, finish
 
 RATED = "--model_ema --held_out 2 --val_attack pgd2"  # 24 images are left: six batches of four
@@ -20,7 +20,7 @@ RATED = "--model_ema --held_out 2 --val_attack pgd2"  # 24 images are left: six 
 @pytest.fixture(autouse=True, scope="module")
 def _tiny():
     with pytest.MonkeyPatch.context() as patch:
-        tiny_models(patch.setitem)
+        small_models(patch.setitem)
         yield
 
 

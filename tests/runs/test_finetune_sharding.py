@@ -14,7 +14,7 @@ from mimir_fast.training.validation import Scores, build_validation_attack, vali
 from tests.golden.test_classifier import labels
 from tests.runs.test_distributed import CPU, TORCHRUN, free_port
 from tests.runs.test_sharding import LR, assert_close
-from tests.support.finetune_runs import finetune, lines, load, make_data, same_run, start, tiny_models
+from tests.support.finetune_runs import finetune, lines, load, make_data, same_run, start, small_models
 from tests.support.golden import golden_images
 from tests.support.runs import finish, two_processes
 from tests.support.tasks import classifier_task
@@ -172,7 +172,7 @@ def test_shards_in_bf16(results):
 
 
 def test_checkpoints_are_anybodys_and_resume_exactly(tmp_path, monkeypatch):
-    tiny_models(monkeypatch.setitem)
+    small_models(monkeypatch.setitem)
     data, extra = make_data(tmp_path / "images"), "--batch_size 2 --epochs 1 --warmup_epochs 0 --held_out 5 --model_ema"
     shards = f"{extra} --val_attack fgsm --parallel fsdp"
     whole, broken = tmp_path / "whole", tmp_path / "broken"

@@ -77,7 +77,7 @@ def test_derived_learning_rate(data, tmp_path):
     words = "--blr 1e-2 --accum_iter 2 --warmup_epochs 0 --max_steps 1 --epochs 1".split()
     base = [
         "--model",
-        "mae_vit_ti",
+        "mae_vit_nano",
         "--input_size",
         "16",
         "--patch_size",
@@ -149,7 +149,7 @@ def test_no_output_folder_writes_nothing(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["--output_dir", "", "--log_dir", "", "--max_steps", "1", "--data_root", str(data), "--batch_size", "4"]
     tiny = (
-        "--model mae_vit_ti --input_size 16 --patch_size 8 --dataset imagefolder --device cpu --num_workers 0".split()
+        "--model mae_vit_nano --input_size 16 --patch_size 8 --dataset imagefolder --device cpu --num_workers 0".split()
     )
     assert main([*tiny, *words]) == 0
     assert list(tmp_path.iterdir()) == []
@@ -180,7 +180,7 @@ def test_device_default_falls_back_aloud_and_explicit_cuda_is_refused(data, tmp_
     assert run(data, tmp_path, "--device cuda") == 2
     assert "--device cpu" in capsys.readouterr().err
     words = (
-        "--model mae_vit_ti --input_size 16 --patch_size 8 --dataset imagefolder --batch_size 4 --num_workers 0".split()
+        "--model mae_vit_nano --input_size 16 --patch_size 8 --dataset imagefolder --batch_size 4 --num_workers 0".split()
     )
     assert (
         main([*words, "--max_steps", "1", "--data_root", str(data), "--output_dir", str(tmp_path), "--log_dir", ""])

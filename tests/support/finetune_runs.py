@@ -11,24 +11,15 @@ import torch
 
 from mimir_fast.cli.finetune import main
 from mimir_fast.models import create_model
-from mimir_fast.models.families.swin import SWIN
-from mimir_fast.models.families.vit import VIT
 from tests.support.runs import lines, load, make_images
+from tests.support.small_models import small_models
 
-SWIN_SIZES = {"embed_dim": 8, "depths": (2, 1), "num_heads": (1, 2), "window_size": 3, "patch_size": 2}
-SIZES = {"embed_dim": 24, "depth": 2, "num_heads": 3}
 TINY = "--model vit_ti --input_size 16 --patch_size 4 --dataset imagefolder --device cpu --num_workers 0 --aa noaug --reprob 0"
 ATTACKED = "--attack_train pgd --steps 2 --alpha 4"
 SCHEDULE = "--batch_size 4 --epochs 2 --warmup_epochs 1 --lr 1e-3"
 STATE = ("model", "model_ema")
 
-__all__ = ["command", "finetune", "lines", "load", "make_data", "pretrained", "same_run", "start", "tiny_models"]
-
-
-def tiny_models(setitem) -> None:
-    """Make the smallest models smaller: setitem(dictionary, key, value)."""
-    setitem(VIT.sizes, "vit_ti", SIZES)
-    setitem(SWIN.sizes, "swin_tiny", SWIN_SIZES)
+__all__ = ["command", "finetune", "lines", "load", "make_data", "pretrained", "same_run", "start"]
 
 
 def make_data(folder: Path, images: int = 26, test_images: int = 9) -> Path:
@@ -76,5 +67,5 @@ def same_run(a: dict, b: dict) -> bool:
 
 
 if __name__ == "__main__":
-    tiny_models(dict.__setitem__)
+    small_models(dict.__setitem__)
     sys.exit(main())

@@ -20,7 +20,7 @@ from mimir_fast.cli.pretrain import main
 
 # Seconds after which a child process hangs: many times what it takes on a busy machine.
 PATIENCE = 1800
-TINY = "--model mae_vit_ti --input_size 16 --patch_size 4 --norm_pix_loss --dataset imagefolder --device cpu --num_workers 0"
+TINY = "--model mae_vit_nano --input_size 16 --patch_size 4 --norm_pix_loss --dataset imagefolder --device cpu --num_workers 0"
 ATTACKED = "--attack pgd_mae --mi_train hsic --mi_xpl 1e-3"
 SCHEDULE = "--batch_size 4 --epochs 2 --warmup_epochs 1 --lr 1e-3"
 

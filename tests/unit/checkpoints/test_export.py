@@ -21,7 +21,7 @@ SIZE = {"img_size": 16, "patch_size": 4}
 IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
-def checkpoint(path, name="vit_ti", classes=5, global_pool=True, **args) -> str:
+def checkpoint(path, name="vit_nano", classes=5, global_pool=True, **args) -> str:
     torch.manual_seed(2)
     model = create_classifier(name, num_classes=classes, global_pool=global_pool, **SIZE)
     for parameter in model.parameters():  # biases and positions too
@@ -51,7 +51,7 @@ def test_timm_gives_the_same_logits(tmp_path, capsys, global_pool):
     model = eval(call, {"timm": timm})
     torch.testing.assert_close(logits(model), logits(load_classifier(source).model), rtol=1e-4, atol=1e-4)
     assert timm.data.resolve_model_data_config(model)["mean"] == (0.0, 0.0, 0.0)
-    assert logits(model).std() > 0.1
+    assert logits(model).std() > 0.02
 
 
 def test_timm_by_its_plain_name(tmp_path):
@@ -86,8 +86,8 @@ def test_the_other_sizes_fit_their_timm_names(name):
 
 def test_an_encoder_of_pretraining(tmp_path):
     torch.manual_seed(0)
-    mae = create_model("mae_vit_ti", **SIZE)
-    args = {"model": "mae_vit_ti", "use_normalize": True, "dataset": "cifar10"}
+    mae = create_model("mae_vit_nano", **SIZE)
+    args = {"model": "mae_vit_nano", "use_normalize": True, "dataset": "cifar10"}
     torch.save({"model": mae.state_dict(), "args": args}, tmp_path / "mae.pth")
     assert exported(str(tmp_path / "mae.pth"), tmp_path / "e.safetensors", "timm") == 0
     config = json.loads((tmp_path / "e.json").read_text())
@@ -97,7 +97,7 @@ def test_an_encoder_of_pretraining(tmp_path):
     with torch.no_grad():
         tokens = model.forward_features((IMAGES - mean) / std)
         torch.testing.assert_close(tokens, export.latent_tokens(trained, IMAGES), rtol=1e-4, atol=1e-4)
-        assert model(IMAGES).shape == (2, 192)
+        assert model(IMAGES).shape == (2, 96)
     assert mean.max() > 0.4
 
 
@@ -133,7 +133,7 @@ def test_exports_can_be_loaded_again(tmp_path, args):
 def test_wrong_input_is_told_in_one_line(tmp_path, capsys):
     source = checkpoint(tmp_path / "a.pth")
     mae = tmp_path / "mae.pth"
-    torch.save({"model": create_model("mae_vit_ti", **SIZE).state_dict()}, mae)
+    torch.save({"model": create_model("mae_vit_nano", **SIZE).state_dict()}, mae)
     (tmp_path / "there.json").write_text("mine")
     for words, message in {
         (source, "x.pt", "timm"): "expected FILE.safetensors with --format timm",

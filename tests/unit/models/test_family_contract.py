@@ -9,15 +9,17 @@ from mimir_fast.models import create_classifier, create_model, families
 from mimir_fast.models.family import kind_of, of_head
 from mimir_fast.training.options import model_options
 from mimir_fast.training.precision import ComputeCopy
+from tests.support.small_models import small_models
 from tests.support.toy_family import TOY
 
 ALL = (*families.FAMILIES, TOY)
 # Side of the images of a test where it cannot be 16, and of the patches of the mask, of which it has 16.
-SIDE = {"swin": (128, 32), "xcit": (32, 8)}
+SIDE = {"xcit": (32, 8)}
 
 
 @pytest.fixture(autouse=True)
 def all_families(monkeypatch):
+    small_models(monkeypatch.setitem)
     monkeypatch.setattr(families, "FAMILIES", ALL)
 
 

@@ -34,7 +34,7 @@ def test_data(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    finetune_runs.tiny_models(monkeypatch.setitem)
+    finetune_runs.small_models(monkeypatch.setitem)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_skipped_updates_are_counted_where_they_were(tmp_path):
 def worker(rank: int, port: int, data: str, out: str, extra: str, captures: bool) -> None:
     """One of two processes of a pre-training."""
     torch.set_num_threads(1)
-    finetune_runs.tiny_models(dict.__setitem__)
+    finetune_runs.small_models(dict.__setitem__)
     own = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
     os.environ.update(own | {"MASTER_PORT": str(port)})
     tape = Tape() if captures else None
