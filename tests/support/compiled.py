@@ -129,4 +129,4 @@ def compile_all(ops: list[str], dtypes: tuple[str, ...] | None = None, processes
         with ProcessPoolExecutor(processes) as pool:
             facts = pool.map(compiled, *zip(*new), chunksize=4)
             known |= {label(*job)["key"]: found for job, found in zip(new, facts)}
-    return [known[found["key"]] | found for found in labels]
+    return [found | known[found["key"]] | found for found in labels]

@@ -22,7 +22,7 @@ def runs(tmp_path_factory):
     """A folder with one update of a pre-training in mae/ and of a fine-tuning in vit/, under the names of the page."""
     root = tmp_path_factory.mktemp("runs")
     data = make_data(root / "data")
-    assert run(data, root / "mae", "--max_steps 1") == 0
+    assert run(data, root / "mae", "--max_steps 1 --model mae_vit_ti") == 0
     assert finetune(data, root / "vit", "--max_steps 1 --model_ema") == 0
     for folder in ("mae", "vit"):
         for name in ("checkpoint-99.pth", "best.pth"):
