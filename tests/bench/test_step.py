@@ -194,7 +194,7 @@ def test_a_torch_that_is_not_known_gets_no_simulation(monkeypatch, capsys):
 )
 def test_on_a_simulated_gpu(task, variant, gpu, words, tmp_path, capfd):
     """Ours never waits for the device, and the host launches one graph for it."""
-    size = f"--model {'mae_' * (task == PRETRAIN)}vit_nano --batch_size 2 --input_size 32 --patch_size 8"
+    size = f"--model {'mae_' * (task == PRETRAIN)}vit_ti --batch_size 2 --input_size 32 --patch_size 8"
     results = tmp_path / "step.jsonl"
     command = f"step --simulate {gpu} --task {task} --variant {variant} {size} --results {results} {words}"
     assert main(command.split()) == 0
