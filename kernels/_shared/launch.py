@@ -1,10 +1,12 @@
 """Launches: how a kernel is launched, and how an operation tells the compile gate which kernels it can launch."""
 
 import math
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -65,12 +67,14 @@ class Prepared:
         # Constants become arguments by place here; what stays in options, such as num_warps, is for the compiler.
         self.numbers = (*numbers, *(options.pop(name) for name in kernel.arg_names if name in options))
         self.options = options
-        self.results = [result and (tuple(result[0]), _strides(result[0]), result[1]) for result in results]
+        self.results = [result and (tuple(result[0]), contiguous_strides(result[0]), result[1]) for result in results]
         # Triton's launcher takes three sizes.
-        self._sizes = (*grid, 1, 1)[:3]
+        self.sizes = (*grid, 1, 1)[:3]
         self._compiled: dict[tuple, tuple] = {}
 
     def __call__(self, *tensors: Tensor | None) -> list[Any]:
+        if _recording.launches is not None:
+            return self._recorded(tensors)
         key: list[torch.dtype | int | None] = []
         addresses: list[int | None] = []
         results: list[Any] = []
@@ -88,7 +92,7 @@ class Prepared:
         # The last tensor's stands for all: op.py has checked that they are on one device.
         device = given.get_device()
         handle = self._compiled.get((device, *key))
-        if handle is None or bits % ALIGNMENT or _unusual(device):
+        if handle is None or bits % ALIGNMENT or unusual(device):
             return self._launched_by_triton(given, tensors, (device, *key), bits % ALIGNMENT == 0)
         for layout in self.results:
             if layout is None:
@@ -99,7 +103,18 @@ class Prepared:
                 addresses.append(results[-1].data_ptr())
         launch, arguments, _ = handle
         stream = torch._C._cuda_getCurrentRawStream(device)
-        launch(*self._sizes, stream, *arguments, (*addresses, *self.numbers))
+        launch(*self.sizes, stream, *arguments, (*addresses, *self.numbers))
+        return results
+
+    def _recorded(self, tensors: tuple) -> list[Any]:
+        launches, _recording.launches = _recording.launches, None
+        try:
+            results = self(*tensors)
+        finally:
+            _recording.launches = launches
+        given = [t for t in tensors if t is not None]
+        key = given[-1].get_device(), *(t if t is None else t.dtype for t in tensors)
+        launches.append(Recorded(self, tensors, results, self._compiled.get(key)))
         return results
 
     def _launched_by_triton(self, like: Tensor, tensors: tuple, key: tuple, aligned: bool) -> list[Any]:
@@ -112,6 +127,35 @@ class Prepared:
                 # The last keeps its machine code loaded.
                 self._compiled[key] = *_handle(compiled), compiled
         return results
+
+
+class Recorded(NamedTuple):
+    """A launch that was recorded; handle: the compiled kernel that it took, None if that is not kept."""
+
+    prepared: Prepared
+    tensors: tuple
+    results: list
+    handle: tuple | None
+
+
+class _Recording(threading.local):
+    """Where this thread's launches are recorded: the backward pass has a thread of its own."""
+
+    launches: list[Recorded] | None = None
+
+
+_recording = _Recording()
+
+
+@contextmanager
+def recorded() -> Iterator[list[Recorded]]:
+    """The launches that this thread makes inside, in order."""
+    launches: list[Recorded] = []
+    before, _recording.launches = _recording.launches, launches
+    try:
+        yield launches
+    finally:
+        _recording.launches = before
 
 
 def _handle(compiled: triton.compiler.CompiledKernel) -> tuple[Callable[..., None], tuple]:
@@ -128,7 +172,8 @@ def _handle(compiled: triton.compiler.CompiledKernel) -> tuple[Callable[..., Non
     return launch, ()
 
 
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of a contiguous tensor, without one."""
     # A size of 0 counts as 1, as in the strides that torch gives to contiguous tensors.
     return tuple(math.prod(max(1, size) for size in shape[i + 1 :]) for i in range(len(shape)))
 
@@ -140,7 +185,7 @@ def nothing(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
-def _unusual(device: int) -> bool:
+def unusual(device: int) -> bool:
     """Whether it is not the current device, memory shall be filled with NaN, or a profiler wants to be told of launches."""
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return bool(

@@ -15,7 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from mimir_fast.kernels._shared.column_sums import prepared_sums
-from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, Prepared, empty, memoised, nothing
+from mimir_fast.kernels._shared.launch import (
+    FUSED,
+    STORAGE,
+    Launch,
+    Prepared,
+    contiguous_strides,
+    empty,
+    memoised,
+    nothing,
+)
 from mimir_fast.kernels._shared.patch_tile import tile_block, tile_rows
 from mimir_fast.kernels._shared.registration import register
 
@@ -179,7 +188,7 @@ def _prepared_forward(
     D, rows = shape[-1], math.prod(shape[:-1])
     # Rows per run, and strides from run to run and from row to row.
     run: tuple[int, ...] = rows, 0, D
-    if strides != torch.empty(shape, device="meta").stride():
+    if strides != contiguous_strides(shape):
         run = shape[1], *strides[:2]
     elif images is not None and images > 1:
         run = rows // images, rows // images * D, D
