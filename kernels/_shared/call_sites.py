@@ -16,7 +16,8 @@ from torch._C._dynamo.guards import _reinterpret_tensor as reinterpret  # type: 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mimir_fast.kernels._shared.direct import CALLS, watched
-from mimir_fast.kernels._shared.launch import ALIGNMENT, Recorded, allocate, memoised, recorded, unusual
+from mimir_fast.kernels._shared.launch import ALIGNMENT, Recorded, allocate, recorded, unusual
+from mimir_fast.kernels._shared.tiles import FORGET
 
 
 class Fixed(NamedTuple):
@@ -53,13 +54,17 @@ class CallSite:
     name        of an operator, a key of CALLS
     arguments   all of its arguments; where one is a tensor, its `Fixed`
 
-    Beside its arguments a launcher must read nothing that changes after its first call.  A call is not replayed where
-    launches are not ours alone (a product of torch's between them), under a profiler, a dispatch mode or deterministic
-    algorithms, on another device than the current one, or if an address is not a multiple of 16.
+    Beside its arguments and chosen tiles a launcher must read nothing that changes after its first call.  A call is not
+    replayed where torch computes something between launches, under a profiler, a dispatch mode or deterministic algorithms, on
+    another device than the current one, or if an address is not a multiple of 16.
     """
 
     def __init__(self, name: str, arguments: tuple):
         self.call, self.arguments = CALLS[name], arguments
+        self.forget()
+
+    def forget(self) -> None:
+        """Find out anew, at the next call, what is launched."""
         self.replay: Replay | None = None
         self._asked = False
 
@@ -95,8 +100,18 @@ class CallSite:
         return returned
 
 
-# Sites that fix the same are one: a model's blocks share theirs.
-call_site = memoised(CallSite)
+_SITES: dict[tuple, CallSite] = {}
+
+
+def call_site(name: str, arguments: tuple) -> CallSite:
+    """The site that fixes all of this; a model's blocks share theirs."""
+    return _SITES.setdefault((name, arguments), CallSite(name, arguments))
+
+
+@FORGET.append
+def _forget() -> None:
+    for site in _SITES.values():
+        site.forget()
 
 
 # Operators that compute nothing on a device, of those that launchers call.

@@ -9,6 +9,7 @@ from torch._inductor.utils import run_and_get_code
 
 from mimir_fast import kernels
 from mimir_fast.kernels._shared import direct
+from tests.kernels.test_launch import SPECIALISED
 from tests.support.interpreter import interpret
 from tests.support.simulation import needs_simulated_gpu, run_simulated
 
@@ -18,8 +19,9 @@ from triton import knobs
 from triton.runtime.jit import JITFunction
 from torch.utils._python_dispatch import TorchDispatchMode
 from bench.kernels.suite import OPS
-from mimir_fast.kernels._shared.call_sites import CallSite, Fixed
+from mimir_fast.kernels._shared.call_sites import CallSite, Fixed, call_site
 from mimir_fast.kernels._shared.direct import CALLS
+from mimir_fast.kernels._shared.tiles import use_tiles
 from tests.kernels.test_devices import SMALL, cases
 from tests.support.cases import Drawn
 
@@ -117,6 +119,12 @@ kept, site.replay = site.replay, site.replay._replace(device=1)
 assert not replayed(*args)
 site.replay = kept
 assert replayed(*args)
+# Chosen tiles may change what is launched.
+site = call_site(f"torch.ops.{func}", tuple(map(fixed, args)))
+assert site is call_site(f"torch.ops.{func}", tuple(map(fixed, args)))
+assert [replayed(*args) for _ in range(2)] == [False, True]
+use_tiles({})
+assert [replayed(*args) for _ in range(2)] == [False, True]
 # A launcher that goes on to change its result by an operator of torch.
 def doubled(*arguments):
     act, pre = CALLS[f"torch.ops.{func}"].launch(*arguments)
@@ -130,9 +138,13 @@ assert site.replay is None
 
 
 @needs_simulated_gpu
-def test_a_replayed_call_launches_what_its_launcher_does(tmp_path):
-    (tmp_path / "replayed.py").write_text(REPLAYED)
-    run_simulated([sys.executable, tmp_path / "replayed.py"])
+def test_kept_kernels_are_those_that_triton_would_take_and_replayed_calls_launch_the_same(tmp_path):
+    # In one process, which takes seconds to start.
+    programs = {"specialised.py": SPECIALISED, "replayed.py": REPLAYED}
+    for name, text in programs.items():
+        (tmp_path / name).write_text(text)
+    both = "; ".join(f"runpy.run_path({str(tmp_path / name)!r})" for name in programs)
+    run_simulated([sys.executable, "-c", f"import runpy; {both}"])
 
 
 def generated(function, *tensors) -> tuple[torch.Tensor, list[str], str]:

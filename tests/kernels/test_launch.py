@@ -2,7 +2,6 @@
 
 import importlib
 import re
-import sys
 from functools import _lru_cache_wrapper
 from pathlib import Path
 from unittest.mock import patch
@@ -21,7 +20,6 @@ from mimir_fast.kernels._shared import bicubic, column_sums, direct
 from tests.kernels.test_devices import SMALL, cases
 from tests.support.cases import DTYPES, Drawn
 from tests.support.interpreter import interpret
-from tests.support.simulation import needs_simulated_gpu, run_simulated
 
 FOLDER = Path(kernels.__file__).parent
 
@@ -124,6 +122,7 @@ def test_second_derivatives_are_refused():
             grad.sum().backward()
 
 
+# A program for a simulated GPU, which test_call_sites.py runs: a kept kernel is the one that Triton would take.
 SPECIALISED = """
 import sys, torch, triton, triton.language as tl
 from triton import knobs
@@ -207,9 +206,3 @@ for shape in ((), (0,), (3,), (2, 0, 5), (2, 3, 5)):
         (out,) = result(x, None)
         assert out.shape == shape and out.stride() == torch.empty(shape).stride()
 """
-
-
-@needs_simulated_gpu
-def test_a_kept_kernel_is_the_one_that_triton_would_take(tmp_path):
-    (tmp_path / "specialised.py").write_text(SPECIALISED)
-    run_simulated([sys.executable, tmp_path / "specialised.py"])
