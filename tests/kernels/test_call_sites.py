@@ -18,11 +18,11 @@ import torch
 from triton import knobs
 from triton.runtime.jit import JITFunction
 from torch.utils._python_dispatch import TorchDispatchMode
-from bench.kernels.suite import OPS
+from bench.kernels.cases import OPS
 from mimir_fast.kernels._shared.call_sites import CallSite, Fixed, call_site
 from mimir_fast.kernels._shared.direct import CALLS
 from mimir_fast.kernels._shared.tiles import use_tiles
-from tests.kernels.test_devices import SMALL, cases
+from tests.kernels.test_devices import SMALL, offered
 from tests.support.cases import Drawn
 
 class Compiled:
@@ -64,7 +64,7 @@ def launches(call, args):
 launched, by_triton, called, cannot = [], [], [], set()
 torch.backends.cuda.enable_cudnn_sdp(False)
 with Operators():
-    for case in (case for op in OPS for case in cases(op, SMALL, "bf16")):
+    for case in (case for op in OPS for case in offered(op, SMALL, "bf16")):
         Drawn(case, torch.device("cuda")).values(case.ours)
 assert len({func for func, _ in called}) >= len(OPS)
 for func, args in called:
