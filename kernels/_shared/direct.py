@@ -73,10 +73,10 @@ def _write(node, writeline: Callable[[str], None]) -> None:
 def _arguments(node) -> tuple[list[str], str | None]:
     """The tensors of a call as generated code has them, and all of its arguments as `CallSite` takes them; None in their
     place if the graph does not fix them."""
-    import sympy
 
     def integers(numbers) -> bool:
-        return all(isinstance(number, (int, sympy.Integer)) for number in numbers)
+        # Sympy's, where they are not Python's.
+        return all(isinstance(number, int) or number.is_Integer for number in numbers)
 
     arguments, by_name = node.unflatten_args(node.inputs, node.constant_args)
     texts, fixed = [], []

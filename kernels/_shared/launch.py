@@ -73,8 +73,8 @@ class Prepared:
         self._compiled: dict[tuple, tuple] = {}
 
     def __call__(self, *tensors: Tensor | None) -> list[Any]:
-        if _recording.launches is not None:
-            return self._recorded(tensors)
+        if (launches := _recording.launches) is not None:
+            return self._recorded(tensors, launches)
         key: list[torch.dtype | int | None] = []
         addresses: list[int | None] = []
         results: list[Any] = []
@@ -106,8 +106,8 @@ class Prepared:
         launch(*self.sizes, stream, *arguments, (*addresses, *self.numbers))
         return results
 
-    def _recorded(self, tensors: tuple) -> list[Any]:
-        launches, _recording.launches = _recording.launches, None
+    def _recorded(self, tensors: tuple, launches: list["Recorded"]) -> list[Any]:
+        _recording.launches = None
         try:
             results = self(*tensors)
         finally:
