@@ -31,6 +31,7 @@ from mimir_fast.config.pretraining import PretrainConfig
 from mimir_fast.config.resolve import Run, resolve
 from mimir_fast.training.distributed import World
 from mimir_fast.training.engine import Engine
+from mimir_fast.training.options import patch_size
 from mimir_fast.training.train import build_task
 from mimir_fast.tuning.decisions import decide
 
@@ -72,9 +73,13 @@ def configuration(task: str, words: list[str], variant: str = "ours") -> StepCon
     """The configuration of a variant's step."""
     if variant == "references":
         words = [*words, "--kernels", "reference", "--step_graph", "off"]  # attention and MLP follow
-    run = asked(task, words)
-    config = run.config.updated(run.flat())
+    config = as_run(asked(task, words))
     return (config.updated({"compile": False}) if variant == "textbook" else config).check()
+
+
+def as_run(run: Run) -> StepConfig:
+    """A run's configuration with what was resolved in it, and the side of a patch where the model's name decides it."""
+    return run.config.updated(run.flat() | {"patch_size": patch_size(run)})
 
 
 # ---- the steps

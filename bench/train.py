@@ -12,7 +12,7 @@ import torch
 from bench import loop, records
 from bench.peaks import PEAKS
 from bench.simulated_gpu import marker
-from bench.steps import model_flops
+from bench.steps import as_run, model_flops
 
 EPILOG = """Other flags are the trainer's, for instance: python -m bench train --data_root FOLDER --num_workers 8
 Nothing is saved unless --output_dir is among them.  Times, the wait for data and memory are those of the trainer's own
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace, flags: list[str]) -> int:
 def measured(args: argparse.Namespace, trainer: loop.Loop, rows: list[dict]) -> dict:
     """The record, from the trainer's rows of the observed updates.  On a simulated GPU every time is None: there is none."""
     device, run = records.device_name(trainer.world.device), trainer.task.run
-    config = run.config.flat() | run.flat()
+    config = as_run(run).flat()
     record = {
         **records.heading(device),
         "task": args.task,
@@ -55,7 +55,7 @@ def measured(args: argparse.Namespace, trainer: loop.Loop, rows: list[dict]) -> 
         "warmup": args.warmup,
         "images": trainer.stream.num_images,
         "peak GiB": rows[-1]["peak_memory_gib"],
-        "model GFLOP per image": model_flops(run.config.updated(run.flat())) / 1e9,
+        "model GFLOP per image": model_flops(as_run(run)) / 1e9,
     }
     if marker():
         return record | dict.fromkeys(("images/s", "percentiles", "mfu", "data wait"))

@@ -5,6 +5,7 @@ import sys
 
 from mimir_fast.cli.errors import guarded
 from mimir_fast.config.fields import home_path
+from mimir_fast.demo.arms import MODEL, SIDE
 from mimir_fast.demo.run import demo
 
 
@@ -19,6 +20,10 @@ def build_parser() -> argparse.ArgumentParser:
     folder = "folder of all runs (default: %(default)s)"
     add("--output_dir", default="runs/demo", metavar="FOLDER", type=home_path, help=folder)
     add("--seed", type=int, default=0, help="seed of all runs (default: %(default)s)")
+    model = "classifier of any family, vit_nano takes minutes (default: %(default)s)"
+    add("--model", default=MODEL, metavar="NAME", help=model)
+    side = "side of the images [pixels]; a Swin wants 128, its masks are of units of 32 (default: %(default)s)"
+    add("--input_size", type=int, default=SIDE, metavar="N", help=side)
     add(
         "--aa_images",
         type=int,

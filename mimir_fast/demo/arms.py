@@ -7,8 +7,11 @@ from mimir_fast.config import finetuning_recipes as fine_tuning
 from mimir_fast.config import pretraining_recipes as pretraining
 from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.config.pretraining import PretrainConfig
+from mimir_fast.models.family import PREFIX
 
 RECIPE = ["--recipe", "digits_demo"]
+# That recipe's classifier, and the side of its images in pixels.
+MODEL, SIDE = fine_tuning.digits_demo().model.model, fine_tuning.digits_demo().model.input_size
 # In 1/255, of the attacks on the finished classifiers.
 EPS, ALPHA = 4, 1
 EVALUATION = f"--device cpu --eps {EPS} --alpha {ALPHA}"
@@ -62,21 +65,24 @@ def places(arm: Arm, root: Path) -> Places:
     return Places(*(root / arm.folder / name for name in Places._fields))
 
 
-def commands(arm: Arm, root: Path, seed: int, aa_images: int) -> list[Command]:
-    """The commands of an arm in order; each continues where it was stopped.  aa_images: test images for AutoAttack; 0: none."""
+def commands(arm: Arm, root: Path, seed: int, aa_images: int, model: str = MODEL, side: int = SIDE) -> list[Command]:
+    """The commands of an arm in order; each continues where it was stopped.
+
+    aa_images: test images for AutoAttack; 0: none.  model: the classifier's name; side: of the images [pixels].
+    """
     at = places(arm, root)
     plan: list[Command] = []
     start: list[str] = []
     if arm.attack:
         # An attack step doubles the time of pre-training.
         encoder = _last_checkpoint(at.pretraining, pretraining.digits_demo())
-        words = [*RECIPE, "--attack", arm.attack, *_run(at.pretraining, seed)]
+        words = [*RECIPE, *_sizes(PREFIX, model, side), "--attack", arm.attack, *_run(at.pretraining, seed)]
         plan.append(
             Command(f"{arm.name}: pre-training", "pretrain", words, encoder, 20 if arm.attack == "plain" else 40)
         )
         start = ["--finetune", str(encoder)]
     classifier = _last_checkpoint(at.fine_tuning, fine_tuning.digits_demo())
-    words = [*RECIPE, *start, *_run(at.fine_tuning, seed)]
+    words = [*RECIPE, *_sizes("", model, side), *start, *_run(at.fine_tuning, seed)]
     plan.append(Command(f"{arm.name}: adversarial fine-tuning", "finetune", words, classifier, 45))
     words = ["--checkpoint", str(classifier), *EVALUATION.split(), "--seed", str(seed)]
     wide = [*words, "--attacks", WIDE, "--output_dir", str(at.evaluation)]
@@ -86,6 +92,12 @@ def commands(arm: Arm, root: Path, seed: int, aa_images: int) -> list[Command]:
         title = f"{arm.name}: AutoAttack on {aa_images} images"
         plan.append(Command(title, "evaluate", narrow, at.autoattack / "results.json", 60))
     return plan
+
+
+def _sizes(prefix: str, model: str, side: int) -> list[str]:
+    """Words for what differs from the recipe's."""
+    words = [] if model == MODEL else ["--model", prefix + model]
+    return words if side == SIDE else [*words, "--input_size", str(side)]
 
 
 def _run(folder: Path, seed: int) -> list[str]:

@@ -15,6 +15,8 @@ from mimir_fast.data import dataset_info
 from mimir_fast.demo.arms import ARMS, Command, commands
 from mimir_fast.demo.demo_page import write_demo_page
 from mimir_fast.evaluate.autoattack import refusal
+from mimir_fast.models.families import find
+from mimir_fast.models.family import PREFIX
 
 VERBS = {"pretrain": pretrain.main, "finetune": finetune.main, "evaluate": evaluate.main}
 STOPPED = 128 + signal.SIGTERM
@@ -22,6 +24,7 @@ STOPPED = 128 + signal.SIGTERM
 
 def demo(args: argparse.Namespace) -> int:
     """Run all commands, then write the page; raises ValueError for wrong input."""
+    find(args.model, False)
     for name in ("seed", "aa_images"):
         require(getattr(args, name) >= 0, name, getattr(args, name), "0 or more")
     if args.aa_images and (reason := refusal(dataset_info("digits").num_classes)):
@@ -29,8 +32,9 @@ def demo(args: argparse.Namespace) -> int:
         args.aa_images = 0
     root = Path(args.output_dir)
     # Before anything runs: commands resume what they find.
-    check_seed(root, args.seed)
-    plan = [command for arm in ARMS for command in commands(arm, root, args.seed, args.aa_images)]
+    check_begun(root, {"seed": args.seed, "model": args.model, "input_size": args.input_size})
+    sizes = (args.model, args.input_size)
+    plan = [command for arm in ARMS for command in commands(arm, root, args.seed, args.aa_images, *sizes)]
     status = run_all(plan)
     if status:
         return status
@@ -38,11 +42,15 @@ def demo(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_seed(root: Path, seed: int) -> None:
-    """Raise ValueError if the folder holds runs of another seed, which would be resumed."""
+def check_begun(root: Path, asked: dict[str, int | str]) -> None:
+    """Raise ValueError if the folder holds runs of another seed or model, which would be resumed."""
     for path in root.glob("*/*/config.yaml"):
-        before = yaml.safe_load(path.read_text(encoding="utf-8")).get("seed")
-        require(before == seed, "seed", seed, f"{before}, which {root} was begun with, or another --output_dir")
+        begun = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for name, value in asked.items():
+            before = begun.get(name)
+            # A pre-training's model is the autoencoder of the same encoder.
+            before = before.removeprefix(PREFIX) if name == "model" and before else before
+            require(before == value, name, value, f"{before}, which {root} was begun with, or another --output_dir")
 
 
 def run_all(plan: list[Command]) -> int:

@@ -15,6 +15,7 @@ from bench.step.prices import Price
 from bench.steps import FINETUNE, PRETRAIN, build_step, configuration, model_flops
 from mimir_fast.models.families.vit import VIT
 from tests.support.simulation import needs_simulated_gpu
+from tests.support.small_models import SIZES, small_models
 
 CPU = torch.device("cpu")
 TINY = {"embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -109,6 +110,16 @@ def test_flops_per_image_are_the_same_whatever_computes_them(monkeypatch):
     for attack_steps in (1, 3):
         words = [*CLASSIFIER.split(), "--activation_checkpointing", "--steps", str(attack_steps)]
         assert model_flops(configuration(FINETUNE, words)) == tuning_flops(attack_steps)
+
+
+def test_steps_of_every_family_and_their_sizes(monkeypatch):
+    """The patch is that of tokens, which a Swin's name decides."""
+    small_models(monkeypatch.setitem)
+    for name in SIZES:
+        words = f"--model mae_{name} --input_size 64 --patch_size 8 --device cpu".split()
+        config = configuration(PRETRAIN, words)
+        assert config.flat()["patch_size"] == (2 if name == "swin_tiny" else 8)
+        assert model_flops(config.updated({"steps": 2})) > model_flops(config) > 0
 
 
 def test_configurations_are_the_recipes(monkeypatch):

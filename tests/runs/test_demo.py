@@ -5,18 +5,24 @@ import re
 import sys
 
 import pytest
+import torch
 
 from mimir_fast.cli.demo import main
 from mimir_fast.cli.evaluate import COMMAND as EVALUATE
 from mimir_fast.cli.finetune import FINETUNE
 from mimir_fast.cli.parser import parse_args
 from mimir_fast.cli.pretrain import PRETRAIN
+from mimir_fast.config.resolve import resolve
 from mimir_fast.demo import run as command
 from mimir_fast.demo.arms import ARMS, Command, commands, places
 from mimir_fast.demo.run import run_all
+from mimir_fast.models import create_classifier, create_model
+from mimir_fast.models.families import FAMILIES
+from mimir_fast.training.options import model_options
 from tests.unit.report.test_report import make_run, row
 
-CONFIG = "model: vit_nano\ndataset: digits\nseed: 7\n"
+CONFIG = "model: vit_nano\ninput_size: 32\ndataset: digits\nseed: 7\n"
+MAKE = (create_model, create_classifier)
 COMMANDS = {"pretrain": PRETRAIN, "finetune": FINETUNE, "evaluate": EVALUATE}
 
 
@@ -33,6 +39,19 @@ def test_command_lines_are_valid_and_alike(tmp_path):
         assert [c["attacks"] for c in configs if "attacks" in c] == ["clean,pgd-20", "pgd-20,aa"]
     mae, mimir = (flat[arm][0] for arm in ARMS[1:])
     assert {key for key in mae if mae[key] != mimir[key]} == {"attack", "output_dir", "log_dir"}
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_any_family(family, tmp_path):
+    """Its autoencoder, then its classifier, at a size that both take, here without parameters' memory."""
+    name, side = family.names(False)[0], 128 if family.name == "swin" else 32
+    pretraining, tuning, _ = commands(ARMS[2], tmp_path, 0, 0, name, side)
+    runs = [resolve(*parse_args(kind, c.words)) for kind, c in ((PRETRAIN, pretraining), (FINETUNE, tuning))]
+    assert [run.config.model.model for run in runs] == [f"mae_{name}", name]
+    with torch.device("meta"):
+        encoder, classifier = (make(run.config.model.model, **model_options(run)) for make, run in zip(MAKE, runs))
+    assert encoder.kept(runs[0].config.model.mask_ratio) >= 1
+    assert classifier.img_size == side
 
 
 def test_checkpoints_are_where_the_next_command_looks(tmp_path):
@@ -110,8 +129,9 @@ def test_page(finished, monkeypatch, capsys):
 
 def test_another_seed_is_refused(finished, monkeypatch, capsys):
     monkeypatch.setattr(command, "run_all", lambda plan: 130)
-    (finished / "mae" / "fine_tuning" / "config.yaml").write_text("seed: 7\n")
     assert main(["--output_dir", str(finished), "--seed", "7"]) == 130
+    assert main(["--output_dir", str(finished), "--seed", "7", "--model", "cait_xxs24"]) == 2
+    assert "model: got cait_xxs24, expected vit_nano, which" in capsys.readouterr().err
     assert main(["--output_dir", str(finished)]) == 2
     assert f"seed: got 0, expected 7, which {finished} was begun with" in capsys.readouterr().err
 

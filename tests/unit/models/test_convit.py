@@ -83,6 +83,37 @@ def test_attention_by_its_definition():
     torch.testing.assert_close(attention(x, 0, of_each), expected)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_gate_in_weights_and_projection_is_the_same(shared):
+    """Values and gradients, queries being the last tokens alone."""
+    torch.manual_seed(0)
+    layer, x = moved(GatedAttention(8, 2)).double(), torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+    kept = torch.tensor([[4, 0, 8, 3, 7], [2, 1, 6, 5, 0]])
+    given = offsets(raster(3)[:, kept[0] if shared else kept])
+    q, k = (t.unflatten(2, (2, 4)).transpose(1, 2) for t in layer.qk(x).chunk(2, dim=2))
+    v = layer.v(x).unflatten(2, (2, 4))
+    content = (q[:, :, 2:] @ k.mT / 2).softmax(-1) @ v.transpose(1, 2)
+    found, expected = layer.folded(content.transpose(1, 2), v, 2, given), layer(x, 2, given)
+    torch.testing.assert_close(found, expected)
+    wanted = [x, *(p for name, p in layer.named_parameters() if name != "proj.bias")]
+    upstream = torch.randn(2, 3, 8, dtype=torch.float64)
+    for ours, theirs in zip(*(torch.autograd.grad(out, wanted, upstream) for out in (found, expected))):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_gate_is_folded_in_bf16_where_kernels_are(monkeypatch):
+    """kernels="triton" stands for a GPU here."""
+    monkeypatch.setattr(GatedAttention, "folded", lambda self, content, v, query_start, offsets: None)
+    for dtype, kernels, folds in [
+        (torch.bfloat16, "triton", True),
+        (torch.float16, "triton", False),
+        (torch.float32, "triton", False),
+        (torch.bfloat16, "reference", False),
+    ]:
+        layer = GatedAttention(8, 2, kernels=kernels).to(dtype)
+        assert (layer(torch.randn(1, 4, 8, dtype=dtype), 0, offsets(raster(2))) is None) == folds
+
+
 def test_a_local_block_starts_at_nine_places():
     """Of nine heads each looks at a neighbour of its own; a tenth has none."""
     attention = GatedAttention(20, 10)

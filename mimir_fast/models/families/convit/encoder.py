@@ -68,7 +68,7 @@ class ConViTEncoder(Encoder):
         check_heads(width, num_heads)
         backend = self._block[1]
         attentions = (
-            GatedAttention(width, num_heads, bias, backend)
+            GatedAttention(width, num_heads, bias, backend, self.kernels)
             if i < self.local_up_to_layer
             else Attention(width, num_heads, backend, bias)
             for i in range(depth)
