@@ -127,11 +127,3 @@ def test_ffcv_by_its_documented_signatures(tmp_path, monkeypatch):
     assert ffcv(originals, tmp_path / "b", 8, args)([]) == 2 * 4 * 3 * 16**2
     assert written[str(tmp_path / "b")]["image"] == ("raw", 256)
     assert [label for _, label in written["images"]] == originals.labels.tolist()
-
-
-@pytest.mark.parametrize(
-    ("words", "named"), [("--steps 0", "steps"), ("--workers 0", "workers"), ("--speed 9", "--speed")]
-)
-def test_wrong_arguments(words, named, capsys):
-    assert main(["data", *words.split()]) == 2
-    assert capsys.readouterr().err.startswith(f"python -m bench data: error: {named}: ")

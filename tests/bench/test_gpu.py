@@ -10,7 +10,7 @@ import torch
 
 from bench import data, gpu, profile, train
 from bench.__main__ import main
-from bench.gpu import FLAGS, GROUPS, Outcome, Stage, plan
+from bench.gpu import FLAGS, Outcome, Stage, plan
 from bench.kernels import command as kernels
 from bench.records import ROOT
 from bench.step import command as step
@@ -132,21 +132,6 @@ def test_ctrl_c_ends_the_stage_and_keeps_what_was_done(go, monkeypatch, capsys):
     assert "stopped; what was done is in" in capsys.readouterr().err
     assert processes[0].returncode is not None
     assert "| works | ok |" in summary
-
-
-@pytest.mark.parametrize(
-    ("words", "complaint"),
-    [
-        ("--only tests,nothing", f"only: expected some of {', '.join(GROUPS)}, got nothing"),
-        ("--minutes 0", "minutes: expected more than 0, got 0"),
-        ("", "device: no CUDA device here; --simulate h100 runs everything on a simulated one"),
-    ],
-)
-def test_wrong_arguments(words, complaint, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["gpu", *words.split(), "--output", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err == f"python -m bench gpu: error: {complaint}\n"
-    assert not (tmp_path / "out").exists()
 
 
 @needs_simulated_gpu

@@ -174,24 +174,3 @@ def test_what_there_is_no_time_for_is_left_out(here, tmp_path, capfd):
     assert main(["kernels", "mask_indices", "--seconds", "1e-9", "--results", str(tmp_path / "k.jsonl")]) == 0
     assert "6 skipped" in capfd.readouterr().out
     assert not (tmp_path / "k.jsonl").exists()
-
-
-@pytest.mark.parametrize(
-    ("words", "complaint"),
-    [
-        ("gelu", f"op: expected some of {', '.join(OPS)}; got gelu"),
-        ("--recipes small,large", "recipes: expected some of imagenet_vit_b, "),
-        ("--dtypes fp8", "dtypes: expected some of bf16, fp16, fp32; got fp8"),
-        ("--seconds 0", "seconds: expected more than 0, got 0"),
-    ],
-)
-def test_wrong_arguments_in_one_line(words, complaint, capsys):
-    assert main(["kernels", *words.split()]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert complaint in line
-
-
-def test_it_needs_pytest_benchmark(monkeypatch, capsys):
-    monkeypatch.setattr(command, "find_spec", lambda name: None)
-    assert main(["kernels"]) == 2
-    assert "pytest-benchmark is not installed" in capsys.readouterr().err

@@ -172,25 +172,6 @@ def test_summary():
         assert word in text, word
 
 
-@pytest.mark.parametrize(
-    ("words", "complaint"),
-    [
-        ("step --batch_size 0", "no CUDA device" if not torch.cuda.is_available() else "batch_size"),
-        ("compile --batch_size 1", "python -m bench compile: error: --batch_size: not a flag of compile"),
-        ("steps", "usage: python -m bench {kernels,step,compile,train,data,profile,capture,gpu}"),
-    ],
-)
-def test_wrong_arguments(words, complaint, capsys):
-    assert main(words.split()) == 2
-    assert complaint in capsys.readouterr().err
-
-
-def test_a_torch_that_is_not_known_gets_no_simulation(monkeypatch, capsys):
-    monkeypatch.setattr("bench.__main__.unsuitable", lambda: "simulated_gpu: held against")
-    assert main(["step", "--simulate", "h100"]) == 2
-    assert capsys.readouterr().err == "python -m bench step: error: simulated_gpu: held against\n"
-
-
 # ---- on the simulated GPU
 
 

@@ -74,21 +74,10 @@ def test_a_training_that_ends_early_leaves_no_record(verb, tmp_path, monkeypatch
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize(
-    ("words", "complaint"),
-    [
-        ("--batch_size 0", "batch_size: "),
-        ("--warmup 0", "warmup: expected 1 or more, got 0"),
-        ("--updates 9 -- --epochs 1 --warmup_epochs 0", "updates: 10 are needed (warmup + updates)"),
-        ("--data_root /no/such/folder", "no such folder"),
-        ("--updates 2 -- --mask_ratio 2", "mask_ratio"),
-    ],
-)
-def test_wrong_arguments(words, complaint, tmp_path, capsys):
-    own, _, flags = words.partition(" -- ")
-    data = [] if "data_root" in words else ["--data_root", str(make_images(tmp_path))]
-    assert main(["train", *SMALL, "mae_vit_nano", *data, *own.split(), "--", *ON_CPU, *flags.split()]) == 2
-    assert complaint in capsys.readouterr().err
+def test_the_trainers_flags_may_not_end_the_run_earlier(tmp_path, capsys):
+    words = [*SMALL, "mae_vit_nano", "--data_root", str(make_images(tmp_path)), "--updates", "9"]
+    assert main(["train", *words, "--", *ON_CPU, "--epochs", "1", "--warmup_epochs", "0"]) == 2
+    assert "updates: 10 are needed (warmup + updates)" in capsys.readouterr().err
 
 
 def test_synthetic_images_are_many_but_take_little_room(tmp_path):
