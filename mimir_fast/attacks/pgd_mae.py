@@ -43,7 +43,7 @@ def frozen_twin(model: nn.Module) -> nn.Module:
 def reconstruction(
     model: MaskedAutoencoder, patches: Tensor, ids_shuffle: Tensor, images: Tensor, *plan: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Loss and predictions [B,L-K,P] from the kept patches [B,K,P] of images [B,C,H,W]; compile this one.
+    """Loss and predictions [B,L-K,P], detached, from the kept patches [B,K,P] of images [B,C,H,W]; compile this one.
 
     plan: nothing, or one of MaskedAutoencoder.encode.
     """
@@ -184,7 +184,7 @@ def _ascend_patches(
         loss, pred = functions.loss(model, patches, ids_shuffle, adv, *plan)
         (grad,) = torch.autograd.grad(loss * loss_scale, patches)
     shape = (model.patch_size, model.norm_pix_loss)
-    return functions.step(images, adv, grad, pred.detach(), ids_restore, bounds, *shape, impl=model.kernels)
+    return functions.step(images, adv, grad, pred, ids_restore, bounds, *shape, impl=model.kernels)
 
 
 def _ascend_images(

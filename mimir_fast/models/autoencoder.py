@@ -121,12 +121,17 @@ class MaskedAutoencoder(nn.Module, ABC):
         return *mask_indices(noise_BL, impl=self.kernels), keep
 
     def reconstruct(self, latent: Tensor, ids_shuffle: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-        """latent [B,S+K,D], ids_shuffle [B,L], images [B,C,H,W] -> loss, predictions of the removed patches [B,L-K,P]."""
+        """latent [B,S+K,D], ids_shuffle [B,L], images [B,C,H,W] -> loss, predictions of the removed patches [B,L-K,P].
+
+        The predictions are detached: the loss alone has a gradient.
+        """
         keep = latent.shape[1] - self.prefix_tokens
         # Of the removed patches alone: the loss wants no others, and the decoder's last block need not compute them.
         pred = self.decode(latent, ids_shuffle, query_start=latent.shape[1])
         with stage("loss"):
-            return self.loss(pred, ids_shuffle[:, keep:], images), pred
+            loss = self.loss(pred, ids_shuffle[:, keep:], images)
+        # With its graph, compiled code would add a gradient of zeros to the loss's.
+        return loss, pred.detach()
 
     def loss(self, pred: Tensor, ids: Tensor, images: Tensor) -> Tensor:
         """Mean squared error of predictions [B,M,P] for patches ids [B,M] of images [B,C,H,W]."""

@@ -75,7 +75,7 @@ class ReconstructionObjective(nn.Module):
                 recon, pred = self.reconstruct(latent, ids_shuffle, images)
             # There is nothing to skip, hence True: skipped penalties are counted from this.
             none, used = torch.zeros_like(recon), torch.ones_like(recon, dtype=torch.bool)
-            return PretrainOutput(recon, recon.detach(), none, used, seen, pred.detach(), ids_removed)
+            return PretrainOutput(recon, recon.detach(), none, used, seen, pred, ids_removed)
         penalty = partial(_penalty_stage, self.penalty, latent, images, adv, self.model.kernels, self.gathered)
         # dib_mi waits for eigenvalues.
         between_graphs = leaves("penalty", always=self.penalty == "dib_mi")
@@ -88,7 +88,7 @@ class ReconstructionObjective(nn.Module):
             torch.cuda.current_stream().wait_stream(side)
         # The value without a gradient, and the gradient without a value.
         term = torch.where(used, mi, 0) + InjectGradient.apply(latent, grad)
-        return PretrainOutput(recon + self.weight * term, recon.detach(), mi, used, adv, pred.detach(), ids_removed)
+        return PretrainOutput(recon + self.weight * term, recon.detach(), mi, used, adv, pred, ids_removed)
 
 
 def _beside(side: torch.cuda.Stream | None) -> torch.cuda.StreamContext:

@@ -51,6 +51,8 @@ def test_autoencoder(family):
     loss, pred = model.reconstruct(latent, ids_shuffle, images)
     assert (everything.shape, pred.shape) == ((2, 16, 3 * patch**2), (2, 16 - keep, 3 * patch**2))
     torch.testing.assert_close(pred, everything[:, keep:])
+    # Where it has a graph, compiled code adds zeros to its gradient.
+    assert [loss.requires_grad, pred.requires_grad] == [True, False]
     whole = model(images, 0.7, noise=noise)
     torch.testing.assert_close((loss, latent), (whole[0], whole[3]))
     assert torch.equal(whole[2], (ids_restore >= keep).float().expand(2, -1))
