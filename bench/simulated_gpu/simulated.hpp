@@ -8,7 +8,7 @@
 //   SOLVER|name|n=,rhs=,b=                                 a dense factorisation or solution
 //   MEMCPY|H2H, H2D, D2H, D2D or DEF|bytes     MEMCPY2D|bytes     MEMSET|bytes     MALLOC|bytes
 //   SYNC|what                                              the host waits for the device
-//   GRAPH|begin, end, launch, fork, illegal or outside|...   capture of a CUDA graph, held to CUDA's rules
+//   GRAPH|begin, end, launch, fork, join, illegal or outside|...   capture of a CUDA graph, held to CUDA's rules
 //   UNKNOWN|name                                           a driver call that is asked for and not simulated
 #pragma once
 #include <cstddef>

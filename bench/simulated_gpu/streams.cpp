@@ -58,6 +58,7 @@ void wait(void* stream, void* event) {
     awaited.joined = std::max(awaited.joined, record.node);
     if (inside) {
         part.last = ++last_node;
+        simulated::log("GRAPH|join|%p", record.stream);
     } else {
         part = Part{current, ++last_node, 0};
         simulated::log("GRAPH|fork|%p", stream);

@@ -20,6 +20,11 @@ class FinetuneOutput(NamedTuple):
     logits: Tensor
     adv: Tensor
 
+    @property
+    def checked(self) -> Tensor:
+        """What the backward pass asks whether it is finite."""
+        return self.loss
+
 
 class ClassificationObjective(nn.Module):
     """The loss of a classifier on attacked images: the module that is trained, and that DDP wraps.

@@ -20,7 +20,7 @@ from mimir_fast.training.step_graph import leaves, outside
 class PretrainOutput(NamedTuple):
     """Results of a micro-step, tensors on the device.
 
-    loss           recon + weight * mi, scalar
+    loss           recon + weight * mi, scalar; on CUDA, as mi and penalty_used, written by the end of the backward pass
     recon, mi      reconstruction loss, and the penalty without its weight, scalars
     penalty_used   whether the penalty is usable and part of the loss, bool scalar
     adv            adversarial images [B,C,H,W]
@@ -34,6 +34,11 @@ class PretrainOutput(NamedTuple):
     adv: Tensor
     pred: Tensor
     ids_removed: Tensor
+
+    @property
+    def checked(self) -> Tensor:
+        """What the backward pass asks whether it is finite: what the penalty adds to the loss always is."""
+        return self.recon
 
 
 class ReconstructionObjective(nn.Module):
@@ -58,7 +63,7 @@ class ReconstructionObjective(nn.Module):
         self.model, self.mask_ratio, self.penalty, self.weight = model, mask_ratio, penalty, weight
         self.gathered = gathered
         self.encode, self.reconstruct = encode or model.encode, reconstruct or model.reconstruct
-        # The penalty needs the latent alone, and has too little work for a GPU: it runs beside the decoder.
+        # The penalty needs the latent alone, and has too little work for a GPU: it runs beside the decoder's two passes.
         device = next(model.parameters()).device
         self.side = torch.cuda.Stream(device) if device.type == "cuda" and penalty else None
 
@@ -82,18 +87,23 @@ class ReconstructionObjective(nn.Module):
         side = None if between_graphs else self.side
         with _beside(side):
             mi, used, grad = outside(penalty) if between_graphs else penalty()
+        # What the side stream reads must not be given to others before the streams are joined.
+        read = [latent.detach(), images, adv]
+        latent, share = PenaltyGradient.apply(latent, grad, side, read)
         with stage("decoder"):
             recon, pred = self.reconstruct(latent, ids_shuffle, images)
-        if side:
+        read.append(recon.detach())
+        with _beside(side):
+            value = recon.detach() + self.weight * torch.where(used, mi, 0)
+        if side and not recon.requires_grad:
             torch.cuda.current_stream().wait_stream(side)
-        # The value without a gradient, and the gradient without a value.
-        term = torch.where(used, mi, 0) + InjectGradient.apply(latent, grad)
-        return PretrainOutput(recon + self.weight * term, recon.detach(), mi, used, adv, pred, ids_removed)
+        loss = PenalisedLoss.apply(recon, share, value, self.weight)
+        return PretrainOutput(loss, recon.detach(), mi, used, adv, pred, ids_removed)
 
 
 def _beside(side: torch.cuda.Stream | None) -> torch.cuda.StreamContext:
     """Context whose work runs on the side stream, if there is one, after all work so far."""
-    # Memory that both streams use is safe from reuse: every use begins with this wait and ends with that in `forward`.
+    # Memory that both streams use is safe from reuse: every use begins with this wait and ends with that of PenaltyGradient.
     if side:
         side.wait_stream(torch.cuda.current_stream())
     return torch.cuda.stream(side)
@@ -130,16 +140,38 @@ def guarded_penalty(
     return value, used, torch.where(used, grad, 0)
 
 
-class InjectGradient(torch.autograd.Function):
-    """Add a given gradient to a tensor of any shape: zero in the forward pass, the gradient in the backward pass."""
+class PenaltyGradient(torch.autograd.Function):
+    """The latent as it is, into whose gradient the penalty's comes: after the decoder's backward pass, which it runs beside.
+
+    grad   the penalty's gradient in the latent; side: the stream that computes it, or None
+    read   tensors that this stream reads
+    Returns the latent and a scalar without a value, whose gradient is the weight of `grad`.
+    """
 
     @staticmethod
-    def forward(ctx, tensor: Tensor, grad: Tensor) -> Tensor:
+    def forward(ctx, latent: Tensor, grad: Tensor, side: torch.cuda.Stream | None, read: list[Tensor]):
         ctx.save_for_backward(grad)
-        return torch.zeros((), dtype=torch.float32, device=tensor.device)
+        ctx.side, ctx.read = side, read
+        return latent.view_as(latent), torch.empty((), dtype=torch.float32, device=latent.device)
 
     @staticmethod
-    def backward(ctx, grad_zero: Tensor):
+    def backward(ctx, grad_latent: Tensor, weight: Tensor):
+        if ctx.side:
+            torch.cuda.current_stream().wait_stream(ctx.side)
+        ctx.read.clear()
         (grad,) = ctx.saved_tensors
-        # grad_zero carries the penalty's weight, the accumulation's divisor and the loss scale of fp16.
-        return grad_zero * grad, None
+        return grad_latent + weight * grad, None, None, None
+
+
+class PenalisedLoss(torch.autograd.Function):
+    """The penalised loss, given as value, with the gradients of recon + weight * share: no kernel waits for the value."""
+
+    @staticmethod
+    def forward(ctx, recon: Tensor, share: Tensor, value: Tensor, weight: float) -> Tensor:
+        ctx.weight = weight
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        # It carries the accumulation's divisor and the loss scale of fp16.
+        return grad, grad * ctx.weight, None, None

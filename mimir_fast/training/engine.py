@@ -151,7 +151,7 @@ class Engine:
         with self._gradients_held() if not last else nullcontext():
             with torch.autocast(self.world.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
                 output = self.task.step(self.objective, self.attacked, self.functions, batch, noise)
-            self.updater.backward(output.loss, self.accum_iter)
+            self.updater.backward(output.loss, self.accum_iter, output.checked)
         return output
 
     def update(self, number: int = 1) -> Tensor:

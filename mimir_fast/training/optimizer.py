@@ -126,13 +126,17 @@ class Updater:
             self._numbers.copy_(host, non_blocking=True)
             self._placed = numbers
 
-    def backward(self, loss: Tensor, accum_iter: int) -> None:
-        """Accumulate the gradients of one micro-batch's loss / accum_iter."""
+    def backward(self, loss: Tensor, accum_iter: int, checked: Tensor | None = None) -> None:
+        """Accumulate the gradients of one micro-batch's loss / accum_iter.
+
+        checked   the scalar that tells whether the loss is finite; None: the loss
+        """
         with stage("backward"):
-            loss = loss / accum_iter
+            checked = (loss if checked is None else checked).detach()
             # Autograd does not give NaN for every non-finite loss: a loss of infinity can have gradients of zero.
-            poisoned = loss * torch.where(loss.isfinite(), 1.0, torch.nan)
-            self.scaler.scale(poisoned).backward()
+            poison = torch.where(checked.isfinite(), 1.0, torch.nan).to(loss.dtype)
+            # The loss's value is not read: it may still be computed.
+            loss.backward(self.scaler.scale(poison) / accum_iter)
             if self.compute:
                 self.compute.take_gradients()
 

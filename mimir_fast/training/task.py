@@ -24,7 +24,12 @@ class Output(Protocol):
 
     @property
     def loss(self) -> Tensor:
-        """Scalar, with its graph."""
+        """Scalar, with its graph; its value may be there only after the backward pass."""
+        ...
+
+    @property
+    def checked(self) -> Tensor:
+        """Scalar that is finite where the loss is, before the backward pass."""
         ...
 
     def _asdict(self) -> dict[str, Tensor]:

@@ -74,6 +74,14 @@ def trained(folder: Path, task: str, words: list[str], program: str = PROGRAM) -
     return Log(folder / "log", run_simulated([sys.executable, folder / "program.py", task, *words], folder / "log"))
 
 
+def beside(log: Log) -> str:
+    """What the first capture launches from the side stream's beginning until it is waited for."""
+    calls = next(calls for calls in log.updates if any(call[:2] == ["GRAPH", "fork"] for call in calls))
+    first = next(i for i, call in enumerate(calls) if call[:2] == ["GRAPH", "fork"])
+    last = calls.index(["GRAPH", "join", calls[first][2]], first)
+    return " ".join(call[1] for call in calls[first:last] if call[0] in WORK)
+
+
 def check(log: Log, launches: int, issued: int) -> None:
     """Every captured update launches so many graphs and issues at most so many operations, the graphs among them."""
     assert "step one CUDA graph, " in log.printed
@@ -114,7 +122,12 @@ def test_data(tmp_path_factory):
 )
 def test_pretraining(data, tmp_path, extra, launches):
     words = runs.command(data, tmp_path, f"{PLACES} {extra} --max_steps {UPDATES} --log_every 100")
-    check(trained(tmp_path, "pretrain", words), launches, 8 * launches)
+    log = trained(tmp_path, "pretrain", words)
+    check(log, launches, 8 * launches)
+    # The loss's gradient and the decoder's backward pass come before the penalty's gradient is waited for.
+    if "reference" not in extra:
+        assert "_grad_pred_kernel" in beside(log)
+        assert "_mask_token_grad_kernel" in beside(log)
 
 
 @needs_simulated_gpu

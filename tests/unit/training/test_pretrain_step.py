@@ -247,7 +247,7 @@ class Stream:
         self.told.append(f"off {self.name}")
 
 
-def test_penalty_runs_beside_the_decoder_between_two_waits(monkeypatch):
+def test_penalty_runs_beside_both_passes_of_the_decoder(monkeypatch):
     told: list[str] = []
     main, side = Stream("main", told), Stream("side", told)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
@@ -261,12 +261,22 @@ def test_penalty_runs_beside_the_decoder_between_two_waits(monkeypatch):
     monkeypatch.setattr(objective_module, "guarded_penalty", penalty)
     model = small_model()
 
-    def reconstruct(*arguments):
+    def reconstruct(latent, *arguments):
         told.append("decoder")
-        return model.reconstruct(*arguments)
+        if latent.requires_grad:
+            latent.register_hook(lambda grad: told.append("decoder's gradient"))
+        return model.reconstruct(latent, *arguments)
 
     objective = ReconstructionObjective(model, 0.75, "hsic", 1e-3, reconstruct=reconstruct)
     objective.side = side
     out = pretrain_step(objective, model, golden_images()[0], noise_of(1), ATTACK)
-    assert told == ["side waits for main", "on side", "penalty", "off side", "decoder", "main waits for side"]
+    beside = ["side waits for main", "on side", "off side"]
+    assert told == [*beside[:2], "penalty", *beside[2:], "decoder", *beside]
+    told.clear()
+    updater_of(model).backward(out.loss, 1, out.checked)
+    assert told == ["decoder's gradient", "main waits for side"]
     assert out.penalty_used
+    told.clear()
+    with torch.no_grad():
+        pretrain_step(objective, model, golden_images()[0], noise_of(1), ATTACK)
+    assert told[-1] == "main waits for side"
