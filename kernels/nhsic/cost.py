@@ -11,17 +11,17 @@ SQUARES = 5
 
 
 def nhsic(results: list[Tensor], x_md: Tensor, y_me: Tensor, sigma: float) -> Cost:
-    """Each side: rows once, centred fp32 rows written and read, [m,m] matrices; half a Gram product, two dense solves."""
+    """Each side: rows once, their shift written and read, [m,m] matrices; half a Gram product, two dense solves."""
     moved, flops, m = 0, 0.0, len(x_md)
     for rows in (x_md, y_me):
-        moved += size(rows) + 2 * 4 * rows.numel() + SQUARES * 2 * 4 * m * m
+        moved += size(rows) + 2 * 4 * rows.shape[1] + SQUARES * 2 * 4 * m * m
         # Symmetric: half of 2 m m d.
         flops += PRODUCTS * m * rows.numel()
     return Cost(moved, {"tf32": flops}, 2 * [("linalg_cholesky_ex", m), ("cholesky_inverse", m)])
 
 
 def nhsic_grad(results: list[Tensor], grad: Tensor, rows_md: Tensor, *arguments) -> Cost:
-    """Centred rows once, the gradient once, k and both P; two [m,m] products and one with the rows."""
+    """Rows and shift once, the gradient once, k and both P; two [m,m] products and one with the rows."""
     m, d = rows_md.shape
-    moved = size(rows_md, *arguments[:3], *results) + SQUARES * 2 * 4 * m * m
+    moved = size(rows_md, *arguments[:4], *results) + SQUARES * 2 * 4 * m * m
     return Cost(moved, {"tf32": PRODUCTS * (2 * 2.0 * m**3 + 2.0 * m * m * d)})

@@ -1,4 +1,8 @@
-"""Gaussian kernel matrix in Triton: rows are centred, multiplied with each other (split-K), and put into the exponential."""
+"""Gaussian kernel matrix in Triton: rows are multiplied with each other (split-K) and put into the exponential.
+
+Distances do not change where the same row is subtracted from all, and rounding errors are those of short rows: the product
+subtracts the mean of a few rows where it loads them, so that no centred rows are written.
+"""
 
 import torch
 import triton
@@ -11,38 +15,32 @@ from mimir_fast.kernels._shared.launch import FUSED, Prepared, memoised
 PROGRAMS = 512
 # Larger tiles spill registers on sm_80: three tf32 products split every operand in two.
 GRAM = {"BLOCK_M": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 3}
-CENTER = {"BLOCK_M": 32, "BLOCK_D": 128, "num_warps": 4}
+SHIFT = {"ROWS": 16, "BLOCK_D": 128, "num_warps": 4}
 GAUSSIAN = {"BLOCK_M": 32, "num_warps": 4}
 
 
 @triton.jit
-def _center_kernel(rows, centred, m, d, stride_m, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """formula      centred = rows - mean over m
-    shapes       rows [m,d] with row stride, centred [m,d]
-    dtypes       any float storage, fp32 accumulation; centred in fp32, for rounding it to 16 bits would show in the gradient
-    bytes        rows twice (the second time from cache: a program's columns are small), centred once
+def _shift_kernel(rows, shift, m, d, stride_m, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """formula      shift = mean of the first ROWS rows, or of all where there are fewer
+    shapes       rows [m,d] with row stride -> shift [d]
+    dtypes       any float storage; shift in fp32
+    bytes        these rows once, shift once
     determinism  fixed order
     source       docs/fidelity.md: the penalty
     """
-    column_D = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    sum_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in range(0, m, BLOCK_M):
-        row_M = (start + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
-        sum_MD += tl.load(rows + row_M * stride_m + column_D, mask=(row_M < m) & (column_D < d), other=0).to(tl.float32)
-    mean_D = tl.sum(sum_MD, axis=0, keep_dims=True) / m
-    for start in range(0, m, BLOCK_M):
-        row_M = (start + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
-        exists_MD = (row_M < m) & (column_D < d)
-        rows_MD = tl.load(rows + row_M * stride_m + column_D, mask=exists_MD, other=0).to(tl.float32)
-        tl.store(centred + row_M * d + column_D, rows_MD - mean_D, mask=exists_MD)
+    column_D = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    row_M1 = tl.arange(0, ROWS)[:, None]
+    exists_MD = (row_M1 < m) & (column_D < d)[None, :]
+    rows_MD = tl.load(rows + row_M1.to(tl.int64) * stride_m + column_D[None, :], mask=exists_MD, other=0).to(tl.float32)
+    tl.store(shift + column_D, tl.sum(rows_MD, axis=0) / tl.minimum(m, ROWS), mask=column_D < d)
 
 
 @triton.jit
-def _gram_kernel(centred, partial, norms, m, d, part, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """formula      partial[s,i,j] = sum over part s of d of centred[i] centred[j], tiles on and below the diagonal only;
-                 norms[s,i] = partial[s,i,i]
-    shapes       centred [m,d] -> partial [S,m,m], norms [S,m]
-    dtypes       fp32, as three tf32 products
+def _gram_kernel(rows, shift, partial, norms, m, d, stride_m, part, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """formula      partial[s,i,j] = sum over part s of d of (rows[i] - shift) (rows[j] - shift), tiles on and below the
+                 diagonal only; norms[s,i] = partial[s,i,i]
+    shapes       rows [m,d] with row stride, shift [d] -> partial [S,m,m], norms [S,m]
+    dtypes       any float storage; fp32 as three tf32 products
     bytes        every row tile once per tile pair it is in (from L2), partial's lower half and norms once
     determinism  fixed order; the parts are summed by _gaussian_kernel
     source       split-K matrix product
@@ -53,13 +51,16 @@ def _gram_kernel(centred, partial, norms, m, d, part, BLOCK_M: tl.constexpr, BLO
         return
     row_M = i * BLOCK_M + tl.arange(0, BLOCK_M)
     column_M = j * BLOCK_M + tl.arange(0, BLOCK_M)
-    left_M1 = centred + row_M.to(tl.int64)[:, None] * d
-    right_1M = centred + column_M.to(tl.int64)[None, :] * d
+    left_M1 = rows + row_M.to(tl.int64)[:, None] * stride_m
+    right_1M = rows + column_M.to(tl.int64)[None, :] * stride_m
     gram_MM = tl.zeros([BLOCK_M, BLOCK_M], tl.float32)
     for start in range(s * part, tl.minimum(s * part + part, d), BLOCK_K):
         k_K = start + tl.arange(0, BLOCK_K)
         left_MK = tl.load(left_M1 + k_K[None, :], mask=(row_M < m)[:, None] & (k_K < d)[None, :], other=0)
         right_KM = tl.load(right_1M + k_K[:, None], mask=(k_K < d)[:, None] & (column_M < m)[None, :], other=0)
+        # Where there is no row, minus the shift: such products are not stored.
+        shift_K = tl.load(shift + k_K, mask=k_K < d, other=0)
+        left_MK, right_KM = left_MK.to(tl.float32) - shift_K[None, :], right_KM.to(tl.float32) - shift_K[:, None]
         gram_MM = tl.dot(left_MK, right_KM, gram_MM, input_precision="tf32x3")
     partial_MM = partial + (s.to(tl.int64) * m + row_M[:, None]) * m + column_M[None, :]
     tl.store(partial_MM, gram_MM, mask=(row_M < m)[:, None] & (column_M < m)[None, :])
@@ -108,28 +109,31 @@ def _expm1(x):
 
 
 def gaussian_gram(rows_md: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-    """Centred rows [m,d] and their Gaussian kernel minus one [m,m], both fp32."""
+    """What was subtracted from the rows [d] and their Gaussian kernel minus one [m,m], both fp32."""
     m, d = rows_md.shape
-    # Rows may lie apart, for their stride is an argument of the kernel: a slice of wider ones is not copied.
-    rows_md = rows_md if rows_md.stride(1) == 1 else rows_md.contiguous()
-    center, gram, gaussian = _prepared(m, d, rows_md.stride(0), sigma)
-    (centred_md,) = center(rows_md)
-    (k_mm,) = gaussian(*gram(centred_md))
-    return centred_md, k_mm
+    rows_md = in_rows(rows_md)
+    shift, gram, gaussian = _prepared(m, d, rows_md.stride(0), sigma)
+    (shift_d,) = shift(rows_md)
+    (k_mm,) = gaussian(*gram(rows_md, shift_d))
+    return shift_d, k_mm
+
+
+def in_rows(rows_md: Tensor) -> Tensor:
+    """Rows whose numbers are neighbours; they may lie apart: a slice of wider ones is not copied."""
+    return rows_md if rows_md.stride(1) == 1 else rows_md.contiguous()
 
 
 @memoised
 def _prepared(m: int, d: int, stride_m: int, sigma: float) -> tuple[Prepared, Prepared, Prepared]:
     parts, part = _split(m, d)
     tiles, larger = triton.cdiv(m, GAUSSIAN["BLOCK_M"]), triton.cdiv(m, GRAM["BLOCK_M"])
-    grid, scale = (triton.cdiv(d, CENTER["BLOCK_D"]),), 1 / (2 * sigma**2 * d)
+    grid, scale = (triton.cdiv(d, SHIFT["BLOCK_D"]),), 1 / (2 * sigma**2 * d)
     products = [((parts, m, m), torch.float32), ((parts, m), torch.float32)]
+    square, numbers = [((m, m), torch.float32)], (m, d, stride_m)
     return (
-        Prepared(_center_kernel, grid, m, d, stride_m, results=[((m, d), torch.float32)], **CENTER, **FUSED),
-        Prepared(_gram_kernel, (larger, larger, parts), m, d, part, results=products, **GRAM, **FUSED),
-        Prepared(
-            _gaussian_kernel, (tiles, tiles), m, parts, scale, results=[((m, m), torch.float32)], **GAUSSIAN, **FUSED
-        ),
+        Prepared(_shift_kernel, grid, *numbers, results=[((d,), torch.float32)], **SHIFT, **FUSED),
+        Prepared(_gram_kernel, (larger, larger, parts), *numbers, part, results=products, **GRAM, **FUSED),
+        Prepared(_gaussian_kernel, (tiles, tiles), m, parts, scale, results=square, **GAUSSIAN, **FUSED),
     )
 
 

@@ -1,6 +1,6 @@
 """nhsic in Triton, for two Gaussian kernels.  Shapes: m samples, d numbers per sample, S parts of the reduction over d.
 
-    rows --center--> centred --gram (split over d)--> S partial products --gaussian--> K - 1 --double_center--> H K H + cI
+    rows --gram (split over d)--> S partial products --gaussian--> K - 1 --double_center--> H K H + cI
     --Cholesky (torch.linalg, on the device)--> P; value from both P.  Backward: P, K --> weights [m,m] --product--> d rows
 
 Three choices keep fp32 exact enough (value 1e-6, gradient 1e-4 relative):
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, Prepared, empty, memoised
 from mimir_fast.kernels._shared.registration import register
-from mimir_fast.kernels.nhsic.gram import gaussian_gram
+from mimir_fast.kernels.nhsic.gram import gaussian_gram, in_rows
 from mimir_fast.kernels.nhsic.reference import RIDGE
 
 MATMUL = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
@@ -83,10 +83,12 @@ def _weights_kernel(grad, a, k, weights, m, scale, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _matmul_kernel(a, b, out, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """formula      out = a b
-    shapes       a [m,m], b [m,n] -> out [m,n], all contiguous
-    dtypes       fp32, as three tf32 products; out in any float dtype
+def _matmul_kernel(
+    a, b, shift, out, m, n, stride_b, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """formula      out = a (b - shift), shift None or subtracted from every row
+    shapes       a [m,m], b [m,n] with row stride, shift [n] -> out [m,n]; a and out contiguous
+    dtypes       fp32 as three tf32 products; b and out in any float dtype
     bytes        a once per column tile and b once per row tile (from L2), out once
     determinism  fixed order
     source       tiled matrix product
@@ -98,24 +100,26 @@ def _matmul_kernel(a, b, out, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
         k_K = start + tl.arange(0, BLOCK_K)
         a_MK = a + row_M[:, None] * m + k_K[None, :]
         a_MK = tl.load(a_MK, mask=(row_M < m)[:, None] & (k_K < m)[None, :], other=0)
-        b_KN = b + k_K.to(tl.int64)[:, None] * n + column_N[None, :]
-        b_KN = tl.load(b_KN, mask=(k_K < m)[:, None] & (column_N < n)[None, :], other=0)
+        b_KN = b + k_K.to(tl.int64)[:, None] * stride_b + column_N[None, :]
+        b_KN = tl.load(b_KN, mask=(k_K < m)[:, None] & (column_N < n)[None, :], other=0).to(tl.float32)
+        if shift is not None:
+            b_KN -= tl.load(shift + column_N, mask=column_N < n, other=0)[None, :]
         sum_MN = tl.dot(a_MK, b_KN, sum_MN, input_precision="tf32x3")
     out_MN = out + row_M.to(tl.int64)[:, None] * n + column_N[None, :]
     tl.store(out_MN, sum_MN.to(out.dtype.element_ty), mask=(row_M < m)[:, None] & (column_N < n)[None, :])
 
 
 def nhsic_forward(x_md: Tensor, y_me: Tensor, sigma: float) -> tuple[Tensor, ...]:
-    """The value [], and of each side what the backward pass needs: centred rows, K - 1 and P."""
+    """The value [], and of each side what the backward pass needs beside the rows: their shift, K - 1 and P."""
     m = x_md.shape[0]
-    (x_md, kx, px), (y_me, ky, py) = _ridge_inverse(x_md, sigma), _ridge_inverse(y_me, sigma)
+    (shift_x, kx, px), (shift_y, ky, py) = _ridge_inverse(x_md, sigma), _ridge_inverse(y_me, sigma)
     (rows_value,) = _prepared_rows("value", m, RIDGE * m)(px, py)
-    return rows_value.sum(), x_md, kx, px, y_me, ky, py
+    return rows_value.sum(), shift_x, kx, px, shift_y, ky, py
 
 
 def _ridge_inverse(rows_md: Tensor, sigma: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Centred rows, K - 1 and P; all of P is NaN where the factorisation fails."""
-    centred_md, k_mm = gaussian_gram(rows_md, sigma)
+    """The rows' shift, K - 1 and P; all of P is NaN where the factorisation fails."""
+    shift_d, k_mm = gaussian_gram(rows_md, sigma)
     m = k_mm.shape[0]
     means_m = k_mm.mean(1)
     (ridged_mm,) = _prepared_rows("double_center", m, RIDGE * m)(k_mm, means_m)
@@ -124,23 +128,25 @@ def _ridge_inverse(rows_md: Tensor, sigma: float) -> tuple[Tensor, Tensor, Tenso
     # The constant vector's part J / (c + g), with g = -mean(k), is subtracted: the second choice above.
     inverse_mm = torch.cholesky_inverse(factor_mm) - 1 / (m * (RIDGE * m - means_m.mean()))
     p_mm = torch.where(info == 0, inverse_mm, torch.nan)
-    return centred_md, k_mm, p_mm.contiguous()
+    return shift_d, k_mm, p_mm.contiguous()
 
 
 def nhsic_backward(
-    grad: Tensor, rows_md: Tensor, k_mm: Tensor, p_self: Tensor, p_other: Tensor, sigma: float, dtype: torch.dtype
+    grad: Tensor, rows_md: Tensor, shift_d: Tensor, k_mm: Tensor, p_self: Tensor, p_other: Tensor, sigma: float
 ) -> Tensor:
-    """d value / d rows [m,d] times the upstream scalar: weights from P (I - c P_other) P, one product with centred rows."""
+    """d value / d rows [m,d] times the upstream scalar: weights from P (I - c P_other) P, one product with shifted rows."""
     m, d = rows_md.shape
     r_other = torch.eye(m, dtype=p_other.dtype, device=p_other.device).sub_(p_other, alpha=RIDGE * m)
-    a_mm = _matmul(_matmul(p_self, r_other, torch.float32), p_self, torch.float32)
+    a_mm = _matmul(_matmul(p_self, r_other), p_self)
     (weights_mm,) = _prepared_rows("weights", m, RIDGE * m / (2 * sigma**2 * d))(grad, a_mm, k_mm)
-    return _matmul(weights_mm, rows_md, dtype)
+    # The weights' rows sum to zero, so that the shift makes rounding errors smaller and nothing else.
+    return _matmul(weights_mm, in_rows(rows_md), shift_d)
 
 
-def _matmul(a_mm: Tensor, b_mn: Tensor, dtype: torch.dtype) -> Tensor:
+def _matmul(a_mm: Tensor, b_mn: Tensor, shift_n: Tensor | None = None) -> Tensor:
+    """a (b - shift), in b's dtype."""
     m, n = b_mn.shape
-    (out_mn,) = _prepared_matmul(m, n, dtype)(a_mm.contiguous(), b_mn.contiguous())
+    (out_mn,) = _prepared_matmul(m, n, b_mn.stride(0), b_mn.dtype)(a_mm, b_mn, shift_n)
     return out_mn
 
 
@@ -157,30 +163,29 @@ def _prepared_rows(what: str, m: int, number: float) -> Prepared:
 
 
 @memoised
-def _prepared_matmul(m: int, n: int, dtype: torch.dtype) -> Prepared:
+def _prepared_matmul(m: int, n: int, stride_b: int, dtype: torch.dtype) -> Prepared:
     grid = (triton.cdiv(n, MATMUL["BLOCK_N"]), triton.cdiv(m, MATMUL["BLOCK_M"]))
-    return Prepared(_matmul_kernel, grid, m, n, results=[((m, n), dtype)], **MATMUL, **FUSED)
+    return Prepared(_matmul_kernel, grid, m, n, stride_b, results=[((m, n), dtype)], **MATMUL, **FUSED)
 
 
 def _fake_forward(x_md, y_me, sigma):
     m = x_md.shape[0]
-    shapes = ((), x_md.shape, (m, m), (m, m), y_me.shape, (m, m), (m, m))
+    shapes = ((), x_md.shape[1:], (m, m), (m, m), y_me.shape[1:], (m, m), (m, m))
     return tuple(x_md.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
 def _save(ctx, inputs, output):
     x_md, y_me, ctx.sigma = inputs
-    ctx.dtypes = x_md.dtype, y_me.dtype
-    _, x_md, kx, px, y_me, ky, py = output
+    _, shift_x, kx, px, shift_y, ky, py = output
     # A side without a gradient needs its P alone.
-    ctx.save_for_backward(*(x_md, kx) if ctx.needs_input_grad[0] else (None, None), px,
-                          *(y_me, ky) if ctx.needs_input_grad[1] else (None, None), py)  # fmt: skip
+    ctx.save_for_backward(*(x_md, shift_x, kx) if ctx.needs_input_grad[0] else (None, None, None), px,
+                          *(y_me, shift_y, ky) if ctx.needs_input_grad[1] else (None, None, None), py)  # fmt: skip
 
 
 def _backward(ctx, grad, *_):
-    x_md, kx, px, y_me, ky, py = ctx.saved_tensors
-    of_x = nhsic_grad(grad, x_md, kx, px, py, ctx.sigma, ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
-    of_y = nhsic_grad(grad, y_me, ky, py, px, ctx.sigma, ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
+    x_md, shift_x, kx, px, y_me, shift_y, ky, py = ctx.saved_tensors
+    of_x = nhsic_grad(grad, x_md, shift_x, kx, px, py, ctx.sigma) if ctx.needs_input_grad[0] else None
+    of_y = nhsic_grad(grad, y_me, shift_y, ky, py, px, ctx.sigma) if ctx.needs_input_grad[1] else None
     return of_x, of_y, None
 
 
@@ -193,9 +198,9 @@ nhsic = register(
 )
 nhsic_grad = register(
     "nhsic_grad",
-    "(Tensor grad, Tensor rows, Tensor k, Tensor p_self, Tensor p_other, float sigma, ScalarType dtype) -> Tensor",
+    "(Tensor grad, Tensor rows, Tensor shift, Tensor k, Tensor p_self, Tensor p_other, float sigma) -> Tensor",
     nhsic_backward,
-    lambda grad, rows, k, p_self, p_other, sigma, dtype: rows.new_empty(rows.shape, dtype=dtype),
+    lambda grad, rows, *_: rows.new_empty(rows.shape),
 )
 
 
@@ -206,8 +211,9 @@ def launches() -> list[Launch]:
     short = narrow | {"_double_center_kernel", "_weights_kernel"}
 
     def call(m: int, d: int, dtype: torch.dtype):
-        value, rows, k, p, _, _, p_other = nhsic_forward(empty(m, d, dtype=dtype), empty(m, d, dtype=dtype), 5.0)
-        nhsic_backward(value, rows, k, p, p_other, 5.0, dtype)
+        rows = empty(m, d, dtype=dtype)
+        value, shift, k, p, _, _, p_other = nhsic_forward(rows, empty(m, d, dtype=dtype), 5.0)
+        nhsic_backward(value, rows, shift, k, p, p_other, 5.0)
 
     return [
         Launch(f"m{m}", dtype, partial(call, m, 1024, d), short if m < 512 else narrow)

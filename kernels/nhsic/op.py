@@ -19,8 +19,7 @@ def nhsic(x_md: Tensor, y_me: Tensor, sigma: float = 5.0, kernel_y: str = "gauss
     shapes       x [m,dx], y [m,dy] -> scalar; differentiable once in both
     dtypes       any float storage, fp32 Gram product at least (triton: 3 x tf32, whatever allow_tf32 says); m x m algebra in
                  fp64 (triton: fp32); the value in fp32 at least; autocast is off inside
-    bytes        x and y read twice (mean, then difference; the second time from cache), centred rows in fp32 written and read
-                 once from memory and once per tile pair from cache; backward: the centred rows that need a gradient read
+    bytes        x and y read once from memory and once per tile pair from cache; backward: the rows that need a gradient read
                  once from memory and once per row tile from cache, their gradient written once; [m,m] matrices besides
     determinism  fixed order, on the CPU and within one cuBLAS and cuSOLVER version; parts of a sum depend on m and d only
     source       Fukumizu et al., Kernel Measures of Conditional Dependence, 2007 (NOCCO); Ma et al., The HSIC Bottleneck,
