@@ -16,7 +16,7 @@ from mimir_fast.kernels.linf_start.op import linf_start
 from mimir_fast.kernels.mask_indices.op import mask_indices
 from mimir_fast.kernels.masked_patch_loss.op import masked_patch_loss
 from mimir_fast.kernels.mlp.op import mlp
-from mimir_fast.kernels.nhsic.op import nhsic
+from mimir_fast.kernels.nhsic.op import nhsic, ridge_inverse
 from mimir_fast.kernels.patch_gather.op import patch_gather
 from mimir_fast.kernels.short_attention.op import short_attention
 from mimir_fast.kernels.token_restore.op import token_restore
@@ -33,6 +33,7 @@ __all__ = [
     "mlp",
     "nhsic",
     "patch_gather",
+    "ridge_inverse",
     "short_attention",
     "token_restore",
 ]

@@ -111,10 +111,24 @@ def _matmul_kernel(
 
 def nhsic_forward(x_md: Tensor, y_me: Tensor, sigma: float) -> tuple[Tensor, ...]:
     """The value [], and of each side what the backward pass needs beside the rows: their shift, K - 1 and P."""
-    m = x_md.shape[0]
     (shift_x, kx, px), (shift_y, ky, py) = _ridge_inverse(x_md, sigma), _ridge_inverse(y_me, sigma)
-    (rows_value,) = _prepared_rows("value", m, RIDGE * m)(px, py)
-    return rows_value.sum(), shift_x, kx, px, shift_y, ky, py
+    return _value(px, py), shift_x, kx, px, shift_y, ky, py
+
+
+def nhsic_side_forward(y_me: Tensor, sigma: float) -> Tensor:
+    """P [m,m] of samples without a gradient."""
+    return _ridge_inverse(y_me, sigma)[2]
+
+
+def nhsic_given_forward(x_md: Tensor, py: Tensor, sigma: float) -> tuple[Tensor, ...]:
+    """As nhsic_forward with one side's P: the value [], shift, K - 1 and P of x."""
+    shift_x, kx, px = _ridge_inverse(x_md, sigma)
+    return _value(px, py), shift_x, kx, px
+
+
+def _value(px: Tensor, py: Tensor) -> Tensor:
+    (rows_value,) = _prepared_rows("value", len(px), RIDGE * len(px))(px, py)
+    return rows_value.sum()
 
 
 def _ridge_inverse(rows_md: Tensor, sigma: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,12 +203,34 @@ def _backward(ctx, grad, *_):
     return of_x, of_y, None
 
 
+def _save_given(ctx, inputs, output):
+    x_md, py, ctx.sigma = inputs
+    ctx.save_for_backward(x_md, *output[1:], py)
+
+
+def _backward_given(ctx, grad, *_):
+    return nhsic_grad(grad, *ctx.saved_tensors, ctx.sigma), None, None
+
+
 nhsic = register(
     "nhsic",
     "(Tensor x, Tensor y, float sigma) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     nhsic_forward,
     _fake_forward,
     gradient=(_save, _backward),
+)
+nhsic_given = register(
+    "nhsic_given",
+    "(Tensor x, Tensor p_y, float sigma) -> (Tensor, Tensor, Tensor, Tensor)",
+    nhsic_given_forward,
+    lambda x, p_y, sigma: _fake_forward(x, x, sigma)[:4],
+    gradient=(_save_given, _backward_given),
+)
+nhsic_side = register(
+    "nhsic_side",
+    "(Tensor y, float sigma) -> Tensor",
+    nhsic_side_forward,
+    lambda y, sigma: y.new_empty((len(y), len(y)), dtype=torch.float32),
 )
 nhsic_grad = register(
     "nhsic_grad",

@@ -56,22 +56,25 @@ def rows_gradient(centered_md: Tensor, k_mm: Tensor, p_self: Tensor, p_other: Te
     return 4 * laplacian_mm.to(centered_md.dtype) @ centered_md
 
 
+def side(rows_md: Tensor, sigma: float, kernel: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows [m,d] -> the same centred, their kernel matrix and their ridge inverse."""
+    # The gradient is a difference of large terms, and few columns (labels, logits) make fp64 cheap.
+    centred_md = center_rows(rows_md.double() if kernel == "linear" else rows_md)
+    k_mm = kernel_matrix(centred_md, sigma, kernel)
+    return centred_md, k_mm, ridge_inverse(k_mm)
+
+
 class NHSIC(torch.autograd.Function):
-    """x [m,dx], y [m,dy] (fp32 or fp64) -> scalar of x's dtype."""
+    """x [m,dx], y [m,dy] (fp32 or fp64), or y's ridge inverse [m,m], with kernel_y None -> scalar of x's dtype."""
 
     @staticmethod
-    def forward(ctx, x_md: Tensor, y_me: Tensor, sigma: float, kernel_y: str) -> Tensor:
+    def forward(ctx, x_md: Tensor, y_me: Tensor, sigma: float, kernel_y: str | None) -> Tensor:
         m = x_md.shape[0]
         c = RIDGE * m
-        dtype_y = y_me.dtype
-        if kernel_y == "linear":
-            # The gradient is a difference of large terms, and few columns (labels, logits) make fp64 cheap.
-            y_me = y_me.double()
-        x_md, y_me = center_rows(x_md), center_rows(y_me)
-        kx, ky = kernel_matrix(x_md, sigma, "gaussian"), kernel_matrix(y_me, sigma, kernel_y)
-        px, py = ridge_inverse(kx), ridge_inverse(ky)
+        ctx.sigma, ctx.kernel_y, ctx.dtype_y = sigma, kernel_y, y_me.dtype
+        x_md, kx, px = side(x_md, sigma, "gaussian")
+        y_me, ky, py = side(y_me, sigma, kernel_y) if kernel_y else (None, None, y_me)
         ctx.save_for_backward(x_md, y_me, kx, ky, px, py)
-        ctx.sigma, ctx.kernel_y, ctx.dtype_y = sigma, kernel_y, dtype_y
         return (m - c * px.trace() - c * py.trace() + c**2 * (px * py).sum()).to(x_md.dtype)
 
     # Backward works on saved tensors outside autograd: without this a second derivative would be silently wrong.

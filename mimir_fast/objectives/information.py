@@ -1,34 +1,49 @@
 """Mutual-information penalties: dependence between latent and images.  Shapes: m samples, d numbers per sample."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from mimir_fast.config.choices import PENALTIES
-from mimir_fast.kernels import nhsic
+from mimir_fast.kernels import nhsic, ridge_inverse
+from mimir_fast.kernels.nhsic.op import Inverse
 
-__all__ = ["bandwidth", "compared_images", "nhsic", "penalty_value", "renyi_entropy", "renyi_mi", "squared_distances"]
+__all__ = ["bandwidth", "compared", "nhsic", "penalty_value", "renyi_entropy", "renyi_mi", "squared_distances"]
 
 # Samples whose distances decide the bandwidth, as in the original.
 BANDWIDTH_ROWS = 10
 
 
-def compared_images(kind: str, images: Tensor, adv_images: Tensor) -> Tensor:
-    """The images that a penalty compares the latent with: the adversarial ones for hsic, else the clean ones."""
-    return adv_images if kind == "hsic" else images
+def compared(
+    kind: str,
+    images: Tensor,
+    adv_images: Tensor,
+    kernels: str = "auto",
+    gather: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor | Inverse:
+    """What penalty_value compares a latent with, of images and adv_images [B,C,H,W]: the adversarial ones for hsic, the clean
+    ones for dib_mi and renyi2.
+
+    gather   of this process's images [B,...] those of all
+    Returns rows [m,d], or of hsic the half of its work that these suffice for.
+    """
+    chosen = adv_images if kind == "hsic" else images
+    rows = (chosen if gather is None else gather(chosen)).flatten(1)
+    return ridge_inverse(rows, impl=kernels) if kind == "hsic" else rows
 
 
-def penalty_value(kind: str, latent: Tensor, images: Tensor, adv_images: Tensor, kernels: str = "auto") -> Tensor:
-    """The penalty without its weight: latent [B,T,D], images and adv_images [B,C,H,W] -> scalar, differentiable in the latent.
+def penalty_value(kind: str, latent: Tensor, x: Tensor | Inverse, kernels: str = "auto") -> Tensor:
+    """The penalty without its weight: latent [B,T,D] and x, from `compared` -> scalar, differentiable in the latent.
 
-    kind      hsic compares the latent with the adversarial images; dib_mi (Rényi order 1.01) and renyi2 (order 2) with the
-              clean ones
+    kind      hsic; dib_mi (Rényi order 1.01) and renyi2 (order 2)
     kernels   implementation of hsic (see nhsic); the others have one, in plain PyTorch
     Raises ValueError for an unknown kind.
     """
-    x, z = compared_images(kind, images, adv_images).flatten(1), latent.flatten(1)
+    z = latent.flatten(1)
     if kind == "hsic":
         return nhsic(z, x, impl=kernels)
-    if kind in ("dib_mi", "renyi2"):
+    if kind in ("dib_mi", "renyi2") and isinstance(x, Tensor):
         # These orders, and clean images, as in the original (1.01: Rényi's entropy close to Shannon's).
         return renyi_mi(x, z, alpha=1.01 if kind == "dib_mi" else 2.0)
     raise ValueError(f"mi_train: expected one of {', '.join(PENALTIES)}, got {kind!r}")

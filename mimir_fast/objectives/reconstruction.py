@@ -4,14 +4,14 @@ Shapes: B batch, C channels, H W sides, L patches, K kept patches, P numbers per
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from mimir_fast.kernels.nhsic.op import Inverse
 from mimir_fast.models import MaskedAutoencoder
-from mimir_fast.objectives.information import compared_images, penalty_value
+from mimir_fast.objectives.information import compared, penalty_value
 from mimir_fast.training.distributed import World
 from mimir_fast.training.stages import stage
 from mimir_fast.training.step_graph import leaves, outside
@@ -70,28 +70,35 @@ class ReconstructionObjective(nn.Module):
     def forward(self, images: Tensor, adv: Tensor | None, noise_BL: Tensor, *plan: Tensor) -> PretrainOutput:
         """images [B,C,H,W]; adv, their adversarial version or None; noise [B,L] decides the mask; plan: nothing, or that of the
         mask (MaskedAutoencoder.host_plan)."""
+        if self.penalty is not None and adv is not None:
+            return self._penalised(self.penalty, images, adv, noise_BL, *plan)
         seen = images if adv is None else adv
-        with stage("encoder"):
-            ids_shuffle, _, keep = self.model.random_masking(noise_BL, self.mask_ratio)
-            ids_keep, ids_removed = ids_shuffle[:, :keep], ids_shuffle[:, keep:]
-            latent = self.encode(self.model.visible(seen, ids_keep), ids_keep, *plan)
-        if self.penalty is None or adv is None:
-            with stage("decoder"):
-                recon, pred = self.reconstruct(latent, ids_shuffle, images)
-            # There is nothing to skip, hence True: skipped penalties are counted from this.
-            none, used = torch.zeros_like(recon), torch.ones_like(recon, dtype=torch.bool)
-            return PretrainOutput(recon, recon.detach(), none, used, seen, pred, ids_removed)
-        penalty = partial(_penalty_stage, self.penalty, latent, images, adv, self.model.kernels, self.gathered)
+        latent, ids_shuffle = self._encoded(seen, noise_BL, *plan)
+        recon, pred, ids_removed = self._decoded(latent, ids_shuffle, images)
+        # There is nothing to skip, hence True: skipped penalties are counted from this.
+        none, used = torch.zeros_like(recon), torch.ones_like(recon, dtype=torch.bool)
+        return PretrainOutput(recon, recon.detach(), none, used, seen, pred, ids_removed)
+
+    def _penalised(self, penalty: str, images: Tensor, adv: Tensor, noise_BL: Tensor, *plan: Tensor) -> PretrainOutput:
         # dib_mi waits for eigenvalues.
-        between_graphs = leaves("penalty", always=self.penalty == "dib_mi")
+        between_graphs = leaves("penalty", always=penalty == "dib_mi")
         side = None if between_graphs else self.side
+        kernels, gather = self.model.kernels, self.gathered and self.gathered.gather
+        with _beside(side), stage("penalty"):
+            x = None if between_graphs else compared(penalty, images, adv, kernels, gather)
+        latent, ids_shuffle = self._encoded(adv, noise_BL, *plan)
+
+        def value_and_gradient() -> tuple[Tensor, Tensor, Tensor]:
+            with stage("penalty"):
+                known = compared(penalty, images, adv, kernels, gather) if x is None else x
+                return guarded_penalty(penalty, latent, known, kernels, self.gathered)
+
         with _beside(side):
-            mi, used, grad = outside(penalty) if between_graphs else penalty()
+            mi, used, grad = outside(value_and_gradient) if between_graphs else value_and_gradient()
         # What the side stream reads must not be given to others before the streams are joined.
         read = [latent.detach(), images, adv]
-        latent, share = PenaltyGradient.apply(latent, grad, side, read)
-        with stage("decoder"):
-            recon, pred = self.reconstruct(latent, ids_shuffle, images)
+        joined, share = PenaltyGradient.apply(latent, grad, side, read)
+        recon, pred, ids_removed = self._decoded(joined, ids_shuffle, images)
         read.append(recon.detach())
         with _beside(side):
             value = recon.detach() + self.weight * torch.where(used, mi, 0)
@@ -99,6 +106,19 @@ class ReconstructionObjective(nn.Module):
             torch.cuda.current_stream().wait_stream(side)
         loss = PenalisedLoss.apply(recon, share, value, self.weight)
         return PretrainOutput(loss, recon.detach(), mi, used, adv, pred, ids_removed)
+
+    def _encoded(self, seen: Tensor, noise_BL: Tensor, *plan: Tensor) -> tuple[Tensor, Tensor]:
+        """Latent of the images seen, and ids_shuffle [B,L]."""
+        with stage("encoder"):
+            ids_shuffle, _, keep = self.model.random_masking(noise_BL, self.mask_ratio)
+            ids_keep = ids_shuffle[:, :keep]
+            return self.encode(self.model.visible(seen, ids_keep), ids_keep, *plan), ids_shuffle
+
+    def _decoded(self, latent: Tensor, ids_shuffle: Tensor, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, predictions, ids_removed [B,M]."""
+        with stage("decoder"):
+            recon, pred = self.reconstruct(latent, ids_shuffle, images)
+        return recon, pred, ids_shuffle[:, -pred.shape[1] :]
 
 
 def _beside(side: torch.cuda.Stream | None) -> torch.cuda.StreamContext:
@@ -109,26 +129,20 @@ def _beside(side: torch.cuda.Stream | None) -> torch.cuda.StreamContext:
     return torch.cuda.stream(side)
 
 
-def _penalty_stage(*arguments) -> tuple[Tensor, Tensor, Tensor]:
-    with stage("penalty"):
-        return guarded_penalty(*arguments)
-
-
 def guarded_penalty(
-    penalty: str, latent: Tensor, images: Tensor, adv: Tensor, kernels: str, gathered: World | None = None
+    penalty: str, latent: Tensor, x: Tensor | Inverse, kernels: str, gathered: World | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The penalty's value, whether it is usable, and its gradient in the latent (zero if unusable).
 
     Usable: finite, not exactly zero, gradient finite.
-    gathered   processes, which all call, whose batches are compared together: every process gets the value of them all, and
-               in its own latent a gradient whose mean over processes is that of one process that holds all images
+    x          from `compared`, of all images that are compared together
+    gathered   processes, which all call, whose batches these are: every process gets the value of them all, and in its own
+               latent a gradient whose mean over processes is that of one process that holds all images
     """
-    if gathered is not None:
-        images = adv = gathered.gather(compared_images(penalty, images, adv))
     # Its gradient is computed here, apart from that of the reconstruction, so that a NaN can be left out on the device.
     with torch.enable_grad():
         leaf = (latent if gathered is None else gathered.gather(latent)).detach().requires_grad_(True)
-        value = penalty_value(penalty, leaf, images, adv, kernels)
+        value = penalty_value(penalty, leaf, x, kernels)
         (grad,) = torch.autograd.grad(value, leaf)
     value = value.detach()
     # Usable or not for all processes alike: each has computed the whole.

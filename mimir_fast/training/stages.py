@@ -6,7 +6,8 @@ attack     PGD-MAE with its own forward and backward passes
 encoder    mask, kept patches, encoder's forward pass
 decoder    decoder's forward pass, and the reconstruction loss where both are compiled as one piece
 loss       the reconstruction loss, where it is not compiled together with the decoder
-penalty    value and gradient of the mutual information; on CUDA beside the decoder, on a stream of its own
+penalty    value and gradient of the mutual information; on CUDA on a stream of its own, the images' part beside the
+           encoder, the rest beside the decoder and its backward pass
 backward   the backward pass of the training loss, with the averaging of gradients over processes
 optimizer  gradient norm, AdamW, the 16-bit copy; closes an update
 A stage may lie inside of another (the attack's loss).

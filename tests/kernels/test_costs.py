@@ -37,6 +37,8 @@ CASES = {
     # two tiles of rows
     "gelu_linear_grad": 2 * (n * E + 7 * E + 2 * n * 7 + 7) + 2 * 4 * 2 * 7,
     "nhsic": 4 * (m + 2) * (d + 2 * d) + 2 * 5 * 2 * 4 * m * m,
+    "nhsic_side": 4 * (m + 2) * d + 5 * 2 * 4 * m * m,
+    "nhsic_given": 4 * (m + 2) * d + 5 * 2 * 4 * m * m,
     # the buffer once, of each image offset, size, box and flip
     **dict.fromkeys(("crop_resize", "crop_resize_yuv420"), 500 + B * (8 + 2 * 8 + 4 * 4 + 1) + 4 * B * 3 * 5 * 5),
     "nhsic_grad": 4 * (2 * m + 1) * d + 3 * 4 * m * m + 5 * 2 * 4 * m * m,
@@ -72,6 +74,8 @@ def arguments() -> dict[str, tuple]:
         "linear_gelu": (branch, weight16, hidden16),
         "gelu_linear_grad": (branch, weight16.T, t(n, 7).to(BF16), True),
         "nhsic": (t(m, d), t(m, 2 * d), 5.0),
+        "nhsic_side": (t(m, d), 5.0),
+        "nhsic_given": (t(m, d), square, 5.0),
         "nhsic_grad": (t(()), t(m, d), t(d), square, square, square, 5.0),
         "sum_by_entry": (rows, t(n, dtype=I64), 5),
     }
@@ -110,6 +114,8 @@ def test_costs_counted_by_hand():
     assert {name: c.bytes for name, c in found.items()} == CASES
     assert {name: c.flops for name, c in found.items() if c.flops} == {
         "nhsic": {"tf32": 3 * m * m * 3 * d},
+        "nhsic_side": {"tf32": 3 * m * m * d},
+        "nhsic_given": {"tf32": 3 * m * m * d},
         "nhsic_grad": {"tf32": 3 * (2 * 2 * m**3 + 2 * m * m * d)},
         "short_attention": {"tf32": 4 * B * L * L * E},
         "short_attention_grad": {"tf32": 10 * B * L * L * E},
@@ -120,7 +126,8 @@ def test_costs_counted_by_hand():
     kinds = {name: c.kind for name, c in found.items() if c.kind != "ours"}
     assert kinds == dict.fromkeys(attention, "attention") | dict.fromkeys(products, "GEMM")
     solves = {name: c.solves for name, c in found.items() if c.solves}
-    assert solves == {"nhsic": 2 * [("linalg_cholesky_ex", m), ("cholesky_inverse", m)]}
+    side = [("linalg_cholesky_ex", m), ("cholesky_inverse", m)]
+    assert solves == {"nhsic": 2 * side, "nhsic_side": side, "nhsic_given": side}
 
 
 @pytest.mark.parametrize("factors", [False, True])

@@ -4,7 +4,7 @@ import pytest
 import torch
 import triton
 
-from mimir_fast.kernels import nhsic
+from mimir_fast.kernels import nhsic, ridge_inverse
 from mimir_fast.kernels.nhsic import gram, kernel, reference
 from tests.support.golden import load_golden, relative_error
 from tests.support.interpreter import Sanitizer, interpret
@@ -67,6 +67,21 @@ def test_only_the_gradients_asked_for():
         nhsic(x, y, impl="triton").backward()
     expected = value_and_gradients(x.double(), y.double(), "reference")[2] / 1.3
     assert relative_error(y.grad, expected) < 1e-4
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_a_side_that_is_computed_before_the_other(impl):
+    """Bit for bit, with the other side's gradient."""
+    x, y = torch.randn(33, 50, requires_grad=True), torch.rand(33, 40)
+    with interpret():
+        values = [nhsic(x, y, impl=impl), nhsic(x, ridge_inverse(y, impl=impl))]
+        gradients = [torch.autograd.grad(1.3 * value, x)[0] for value in values]
+    assert torch.equal(*values)
+    assert torch.equal(*gradients)
+    with pytest.raises(ValueError, match=r"y: expected 32 rows"):
+        nhsic(x[:32], ridge_inverse(y))
+    with pytest.raises(ValueError, match="sigma"):
+        ridge_inverse(y, -1.0)
 
 
 def test_a_failed_factorisation_is_nan_without_an_exception():

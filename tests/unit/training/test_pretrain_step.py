@@ -267,11 +267,16 @@ def test_penalty_runs_beside_both_passes_of_the_decoder(monkeypatch):
             latent.register_hook(lambda grad: told.append("decoder's gradient"))
         return model.reconstruct(latent, *arguments)
 
-    objective = ReconstructionObjective(model, 0.75, "hsic", 1e-3, reconstruct=reconstruct)
+    def encode(*arguments):
+        told.append("encoder")
+        return model.encode(*arguments)
+
+    objective = ReconstructionObjective(model, 0.75, "hsic", 1e-3, encode, reconstruct)
     objective.side = side
     out = pretrain_step(objective, model, golden_images()[0], noise_of(1), ATTACK)
     beside = ["side waits for main", "on side", "off side"]
-    assert told == [*beside[:2], "penalty", *beside[2:], "decoder", *beside]
+    # The images' part begins before the encoder, the latent's after it.
+    assert told == [*beside, "encoder", *beside[:2], "penalty", *beside[2:], "decoder", *beside]
     told.clear()
     updater_of(model).backward(out.loss, 1, out.checked)
     assert told == ["decoder's gradient", "main waits for side"]
