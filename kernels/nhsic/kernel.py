@@ -241,8 +241,8 @@ nhsic_grad = register(
 
 
 def launches() -> list[Launch]:
-    # One stores one number per row, the other a transposed tile.
-    narrow = frozenset(["_value_kernel", "_gaussian_kernel"])
+    # One stores one number per row, one a transposed tile, one a number per thread.
+    narrow = frozenset(["_value_kernel", "_gaussian_kernel", "_shift_kernel"])
     # With fewer than 512 samples a row has less than 16 bytes per thread.
     short = narrow | {"_double_center_kernel", "_weights_kernel"}
 
