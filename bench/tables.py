@@ -21,8 +21,9 @@ PUBLISHED_MFU = 0.229  # the highest among the trainings that docs/performance.m
 BOUNDS = """model={model}; step={step}; for={gpu}; kernels + products + memsets={kernels} + {gemms} + {memsets}
 issued by the host={issued}; host ms={host_ms}; host / bound={host_share}
 waits={syncs}; GB={gb:.1f}; GB outside products and attention={gb_outside_gemm_attention:.1f}; product TFLOP={gemm_tflop:.1f}
-peak GiB={peak_gib:.1f}; bound ms={bound_ms:.1f}; of which dense solves ms={solves_ms:.1f}; measured ms={ms}
-configuration={setting}; record: device · CUDA driver · torch · Triton · commit · date={source}"""
+peak GiB={peak_gib:.1f}; bound ms={bound_ms:.1f}; of which dense solves ms={solves_ms:.1f}
+expected ms={expected_ms}; measured ms={ms}; configuration={setting}
+record: device · CUDA driver · torch · Triton · commit · date={source}"""
 SHARES = (
     f"model={{model}}; step={{step}}; {'; '.join(f'{kind}={{{kind}}}' for kind in CLASSES)}; configuration={{setting}}"
 )
@@ -59,6 +60,7 @@ def figures(r: dict) -> dict:
         "issued": host["issued"] if host else "—",
         "host_ms": f"{host['ms']:.2f}" if host else "—",
         "host_share": f"{host['share_of_bound']:.0%}" if host else "—",
+        "expected_ms": f"{r['expected']['ms']:.0f}" if "expected" in r else "—",
         "solves_ms": bound_ms - r["totals"]["bound_without_solves_ms"],
         "ms": f"{r['measured']['ms']:.1f}" if r["measured"] else "unknown",
         "rate": r["batch_size"] / bound_ms * 1e3,

@@ -40,10 +40,15 @@ class Price:
     solve: float = 0.0
     why: str = ""
 
-    def seconds(self, peak: Peak) -> float:
-        """max(FLOPs / peak, bytes / bandwidth, solve): no implementation of this call can be faster."""
+    def seconds(self, peak: Peak, shares: dict[str, float] | None = None) -> float:
+        """max(FLOPs / peak, bytes / bandwidth, solve): no implementation of this call can be faster.
+
+        shares   of the peaks that are reached (Peak.reached): what is then to be expected is no bound
+        """
+        shares, own = shares or {}, "own " * (self.name.startswith("mimir_fast") and self.kind != "ours")
         compute = sum(count / peak.flops[precision] for precision, count in self.flops.items())
-        return max(compute, self.bytes / peak.bandwidth, self.solve)
+        compute /= shares.get(own + self.kind, 1)
+        return max(compute, self.bytes / peak.bandwidth / shares.get("bandwidth", 1), self.solve)
 
 
 def price(

@@ -12,7 +12,7 @@ import torch
 from triton.testing import do_bench
 
 from bench import simulated_gpu
-from bench.peaks import Peak
+from bench.peaks import GAP_SECONDS, Peak
 from bench.step.launches import END, HOST, STEP, TRACE, Counts, beyond, from_log, from_profiler, region
 from bench.step.prices import CLASSES, Price
 from bench.step.trace import record
@@ -24,6 +24,9 @@ HOST_STEPS = 30  # whose host time is taken
 TOTALS = """kernels + GEMMs + memsets {kernels} + {gemms} + {memsets} = {launches}; syncs {syncs}; copies to host {to_host}
 {gb:.1f} GB in all, {gb_outside_gemm_attention:.1f} GB outside GEMM and attention; GEMM {gemm_tflop:.2f} TFLOP; \
 peak {peak_gib:.2f} GiB; bound {bound_ms:.1f} ms ({bound_without_solves_ms:.1f} ms without dense solves)"""
+EXPECTED = (
+    "expected, no bound and no measurement: {ms:.0f} ms, {without_solves_ms:.0f} with the solves hidden; {source}"
+)
 HOST_LINE = """host {ms:.2f} ms per step (process CPU time, median of {steps}), {share_of_bound:.1%} of the device bound
 issued {issued}: kernels {kernels}, products {gemms}, solves {solves}, graphs {graphs}, memsets {memsets}, copies {copies}, \
 syncs {syncs}, allocations {allocations}; illegal in a capture {illegal}"""
@@ -134,6 +137,7 @@ def summary(step: Step, peak: Peak, batch: int) -> dict:
     """A step on a GPU for one line of JSON.
 
     classes   class of call -> sums; totals: counts and sums of the step; calls: sums by name, most expensive first
+    expected  ms with the shares of the peaks that programs reach, all in a row and with the solves beside other work
     host      what the host issues, its ms, and the share of the device bound that these are
     measured  ms, images/s, MFU (GEMM and attention FLOPs over what the bf16 peak could do in that time), bound / ms, idle share
     """
@@ -148,6 +152,9 @@ def summary(step: Step, peak: Peak, batch: int) -> dict:
         "bound_ms": whole["bound_ms"],
         "bound_without_solves_ms": whole["bound_ms"] - classes["solves"]["bound_ms"],
     }
+    expected = sum(p.seconds(peak, peak.reached) for p in step.prices) + GAP_SECONDS * step.counts.as_dict()["launches"]
+    hidden = expected * 1e3 - classes["solves"]["bound_ms"]
+    expectation = {"ms": expected * 1e3, "without_solves_ms": hidden, "source": peak.reached_source}
     groups: dict[tuple, list[Price]] = {}
     for p in step.prices:
         groups.setdefault((p.kind, p.name, p.why), []).append(p)
@@ -164,7 +171,8 @@ def summary(step: Step, peak: Peak, batch: int) -> dict:
     host = {"ms": step.host_ms, "steps": HOST_STEPS, "share_of_bound": step.host_ms / totals["bound_ms"]}
     host |= step.issued.as_dict()
     calls.sort(key=lambda row: (-row["bound_ms"], row["name"]))
-    return {"classes": classes, "totals": totals, "host": host, "measured": measured, "calls": calls}
+    found = {"classes": classes, "totals": totals, "expected": expectation, "host": host, "measured": measured}
+    return {**found, "calls": calls}
 
 
 def lines(found: dict) -> Iterator[str]:
@@ -179,6 +187,7 @@ def lines(found: dict) -> Iterator[str]:
     lacking = [f"{call['name']}: {call['why']}" for call in found["calls"] if call["why"]]
     yield "\n".join(["\nunpriced in part or in whole: " + ("" if lacking else "nothing"), *lacking])
     yield "\n" + TOTALS.format(**found["totals"])
+    yield EXPECTED.format(**found["expected"])
     yield HOST_LINE.format(**found["host"])
     if found["measured"]:
         yield MEASURED.format(**found["measured"])

@@ -73,6 +73,10 @@ def test_attention_adamw_and_solves():
     square = torch.eye(256)
     solve = sum(p.solve for p in priced(lambda: torch.cholesky_inverse(torch.linalg.cholesky_ex(square)[0])))
     assert solve == pytest.approx(3 * 0.38e-3 / 2)
+    ours, library = (
+        Price("GEMM", name, 0, {"bf16": 989e12}) for name in ("mimir_fast.linear_gelu.default", "aten.mm.out")
+    )
+    assert [p.seconds(H100, H100.reached) for p in (ours, library)] == [1 / 0.5, 1 / 0.6]
     own, *solves = price_ours("mimir_fast.nhsic.default", Cost(5, {"tf32": 3}, [("cholesky_inverse", 256)]))
     assert (own.kind, own.bytes, own.flops) == ("ours", 5, {"tf32": 3})
     assert [(p.kind, p.bytes, p.solve) for p in solves] == [("solves", 0, pytest.approx(0.38e-3))]

@@ -166,8 +166,12 @@ def test_summary():
     assert found["host"]["share_of_bound"] == pytest.approx(0.5 / totals["bound_ms"])
     share = {"share_of_bound": totals["bound_ms"] / 50, "idle": 0.25}
     assert found["measured"] == pytest.approx({"ms": 50.0, "images_per_s": 64 / 0.050, "mfu": 2 / 50, **share})
+    # A product of cuBLAS at 60 % of its peak, everything else at 88 % of bandwidth, 15 launches
+    ms = [2 / 0.6, *[part / 0.88 for part in (1 / 3.35, 3, 20)], 2, 15 * 1.1e-3]
+    assert [found["expected"][name] for name in ("ms", "without_solves_ms")] == pytest.approx([sum(ms), sum(ms) - 2])
     text = "\n".join(roofline.lines(found))
     told = ["10 + 2 + 3 = 15", "syncs 1", "host 0.50 ms", "issued 4: kernels 0", "graphs 1", "strange: unknown"]
+    told += ["expected, no bound and no measurement: 32 ms, 30 with"]
     for word in (*told, "measured 50.00 ms, 1280 images/s", "idle 25.0%"):
         assert word in text, word
 
