@@ -19,7 +19,9 @@ from mimir_fast.kernels._shared.patch_tile import (
     tile_rows_of,
     to_prediction_order,
 )
+from mimir_fast.kernels._shared.pixels import pixels
 from mimir_fast.kernels._shared.registration import register
+from mimir_fast.kernels.linf_patch_step import reference
 from mimir_fast.kernels.masked_patch_loss.reference import VARIANCE_FLOOR
 
 FLOOR = tl.constexpr(VARIANCE_FLOOR)
@@ -45,7 +47,7 @@ def _linf_patch_step_kernel(
     """formula      stepped = clip(x + clip(adv + alpha * sign(g) - x, +-eps), lo, hi); r = ids_restore[b,l];
                  g = grad_visible[b,r] if r < K, else the positive multiple of d loss / d adv that target_gradient gives
     shapes       images, adv, stepped [B,C,H,W], grad_visible [B,K,P] contiguous, pred [B,L-K,P] with strides, bounds [4,C]
-    dtypes       any storage, fp32 arithmetic; stepped in the images' dtype
+    dtypes       any storage, uint8 images divided by 255, fp32 arithmetic; stepped in the images' dtype, adv's for uint8
     bytes        images, adv and stepped once, grad_visible once, pred of removed patches once, ids_restore once
     determinism  exact: every pixel has one writer
     source       MIMIR, arXiv 2312.04960, section 4; docs/fidelity.md for the gradient patch by patch
@@ -60,7 +62,7 @@ def _linf_patch_step_kernel(
     visible_R1 = rank_R1 < K
     offsets_RN = image_offsets(image, patch_R1, number_1N, L, grid_w, C, PATCH)
     adv_RN = tl.load(adv + offsets_RN, mask=exists_RN, other=0).to(tl.float32)
-    clean_RN = tl.load(images + offsets_RN, mask=exists_RN, other=0).to(tl.float32)
+    clean_RN = pixels(images, offsets_RN, exists_RN)
     seen_RN = grad_visible + (image * K + rank_R1) * P + number_1N
     seen_RN = tl.load(seen_RN, mask=exists_RN & visible_R1, other=0).to(tl.float32)
     pred_RN = pred + image * stride_b + (rank_R1 - K) * stride_l + to_prediction_order(number_1N, C, PATCH)
@@ -95,7 +97,7 @@ def linf_patch_step_forward(
     """The next adversarial images [B,C,H,W], contiguous."""
     images_BCHW, adv_BCHW = images_BCHW.contiguous(), adv_BCHW.contiguous()
     pred_BMP = pred_BMP if pred_BMP.stride(2) == 1 else pred_BMP.contiguous()
-    shape, dtype = images_BCHW.shape, images_BCHW.dtype
+    shape, dtype = images_BCHW.shape, reference.stepped_dtype(images_BCHW, adv_BCHW)
     launch = _prepared(shape, dtype, grad_visible_BKP.shape[1], pred_BMP.stride(), patch_size, norm_pix_loss)
     grad_visible_BKP, ids_restore_BL = grad_visible_BKP.contiguous(), ids_restore_BL.contiguous()
     (stepped,) = launch(images_BCHW, adv_BCHW, grad_visible_BKP, pred_BMP, ids_restore_BL, bounds_4C.contiguous())
@@ -106,7 +108,7 @@ def linf_patch_step_forward(
 def _prepared(
     shape: torch.Size, dtype: torch.dtype, K: int, strides: tuple[int, ...], patch_size: int, norm: bool
 ) -> Prepared:
-    """shape and dtype of the images, strides of pred."""
+    """shape of the images, dtype of the result, strides of pred."""
     (B, C, height, width), p = shape, patch_size
     L, grid_w = height // p * (width // p), width // p
     options = {"C": C, "PATCH": p, "NORM": norm, "num_warps": NUM_WARPS, **FUSED}
@@ -119,7 +121,7 @@ linf_patch_step = register(
     "(Tensor images, Tensor adv, Tensor grad_visible, Tensor pred, Tensor ids_restore, Tensor bounds, int patch_size, "
     "bool norm_pix_loss) -> Tensor",
     linf_patch_step_forward,
-    lambda images, *_: images.new_empty(images.shape),
+    lambda images, adv, *_: images.new_empty(images.shape, dtype=reference.stepped_dtype(images, adv)),
 )
 
 
@@ -128,12 +130,13 @@ def launches() -> list[Launch]:
         P, image = 3 * p * p, (8, 3, 4 * p, 4 * p)
         ids_restore, bounds = empty(8, 16, dtype=torch.int64), empty(4, 3)
         grad_visible, pred = empty(8, 4, P, dtype=dtype), empty(8, 12, P, dtype=dtype)
-        images, adv = empty(*image, dtype=storage), empty(*image, dtype=storage)
+        images = empty(*image, dtype=storage)
+        adv = empty(*image, dtype=storage if storage.is_floating_point else torch.float32)
         linf_patch_step_forward(images, adv, grad_visible, pred, ids_restore, bounds, p, norm)
 
     mixed = [
         Launch(f"p16 norm, {name} images", "bf16", partial(call, 16, True, torch.bfloat16, d))
-        for name, d in STORAGE.items()
+        for name, d in [*STORAGE.items(), ("uint8", torch.uint8)]
         if name != "fp32"
     ]
     return mixed + [

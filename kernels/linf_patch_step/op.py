@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mimir_fast.kernels._shared.registration import check_floats, check_indices, check_storage, choose
+from mimir_fast.kernels._shared.registration import check_floats, check_images, check_indices, check_storage, choose
 from mimir_fast.kernels.linf_patch_step import reference
 from mimir_fast.kernels.patch_gather.op import check_image_grid
 
@@ -46,12 +46,13 @@ def linf_patch_step(
     shapes       images, adv [B,C,H,W], grad_visible [B,K,P] in (channel, row, column) order, pred [B,M,P] of the removed
                  patches, rank K first, in (row, column, channel) order, ids_restore [B,L] int64, bounds [4,C] from
                  linf_bounds -> [B,C,H,W]
-    dtypes       any float storage, at least fp32 arithmetic; output in the images' dtype; not differentiable
+    dtypes       any float storage, images also uint8, which are divided by 255; at least fp32 arithmetic; output in the images'
+                 dtype, in adv's for uint8; not differentiable
     bytes        images, adv and output once, grad_visible once, pred once, ids_restore once
     determinism  exact; a gradient of exactly zero (or NaN) leaves the pixel where it was
     source       MIMIR, arXiv 2312.04960, section 4; the gradient patch by patch is derived in docs/fidelity.md
 
-    impl: "triton", "reference" or "auto" (triton on CUDA).  triton takes float storage up to 32 bits.
+    impl: "triton", "reference" or "auto" (triton on CUDA).  triton takes float storage up to 32 bits, and uint8.
     Raises ValueError if shapes or devices disagree, an element type or impl is not on offer, or norm_pix_loss is asked of
     patches of a single number.
     """
@@ -77,12 +78,12 @@ def linf_patch_step(
     if norm_pix_loss and P < 2:
         raise ValueError("norm_pix_loss: a patch of one number has no variance; use a larger patch_size")
     floats = {
-        "images": images_BCHW,
         "adv": adv_BCHW,
         "grad_visible": grad_visible_BKP,
         "pred": pred_BMP,
         "bounds": bounds_4C,
     }
+    check_images(images_BCHW.device, images_BCHW)
     check_floats(images_BCHW.device, **floats)
     check_indices(images_BCHW.device, ids_restore=ids_restore_BL)
     arguments = (
@@ -99,6 +100,6 @@ def linf_patch_step(
         # Imported here, since CPU-only installations have no Triton.
         from mimir_fast.kernels.linf_patch_step import kernel
 
-        check_storage(**floats)
+        check_storage(images=images_BCHW, **floats)
         return kernel.linf_patch_step(*arguments)
     return reference.linf_patch_step(*arguments)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from mimir_fast.kernels._shared.bytes import as_floats
 from mimir_fast.kernels.masked_patch_loss.reference import assemble, patch_statistics, patchify, predicted, select
 
 
@@ -16,9 +17,10 @@ def linf_patch_step(
     patch_size: int,
     norm_pix_loss: bool,
 ) -> Tensor:
-    """See op.py; [B,C,H,W] in the images' dtype."""
-    compute = torch.promote_types(images_BCHW.dtype, torch.float32)
-    images, adv = images_BCHW.to(compute), adv_BCHW.to(compute)
+    """See op.py; [B,C,H,W] in stepped_dtype."""
+    images = as_floats(images_BCHW)
+    compute = torch.promote_types(images.dtype, torch.float32)
+    images, adv = images.to(compute), adv_BCHW.to(compute)
     K, C, p = grad_visible_BKP.shape[1], images.shape[1], patch_size
     ids_shuffle_BL = ids_restore_BL.argsort(dim=1)
     removed = select(patchify(adv, p), ids_shuffle_BL[:, K:])
@@ -29,7 +31,12 @@ def linf_patch_step(
     # [B,C,rows,p,columns,p], the shape in which `assemble` gives the sign.
     images, adv = (t.unflatten(3, (-1, p)).unflatten(2, (-1, p)) for t in (images, adv))
     delta = torch.clamp(adv + alpha * sign - images, -eps, eps)
-    return torch.clamp(images + delta, lo, hi).to(images_BCHW.dtype).reshape(images_BCHW.shape)
+    return torch.clamp(images + delta, lo, hi).to(stepped_dtype(images_BCHW, adv_BCHW)).reshape(images_BCHW.shape)
+
+
+def stepped_dtype(images: Tensor, adv: Tensor) -> torch.dtype:
+    """The result's: that of the images, or of adv where these are bytes."""
+    return images.dtype if images.is_floating_point() else adv.dtype
 
 
 def target_gradient(patches: Tensor, pred: Tensor, norm_pix_loss: bool) -> Tensor:

@@ -8,7 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mimir_fast.kernels._shared.bytes import float_of
 from mimir_fast.kernels._shared.launch import STORAGE, Launch, Prepared, empty, memoised
+from mimir_fast.kernels._shared.pixels import pixels
 from mimir_fast.kernels._shared.registration import register
 
 # Counters per program; Philox gives four numbers for each.
@@ -22,7 +24,7 @@ NAN = tl.constexpr(tl.PropagateNan.ALL)
 def _linf_start_kernel(images, bounds, seed, start, n, plane, C: tl.constexpr, BLOCK: tl.constexpr):
     """formula      start = clip(x + eps * (2u - 1), lo, hi); u of element n: word n % 4 of Philox block n // 4, as [0,1)
     shapes       images, start [B,C,H,W] contiguous, n numbers, plane = H*W; bounds [4,C]; seed [] int64
-    dtypes       any float storage, fp32 arithmetic; start in the images' dtype
+    dtypes       any storage, uint8 divided by 255, fp32 arithmetic; start in the images' dtype, fp32 for uint8
     bytes        images and start once
     determinism  exact: a function of seed and position
     source       Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011
@@ -40,15 +42,14 @@ def _linf_start_kernel(images, bounds, seed, start, n, plane, C: tl.constexpr, B
         eps_N = tl.where(channel_N == channel, tl.load(bounds + channel), eps_N)
         lo_N = tl.where(channel_N == channel, tl.load(bounds + 2 * C + channel), lo_N)
         hi_N = tl.where(channel_N == channel, tl.load(bounds + 3 * C + channel), hi_N)
-    clean_N = tl.load(images + index_N, mask=index_N < n, other=0).to(tl.float32)
-    start_N = tl.clamp(clean_N + eps_N * (2 * uniform_N - 1), lo_N, hi_N, NAN)
+    start_N = tl.clamp(pixels(images, index_N, index_N < n) + eps_N * (2 * uniform_N - 1), lo_N, hi_N, NAN)
     tl.store(start + index_N, start_N.to(start.dtype.element_ty), mask=index_N < n)
 
 
 def linf_start_forward(images_BCHW: Tensor, bounds_4C: Tensor, seed: Tensor) -> Tensor:
     """The starting point [B,C,H,W], contiguous."""
     images_BCHW = images_BCHW.contiguous()
-    launch = _prepared(images_BCHW.shape, images_BCHW.dtype)
+    launch = _prepared(images_BCHW.shape, float_of(images_BCHW))
     (start_BCHW,) = launch(images_BCHW, bounds_4C.contiguous(), seed)
     return start_BCHW
 
@@ -66,7 +67,7 @@ linf_start = register(
     "linf_start",
     "(Tensor images, Tensor bounds, Tensor seed) -> Tensor",
     linf_start_forward,
-    lambda images, bounds, seed: images.new_empty(images.shape),
+    lambda images, bounds, seed: images.new_empty(images.shape, dtype=float_of(images)),
 )
 
 
@@ -74,4 +75,4 @@ def launches() -> list[Launch]:
     def call(dtype: torch.dtype):
         linf_start_forward(empty(8, 3, 64, 64, dtype=dtype), empty(4, 3), empty(dtype=torch.int64))
 
-    return [Launch("", dtype, partial(call, d)) for dtype, d in STORAGE.items()]
+    return [Launch("", dtype, partial(call, d)) for dtype, d in [*STORAGE.items(), ("uint8", torch.uint8)]]

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from mimir_fast.kernels._shared.bytes import as_floats, float_of
+
 # Philox's own: the multipliers of a round, and what each word of the key grows by (golden ratio, sqrt(3) - 1).
 ROUND_A, ROUND_B, KEY_A, KEY_B = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85
 LOW = 0xFFFFFFFF
@@ -11,11 +13,11 @@ UNIT = 4.6566127342e-10
 
 
 def linf_start(images_BCHW: Tensor, bounds_4C: Tensor, seed: Tensor) -> Tensor:
-    """See op.py; [B,C,H,W] in the images' dtype."""
+    """See op.py; [B,C,H,W] in the images' dtype, fp32 for uint8."""
     eps, _, lo, hi = bounds_4C.float()[:, :, None, None]
-    images = images_BCHW.float()
+    images = as_floats(images_BCHW).float()
     noise = eps * (2 * uniform(seed, images.numel()).view(images.shape) - 1)
-    return torch.clamp(images + noise, lo, hi).to(images_BCHW.dtype)
+    return torch.clamp(images + noise, lo, hi).to(float_of(images_BCHW))
 
 
 def uniform(seed: Tensor, count: int) -> Tensor:

@@ -24,6 +24,7 @@ from mimir_fast.kernels._shared.patch_tile import (
     to_image_order,
     to_prediction_order,
 )
+from mimir_fast.kernels._shared.pixels import pixels
 from mimir_fast.kernels._shared.registration import register
 from mimir_fast.kernels.masked_patch_loss.reference import VARIANCE_FLOOR
 
@@ -36,16 +37,6 @@ MEAN_BLOCK = 8192
 def _removed(ids, image, row_R1, M):
     """Patch id of each row of pred."""
     return tl.load(ids + image * M + row_R1, mask=row_R1 < M, other=0).to(tl.int32)
-
-
-@triton.jit
-def _pixels(images, offsets_RN, read_RN):
-    """fp32 pixels of float or uint8 images."""
-    pixels_RN = tl.load(images + offsets_RN, mask=read_RN, other=0).to(tl.float32)
-    # Decided when compiling.
-    if images.dtype.element_ty == tl.uint8:
-        pixels_RN = pixels_RN / 255
-    return pixels_RN
 
 
 @triton.jit
@@ -66,7 +57,7 @@ def _patch_error_kernel(
     inside_1N = number_1N < P
     read_RN = (row_R1 < M) & inside_1N
     offsets_RN = image_offsets(image, _removed(ids, image, row_R1, M), number_1N, L, grid_w, C, PATCH)
-    target_RN = _pixels(images, offsets_RN, read_RN)
+    target_RN = pixels(images, offsets_RN, read_RN)
     if NORM:
         target_RN, _ = normalise(target_RN, inside_1N, P, FLOOR)
     pred_RN = pred + image * stride_b + row_R1.to(tl.int64) * stride_m + to_prediction_order(number_1N, C, PATCH)
@@ -125,7 +116,7 @@ def _grad_pred_kernel(
     # This kernel writes grad_pred, so it works in the prediction's order; the others read the image at full width.
     in_image_1N = to_image_order(number_1N, C, PATCH)
     offsets_RN = image_offsets(image, _removed(ids, image, row_R1, M), in_image_1N, L, grid_w, C, PATCH)
-    target_RN = _pixels(images, offsets_RN, read_RN)
+    target_RN = pixels(images, offsets_RN, read_RN)
     if NORM:
         target_RN, _ = normalise(target_RN, inside_1N, P, FLOOR)
     pred_RN = tl.load(pred + image * stride_b + row_R1.to(tl.int64) * stride_m + number_1N, mask=read_RN, other=0).to(
@@ -166,7 +157,7 @@ def _grad_images_kernel(
     inside_1N = number_1N < P
     read_RN = (row_R1 < M) & inside_1N
     offsets_RN = image_offsets(image, _removed(ids, image, row_R1, M), number_1N, L, grid_w, C, PATCH)
-    target_RN = _pixels(images, offsets_RN, read_RN)
+    target_RN = pixels(images, offsets_RN, read_RN)
     pred_RN = pred + image * stride_b + row_R1.to(tl.int64) * stride_m + to_prediction_order(number_1N, C, PATCH)
     pred_RN = tl.load(pred_RN, mask=read_RN, other=0).to(tl.float32)
     if NORM:

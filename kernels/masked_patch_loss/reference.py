@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from mimir_fast.kernels._shared.bytes import as_floats
+
 # Added to a patch's variance before the square root, as in the original implementation of MAE.
 VARIANCE_FLOOR = 1e-6
 
@@ -53,7 +55,7 @@ def masked_patch_loss(
 ) -> Tensor:
     """See op.py: pred [B,M,P], images [B,C,H,W], ids [B,M] -> scalar."""
     compute = torch.promote_types(pred_BMP.dtype, torch.float32)
-    images = images_BCHW if images_BCHW.is_floating_point() else images_BCHW.float() / 255
+    images = as_floats(images_BCHW)
     target = select(patchify(images, patch_size), ids_BM)
     target = target.to(torch.promote_types(images.dtype, compute))
     if norm_pix_loss:

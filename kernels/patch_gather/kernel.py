@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, Prepared, empty, memoised
 from mimir_fast.kernels._shared.patch_tile import NUM_WARPS, tile_block, tile_grid, tile_rows, tile_rows_of
+from mimir_fast.kernels._shared.pixels import pixels
 from mimir_fast.kernels._shared.registration import register
 
 # Kept indices that the backward kernel compares with at a time.
@@ -29,10 +30,10 @@ def _pixel_offsets(patch_R1, number_1N, grid_w, stride_c, stride_h, stride_w, PA
 
 @triton.jit
 def _gather_kernel(
-    images, ids_keep, patches, scale, offset, K, stride_id, grid_w, stride_b, stride_c, stride_h, stride_w,
+    images, ids_keep, patches, offset, K, stride_id, grid_w, stride_b, stride_c, stride_h, stride_w,
     C: tl.constexpr, PATCH: tl.constexpr,
 ):  # fmt: skip
-    """formula      patches[b,k] = flatten(scale * patch ids_keep[b,k] of images[b] - offset)
+    """formula      patches[b,k] = flatten(patch ids_keep[b,k] of images[b] - offset), uint8 divided by 255
     shapes       images [B,C,H,W] with strides, ids_keep [B,K] with row stride -> patches [B,K,P] contiguous
     dtypes       any storage, uint8 included, fp32 arithmetic; patches in any float dtype
     bytes        the kept patches read once and written once, the indices read once
@@ -44,9 +45,8 @@ def _gather_kernel(
     number_1N = tl.arange(0, tile_block(P))[None, :]
     exists_RN = (kept_R1 < K) & (number_1N < P)
     patch_R1 = tl.load(ids_keep + image * stride_id + kept_R1, mask=kept_R1 < K, other=0).to(tl.int32)
-    pixels = images + image * stride_b
-    pixel_RN = pixels + _pixel_offsets(patch_R1, number_1N, grid_w, stride_c, stride_h, stride_w, PATCH)
-    value_RN = scale * tl.load(pixel_RN, mask=exists_RN, other=0).to(tl.float32) - offset
+    place_RN = _pixel_offsets(patch_R1, number_1N, grid_w, stride_c, stride_h, stride_w, PATCH)
+    value_RN = pixels(images + image * stride_b, place_RN, exists_RN) - offset
     tl.store(patches + (image * K + kept_R1) * P + number_1N, value_RN.to(patches.dtype.element_ty), mask=exists_RN)
 
 
@@ -56,9 +56,8 @@ def patch_gather_forward(
     """The kept patches [B,K,P]."""
     # ids_keep is a slice of ids_shuffle: neighbouring numbers, rows L apart.
     ids_keep_BK = ids_keep_BK if ids_keep_BK.stride(1) == 1 else ids_keep_BK.contiguous()
-    scale = 1 / 255 if images_BCHW.dtype == torch.uint8 else 1.0
     images, ids = (images_BCHW.shape, images_BCHW.stride()), (ids_keep_BK.shape[1], ids_keep_BK.stride(0))
-    (patches_BKP,) = _prepared_forward(*images, *ids, patch_size, scale, offset, dtype)(images_BCHW, ids_keep_BK)
+    (patches_BKP,) = _prepared_forward(*images, *ids, patch_size, offset, dtype)(images_BCHW, ids_keep_BK)
     return patches_BKP
 
 
@@ -69,14 +68,13 @@ def _prepared_forward(
     K: int,
     stride_id: int,
     patch_size: int,
-    scale: float,
     offset: float,
     dtype: torch.dtype,
 ) -> Prepared:
     """shape and strides of the images, dtype of the patches."""
     B, C, _, width = shape
     P, options = C * patch_size**2, {"C": C, "PATCH": patch_size, "num_warps": NUM_WARPS, **FUSED}
-    numbers, results = (scale, offset, K, stride_id, width // patch_size, *strides), [((B, K, P), dtype)]
+    numbers, results = (offset, K, stride_id, width // patch_size, *strides), [((B, K, P), dtype)]
     return Prepared(_gather_kernel, tile_grid(B, K, P), *numbers, results=results, **options)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mimir_fast.kernels import linf_bounds, linf_start
+from mimir_fast.kernels._shared.bytes import as_floats
 
 __all__ = ["attack_bounds", "linf_step", "pgd", "pgd_best", "starting_point"]
 
@@ -37,10 +38,12 @@ def attack_bounds(
 def starting_point(images: Tensor, bounds: Tensor, start: Tensor, kernels: str = "auto") -> Tensor:
     """Where the attack starts, [B,C,H,W] within the valid range.
 
+    images may be uint8, 255 for 1.
     start: a seed (one int64 number) of uniform noise in the ball, or the additive noise itself [B,C,H,W].
     """
     if not start.is_floating_point():
         return linf_start(images, bounds, start, impl=kernels)
+    images = as_floats(images)
     lo, hi = bounds[2:, :, None, None].to(images.dtype)
     return torch.clamp(images + start, lo, hi)
 

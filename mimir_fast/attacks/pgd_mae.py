@@ -134,6 +134,7 @@ def ascend_reconstruction(
 ) -> Tensor:
     """PGD-MAE with everything decided by the caller: what the training step and `pgd_mae` run.
 
+    images         [B,C,H,W], clean, floats; uint8 too (255 for 1) where the attack works on patches
     bounds         [4,C] eps, alpha, lo, hi of every channel in the images' units (linf_bounds): made once, since their
                    numbers are copied from the host
     start          see `starting_point` (default: a seed drawn from torch's generator); mask_noise: one [B,L] per step

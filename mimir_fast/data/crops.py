@@ -9,6 +9,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 from torch import Tensor
 
+from mimir_fast.kernels._shared.bytes import as_floats
+
 # Zeros on each side before a random crop, pixels.
 PAD = 4
 # Fraction of the image's area.
@@ -31,9 +33,7 @@ def to_float(images_u8: Tensor, mean: Channels | None = None, std: Channels | No
         raise ValueError(f"images_u8: expected torch.uint8, got {images_u8.dtype}")
     if (mean is None) != (std is None):
         raise ValueError("mean, std: give both or neither")
-    device = images_u8.device
-    # A divisor on the device: CUDA would turn division by a Python number into a less exact multiplication.
-    images = images_u8.to(torch.float32).div_(torch.full((), 255.0, device=device))
+    images, device = as_floats(images_u8), images_u8.device
     if mean is None or std is None:
         return images
     return images.sub_(_channel_constants(tuple(mean), device)).div_(_channel_constants(tuple(std), device))

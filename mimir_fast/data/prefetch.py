@@ -16,9 +16,10 @@ Place = Callable[[tuple[int, ...]], Tensor | None]
 def prefetch(
     batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, place: Place = lambda shape: None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images [B,3,H,W] and labels int64 [B] of every batch, on the device: uint8, from a cache fp32 in [0,1].
+    """Images [B,3,H,W] and labels int64 [B] of every batch, on the device: uint8, from a cache in the dtype of `place`.
 
-    place   where crops of a cache are written; the batch before may be overwritten when the next is asked for
+    place   where crops of a cache are written, uint8 or fp32 in [0,1], or None: to new fp32 tensors; the batch before may be
+            overwritten when the next is asked for
 
     On CUDA the next batch is copied on a side stream while the current one is in use (asynchronously if it is in pinned
     memory), and the host gets at most two batches ahead of the device; elsewhere each batch is copied when it is asked for.
@@ -53,7 +54,10 @@ def _copied(batch: Batch, device: torch.device) -> Batch:
 
 def _cropped(batch: Batch, place: Place) -> tuple[Tensor, Tensor]:
     """Images and labels of a batch on the device; the current stream crops."""
-    return batch.crops(torch.float32, place(batch.shape)) if isinstance(batch, PackedBatch) else batch
+    if not isinstance(batch, PackedBatch):
+        return batch
+    there = place(batch.shape)
+    return batch.crops(torch.float32 if there is None else there.dtype, there)
 
 
 # One for all epochs: the allocator keeps the memory of a stream for that stream.

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mimir_fast.config.choices import PENALTIES
 from mimir_fast.kernels import nhsic, ridge_inverse
+from mimir_fast.kernels._shared.bytes import as_floats
 from mimir_fast.kernels.nhsic.op import Inverse
 
 __all__ = ["bandwidth", "compared", "nhsic", "penalty_value", "renyi_entropy", "renyi_mi", "squared_distances"]
@@ -22,14 +23,14 @@ def compared(
     kernels: str = "auto",
     gather: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor | Inverse:
-    """What penalty_value compares a latent with, of images and adv_images [B,C,H,W]: the adversarial ones for hsic, the clean
-    ones for dib_mi and renyi2.
+    """What penalty_value compares a latent with, of images and adv_images [B,C,H,W], floats or uint8: the adversarial ones for
+    hsic, the clean ones for dib_mi and renyi2.
 
     gather   of this process's images [B,...] those of all
     Returns rows [m,d], or of hsic the half of its work that these suffice for.
     """
     chosen = adv_images if kind == "hsic" else images
-    rows = (chosen if gather is None else gather(chosen)).flatten(1)
+    rows = as_floats(chosen if gather is None else gather(chosen)).flatten(1)
     return ridge_inverse(rows, impl=kernels) if kind == "hsic" else rows
 
 

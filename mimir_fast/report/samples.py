@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mimir_fast.checkpoints.atomic import write_atomically
+from mimir_fast.kernels._shared.bytes import as_floats
 from mimir_fast.kernels.masked_patch_loss.reference import patch_statistics, predicted_image, target_patches
 from mimir_fast.training.pretrain_step import PretrainOutput
 
@@ -45,6 +46,8 @@ def save_samples(
     position    epoch, update and eps_255, which are stored as well
     """
     images, adv, pred, ids = (t[:SAMPLES] for t in (images, output.adv, output.pred, output.ids_removed))
+    # Without an attack they are the batch's own.
+    adv = as_floats(adv)
     # A family may mask the whole batch alike, with one row.
     ids = ids.expand(len(images), -1)
     mask = torch.zeros(len(images), images[0, 0].numel() // patch_size**2, device=images.device).scatter(1, ids, 1.0)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -62,9 +63,9 @@ class CapturedSteps:
         self._whole |= last
         return self._graph.launch(key)
 
-    def place(self, shape: tuple[int, ...]) -> Tensor:
-        """Where the first input of the next micro-step, fp32 of this shape, is best written: it is then not copied."""
-        return self._inputs.place(shape, self.world.device)
+    def place(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Where the first input of the next micro-step, of this shape, is best written: it is then not copied."""
+        return self._inputs.place(shape, self.world.device, dtype)
 
     def context(self) -> AbstractContextManager:
         """Context in which the training must run."""

@@ -146,6 +146,10 @@ class Engine:
             batch = self.task.prepare(images, labels, draws)
             return batch, self.task.draw_noise(self.generator, batch)
 
+    def place(self, shape: tuple[int, ...]) -> Tensor:
+        """Where images of this shape are best written for the next micro-step, in the dtype that the task takes as it is."""
+        return self.captured.place(shape, self.task.pixels)
+
     def forward_backward(self, batch: Any, noise: Any, last: bool = True) -> Output:
         """Attack, forward and backward pass: the rest of a micro-step, which is work on the device alone."""
         with self._gradients_held() if not last else nullcontext():

@@ -65,6 +65,7 @@ class Finetuning:
     """
 
     tags = {"loss": "loss", "lr": "lr"}  # noqa: RUF012 (the original's; nobody changes it)
+    pixels = torch.float32
 
     def __init__(self, run: Run[FinetuneConfig], world: World, stream: BatchStream | None = None):
         if stream is not None:

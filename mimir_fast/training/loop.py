@@ -105,7 +105,7 @@ class Loop:
         self.engine.updater.optimizer.zero_grad(set_to_none=True)
         self.task.start_epoch(p.epoch)
         self.engine.meters.sums.restart(p.sums)
-        batches = prefetch(self.stream.epoch(p.epoch, p.step), device, self.engine.captured.place)
+        batches = prefetch(self.stream.epoch(p.epoch, p.step), device, self.engine.place)
         batch = output = None
         lr, waited = 0.0, 0.0
         for step in range(p.step, len(self.stream)):

@@ -70,7 +70,7 @@ def pretrain_step(
 
     objective    a ReconstructionObjective, possibly wrapped in DDP
     model        the model that the attack runs on: the objective's, or its frozen_twin where the functions are compiled
-    images       [B,C,H,W] float, clean; the loss reconstructs them from their adversarial version
+    images       [B,C,H,W] floats or uint8, clean; the loss reconstructs them from their adversarial version
     Raises ValueError for an attack without bounds.
     """
     if attack.steps is None:

@@ -225,10 +225,10 @@ class StaticTensors:
         self.tensors: list[Tensor] = []
         self._placed: Tensor | None = None
 
-    def place(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        """The same fp32 tensor at every call: who writes the first input there saves its copy."""
+    def place(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The same tensor at every call: who writes the first input there saves its copy."""
         if self._placed is None:
-            self._placed = torch.empty(shape, device=device)
+            self._placed = torch.empty(shape, dtype=dtype, device=device)
         return self._placed
 
     def put(self, tensors: list[Tensor], device: torch.device) -> list[Tensor]:

@@ -51,6 +51,7 @@ class Step(Protocol):
     model           the fp32 model, which the engine trains
     average_decay   decay of a running average of the parameters; None: no average is kept
     uncapturable    why a CUDA graph cannot hold `prepare`, `draw_noise` and `step`; "" if it can
+    pixels          uint8, or fp32 in [0,1]: the dtype of images that `prepare` converts least
     form            what their operations depend on beside tensors and the run; where it changes, a step is captured anew
     Models, batches, noise and outputs are of types that only the task knows: Any.
     """
@@ -65,6 +66,9 @@ class Step(Protocol):
 
     @property
     def uncapturable(self) -> str: ...
+
+    @property
+    def pixels(self) -> torch.dtype: ...
 
     @property
     def form(self) -> Hashable: ...

@@ -46,7 +46,7 @@ class ToyTask:
     """A linear model learns to add up pixels, to which a little noise was added."""
 
     tags, summary = {"loss": "loss"}, "a toy"
-    form, uncapturable = None, ""
+    form, uncapturable, pixels = None, "", torch.float32
 
     def __init__(self, run: Run, average_decay: float | None = None):
         self.run, self.stream, self.model, self.average_decay = run, ToyStream(), nn.Linear(12, 1), average_decay

@@ -15,6 +15,7 @@ from mimir_fast.attacks.pgd_mae import (
     reconstruction,
     starting_point,
 )
+from mimir_fast.kernels._shared.bytes import as_floats
 from mimir_fast.objectives import reconstruction as objective_module
 from mimir_fast.objectives.reconstruction import ReconstructionObjective
 from mimir_fast.training.optimizer import Updater, build_optimizer
@@ -93,6 +94,17 @@ def test_plain_attack_is_a_clean_autoencoder_without_penalty():
     assert out.loss.item() == model(images, noise=noise.train_mask)[0].item()
     assert torch.equal(out.adv, images)
     assert out.penalty_used
+
+
+@pytest.mark.parametrize("penalty", ["hsic", "renyi2"])
+@pytest.mark.parametrize("attack", [ATTACK, MaeAttack()], ids=["attacked", "plain"])
+def test_images_in_bytes_give_what_their_floats_give(penalty, attack):
+    model, images = small_model(), torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
+    in_bytes, first = run_step(model, images, penalty, attack=attack), gradients(model)
+    in_floats = run_step(model, as_floats(images), penalty, attack=attack)
+    assert [torch.equal(a, b) for a, b in zip(in_bytes[:4], in_floats)] == 4 * [True]
+    assert torch.equal(as_floats(in_bytes.adv), in_floats.adv)
+    assert all(torch.equal(first[name], grad) for name, grad in gradients(model).items())
 
 
 def test_noise_is_a_function_of_the_position():
