@@ -147,7 +147,8 @@ def guarded_penalty(
     value = value.detach()
     # Usable or not for all processes alike: each has computed the whole.
     # The original's penalty is exactly 0 where a matrix could not be inverted, and is then left out.
-    used = value.isfinite() & (value != 0) & grad.isfinite().all()
+    # One pass over the gradient, whose extremes are NaN where any number is: isfinite of each takes five.
+    used = value.isfinite() & (value != 0) & torch.stack(torch.aminmax(grad)).isfinite().all()
     if gathered is not None:
         # Gradients of parameters are averaged over processes, and each has its own images' part of the sum alone.
         grad = gathered.own(grad) * gathered.size
