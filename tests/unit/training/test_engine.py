@@ -191,6 +191,13 @@ def test_a_micro_step_is_a_function_of_its_position():
     assert not torch.equal(first.noise, second.micro_step(*batch(0), epoch=1, step=2).noise)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_crops_are_written_as_the_task_takes_them(dtype):
+    engine = toy_engine()
+    engine.task.pixels = dtype
+    assert engine.place((2, 3, 2, 2)).dtype == dtype
+
+
 def test_gradients_of_micro_steps_are_averaged_and_an_update_clears_them():
     engine = toy_engine()
     model, singles = engine.task.model, []
