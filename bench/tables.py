@@ -21,9 +21,8 @@ PUBLISHED_MFU = 0.229  # the highest among the trainings that docs/performance.m
 BOUNDS = """model={model}; step={step}; for={gpu}; kernels + products + memsets={kernels} + {gemms} + {memsets}
 issued by the host={issued}; host ms={host_ms}; host / bound={host_share}
 waits={syncs}; GB={gb:.1f}; GB outside products and attention={gb_outside_gemm_attention:.1f}; product TFLOP={gemm_tflop:.1f}
-peak GiB={peak_gib:.1f}; bound ms={bound_ms:.1f}; of which dense solves ms={solves_ms:.1f}
-expected ms={expected_ms}; measured ms={ms}; configuration={setting}
-record: device · CUDA driver · torch · Triton · commit · date={source}"""
+peak GiB={peak_gib:.1f}; bound ms={bound_ms:.1f}; of which dense solves ms={solves_ms:.1f}; expected ms={expected_ms}
+measured ms={ms}; configuration={setting}; record: device · CUDA driver · torch · Triton · commit · date={source}"""
 SHARES = (
     f"model={{model}}; step={{step}}; {'; '.join(f'{kind}={{{kind}}}' for kind in CLASSES)}; configuration={{setting}}"
 )
