@@ -4,7 +4,7 @@ ours         as the trainer builds it from its flags
 references   the same, with every kernel's reference implementation, under plain torch.compile, uncaptured
 textbook     tests/oracles/textbook.py, eager: the step written straightforwardly; its fine-tuning model is timm's own
 
-The images are on the device already, as floats: reading, decoding and copying them is the data pipeline's.
+The images are on the device already, as the step takes them: reading, decoding and copying them is the data pipeline's.
 """
 
 import argparse
