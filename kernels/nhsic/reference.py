@@ -73,8 +73,8 @@ class NHSIC(torch.autograd.Function):
         c = RIDGE * m
         ctx.sigma, ctx.kernel_y, ctx.dtype_y = sigma, kernel_y, y_me.dtype
         x_md, kx, px = side(x_md, sigma, "gaussian")
-        y_me, ky, py = side(y_me, sigma, kernel_y) if kernel_y else (None, None, y_me)
-        ctx.save_for_backward(x_md, y_me, kx, ky, px, py)
+        rows_y, ky, py = side(y_me, sigma, kernel_y) if kernel_y else (None, None, y_me)
+        ctx.save_for_backward(x_md, rows_y, kx, ky, px, py)
         return (m - c * px.trace() - c * py.trace() + c**2 * (px * py).sum()).to(x_md.dtype)
 
     # Backward works on saved tensors outside autograd: without this a second derivative would be silently wrong.

@@ -83,7 +83,7 @@ class ReconstructionObjective(nn.Module):
         # dib_mi waits for eigenvalues.
         between_graphs = leaves("penalty", always=penalty == "dib_mi")
         side = None if between_graphs else self.side
-        kernels, gather = self.model.kernels, self.gathered and self.gathered.gather
+        kernels, gather = self.model.kernels, None if self.gathered is None else self.gathered.gather
         with _beside(side), stage("penalty"):
             x = None if between_graphs else compared(penalty, images, adv, kernels, gather)
         latent, ids_shuffle = self._encoded(adv, noise_BL, *plan)
