@@ -157,12 +157,12 @@ def environment_of(device: torch.device, run: Run) -> Environment:
 
 
 def driver_version() -> str:
-    """The driver's own version; where the system does not tell it, the version of CUDA that it supports."""
+    """The driver's own version; "unknown" where the system does not tell it, as in some containers."""
     with contextlib.suppress(OSError):
         if found := re.search(r"\d+\.[\d.]+", DRIVER.read_text(encoding="utf-8", errors="replace")):
             return found[0]
-    version = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
-    return f"CUDA {version // 1000}.{version % 1000 // 10}"
+    # torch 2.14 has no function for it any more.
+    return "unknown"
 
 
 def triton_version() -> str:
