@@ -215,7 +215,7 @@ def test_a_step_that_waits_is_not_captured_and_trains_on(data, tmp_path):
 @needs_simulated_gpu
 def test_two_hundred_updates_take_no_more_memory(data, tmp_path):
     words = runs.command(
-        data, tmp_path, "--device cuda --output_dir= --log_dir= --no_compile --epochs 40 --log_every 7"
+        data, tmp_path, f"{PLACES} --epochs 40 --log_every 7"
     )
     log = trained(tmp_path, "pretrain", [*words, "--max_steps", "200", "--mi_train", "plain"])
     assert len(log.updates) == 200
