@@ -15,10 +15,10 @@ import torch
 
 from bench import records
 from bench.simulated_gpu import marker
-from bench.steps import FINETUNE, VARIANTS
+from bench.steps import DEFAULTS, FINETUNE, PRETRAIN, VARIANTS
 from mimir_fast.checkpoints.atomic import write_text_atomically
 
-GROUPS = ("capture", "tests", "kernels", "step", "finetune", "data", "train", "profile")
+GROUPS = ("tune", "capture", "tests", "kernels", "step", "finetune", "data", "train", "profile")
 FLAGS = ["--residual_dtype", "bf16"]  # of docs/performance.md
 ATTACKS = (1, 10)  # steps of the fine-tuning steps
 TESTS = ("tests/kernels/test_devices.py", "tests/runs/test_gpu.py")
@@ -102,7 +102,10 @@ def plan(args: argparse.Namespace, flags: list[str]) -> list[Stage]:
         results = [] if verb in ("profile", "capture") else ["--results", f"{args.results / verb}.jsonl"]
         found.append(Stage(name, [sys.executable, "-m", "bench", verb, *results, *words], share))
 
-    # first of all whether a captured step computes what the others compute
+    for model in args.models if not marker() else ():  # what all others then compute with
+        words = [*DEFAULTS[PRETRAIN], "--model", model, *flags]
+        found.append(Stage(f"tune {model}", [sys.executable, "-m", "mimir_fast.cli", "tune", *words], COMPILED))
+    # whether a captured step computes what the others compute
     add("capture", COMPILED, "capture", "--model", args.models[-1], *flags)
     if not marker():  # a simulated GPU computes nothing
         found.append(Stage("tests", [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *TESTS], 80))

@@ -35,6 +35,8 @@ ELSEWHERE = {
     "aa_images",
     "processes",
     "study",
+    "export",
+    "import",
 }
 CONFIGURATIONS = (PretrainConfig, FinetuneConfig, EvaluateConfig, AnalyzeConfig, ExportConfig, CacheConfig)
 

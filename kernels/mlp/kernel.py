@@ -15,7 +15,9 @@ from torch.autograd.function import once_differentiable
 from mimir_fast.kernels._shared.column_sums import add_partials
 from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, Prepared, empty, memoised, nothing
 from mimir_fast.kernels._shared.registration import register
+from mimir_fast.kernels._shared.tiles import chosen
 from mimir_fast.kernels.mlp.gelu import gelu, gelu_slope
+from mimir_fast.kernels.mlp.tiles import SIZES
 
 # Tiles of rows whose programs run together, so that they find the same weights in the L2 cache.
 GROUP = 8
@@ -124,8 +126,9 @@ def _gelu_linear_grad_kernel(
 
 def linear_gelu_forward(x_MD: Tensor, weight_FD: Tensor, bias_F: Tensor, config: dict | None = None) -> tuple:
     """gelu(pre) and pre = x weight^T + bias, both [M,F]."""
-    (M, D), sizes = x_MD.shape, (config or _config(x_MD.device)).values()
-    launch = _prepared_forward(M, weight_FD.shape[0], D, x_MD.dtype, *sizes)
+    (M, D), F, dtype = x_MD.shape, weight_FD.shape[0], x_MD.dtype
+    config = config or chosen("_linear_gelu_kernel", D, F, dtype) or _config(x_MD.device)
+    launch = _prepared_forward(M, F, D, dtype, *config.values())
     act_MF, pre_MF = launch(x_MD.contiguous(), weight_FD.contiguous(), bias_F.contiguous())
     return act_MF, pre_MF
 
@@ -134,8 +137,9 @@ def gelu_linear_backward(
     grad_MD: Tensor, weight_DF: Tensor, pre_MF: Tensor, with_sums: bool, config: dict | None = None
 ) -> tuple[Tensor, Tensor]:
     """Gradient in pre [M,F], and its sum over the rows [F], empty unless with_sums."""
-    (M, F), sizes = pre_MF.shape, (config or _config(grad_MD.device)).values()
-    launch = _prepared_backward(M, F, grad_MD.shape[1], pre_MF.dtype, with_sums, *sizes)
+    (M, F), D, dtype = pre_MF.shape, grad_MD.shape[1], pre_MF.dtype
+    config = config or chosen("_gelu_linear_grad_kernel", D, F, dtype) or _config(grad_MD.device)
+    launch = _prepared_backward(M, F, D, dtype, with_sums, *config.values())
     grad_pre_MF, sums_1TF = launch(grad_MD.contiguous(), weight_DF.contiguous(), pre_MF.contiguous())
     return grad_pre_MF, add_partials(sums_1TF, (pre_MF.dtype,))[0] if with_sums else nothing(pre_MF)
 
@@ -226,8 +230,16 @@ def launches() -> list[Launch]:
 
     # It writes 32 numbers per program.
     narrow = frozenset(["_add_partials_kernel"])
-    return [
+    own = [
         Launch(f"D{D} F{4 * D}", kind, partial(call, D, 4 * D, STORAGE[kind], config), narrow, archs)
         for archs, config in (((80,), AMPERE), ((90,), HOPPER))
         for D, kind in ((768, "bf16"), (768, "fp16"), (192, "bf16"))
+    ]
+    # In fp16 alone, which only the recorded table has: compiling takes long.
+    return own + [
+        Launch(
+            f"D768 F3072 {name}", "fp16", partial(call, 768, 3072, STORAGE["fp16"], config), narrow, (10 * generation,)
+        )
+        for generation, named in SIZES.items()
+        for name, config in named.items()
     ]

@@ -20,6 +20,11 @@ from torch import Tensor
 
 from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, Prepared, empty, memoised
 from mimir_fast.kernels._shared.registration import register
+from mimir_fast.kernels._shared.tiles import Tiles, chosen
+from mimir_fast.kernels.short_attention.tiles import BACKWARD, FORWARD, alternatives
+
+# In the order of tiles.py and of the two functions that choose them here.
+TILES = ("ROWS", "KEYS", "num_warps")
 
 
 @triton.constexpr_function
@@ -230,32 +235,38 @@ def _attend_grad_kernel(
 
 def short_attention_forward(qkv_BTQ: Tensor, num_heads: int) -> Tensor:
     """The attention output [B,T,N*d]."""
-    (out_BTD,) = _prepared_forward(qkv_BTQ.shape, num_heads, qkv_BTQ.dtype)(qkv_BTQ.contiguous())
+    shape, dtype = qkv_BTQ.shape, qkv_BTQ.dtype
+    sizes = chosen("_attend_kernel", shape[1], shape[2] // 3 // num_heads, dtype).values()
+    (out_BTD,) = _prepared_forward(shape, num_heads, dtype, *sizes)(qkv_BTQ.contiguous())
     return out_BTD
 
 
 @memoised
-def _prepared_forward(shape: torch.Size, num_heads: int, dtype: torch.dtype) -> Prepared:
-    """shape: of qkv."""
+def _prepared_forward(shape: torch.Size, num_heads: int, dtype: torch.dtype, *sizes: int) -> Prepared:
+    """shape: of qkv; sizes: the values of tile sizes that were chosen, none: our own."""
     B, T, Q = shape
     head = Q // 3 // num_heads
-    options = {"T": T, "HEAD": head, **forward_tiles(T, head, dtype.itemsize), **FUSED}
+    tiles = dict(zip(TILES, sizes)) or forward_tiles(T, head, dtype.itemsize)
+    options = {"T": T, "HEAD": head, **tiles, **FUSED}
     results = [((B, T, Q // 3), dtype)]
     return Prepared(_attend_kernel, _grid(B, num_heads, head), num_heads, results=results, **options)
 
 
 def short_attention_backward(grad_BTD: Tensor, qkv_BTQ: Tensor, num_heads: int) -> Tensor:
     """Gradient in qkv [B,T,3*N*d]."""
-    launch = _prepared_backward(qkv_BTQ.shape, num_heads, qkv_BTQ.dtype)
+    shape, dtype = qkv_BTQ.shape, qkv_BTQ.dtype
+    sizes = chosen("_attend_grad_kernel", shape[1], shape[2] // 3 // num_heads, dtype).values()
+    launch = _prepared_backward(shape, num_heads, dtype, *sizes)
     (grad_qkv_BTQ,) = launch(grad_BTD.contiguous(), qkv_BTQ.contiguous())
     return grad_qkv_BTQ
 
 
 @memoised
-def _prepared_backward(shape: torch.Size, num_heads: int, dtype: torch.dtype) -> Prepared:
+def _prepared_backward(shape: torch.Size, num_heads: int, dtype: torch.dtype, *sizes: int) -> Prepared:
     B, T, Q = shape
     head = Q // 3 // num_heads
-    options = {"T": T, "HEAD": head, **backward_tiles(T, head, dtype.itemsize), **FUSED}
+    tiles = dict(zip(TILES, sizes)) or backward_tiles(T, head, dtype.itemsize)
+    options = {"T": T, "HEAD": head, **tiles, **FUSED}
     # 1/sqrt(d) for the gradients in q and k: the factor in the exponent holds a 1/ln 2 beside it, for powers of two.
     grid, results = _grid(B, num_heads, head), [(shape, dtype)]
     return Prepared(_attend_grad_kernel, grid, num_heads, head**-0.5, results=results, **options)
@@ -342,8 +353,21 @@ def launches() -> list[Launch]:
         qkv_BTQ = empty(8, tokens, 3 * 16 * head, dtype=dtype)
         short_attention_backward(short_attention_forward(qkv_BTQ, 16), qkv_BTQ, 16)
 
-    return [
+    def call_with(tokens: int, head: int, tiles: dict[str, Tiles]):
+        shape, dtype = (8, tokens, 3 * 16 * head), torch.float16
+        qkv_BTQ, grad_BTD = empty(*shape, dtype=dtype), empty(8, tokens, 16 * head, dtype=dtype)
+        _prepared_forward(qkv_BTQ.shape, 16, dtype, *tiles[FORWARD].values())(qkv_BTQ)
+        if BACKWARD in tiles:
+            _prepared_backward(qkv_BTQ.shape, 16, dtype, *tiles[BACKWARD].values())(grad_BTD, qkv_BTQ)
+
+    own = [
         Launch(f"T{tokens} d{head}", name, partial(call, tokens, head, STORAGE[name]))
         for name in sizes
         for tokens, head in sizes[name]
+    ]
+    # In fp16 alone, which only the recorded table has: compiling takes long.
+    return own + [
+        Launch(f"T{tokens} d{head} {name}", "fp16", partial(call_with, tokens, head, tiles))
+        for tokens, head in real[:2]
+        for name, tiles in alternatives(tokens, head, 2).items()
     ]

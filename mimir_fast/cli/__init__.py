@@ -14,6 +14,7 @@ VERBS = {
     "cache": ("mimir_fast.cli.cache", "decoded images on disk, from which training reads many times as fast"),
     "demo": ("mimir_fast.cli.demo", "all of it on handwritten digits, on two CPU cores"),
     "memory": ("mimir_fast.cli.memory", "peak memory of a training and the largest batch that fits; needs no GPU"),
+    "tune": ("mimir_fast.cli.tune", "which implementations are the fastest on this machine, measured ahead"),
     "report": ("mimir_fast.cli.report", "HTML report of a run's folder"),
 }
 # Verbs of earlier versions and what they are called now.

@@ -4,14 +4,11 @@ Also `python -m mimir_fast.memory`.  Takes every flag of `mimir-fast pretrain`, 
 finetune`: try a command line as it stands.
 """
 
-import argparse
 import sys
-from dataclasses import replace
 
 from mimir_fast.cli.errors import guarded
-from mimir_fast.cli.finetune import FINETUNE
-from mimir_fast.cli.parser import Command, build_parser, canonical, configuration
-from mimir_fast.cli.pretrain import PRETRAIN
+from mimir_fast.cli.parser import build_parser, canonical, configuration
+from mimir_fast.cli.tasks import add_task, command_of, commands_for
 from mimir_fast.config.resolve import Run
 from mimir_fast.memory import capacity
 from mimir_fast.memory.capacity import GPUS, Gpu, needed, on_cuda
@@ -21,10 +18,7 @@ PROG = "mimir-fast memory"
 DESCRIPTION = """Peak GPU memory [GiB, 2^30 bytes] of one process's training step, and the largest batch [images] that fits.
 Needs no GPU, reads no data, takes seconds when eager and a minute or two when compiled.  Exit status: 0 the batch fits a GPU,
 1 it does not, 2 wrong input."""
-COMMANDS = {
-    task: replace(command, prog=PROG, description=DESCRIPTION)
-    for task, command in (("pretrain", PRETRAIN), ("finetune", FINETUNE))
-}
+COMMANDS = commands_for(PROG, DESCRIPTION)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,9 +42,9 @@ def parse_memory_args(argv: list[str]) -> tuple[Run, dict[str, Gpu]]:
 
     Exits with status 2 and one line on a wrong flag (argparse); raises ValueError on a wrong value.
     """
-    command = _command(argv)
+    command = command_of(argv, COMMANDS)
     parser = build_parser(command)
-    _add_task(parser)
+    add_task(parser)
     group = parser.add_argument_group("What it must fit (default: every GPU known by name)")
     group.add_argument("--gpu", choices=list(GPUS), help="a GPU by name and memory")
     group.add_argument("--memory_gib", type=float, metavar="FLOAT", help="any other GPU's memory [GiB]")
@@ -65,18 +59,6 @@ def parse_memory_args(argv: list[str]) -> tuple[Run, dict[str, Gpu]]:
     if memory is not None:
         return run, {f"{memory:g} GiB": Gpu(memory, 32)}
     return run, {name: GPUS[name]} if name else GPUS
-
-
-def _command(argv: list[str]) -> Command:
-    """Whose flags the words are."""
-    parser = argparse.ArgumentParser(prog=PROG, add_help=False, allow_abbrev=False)
-    _add_task(parser)
-    return COMMANDS[parser.parse_known_args(argv)[0].task]
-
-
-def _add_task(parser: argparse.ArgumentParser) -> None:
-    words = "whose step, and whose flags the others are (default: %(default)s)"
-    parser.add_argument("--task", choices=list(COMMANDS), default="pretrain", help=words)
 
 
 if __name__ == "__main__":

@@ -54,11 +54,12 @@ def _with_tiles(name: str, tiles: dict[str, dict[str, Tiles]]) -> list[Candidate
 
 def alternatives(problem: Problem, device: torch.device) -> dict[str, dict[str, Tiles]]:
     """Named tile sizes of our kernels for a problem: of each of its kernels by the kernel's name."""
-    generation = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
     if problem.op == "mlp":
-        return mlp_alternatives(generation)
+        generation = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+        width, hidden = problem.sizes
+        return mlp_alternatives(width, hidden, generation)
     tokens, _, head = problem.sizes
-    return short_alternatives(tokens, head, DTYPES[problem.dtype].itemsize, generation)
+    return short_alternatives(tokens, head, DTYPES[problem.dtype].itemsize)
 
 
 def place_tiles(choices: Choices, device: torch.device) -> None:

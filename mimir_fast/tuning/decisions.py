@@ -2,9 +2,10 @@
 
 import argparse
 import contextlib
+import platform
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,14 @@ from mimir_fast.training.compilation import WITHOUT_GRAPHS, Compiler
 from mimir_fast.training.distributed import World
 from mimir_fast.training.task import Step
 from mimir_fast.tuning.candidates import Workbench, candidates_of, place_tiles
-from mimir_fast.tuning.measuring import Bench, Trial, fastest, measure
+from mimir_fast.tuning.measuring import TOO_LATE, Bench, Trial, fastest, measure
 from mimir_fast.tuning.records import AGAIN, AUTO, OFF, WORDS, Candidate, Choices, Problem, as_text, from_text
 from mimir_fast.tuning.remembered import Environment, Measured, file_of, key, recall, remember
 from mimir_fast.tuning.timers import Stopwatch, stopwatch_for
 
 # Seconds after which a run tries no further candidate.
 LIMIT = 60.0
-DRIVER = Path("/proc/driver/nvidia/version")
+DRIVER, CPUS = Path("/proc/driver/nvidia/version"), Path("/proc/cpuinfo")
 Say = Callable[[str], None]
 
 
@@ -63,11 +64,12 @@ def choose(run: Run, device: torch.device, say: Say, again: bool = False) -> Cho
 
 
 def trials_of(
-    run: Run, device: torch.device, say: Say, again: bool = False, limit: float = LIMIT
+    run: Run, device: torch.device, say: Say, again: bool = False, limit: float = LIMIT, whole: bool = False
 ) -> dict[Problem, list[Trial]]:
     """Trials of every problem of a run that has a choice: remembered, or measured now and remembered.
 
     again   measure all anew; limit: seconds after which no further candidate is tried
+    whole   also measure those anew of which candidates were not tried
     """
     # It builds a task and an engine, as the training loop does, which imports this module.
     from mimir_fast.tuning.problems import problems_of
@@ -76,23 +78,30 @@ def trials_of(
     problems = {problem: candidates for problem, candidates in problems.items() if len(candidates) > 1}
     environment = environment_of(device, run)
     known: Measured = {} if again else recall(environment, say)
-    # A list of candidates that has changed since, by a package that was installed: measured anew.
-    stale = [p for p, own in problems.items() if [t.candidate for t in known.get(key(p), [])] != own]
+
+    def stale_one(problem: Problem) -> bool:
+        # A list of candidates that has changed since, by a package that was installed, is measured anew.
+        trials = known.get(key(problem), [])
+        late = whole and any(trial.why == TOO_LATE for trial in trials)
+        return late or [trial.candidate for trial in trials] != problems[problem]
+
+    stale = [problem for problem in problems if stale_one(problem)]
     if stale:
         where = f"{environment['device']}, at most {limit:.0f} s; remembered in {file_of(environment)}"
         say(f"tune: measuring {len(stale)} operations on {where}; --tune {OFF} takes the defaults")
-        new = measure_all({p: problems[p] for p in stale}, device, run, say, limit)
-        remember(environment, {key(problem): trials for problem, trials in new.items()}, say)
-        known |= {key(problem): trials for problem, trials in new.items()}
+        kept = True
+        for problem, trials in measure_all({p: problems[p] for p in stale}, device, run, say, limit):
+            known[key(problem)] = trials
+            # One by one: whoever is stopped meanwhile goes on from there.
+            kept = kept and remember(environment, {key(problem): trials}, say)
     return {problem: known[key(problem)] for problem in problems}
 
 
 def measure_all(
     problems: dict[Problem, list[Candidate]], device: torch.device, run: Run, say: Say, limit: float
-) -> dict[Problem, list[Trial]]:
+) -> Iterator[tuple[Problem, list[Trial]]]:
     """Trials of these candidates, each problem with its part of the time."""
     stopwatch, compiled = stopwatch_for(device), compiler_of(run)
-    found: dict[Problem, list[Trial]] = {}
     ends = time.monotonic() + limit
     for number, (problem, candidates) in enumerate(problems.items()):
         left = ends - time.monotonic()
@@ -103,12 +112,11 @@ def measure_all(
         def bench(batch_problem: Problem) -> Bench:
             return Workbench(batch_problem, device, stopwatch, compiled)
 
-        found[problem] = measure_one(problem, candidates, bench, stopwatch, say, own)
+        yield problem, measure_one(problem, candidates, bench, stopwatch, say, own)
     place_tiles({}, device)
     if device.type == "cuda":
         # The run reports the peak of its own.
         torch.cuda.reset_peak_memory_stats(device)
-    return found
 
 
 def measure_one(
@@ -147,13 +155,21 @@ def environment_of(device: torch.device, run: Run) -> Environment:
     """All that a time depends on beside its problem."""
     cuda = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} CPU threads",
+        "device": torch.cuda.get_device_name(device) if cuda else f"{processor()}, {torch.get_num_threads()} threads",
         "driver": driver_version() if cuda else "",
         "torch": torch.__version__,
         "triton": triton_version() if cuda else "",
         "mimir_fast": __version__,
         "compile": f"{run.compute.compile_mode}" if run.compute.compile else "off",
     }
+
+
+def processor() -> str:
+    """The CPU's name, or its kind where the system does not tell the name."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"model name\s*:\s*(.+)", CPUS.read_text(encoding="utf-8", errors="replace")):
+            return found[1]
+    return platform.machine()
 
 
 def driver_version() -> str:

@@ -15,6 +15,8 @@ from mimir_fast.tuning.records import Candidate, Problem
 TIE = 0.03
 # Times of each candidate.
 ROUNDS = 21
+# Why a candidate is out that was not tried.
+TOO_LATE = "not tried: the time is over"
 
 
 class Bench(Protocol):
@@ -60,14 +62,17 @@ def measure(
     out: dict[Candidate, str] = {}
     for candidate in candidates:
         if ready and clock() > ends:
-            out[candidate] = "not tried: the time is over"
+            out[candidate] = TOO_LATE
             continue
         why = _prepared(candidate, bench, ready)
         if why:
             out[candidate] = why
             say(f"tune: {problem}: {candidate} is out: {why}")
     if not ready:
-        raise NothingWorksError(f"tune: no implementation of {problem} works here; --tune off takes the defaults")
+        reasons = "; ".join(f"{candidate}: {why}" for candidate, why in out.items())
+        raise NothingWorksError(
+            f"tune: no implementation of {problem} works here ({reasons}); --tune off takes the defaults"
+        )
     seconds: dict[Candidate, list[float]] = {candidate: [] for candidate in ready}
     # In turns: what slows the machine down for a while slows all of them.
     for _ in range(rounds):

@@ -82,11 +82,13 @@ def recall(environment: Environment, say: Callable[[str], None], folder: Path | 
         return {}
 
 
-def remember(environment: Environment, new: Measured, say: Callable[[str], None], folder: Path | None = None) -> None:
-    """Add to what is remembered; a line where it cannot be kept."""
+def remember(environment: Environment, new: Measured, say: Callable[[str], None], folder: Path | None = None) -> bool:
+    """Add to what is remembered; returns whether it is kept, and says so in a line if not."""
     path = file_of(environment, folder)
     try:
         # Read again: another process may have written meanwhile.  Of two at once one is lost, and measured another time.
         write(path, environment, recall(environment, lambda line: None, folder) | new, "tune")
     except OSError as error:
         say(f"tune: what was measured is not kept: {error}")
+        return False
+    return True

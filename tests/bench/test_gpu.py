@@ -15,6 +15,7 @@ from bench.kernels import command as kernels
 from bench.records import ROOT
 from bench.step import command as step
 from bench.steps import FINETUNE, PRETRAIN, asked
+from mimir_fast.cli.tune import parse_tune_args
 from tests.support.simulation import needs_simulated_gpu
 
 PARSERS = {"step": step.build_parser(), "train": train.build_parser(), "profile": profile.build_parser()}
@@ -28,7 +29,11 @@ def script(text: str) -> list[str]:
 def test_the_plan_is_made_of_commands_that_parse():
     args = gpu.build_parser().parse_args("--data_root images --output out --results res".split())
     args.output, args.results = Path(args.output), Path(args.results)
-    capture, tests, *found = plan(args, ["--mask_ratio", "0.6"])
+    first, second, capture, tests, *found = plan(args, ["--mask_ratio", "0.6"])
+    for stage, model in zip((first, second), ("mae_vit_base", "mae_vit_small"), strict=True):
+        asked_for = parse_tune_args([*stage.command[4:], "--device", "cpu", "--precision", "bf16"])[0].config
+        assert (stage.command[2:4], stage.name) == (["mimir_fast.cli", "tune"], f"tune {model}")
+        assert (asked_for.model.model, asked_for.model.mask_ratio) == (model, 0.6)
     assert capture.command[3:] == ["capture", "--model", "mae_vit_small", "--mask_ratio", "0.6"]
     assert all((ROOT / word).exists() for word in tests.command if word.startswith("tests/"))
     steps = [f"step mae_vit_{m} {v}" for m in ("base", "small") for v in ("ours", "references", "textbook")]

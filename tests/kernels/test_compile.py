@@ -7,6 +7,8 @@ import pytest
 
 from mimir_fast import kernels as package
 from mimir_fast.kernels._shared import column_sums
+from mimir_fast.kernels.mlp.tiles import SIZES
+from mimir_fast.kernels.short_attention.tiles import NARROW, ONE_BLOCK
 from tests.support import compiled as gate
 from tests.support.sass import SHARED_PER_BLOCK
 
@@ -42,6 +44,12 @@ def test_the_recorded_table_passes_the_gate():
     assert {r["dtype"] for r in table} > {"fp16"}
     for r in table:
         assert not list(complaints(r)), labels(r)
+
+
+def test_every_choice_of_tile_sizes_is_in_the_table():
+    recorded = {(r["config"].rpartition(" ")[2], r["arch"]) for r in gate.recorded()[0]}
+    assert recorded >= {(name, 10 * generation) for generation, named in SIZES.items() for name in named}
+    assert recorded >= {(name, arch) for name in (*ONE_BLOCK, *NARROW) for arch in gate.ARCHS}
 
 
 def labels(record: dict) -> tuple:

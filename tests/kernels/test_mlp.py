@@ -8,8 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mimir_fast.kernels import mlp
 from mimir_fast.kernels._shared import column_sums
+from mimir_fast.kernels._shared.tiles import use_tiles
 from mimir_fast.kernels.mlp import kernel
 from mimir_fast.kernels.mlp.gelu import gelu, gelu_slope
+from mimir_fast.kernels.mlp.tiles import SIZES, alternatives
 from tests.support.budget import assert_within_budget
 from tests.support.interpreter import Sanitizer, interpret
 
@@ -237,3 +239,24 @@ def test_errors_name_the_argument(change, word):
     impl = arguments.pop("impl", "reference")
     with pytest.raises(ValueError, match=f"^{word}"):
         mlp(*arguments.values(), impl=impl)
+
+
+def test_every_choice_of_tile_sizes_is_used_and_computes_the_same_function(monkeypatch):
+    """Planted: sizes under the name of another kernel, which are not used."""
+    tensors, made, Prepared = inputs((130,), 64, 256), [], kernel.Prepared
+    upstream = torch.randn(130, 64).to(BF16)
+    truth = output_and_gradients([t.double() for t in tensors], "reference", upstream)
+    eager = output_and_gradients(tensors, "reference", upstream)
+    monkeypatch.setattr(kernel, "Prepared", lambda *a, **options: made.append(options) or Prepared(*a, **options))
+    for generation, named in SIZES.items():
+        for name, sizes in named.items():
+            tiles = alternatives(64, 256, generation)[name]
+            use_tiles({(function, 64, 256, BF16): own for function, own in tiles.items()})
+            with interpret(Sanitizer()) as s:
+                ours = output_and_gradients(tensors, "triton", upstream)
+            use_tiles({})
+            assert not s.errors
+            assert [sizes.items() <= options.items() for options in made] == [True, True]
+            made.clear()
+            for part, value in ours.items():
+                assert_within_budget(value, eager[part], truth[part], f"{name} {part}")
