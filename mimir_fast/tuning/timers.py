@@ -71,6 +71,8 @@ class CudaStopwatch:
     def release(self) -> None:
         torch.cuda.synchronize(self.recorder.stream.device)
         self.recorder.release()
+        # cuBLAS keeps 32 MiB for every stream that it was ever called on, and the run has streams of its own.
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
 
 

@@ -242,7 +242,7 @@ def test_errors_name_the_argument(change, word):
 
 
 def test_every_choice_of_tile_sizes_is_used_and_computes_the_same_function(monkeypatch):
-    """Planted: sizes under the name of another kernel, which are not used."""
+    """Must fail for: sizes under the name of another kernel, which are not used."""
     tensors, made, Prepared = inputs((130,), 64, 256), [], kernel.Prepared
     upstream = torch.randn(130, 64).to(BF16)
     truth = output_and_gradients([t.double() for t in tensors], "reference", upstream)

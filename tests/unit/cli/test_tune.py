@@ -32,7 +32,7 @@ def measured(monkeypatch, tmp_path):
 
 
 def test_the_table(capsys, measured):
-    """Planted: the peak of products for an attention."""
+    """Must fail for: the peak of products for an attention."""
     assert tune.main(WORDS) == 0
     printed = capsys.readouterr().out
     # 11 units of 4 images, 5 tokens, 3 heads of 32 numbers of 4 bytes in 4 us, of 100 GB/s
@@ -64,7 +64,7 @@ def test_measurements_are_carried_to_other_machines(tmp_path, capsys, monkeypatc
 
 
 def test_candidates_that_were_too_late_for_a_run_are_tried_ahead(monkeypatch, measured):
-    """Planted: what a run remembers in part is whole to the verb."""
+    """Must fail for: what a run remembers in part is whole to the verb."""
     with monkeypatch.context() as hurried:
         hurried.setattr(tune, "LIMIT", -1)
         assert tune.main(WORDS) == 0

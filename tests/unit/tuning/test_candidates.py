@@ -24,7 +24,7 @@ def names(problem: Problem, device: torch.device) -> list[str]:
 
 
 def test_candidates_on_a_gpu(hopper):
-    """Planted: a package that is not installed; our kernel at a size that it does not take."""
+    """Must fail for: a package that is not installed; our kernel at a size that it does not take."""
     torch_own = ["sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "xformers", "sdpa"]
     found = names(Problem("attention", (50, 12, 64), "bf16", 512), CUDA)
     assert found[0] == "short"

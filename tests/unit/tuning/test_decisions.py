@@ -67,7 +67,7 @@ def backends(task) -> tuple:
 
 
 def test_the_fastest_is_measured_once_recorded_and_remembered(pretended):
-    """Planted: nothing remembered; a choice that does not reach the modules; the default written to config.yaml."""
+    """Must fail for: nothing remembered; a choice that does not reach the modules; the default written to config.yaml."""
     measured = pretended(FAST_SDPA)
     task = task_of()
     assert task.run.flat()["tune"] == "auto"
@@ -112,7 +112,7 @@ def test_where_the_flags_decide_nothing_is_measured(pretended, flags):
 
 @pytest.mark.parametrize("tune", [f"{DECODER}=sdpa", "off", None])
 def test_a_resumed_run_computes_as_it_began(pretended, tune):
-    """Planted: the machine's memory before the checkpoint; a checkpoint without the entry measured."""
+    """Must fail for: the machine's memory before the checkpoint; a checkpoint without the entry measured."""
     pretended(FAST_NARROW)
     decided(task_of())
     task = task_of()
@@ -137,7 +137,7 @@ def test_a_choice_that_does_not_exist_here_is_said_and_left_to_the_default(prete
 
 
 def test_one_process_measures_and_all_take_its_choice(pretended):
-    """Ranks that would choose differently.  Planted: every rank takes its own."""
+    """Ranks that would choose differently.  Must fail for: every rank takes its own."""
     told: list[str] = []
 
     class Other(World):
@@ -171,7 +171,7 @@ def test_without_memory_for_the_reference_fewer_images_are_measured(pretended, m
 
 
 def test_a_new_candidate_is_measured(pretended, monkeypatch):
-    """A package that was installed since.  Planted: a problem that is known is not measured."""
+    """A package that was installed since.  Must fail for: a problem that is known is not measured."""
     pretended(FAST_SDPA)
     decided(task_of())
     candidates_of = decisions.candidates_of

@@ -30,7 +30,7 @@ def measured(table: dict, **options) -> tuple[str, list[str], list[Trial]]:
     ],
 )
 def test_the_fastest_is_taken_and_ties_go_to_the_first(table, taken):
-    """Planted: min instead of median, TIE of 0, the order of times instead of that of candidates."""
+    """Must fail for: min instead of median, TIE of 0, the order of times instead of that of candidates."""
     assert measured(table)[:2] == (taken, [])
 
 
@@ -43,7 +43,7 @@ def test_the_fastest_is_taken_and_ties_go_to_the_first(table, taken):
     ],
 )
 def test_one_that_fails_is_out_and_said_to_be(fault, line):
-    """Planted: a wrong one that is fast is taken."""
+    """Must fail for: a wrong one that is fast is taken."""
     taken, said, trials = measured({"short": fault, "sdpa": 2.0})
     assert (taken, said) == ("sdpa", [f"tune: attention 50x12x64 bf16: short is out: {line}"])
     assert [(t.seconds, t.why) for t in trials] == [(None, line), (2.0, "")]
@@ -55,7 +55,7 @@ def test_where_all_fail_nothing_is_taken():
 
 
 def test_the_time_box_ends_trying_but_one_is_measured():
-    """Planted: the first candidate is not tried either."""
+    """Must fail for: the first candidate is not tried either."""
     clock = itertools.count().__next__
     taken, said, trials = measured({"a": 5.0, "b": 4.0, "c": 3.0}, ends=0, clock=clock)
     assert (taken, said) == ("b", [])

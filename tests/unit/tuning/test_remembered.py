@@ -39,7 +39,7 @@ def damaged(path, change) -> None:
     ],
 )
 def test_a_file_that_cannot_be_used_is_one_line_and_replaced(tmp_path, change, why):
-    """Planted: a driver that is not compared; a KeyError that ends the run."""
+    """Must fail for: a driver that is not compared; a KeyError that ends the run."""
     said: list[str] = []
     remember(HERE, {"a": TRIALS}, said.append, tmp_path)
     damaged(file_of(HERE, tmp_path), change)
