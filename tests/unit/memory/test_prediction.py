@@ -317,8 +317,8 @@ PRETRAINED = (
     ("task", "flags"), [("pretrain", PRETRAINED), ("finetune", FINETUNED["pgd"][0])], ids=("mae", "classifier")
 )
 def test_within_three_percent_of_the_simulated_gpu(task, flags):
-    words = [*flags.split(), "--no_compile"]
+    words = [*flags.split(), "--no_compile", "--tune", "off"]
     printed = run_simulated([sys.executable, "-c", STEP, task, *words])
     run, _ = parse_memory_args(["--task", task, *words, "--gpu", "h100-80"])
     predicted = step_mib(predict(run), run.config.optim.batch_size)
-    assert predicted * 2**20 == pytest.approx(int(printed), rel=0.03)
+    assert predicted * 2**20 == pytest.approx(int(printed.split()[-1]), rel=0.03)
