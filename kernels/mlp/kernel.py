@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mimir_fast.kernels._shared.column_sums import add_partials
+from mimir_fast.kernels._shared.generation import generation_of
 from mimir_fast.kernels._shared.launch import FUSED, STORAGE, Launch, Prepared, empty, memoised, nothing
 from mimir_fast.kernels._shared.registration import register
 from mimir_fast.kernels._shared.tiles import chosen
@@ -166,14 +167,8 @@ def _grid(M: int, F: int, config: dict) -> tuple[int]:
 
 
 def _config(device: torch.device) -> dict:
-    """Tile sizes for this GPU; Hopper's on the CPU, where the interpreter runs."""
-    return HOPPER if device.type != "cuda" or _generation(device) >= 9 else AMPERE
-
-
-@memoised
-def _generation(device: torch.device) -> int:
-    # The generation alone, so that sums have the same order on all its GPUs, with however many multiprocessors.
-    return torch.cuda.get_device_capability(device)[0]
+    """Tile sizes for this GPU."""
+    return HOPPER if generation_of(device) >= 9 else AMPERE
 
 
 def _fake_forward(x_MD, weight_FD, bias_F):

@@ -42,8 +42,23 @@ def attention(qkv_BTQ: Tensor, num_heads: int, query_start: int = 0, backend: Ba
 
     All tokens are keys and values; only tokens[query_start:] are queries.  auto: torch's scaled_dot_product_attention.
     """
-    name = backend if isinstance(backend, str) else backend.get(qkv_BTQ.shape[1], backend[0])
-    return _FUNCTIONS[name](qkv_BTQ, num_heads, query_start)
+    return _FUNCTIONS[_named(backend, qkv_BTQ.shape[1])](qkv_BTQ, num_heads, query_start)
+
+
+def projected_attention(
+    x_BTD: Tensor, weight_QD: Tensor, bias_Q: Tensor | None, num_heads: int, query_start: int, backend: Backend
+) -> Tensor:
+    """`attention` of the packed projection of x [B,T,D]: weight [3*D,D], bias [3*D]."""
+    T, d = x_BTD.shape[1], x_BTD.shape[2] // num_heads
+    if bias_Q is None or _named(backend, T) != "short" or not supported(T, d, x_BTD.dtype):
+        return attention(F.linear(x_BTD, weight_QD, bias_Q), num_heads, query_start, backend)
+    # Our kernel sums the bias's gradient where it has qkv's in registers; the linear layer would read that again.
+    qkv_BTQ = F.linear(x_BTD, weight_QD, bias_Q.detach())
+    return short_attention(qkv_BTQ, num_heads, "triton", query_start, bias_Q)
+
+
+def _named(backend: Backend, tokens: int) -> str:
+    return backend if isinstance(backend, str) else backend.get(tokens, backend[0])
 
 
 def _split(qkv_BTQ: Tensor, num_heads: int) -> tuple[Tensor, ...]:
@@ -66,7 +81,7 @@ def _short(qkv_BTQ: Tensor, num_heads: int, query_start: int) -> Tensor:
     """Our kernel short_attention, which needs no transposition around it; sdpa for sizes that it does not offer."""
     if not supported(qkv_BTQ.shape[1], qkv_BTQ.shape[2] // 3 // num_heads, qkv_BTQ.dtype):
         return _sdpa(qkv_BTQ, num_heads, query_start)
-    return short_attention(qkv_BTQ, num_heads, impl="triton")[:, query_start:]
+    return short_attention(qkv_BTQ, num_heads, "triton", query_start)
 
 
 def _narrow(qkv_BTQ: Tensor, num_heads: int, query_start: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mimir_fast.kernels import add_layer_norm, mlp
 from mimir_fast.kernels.mlp.op import supported
-from mimir_fast.models.attention import attention, check_backend
+from mimir_fast.models.attention import check_backend, projected_attention
 
 
 class Attention(nn.Module):
@@ -27,7 +27,9 @@ class Attention(nn.Module):
 
         All tokens are keys and values; only tokens[query_start:] are queries.
         """
-        return F.linear(attention(self.qkv(x_BTD), self.num_heads, query_start, self.backend), self.proj.weight)
+        qkv = self.qkv
+        mixed_BTD = projected_attention(x_BTD, qkv.weight, qkv.bias, self.num_heads, query_start, self.backend)
+        return F.linear(mixed_BTD, self.proj.weight)
 
 
 class MLP(nn.Module):

@@ -16,6 +16,9 @@ DTYPES = ("bf16", "fp32", "uint8")
 # At most so many where instructions and not memory set the time.  mlp: a thread has 128 numbers of a tile.
 INSTRUCTIONS = {"_linear_gelu_kernel": 31 * 128, "_gelu_linear_grad_kernel": 34 * 128}
 
+# The same of a warp: kernel and configuration -> how often its loop runs, and at most so many.
+OF_A_WARP = {("_attend_long_grad_kernel", "T197 d8"): (13, 9_000), ("_attend_long_grad_kernel", "T197 d64"): (7, 7_500)}
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("op", gate.OPS)
@@ -80,6 +83,10 @@ def complaints(record: dict) -> Iterator[str]:
         yield "matrix: a dot without matrix instructions"
     if record["instructions"] > INSTRUCTIONS.get(record["kernel"], record["instructions"]):
         yield f"instructions: {record['instructions']}, {INSTRUCTIONS[record['kernel']]} are allowed"
+    if (key := (record["kernel"], record["config"])) in OF_A_WARP:
+        passes, most = OF_A_WARP[key]
+        if (executed := record["instructions"] + (passes - 1) * record["loop"]) > most:
+            yield f"instructions: {executed} of a warp, {most} are allowed"
     if not record["occupancy"]:
         yield f"occupancy: no block fits, by {record['limit']}"
 
@@ -126,13 +133,14 @@ def kernels_of(module) -> set[str]:
         ({"stores": {}}, "stores"),
         ({"matrix": {}}, "matrix"),
         ({"instructions": 31 * 128 + 1}, "instructions"),
+        ({"kernel": "_attend_long_grad_kernel", "instructions": 1801, "loop": 600}, "instructions"),
         ({"occupancy": 0.0}, "occupancy"),
     ],
 )
 def test_the_gate_complains(change, word):
     good = {"spills": 0, "stack": 0, "atomics": 0, "shared": 166912, "loads": {128: 1}, "stores": {128: 1}, "arch": 80}
     good |= {"wide": True, "dot": True, "matrix": {"HMMA.16816.F32": 4}, "occupancy": 0.5, "limit": "registers"}
-    good |= {"kernel": "_linear_gelu_kernel", "instructions": 31 * 128}
+    good |= {"kernel": "_linear_gelu_kernel", "config": "T197 d8", "instructions": 31 * 128}
     assert not list(complaints(good))
     (complaint,) = complaints(good | change)
     assert complaint.startswith(word)

@@ -28,8 +28,9 @@ CASES = {
     "masked_patch_loss_grad_images": 3 * PATCHES + 8 * B * M + IMAGE,
     "token_restore": 4 * (B * (1 + K) * E + E + (1 + L) * E) + 8 * B * L + 4 * B * (1 + L) * E,
     "token_restore_grad": 4 * B * (1 + L) * E + 4 * E,
-    "short_attention": 4 * 4 * B * L * E,
-    "short_attention_grad": 7 * 4 * B * L * E,
+    "short_attention": 4 * B * E * (3 * L + L - 1),
+    # and the bias's gradient, in fp32 from qkv's
+    "short_attention_grad": 4 * B * E * (6 * L + 2 * (L - 1)) + 4 * B * 2 * (L - 1) + 3 * E * (2 + 4 * B * L),
     "add_layer_norm": n * E * (4 + 2) + E * (2 + 4 + 4) + n * (E * (4 + 2) + 2 * 4),
     # two groups of rows, for a tile has 128
     "add_layer_norm_grad": n * (E * (4 + 2 + 4) + 8) + 4 * E + n * E * (4 + 2) + 10 * E + 2 * 3 * 4 * E * 2,
@@ -67,8 +68,8 @@ def arguments() -> dict[str, tuple]:
         "masked_patch_loss_grad_images": (t(()), *loss),
         "token_restore": (t(B, 1 + K, E), t(E), t(1 + L, E), restore),
         "token_restore_grad": (t(B, 1 + L, E), K, torch.float32),
-        "short_attention": (t(B, L, 3 * E), 2),
-        "short_attention_grad": (t(B, L, E), t(B, L, 3 * E), 2),
+        "short_attention": (t(B, L, 3 * E), t(3 * E), 2, 1),
+        "short_attention_grad": (t(B, L - 1, E), t(B, L, 3 * E), t(B, L - 1, E), t(B, 2, L - 1), 2, 1, BF16),
         "add_layer_norm": (rows, branch, row16, row, row, 1e-6, BF16, None),
         "add_layer_norm_grad": (rows, branch, rows, t(2, n), row, BF16, True, BF16, None),
         "linear_gelu": (branch, weight16, hidden16),
@@ -117,8 +118,8 @@ def test_costs_counted_by_hand():
         "nhsic_side": {"tf32": 3 * m * m * d},
         "nhsic_given": {"tf32": 3 * m * m * d},
         "nhsic_grad": {"tf32": 3 * (2 * 2 * m**3 + 2 * m * m * d)},
-        "short_attention": {"tf32": 4 * B * L * L * E},
-        "short_attention_grad": {"tf32": 10 * B * L * L * E},
+        "short_attention": {"tf32": 4 * B * L * (L - 1) * E},
+        "short_attention_grad": {"tf32": 10 * B * L * (L - 1) * E},
         "linear_gelu": {"bf16": 2 * n * E * 7},
         "gelu_linear_grad": {"bf16": 2 * n * E * 7},
     }

@@ -39,6 +39,13 @@ def output_and_gradient(qkv, upstream, num_heads, impl):
     return out.detach(), *torch.autograd.grad(out, qkv, upstream)
 
 
+def with_bias(qkv, upstream, num_heads, query_start, impl):
+    """Of the last tokens' queries: output, gradient in qkv, and in the bias."""
+    qkv, bias = qkv.detach().requires_grad_(), torch.randn(qkv.shape[2:], dtype=qkv.dtype, requires_grad=True)
+    out = short_attention(qkv, num_heads, impl, query_start, bias)
+    return out.detach(), *torch.autograd.grad(out, (qkv, bias), upstream[:, query_start:])
+
+
 def explicit(qkv, num_heads):
     """The formula, word for word."""
     q, k, v = (part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
@@ -68,6 +75,33 @@ def test_output_and_gradients(shape, dtype):
             check(*inputs(*shape, dtype), shape[2])
         return
     check(*inputs(*shape, dtype), shape[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "query_start"),
+    [((3, 18, 2, 8), 5), ((2, 50, 1, 64), 0), ((2, 66, 3, 8), 17), ((1, 81, 5, 3), 80), ((2, 100, 1, 40), 0)],
+    ids=str,
+)
+def test_last_queries_and_the_gradient_of_a_bias(shape, query_start, dtype):
+    if not supported(shape[1], shape[3], dtype):
+        pytest.skip("not offered")
+    qkv, upstream = inputs(*shape, dtype)
+    truth = with_bias(qkv.double(), upstream.double(), shape[2], query_start, "reference")
+    eager = with_bias(qkv, upstream, shape[2], query_start, "reference")
+    with interpret(Sanitizer()) as s:
+        ours, again = (with_bias(qkv, upstream, shape[2], query_start, "triton") for _ in range(2))
+    assert not s.errors
+    assert all(torch.equal(a, b) for a, b in zip(ours, again))
+    D = upstream.shape[-1]
+    assert not ours[1][:, :query_start, :D].any()
+    for name, a, b, c in zip(("out", "grad qkv"), ours, eager, truth):
+        assert_within_budget(a, b, c, name)
+    # The key's bias moves all scores of a query alike: its gradient is zero but for rounding, which no budget bounds.
+    for name, part in {"q": slice(D), "v": slice(2 * D, None)}.items():
+        assert_within_budget(ours[2][part], eager[2][part], truth[2][part], f"grad of {name}'s bias")
+    noise = ours[1][..., D : 2 * D].abs().double().sum((0, 1)) * torch.finfo(dtype).eps
+    assert (ours[2][D : 2 * D].double() - ours[1][..., D : 2 * D].double().sum((0, 1))).abs().le(noise + 1e-6).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -114,8 +148,9 @@ def test_image_offsets_past_the_range_of_32_bits(monkeypatch):
     last = stock.TensorHandle(np.array([images - 1], np.int32), stock.tl.int32)
     monkeypatch.setattr(Builder, "create_get_program_id", lambda self, axis: last)
     with interpret():
-        kernel._attend_kernel[(1,)](*many[:2], 1, T=5, HEAD=16, ROWS=16, KEYS=16)
-        kernel._attend_grad_kernel[(1,)](many[2], many[0], many[3], 1, 0.25, T=5, HEAD=16, ROWS=16, KEYS=16)
+        sizes = {"T": 5, "FIRST": 0, "HEAD": 16, "ROWS": 16, "KEYS": 16}
+        kernel._attend_kernel[(1,)](*many[:2], None, 1, **sizes)
+        kernel._attend_grad_kernel[(1,)](many[2], many[0], many[3], None, 1, 0.25, **sizes)
     out, grad = output_and_gradient(qkv.float(), upstream.float(), 1, "reference")
     torch.testing.assert_close(many[1][-1].float(), out[0], atol=2e-3, rtol=2e-3)
     torch.testing.assert_close(many[3][-1].float(), grad[0], atol=4e-3, rtol=4e-3)
@@ -140,7 +175,7 @@ def test_the_reference_is_the_formula():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(1, 50, 2, 64), (1, 128, 4, 8), (1, 17, 3, 48)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 50, 2, 64), (1, 64, 4, 8), (1, 128, 4, 8), (1, 17, 3, 48)], ids=str)
 def test_traffic_is_the_contracts(shape, dtype):
     qkv, upstream = inputs(*shape, dtype)
     qkv.requires_grad_()
@@ -151,18 +186,22 @@ def test_traffic_is_the_contracts(shape, dtype):
         assert s.used("store") > 0.9
         s.st.clear()
         out.backward(upstream)
-    assert (forward["load_bytes"], forward["store_bytes"]) == (qkv.nbytes, out.nbytes)
-    assert (s.st["load_bytes"], s.st["store_bytes"]) == (qkv.nbytes + out.nbytes, qkv.nbytes)
+    sums = 4 * shape[0] * shape[1] * shape[2] if shape[1] > 64 else 0
+    assert (forward["load_bytes"], forward["store_bytes"]) == (qkv.nbytes, out.nbytes + sums)
+    kept = sums and out.nbytes + sums
+    assert (s.st["load_bytes"], s.st["store_bytes"]) == (qkv.nbytes + out.nbytes + kept, qkv.nbytes)
     assert s.used("load") > 0.9
     assert s.used("store") > 0.9
 
 
-def test_only_qkv_is_kept_for_the_backward():
-    qkv = torch.randn(1, 5, 48, requires_grad=True)
+def test_of_few_tokens_only_qkv_is_kept_for_the_backward():
     kept = []
-    with interpret(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        short_attention(qkv, 2, impl="triton")
-    assert [t.data_ptr() for t in kept] == [qkv.data_ptr()]
+    for tokens in (5, 65):
+        qkv = torch.randn(1, tokens, 48, requires_grad=True)
+        with interpret(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+            short_attention(qkv, 2, impl="triton")
+    # Of more also the output, and a number per token and head.
+    assert kept == [4 * 5 * 48, 4 * 65 * 48, 4 * 65 * 16, 4 * 65 * 2]
 
 
 def test_operator_registration_and_fullgraph_compilation():
@@ -173,8 +212,9 @@ def test_operator_registration_and_fullgraph_compilation():
         return short_attention(qkv, 2, impl="triton").square()
 
     with interpret():
-        torch.library.opcheck(kernel.short_attention, (qkv, 2))
-        torch.library.opcheck(kernel.short_attention_grad, (upstream, qkv.detach(), 2))
+        torch.library.opcheck(kernel.short_attention, (qkv, torch.zeros(48, requires_grad=True), 2, 1))
+        for dtype in (torch.float32, None):
+            torch.library.opcheck(kernel.short_attention_grad, (upstream, qkv.detach(), None, None, 2, 0, dtype))
         eager = attended(qkv)
         compiled = torch.compile(attended, fullgraph=True, backend="aot_eager")(qkv)
         assert torch.equal(eager, compiled)
@@ -192,9 +232,9 @@ def test_the_reference_compiles_fullgraph_and_ignores_autocast():
 
 
 def test_what_is_supported():
-    for tokens, head in [(50, 64), (197, 8), (65, 64), (257, 8), (17, 64), (50, 48), (50, 96), (512, 16)]:
+    for tokens, head in [(50, 64), (197, 8), (197, 64), (257, 8), (17, 64), (50, 48), (50, 96), (512, 16)]:
         assert supported(tokens, head)
-    for tokens, head, dtype in [(197, 64, torch.bfloat16), (513, 8, torch.bfloat16), (197, 8, torch.float32)]:
+    for tokens, head, dtype in [(209, 64, torch.bfloat16), (513, 8, torch.bfloat16), (197, 8, torch.float32)]:
         assert not supported(tokens, head, dtype)
     assert not supported(0, 8)
     assert not supported(1, 129)
@@ -208,7 +248,9 @@ def test_what_is_supported():
         ({"qkv_BTQ": torch.randn(2, 5, 49)}, "qkv"),
         ({"qkv_BTQ": torch.zeros(2, 5, 48, dtype=torch.int32)}, "qkv"),
         ({"qkv_BTQ": torch.randn(2, 5, 48).double(), "impl": "triton"}, "qkv"),
-        ({"qkv_BTQ": torch.randn(1, 129, 96).bfloat16(), "num_heads": 1, "impl": "triton"}, "qkv"),
+        ({"qkv_BTQ": torch.randn(1, 209, 96).bfloat16(), "num_heads": 1, "impl": "triton"}, "qkv"),
+        ({"query_start": 5}, "query_start"),
+        ({"bias_Q": torch.zeros(47)}, "bias"),
         ({"num_heads": 3}, "num_heads"),
         ({"num_heads": 0}, "num_heads"),
         ({"impl": "cuda"}, "impl"),

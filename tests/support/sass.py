@@ -16,6 +16,8 @@ SHARED_PER_BLOCK = {80: 166912, 90: 232448}  # bytes: the same less what the dri
 SHARED_RESERVED, SHARED_UNIT = 1024, 128
 
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+BACKWARDS = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?BRA\b[^;]*?0x([0-9a-f]+)\s*;")
+PLACE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?[A-Z]")
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 WIDTH = re.compile(r"\.(?:[US])?(8|16|64|128)(?:\.|$)")
 
@@ -23,8 +25,9 @@ WIDTH = re.compile(r"\.(?:[US])?(8|16|64|128)(?:\.|$)")
 def read(cubin: bytes, warps: int, arch: int, shared: int) -> dict:
     """Facts about one kernel; `shared` is the dynamic shared memory of its launch in bytes.
 
-    registers per thread, stack bytes, spill instructions, shared bytes, instructions; loads and stores: how many global ones
-    of each width in bits; matrix: how many matrix instructions of each kind; occupancy: resident warps / 64, and its limit.
+    registers per thread, stack bytes, spill instructions, shared bytes, instructions, loop: those of the longest loop;
+    loads and stores: how many global ones of each width in bits; matrix: how many matrix instructions of each kind;
+    occupancy: resident warps / 64, and its limit.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -44,6 +47,7 @@ def read(cubin: bytes, warps: int, arch: int, shared: int) -> dict:
         "spills": sum(_starting(names, "LDL", "STL").values()),
         "shared": shared,
         "instructions": sum(names.values()),
+        "loop": _longest_loop(listing),
         "loads": _widths(_starting(names, "LDG")),  # LDGSTS, the asynchronous copy to shared memory, included
         "stores": _widths(_starting(names, "STG")),
         "atomics": sum(_starting(names, "ATOMG", "REDG", "RED.").values()),
@@ -51,6 +55,14 @@ def read(cubin: bytes, warps: int, arch: int, shared: int) -> dict:
         "occupancy": occupancy,
         "limit": limit,
     }
+
+
+def _longest_loop(listing: str) -> int:
+    """Instructions from the target of a jump backwards to the jump; 0 without one."""
+    jumps = [(int(target, 16), int(place, 16)) for place, target in BACKWARDS.findall(listing)]
+    places = [int(place, 16) for place in PLACE.findall(listing)]
+    # A jump to itself follows a kernel's end.
+    return max((sum(a <= p <= b for p in places) for a, b in jumps if a < b), default=0)
 
 
 def _starting(names: Counter, *prefixes: str) -> Counter:

@@ -6,6 +6,7 @@ import torch
 from mimir_fast.config.choices import ATTENTION, SDPA_BACKENDS
 from mimir_fast.models import create_model
 from mimir_fast.models.attention import PACKAGES, attention, check_backend
+from mimir_fast.models.layers import Attention
 from tests.support.budget import assert_within_budget
 from tests.support.golden import small_model
 from tests.support.interpreter import Sanitizer, interpret
@@ -58,13 +59,19 @@ def test_short_attention_in_the_seam():
     """In the interpreter: the kernel where it offers the size, sdpa where not, the same output and gradient."""
     qkv = torch.randn(2, 7, 3 * 2 * 8, requires_grad=True)
     long = torch.randn(1, 300, 3 * 2 * 8)
+    block, x = Attention(16, 2, "short").bfloat16(), torch.randn(2, 7, 16).bfloat16()
     with interpret(Sanitizer()) as s:
         out = attention(qkv, 2, 3, "short")
         upstream = torch.randn_like(out)
         (grad,) = torch.autograd.grad(out, qkv, upstream)
         assert s.launches == {"_attend_kernel": 1, "_attend_grad_kernel": 1}
         assert torch.equal(attention(long, 2, 0, "short"), attention(long, 2, 0, "sdpa"))
+        ours = torch.autograd.grad(block(x, 3).square().sum(), [*block.qkv.parameters()])
+        assert s.launches["_add_partials_kernel"] == 1
     assert not s.errors
+    block.backend = "sdpa"
+    for mine, truth in zip(ours, torch.autograd.grad(block(x, 3).square().sum(), [*block.qkv.parameters()])):
+        assert (mine - truth).norm() < 0.02 * truth.norm()
     expected = attention(qkv, 2, 3, "sdpa")
     assert torch.allclose(out, expected, atol=1e-5)
     assert torch.allclose(grad, torch.autograd.grad(expected, qkv, upstream)[0], atol=1e-5)
