@@ -26,7 +26,8 @@ def test_a_trace_of_the_observed_updates(tmp_path, capsys):
     with gzip.open(tmp_path / "out" / "trace.json.gz", "rt") as file:
         events = json.load(file)["traceEvents"]
     ranges = Counter(e["name"] for e in events if e.get("cat") == "user_annotation" and e["name"] in STAGES)
-    assert ranges == {**dict.fromkeys(STAGES, 2), "loss": 4}  # the attack's and the training's
+    # The loss of the attack and of the training; the penalty of the images and of what the encoder makes of them.
+    assert ranges == {**dict.fromkeys(STAGES, 2), "loss": 4, "penalty": 4}
     printed = capsys.readouterr().out
     assert "2 updates after 1 of mae_vit_nano, batch 4; cpu" in printed
     assert all(float(re.search(rf"^{name} +([0-9.]+) ms$", printed, re.MULTILINE)[1]) > 0 for name in STAGES)

@@ -213,5 +213,5 @@ def test_on_a_simulated_gpu(task, variant, gpu, words, tmp_path, capfd):
     expected = "linf_start add_layer_norm short_attention linear_gelu".split()
     if task == PRETRAIN:
         expected += "mask_indices patch_gather token_restore masked_patch_loss masked_patch_loss_grad_pred".split()
-        expected += "linf_patch_step nhsic nhsic_grad short_attention_grad".split()
+        expected += "linf_patch_step nhsic_side nhsic_given nhsic_grad short_attention_grad".split()
     assert {*expected} <= {call["name"].split(".")[1] for call in found["calls"] if call["kind"] != "solves"}

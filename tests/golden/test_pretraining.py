@@ -300,7 +300,7 @@ def test_a_step_runs_every_kernel():
         "linf_start": 1,
         "linf_patch_step": 1,
         "mean": 2,
-        "center": 2,
+        "shift": 2,
         "gram": 2,
         "gaussian": 2,
         "double_center": 2,
@@ -309,7 +309,8 @@ def test_a_step_runs_every_kernel():
         "matmul": 3,
         "mask_token_grad": 1,
         "attend": 6,  # two encoder blocks and one of the decoder, in the attack and in training
-        "attend_grad": 6,
+        "attend_grad": 4,
+        "attend_long_grad": 2,  # the decoder's
     }
     assert {name: s.launches[f"_{name}_kernel"] for name in expected} == expected
 

@@ -21,9 +21,7 @@ def test_wrong_values_gradients_shapes_and_dtypes_are_seen():
     def wrong_gradient(x):
         return x.square().detach() + 2.002 * (x * x.detach() - x.detach() * x.detach())
 
-    case = Case(
-        "square", {"n": 6}, "fp32", lambda device: {"x": torch.randn(6).requires_grad_()}, lambda x, impl: x * x
-    )
+    case = Case("square", {"n": 6}, "fp32", lambda: {"x": torch.randn(6).requires_grad_()}, lambda x, impl: x * x)
     drawn = Drawn(case, torch.device("cpu"))
     wrong = {
         "right": (torch.square, ""),
@@ -35,7 +33,5 @@ def test_wrong_values_gradients_shapes_and_dtypes_are_seen():
     for name, (function, why) in wrong.items():
         assert drawn.wrong(name, drawn.values(function)).startswith(why), name
         assert bool(drawn.wrong(name, drawn.values(function))) == bool(why), name
-    flat = Drawn(
-        Case("square", {}, "fp32", lambda device: {"x": torch.randn(6)}, lambda x, impl: x * x), torch.device("cpu")
-    )
+    flat = Drawn(Case("square", {}, "fp32", lambda: {"x": torch.randn(6)}, lambda x, impl: x * x), torch.device("cpu"))
     assert "shape (1,)" in flat.wrong("short", flat.values(lambda x: x[:1].square()))

@@ -137,21 +137,19 @@ def test_mask_indices():
 
 def test_rows_of_the_penalty():
     m, d = 33, LIMIT // 33 + 128 - LIMIT // 33 % 128
-    rows, centred = torch.empty(m, d, dtype=HALF), torch.empty(m, d)
+    rows, shift = torch.empty(m, d, dtype=HALF), torch.empty(d)
     rows[:, -128:] = torch.randn(m, 128)
-    config = gram.CENTER
-    with interpret(last=L + 1):
-        gram._center_kernel[(d // config["BLOCK_D"],)](rows, centred, m, d, d, **config)
-    expected = rows[:, -128:].float() - rows[:, -128:].float().mean(0)
-    assert (centred[:, -128:] - expected).abs().max() < 1e-5
+    with interpret(last=1):
+        gram._shift_kernel[(d // gram.SHIFT["BLOCK_D"],)](rows, shift, m, d, d, **gram.SHIFT)
+    assert (shift[-128:] - rows[: gram.SHIFT["ROWS"], -128:].float().mean(0)).abs().max() < 1e-5
+    tail = rows[:, -128:].float() - shift[-128:]
     partial, norms = torch.zeros(1, m, m), torch.zeros(1, m)
-    tail = centred[:, -128:]
     with interpret():
-        gram._gram_kernel[(1, 1, 1)](centred[:, d - 128 :], partial, norms, m, d, 128, **gram.GRAM)
+        gram._gram_kernel[(1, 1, 1)](rows[:, d - 128 :], shift[d - 128 :], partial, norms, m, 128, d, 128, **gram.GRAM)
     assert (partial[0] - tail @ tail.T).abs().max() < 1e-3
     assert torch.equal(norms[0], partial[0].diagonal())
     weights, out = torch.randn(m, m), torch.empty(m, d)
     config = nhsic_kernel.MATMUL
     with interpret(last=2):
-        nhsic_kernel._matmul_kernel[(d // config["BLOCK_N"], 1)](weights, centred, out, m, d, **config)
+        nhsic_kernel._matmul_kernel[(d // config["BLOCK_N"], 1)](weights, rows, shift, out, m, d, d, **config)
     assert (out[:, -128:] - weights @ tail).abs().max() < 1e-3

@@ -233,7 +233,7 @@ def test_homes_that_do_not_exist_are_named(monkeypatch):
     assert home_path("a/~/b") == "a/~/b"
     monkeypatch.setenv("HOME", "/h")
     assert demo_parser().parse_args(["--output_dir", "~/demo"]) == argparse.Namespace(
-        output_dir="/h/demo", seed=0, aa_images=8
+        output_dir="/h/demo", seed=0, model="vit_nano", input_size=32, aa_images=8
     )
 
 
