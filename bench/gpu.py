@@ -15,7 +15,7 @@ import torch
 
 from bench import records
 from bench.simulated_gpu import marker
-from bench.steps import DEFAULTS, FINETUNE, PRETRAIN, VARIANTS
+from bench.steps import DEFAULTS, FINETUNE, PRETRAIN, variants
 from mimir_fast.checkpoints.atomic import write_text_atomically
 
 GROUPS = ("tune", "capture", "tests", "kernels", "step", "finetune", "data", "train", "profile")
@@ -111,7 +111,7 @@ def plan(args: argparse.Namespace, flags: list[str]) -> list[Stage]:
         found.append(Stage("tests", [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *TESTS], 80))
     add("kernels", 90, "kernels")
     for model in args.models:
-        for variant in VARIANTS:
+        for variant in variants(model):
             share = COMPILED / (1 + (variant == "textbook"))  # which is not compiled
             add(f"step {model} {variant}", share, "step", "--variant", variant, "--model", model, *flags)
     tuned = args.models[0].removeprefix("mae_")

@@ -29,6 +29,8 @@ from mimir_fast.cli.pretrain import PRETRAIN as PRETRAIN_COMMAND
 from mimir_fast.config.finetuning import FinetuneConfig
 from mimir_fast.config.pretraining import PretrainConfig
 from mimir_fast.config.resolve import Run, resolve
+from mimir_fast.models.families import find
+from mimir_fast.models.families.vit import VIT
 from mimir_fast.training.distributed import World
 from mimir_fast.training.engine import Engine
 from mimir_fast.training.options import patch_size
@@ -85,6 +87,11 @@ def as_run(run: Run) -> StepConfig:
 # ---- the steps
 
 
+def variants(model: str) -> tuple[str, ...]:
+    """Those that there are of a model: the textbook writes no family but ViT."""
+    return VARIANTS if find(model, None)[0] is VIT else VARIANTS[:2]
+
+
 class Update(NamedTuple):
     """A step, twice; both are functions without arguments, to be called any number of times in the context.
 
@@ -100,9 +107,11 @@ class Update(NamedTuple):
 def build_step(variant: str, config: StepConfig, device: torch.device) -> Update:
     """The variant's step.
 
-    Raises ValueError for a textbook pre-training step with an attack of more than one step.
+    Raises ValueError for a textbook pre-training step with an attack of more than one step, or of another family than ViT.
     """
     flat = config.flat()
+    if variant not in variants(flat["model"]):
+        raise ValueError(f"variant: the textbook has ViTs only, got {flat['model']}")
     shape = (flat["batch_size"], 3, flat["input_size"], flat["input_size"])
     images_u8 = torch.randint(256, shape, dtype=torch.uint8, device=device)
     labels = torch.randint(flat.get("nb_classes", 1), shape[:1], device=device)

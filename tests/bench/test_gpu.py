@@ -53,6 +53,9 @@ def test_the_plan_is_made_of_commands_that_parse():
             assert (own.task, f"PGD-{config['steps']}", config["residual_dtype"]) == (FINETUNE, *how, "bf16")
         else:
             assert (own.task, config["mask_ratio"], how) == (PRETRAIN, 0.6, [own.variant] if how else [])
+    others = gpu.build_parser().parse_args(["--only", "step", "--models", "mae_convit_ti"])
+    others.output, others.results = args.output, args.results
+    assert [s.name for s in plan(others, FLAGS)] == [f"step mae_convit_ti {v}" for v in ("ours", "references")]
     only = gpu.build_parser().parse_args(["--only", "train,kernels"])
     only.output, only.results = args.output, args.results
     assert [s.name for s in plan(only, FLAGS)] == ["kernels", "train"]

@@ -136,6 +136,8 @@ def test_configurations_are_the_recipes(monkeypatch):
     assert [references[name] for name in parts] == ["reference", "sdpa", "reference"]
     with pytest.raises(ValueError, match=r"steps: .* got 2"):
         build_step("textbook", configuration(PRETRAIN, ["--device", "cpu", "--steps", "2"]), CPU)
+    with pytest.raises(ValueError, match="variant: the textbook has ViTs only, got mae_cait_s36"):
+        build_step("textbook", configuration(PRETRAIN, ["--device", "cpu", "--model", "mae_cait_s36"]), CPU)
 
 
 # ---- the record
